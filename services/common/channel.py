@@ -1,0 +1,17 @@
+"""How a QAQ process opens a channel to another one."""
+
+from __future__ import annotations
+
+import grpc
+
+_OPTIONS = [
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to host:port, of the running loop. Connects at its first call, and again after a loss."""
+    return grpc.aio.insecure_channel(address, options=_OPTIONS)

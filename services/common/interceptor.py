@@ -1,0 +1,98 @@
+"""Decodes requests and turns errors into gRPC statuses, for every method of a server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from services.common.errors import InvalidArgument, to_status
+
+log = structlog.get_logger()
+
+Deserializer = Callable[[bytes], Any]
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method but those of gRPC's own services.
+
+    Requests are decoded here and not by gRPC, so that a broken one (invalid UTF-8, say) and one that is
+    too large get INVALID_ARGUMENT with a sentence. Errors that are not foreseen are logged with their
+    traceback and reach the caller as INTERNAL without details.
+    """
+
+    def __init__(self, max_request_bytes: int) -> None:
+        self._max_request_bytes = max_request_bytes
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = await continuation(details)
+        if handler is None or details.method.startswith("/grpc."):
+            return handler
+        return self._wrap(handler, details.method)
+
+    def _wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
+        behaviour = getattr(handler, kind)
+        decode = self._decode_each if handler.request_streaming else self._decode
+
+        async def unary(raw: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                return await behaviour(decode(raw, handler.request_deserializer), context)
+            except Exception as error:
+                await _abort(context, error, method)
+
+        async def stream(raw: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            try:
+                async with aclosing(behaviour(decode(raw, handler.request_deserializer), context)) as replies:
+                    async for reply in replies:
+                        yield reply
+            except Exception as error:
+                await _abort(context, error, method)
+
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        wrapped = stream if handler.response_streaming else unary
+        return make(wrapped, request_deserializer=None, response_serializer=handler.response_serializer)
+
+    def _decode(self, raw: bytes, deserialize: Deserializer) -> Any:
+        if len(raw) > self._max_request_bytes:
+            raise InvalidArgument(
+                f"the request has {len(raw):,} bytes and at most {self._max_request_bytes:,} are accepted; "
+                "make it shorter"
+            )
+        try:
+            return deserialize(raw)
+        except DecodeError as error:
+            raise InvalidArgument(
+                "the request is not a valid message: every string must be UTF-8 and the client's protocol must be "
+                "this server's"
+            ) from error
+
+    async def _decode_each(self, raw: AsyncIterator[bytes], deserialize: Deserializer) -> AsyncIterator[Any]:
+        async for message in raw:
+            yield self._decode(message, deserialize)
+
+
+def _arity(streaming: bool) -> str:
+    return "stream" if streaming else "unary"
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: str) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    status = to_status(error)
+    if status is None:
+        log.error("unexpected error", method=method, exc_info=error)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
+        return
+    trailing: tuple[tuple[str, str], ...] = ()
+    if status.retry_after_ms is not None:
+        trailing = (("retry-after-ms", str(status.retry_after_ms)),)
+    await context.abort(status.code, status.message, trailing)

@@ -1,0 +1,37 @@
+"""A Redis client with bounded connections, timeouts and retries."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+
+CONNECT_TIMEOUT_S = 2.0
+CALL_TIMEOUT_S = 5.0
+
+
+def connect(url: str | SecretStr, *, retries: int = 3, max_connections: int = 32) -> Redis:
+    """A client; connects at its first command.
+
+    A command whose connection broke is sent again up to `retries` times, so it may run twice:
+    pass 0 where that would do harm (APPEND).
+    """
+    text = url.get_secret_value() if isinstance(url, SecretStr) else url
+    pool = BlockingConnectionPool.from_url(
+        text,
+        max_connections=max_connections,
+        timeout=CALL_TIMEOUT_S,
+        socket_timeout=CALL_TIMEOUT_S,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries),
+    )
+    return Redis.from_pool(pool)
+
+
+def redacted(url: str | SecretStr) -> str:
+    """The URL without its credentials, for people to read."""
+    parts = urlsplit(url.get_secret_value() if isinstance(url, SecretStr) else url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

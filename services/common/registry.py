@@ -1,0 +1,105 @@
+"""Who is there: members announce themselves in Redis and are forgotten when they stop.
+
+`qaq:member:<kind>:<address>` holds a member's facts as JSON and expires after 6 s without a heartbeat;
+the set `qaq:members:<kind>` lists the addresses, so that nobody has to scan the keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from services.common import metrics
+from services.common.log import once
+
+Kind = Literal["router", "worker", "originals"]
+Info = Mapping[str, Any]
+
+TTL_S = 6
+HEARTBEAT_S = 2.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Member:
+    """One running server. `address` is host:port; `info` is whatever it announced."""
+
+    kind: str
+    address: str
+    info: dict[str, Any]
+
+
+class Registry:
+    """Membership over Redis."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    @contextlib.asynccontextmanager
+    async def announce(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> AsyncIterator[None]:
+        """Keeps a member listed while the context lasts. A callable `info` is asked at every heartbeat.
+
+        Raises:
+            redis.exceptions.RedisError: the first announcement failed. Later ones are tried again.
+        """
+        await self._beat(kind, address, info)
+        heart = asyncio.create_task(self._keep_beating(kind, address, info), name=f"heartbeat {address}")
+        try:
+            yield
+        finally:
+            heart.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await heart
+            with contextlib.suppress(RedisError):
+                await self._forget(kind, [address])
+
+    async def members(self, kind: Kind) -> list[Member]:
+        """Those whose heartbeat has not stopped, by address."""
+        listed = await self._redis.smembers(_set_key(kind))
+        addresses = sorted(raw.decode() if isinstance(raw, bytes) else raw for raw in listed)
+        if not addresses:
+            return []
+        values = await self._redis.mget([_key(kind, address) for address in addresses])
+        gone = [address for address, value in zip(addresses, values, strict=True) if value is None]
+        if gone:
+            await self._redis.srem(_set_key(kind), *gone)
+        pairs = zip(addresses, values, strict=True)
+        return [Member(kind, address, json.loads(value)) for address, value in pairs if value is not None]
+
+    async def _beat(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> None:
+        facts = info() if callable(info) else info
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.set(_key(kind, address), json.dumps(dict(facts)), ex=TTL_S)
+            pipe.sadd(_set_key(kind), address)
+            await pipe.execute()
+
+    async def _keep_beating(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                await self._beat(kind, address, info)
+            except RedisError as error:
+                metrics.registry_failures.inc()
+                if once(f"heartbeat {kind} {address}"):
+                    log.warning("heartbeat failed; trying on", kind=kind, address=address, error=str(error))
+
+    async def _forget(self, kind: Kind, addresses: list[str]) -> None:
+        await self._redis.delete(*(_key(kind, address) for address in addresses))
+        await self._redis.srem(_set_key(kind), *addresses)
+
+
+def _key(kind: str, address: str) -> str:
+    return f"qaq:member:{kind}:{address}"
+
+
+def _set_key(kind: str) -> str:
+    return f"qaq:members:{kind}"

@@ -1,0 +1,123 @@
+"""A grpc.aio server with health, reflection, limits and one way to turn errors into statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from qaq_core.errors import QAQError
+from services.common.interceptor import StatusInterceptor
+
+MAX_REQUEST_BYTES = 5 << 20
+# Larger than what is accepted, so that most oversized requests get a sentence and not a bare transport error.
+_TRANSPORT_BYTES = 16 << 20
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+class PortTakenError(QAQError):
+    """The address cannot be bound; the message says which."""
+
+
+class GrpcServer:
+    """One server for one or more services.
+
+    Args:
+        host, port: what to bind; port 0 takes any free one.
+        advertise_host: name by which others reach this machine, if that is not `host`.
+        max_request_bytes: larger requests get INVALID_ARGUMENT.
+        max_concurrent_rpcs: further calls get RESOURCE_EXHAUSTED.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        advertise_host: str | None = None,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
+        max_concurrent_rpcs: int = 1024,
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._advertise_host = advertise_host
+        self._interceptor = StatusInterceptor(max_request_bytes)
+        self._max_concurrent_rpcs = max_concurrent_rpcs
+        self._services: list[tuple[str, Callable[[Any, grpc.aio.Server], None], Any]] = []
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+
+    def add(self, name: str, add_to_server: Callable[[Any, grpc.aio.Server], None], servicer: Any) -> None:
+        """Adds a service before `start`: full name, the generated `add_…Servicer_to_server`, the servicer.
+
+        Its streaming methods must be async generators.
+        """
+        self._services.append((name, add_to_server, servicer))
+
+    async def start(self) -> str:
+        """Binds and serves. Returns the address that others use, "host:port".
+
+        Raises:
+            PortTakenError: the address cannot be bound.
+        """
+        server = grpc.aio.server(
+            interceptors=[self._interceptor],
+            maximum_concurrent_rpcs=self._max_concurrent_rpcs,
+            options=[
+                # Without this two servers on one port share its connections instead of one being refused.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", _TRANSPORT_BYTES),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ],
+        )
+        for _, add_to_server, servicer in self._services:
+            add_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [name for name, _, _ in self._services]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        try:
+            port = server.add_insecure_port(_join(self._host, self._port))
+        except RuntimeError as error:
+            raise PortTakenError(
+                f"cannot listen on {_join(self._host, self._port)}: the port is taken or the address is not of "
+                "this machine; choose another port (0 takes any free one) or host"
+            ) from error
+        await server.start()
+        self._server = server
+        for name in names:
+            await self._health.set(name, _SERVING)
+        return _join(self._reachable_host(), port)
+
+    async def stop(self, grace: float = 2.0) -> None:
+        """Reports NOT_SERVING, lets running calls end for `grace` seconds, then cancels them."""
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(grace)
+            self._server = None
+
+    def _reachable_host(self) -> str:
+        if self._advertise_host:
+            return self._advertise_host
+        return socket.gethostname() if self._host in ("0.0.0.0", "::") else self._host
+
+
+async def wait_for_signal() -> None:
+    """Returns when the process is asked to end (SIGTERM or SIGINT). Main thread only."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    await asked.wait()
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,74 @@
+"""Settings of every role: from the environment (`QAQ_…`) or from keyword arguments.
+
+Port 0 means any free port; the port that was bound is the one that is registered.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1 << 20
+
+
+class CommonSettings(BaseSettings):
+    """What every role needs.
+
+    Attributes:
+        redis_url: redis:// or rediss:// with the password in it, hence secret.
+        host: address to bind. advertise_host: name by which others reach it, if that differs.
+        metrics_port: Prometheus port; None serves no metrics.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="QAQ_", extra="ignore", validate_default=True)
+
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    host: str = "127.0.0.1"
+    advertise_host: str | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+
+
+class RouterSettings(CommonSettings):
+    """`model` is the name that requests may use; max_queue bounds the requests that wait for a worker."""
+
+    port: int = Field(default=7700, ge=0, le=65535)
+    model: str = Field(min_length=1)
+    max_prompt_bytes: int = Field(default=4 * MIB, ge=1)
+    max_queue: int = Field(default=256, ge=1)
+    queue_timeout_s: float = Field(default=30.0, gt=0)
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    session_ttl_s: int = Field(default=3600, ge=1)
+
+
+class WorkerSettings(CommonSettings):
+    """Attributes:
+    model: local directory, GGUF file, hub id or installed wheel.
+    target_bits: mean code bits per element after prefill; None takes the preset's.
+    page_tokens: positions in a page of originals.
+    kv_budget_bytes: most bytes that all sessions' caches may hold; None is unbounded.
+    requantize_wait: decode waits for re-quantized rows, as the paper does.
+    """
+
+    port: int = Field(default=0, ge=0, le=65535)
+    model: str = Field(min_length=1)
+    device: str = "cpu"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    preset: str = "balanced"
+    target_bits: float | None = Field(default=None, gt=0, le=16)
+    page_tokens: int = Field(default=32, ge=1, le=1024)
+    prefill_chunk: int = Field(default=512, ge=1)
+    max_sequences: int = Field(default=8, ge=1)
+    max_waiting: int = Field(default=64, ge=0)
+    kv_budget_bytes: int | None = Field(default=None, ge=1)
+    requantize_wait: bool = False
+    tenant_salt: SecretStr = SecretStr("")
+
+
+class OriginalsSettings(CommonSettings):
+    """page_ttl_s: seconds that an untouched page lives in Redis."""
+
+    port: int = Field(default=0, ge=0, le=65535)
+    page_ttl_s: int = Field(default=3600, ge=1)

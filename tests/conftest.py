@@ -1,0 +1,27 @@
+"""Fixtures that every room uses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from services.common.embedded_redis import EmbeddedRedis
+from services.common.redis import connect
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[EmbeddedRedis]:
+    """A real Redis server for the whole run."""
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture
+async def redis(redis_server: EmbeddedRedis) -> AsyncIterator[Redis]:
+    """A client of an emptied database."""
+    client = connect(redis_server.url)
+    await client.flushdb()
+    yield client
+    await client.aclose()
