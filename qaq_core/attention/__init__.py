@@ -1,0 +1,1 @@
+"""Attention over packed tokens. One file per implementation."""

@@ -1,0 +1,66 @@
+"""Embedded Gaussian codes: one set of nested cells serves every width.
+
+Cell edges at b bits are s·Φ⁻¹(i/2^b), the cube-root compander of a Gaussian, so that the b-bit cells are
+unions of the finer ones; levels are the cells' centroids. Against separate Lloyd–Max codebooks this costs
+about 1% of mean squared error and makes narrowing a row exact: it drops bit planes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from qaq_core.codecs.base import normal_cells
+from qaq_core.errors import QuantizationError
+
+COMPANDER = 1.57
+LOG2_MIN, LOG2_MAX = -16.0, 12.0
+_STEP = (LOG2_MAX - LOG2_MIN) / 255
+
+
+class GaussianCodec:
+    """Rows that are close to Gaussian after rotation; scale = rms as an 8-bit log code, one per row."""
+
+    name = "gaussian"
+    meta_bytes = 1
+
+    def __init__(self) -> None:
+        steps = torch.arange(256, dtype=torch.float64)
+        self._scales = torch.exp2(LOG2_MIN + _STEP * steps).float()
+        self._edges = _edges(8).float()
+
+    def measure(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
+        rms = rows.square().mean(-1).sqrt()
+        if rms.numel() and float(rms.max()) > 2.0**LOG2_MAX:
+            layer = int(torch.nonzero(rms > 2.0**LOG2_MAX)[0, 0])
+            raise QuantizationError(f"layer {layer}: a row's rms {float(rms.max()):.3g} is over {2**LOG2_MAX:.0f}")
+        code = ((rms.clamp_min(2.0**LOG2_MIN).log2() - LOG2_MIN) / _STEP).round()
+        return code.to(torch.uint8).unsqueeze(-1)
+
+    def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._scales.to(meta.device)[meta[..., 0].long()], None
+
+    def codes(self, units: torch.Tensor) -> torch.Tensor:
+        return torch.bucketize(units, self._edges.to(units.device), out_int32=True).to(torch.uint8)
+
+    def levels(self, bits: int) -> torch.Tensor:
+        return _cells(bits)[0].float()
+
+    def distortion(self, bits: int) -> float:
+        return _cells(bits)[1]
+
+    def settings(self) -> dict[str, object]:
+        return {"name": self.name}
+
+
+def _edges(bits: int) -> torch.Tensor:
+    return COMPANDER * torch.special.ndtri(torch.arange(1, 2**bits, dtype=torch.float64) / 2**bits)
+
+
+@cache
+def _cells(bits: int) -> tuple[torch.Tensor, float]:
+    """Levels and distortion at b bits; half precision counts as exact."""
+    if bits >= 16:
+        return torch.empty(0, dtype=torch.float64), 0.0
+    return normal_cells(_edges(bits))

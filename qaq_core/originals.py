@@ -1,0 +1,155 @@
+"""What the cache asks of a store of originals, and the store that lives in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from qaq_core.pages import Page, PageShape
+
+if TYPE_CHECKING:
+    from qaq_core.quantizer import Quantizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RowRequest:
+    """n rows to quantize again from their originals, as parallel arrays.
+
+    Attributes:
+        page_ids: ids that `page` indexes.
+        page: int32 [n]. layer, head, token: int16 [n]; `token` is the place inside the page.
+        side: uint8 [n], 0 key, 1 value. position: int32 [n], absolute.
+        have, want: uint8 [n], planes held and planes wanted; a want of 16 asks for half precision.
+        meta: uint8 [n, meta_bytes], the scale bytes the row was quantized with.
+    """
+
+    shape: PageShape
+    page_ids: tuple[bytes, ...]
+    page: np.ndarray
+    layer: np.ndarray
+    head: np.ndarray
+    token: np.ndarray
+    side: np.ndarray
+    position: np.ndarray
+    have: np.ndarray
+    want: np.ndarray
+    meta: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.page)
+
+    def select(self, index: np.ndarray, page_ids: tuple[bytes, ...] | None = None) -> RowRequest:
+        """The same request for some of its rows; with `page_ids`, of those pages and no others it needs."""
+        fields = ("page", "layer", "head", "token", "side", "position", "have", "want", "meta")
+        rows = {name: getattr(self, name)[index] for name in fields}
+        if page_ids is not None:
+            used, rows["page"] = np.unique(rows["page"], return_inverse=True)
+            rows["page"] = rows["page"].astype(np.int32)
+            return RowRequest(self.shape, tuple(page_ids[i] for i in used), **rows)
+        return RowRequest(self.shape, self.page_ids, **rows)
+
+    def payload_bytes(self) -> np.ndarray:
+        """int64 [n]: bytes of each row in the answer."""
+        planes = np.where(self.want == 16, 16, self.want.astype(np.int64) - self.have)
+        return planes * (self.shape.head_dim // 8)
+
+
+@dataclass(frozen=True)
+class RowReply:
+    """Answer to a `RowRequest`.
+
+    Attributes:
+        found: bool [n].
+        planes: uint8 bytes of the found rows, one after another, each [head_dim/8][planes].
+    """
+
+    found: np.ndarray
+    planes: np.ndarray
+
+
+class Originals(Protocol):
+    """A store of originals. Calls return at once; futures carry the outcome.
+
+    Errors inside a future are `OriginalsError`; whoever put a page keeps it until its future is done.
+    """
+
+    def put(self, pages: Sequence[Page]) -> Future[None]:
+        """Stores pages; done when the store has acknowledged all of them."""
+        ...
+
+    def requantize(self, request: RowRequest, quantizer: Quantizer) -> Future[RowReply]:
+        """Quantizes rows again from their originals."""
+        ...
+
+    def match(self, page_ids: Sequence[bytes]) -> Future[int]:
+        """How many pages of the chain, from the first, are stored."""
+        ...
+
+    def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
+        """Pages in the order asked for; None where one is missing."""
+        ...
+
+    def forget(self, page_ids: Sequence[bytes]) -> None:
+        """The caller will not ask for these again; a shared store may keep them."""
+        ...
+
+
+class InProcessOriginals:
+    """Originals in this process's memory: the paper's CPU memory. Answers at once."""
+
+    def __init__(self) -> None:
+        self._pages: dict[bytes, Page] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(page.shape.nbytes for page in self._pages.values())
+
+    def put(self, pages: Sequence[Page]) -> Future[None]:
+        self._pages.update((page.id, page) for page in pages)
+        return _done(None)
+
+    def requantize(self, request: RowRequest, quantizer: Quantizer) -> Future[RowReply]:
+        return _done(requantize_from(self._pages, request, quantizer))
+
+    def match(self, page_ids: Sequence[bytes]) -> Future[int]:
+        count = next((i for i, pid in enumerate(page_ids) if pid not in self._pages), len(page_ids))
+        return _done(count)
+
+    def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
+        return _done([self._pages.get(pid) for pid in page_ids])
+
+    def forget(self, page_ids: Sequence[bytes]) -> None:
+        for pid in page_ids:
+            self._pages.pop(pid, None)
+
+
+def requantize_from(pages: dict[bytes, Page], request: RowRequest, quantizer: Quantizer) -> RowReply:
+    """Answers a request from pages in memory; rows of absent pages are not found."""
+    held = np.array([pid in pages for pid in request.page_ids], dtype=bool)
+    found = held[request.page] if len(request) else np.zeros(0, dtype=bool)
+    part = request.select(found)
+    rows = torch.empty(len(part), part.shape.head_dim)
+    for index in np.unique(part.page):
+        mine = np.flatnonzero(part.page == index)
+        data = pages[part.page_ids[index]].data
+        picked = data[
+            torch.from_numpy(part.layer[mine].astype(np.int64)),
+            torch.from_numpy(part.side[mine].astype(np.int64)),
+            torch.from_numpy(part.head[mine].astype(np.int64)),
+            torch.from_numpy(part.token[mine].astype(np.int64)),
+        ]
+        rows[torch.from_numpy(mine)] = picked.float()
+    return RowReply(found, quantizer.requantize(part, rows))
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future

@@ -1,0 +1,27 @@
+"""The same width for every key, and for every value."""
+
+from __future__ import annotations
+
+import torch
+
+from qaq_core.errors import ConfigError
+from qaq_core.packing import WIDTHS
+from qaq_core.policies.base import View
+
+
+class FixedPolicy:
+    """Static widths. `FixedPolicy(16, 16)` keeps half precision: the `exact` preset."""
+
+    exceptions = False
+    every = 1
+    hysteresis = 1.0
+    price = 1.0
+
+    def __init__(self, key_bits: int, value_bits: int) -> None:
+        if key_bits not in WIDTHS or value_bits not in WIDTHS or key_bits == 0:
+            raise ConfigError(f"widths {key_bits}/{value_bits} are not among {WIDTHS} (keys: not 0)")
+        self.key_bits, self.value_bits = key_bits, value_bits
+
+    def widths(self, view: View, price: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        like = view.importance.new_empty(view.shape, dtype=torch.uint8)
+        return torch.full_like(like, self.key_bits), torch.full_like(like, self.value_bits)

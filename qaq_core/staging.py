@@ -1,0 +1,107 @@
+"""Staging: the originals of one sequence that the store has not acknowledged yet, in host memory.
+
+Every new key and value is copied here first. A complete page leaves for the store, and is kept until the
+store has acknowledged it, so no original is ever dropped that is not safe elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import numpy as np
+import torch
+
+from qaq_core.originals import Originals, RowReply, RowRequest, requantize_from
+from qaq_core.pages import Page, PageShape
+from qaq_core.quantizer import Quantizer
+
+
+class Staging:
+    """The pages of one sequence: the growing one, those under way, and the names of those stored.
+
+    Args:
+        page_name: gives the id of page i; called once its tokens are complete.
+    """
+
+    def __init__(self, shape: PageShape, originals: Originals, page_name: Callable[[int], bytes]) -> None:
+        self.shape, self.originals, self._page_name = shape, originals, page_name
+        self.names: list[bytes] = []
+        self.tokens = 0
+        self._growing: torch.Tensor | None = None
+        self._staged: dict[bytes, Page] = {}
+        self._under_way: dict[bytes, Future[None]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes of originals that are not acknowledged."""
+        growing = self.shape.nbytes if self._growing is not None else 0
+        return growing + sum(page.shape.nbytes for page in self._staged.values())
+
+    def append(self, originals: torch.Tensor) -> None:
+        """Takes the next tokens' originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
+        originals = originals.cpu()
+        done = 0
+        while done < originals.shape[3]:
+            slot = self.tokens % self.shape.tokens
+            count = min(self.shape.tokens - slot, originals.shape[3] - done)
+            if self._growing is None:
+                self._growing = torch.empty(self.shape.dims, dtype=self.shape.torch_dtype)
+            self._growing[:, :, :, slot : slot + count] = originals[:, :, :, done : done + count]
+            self.tokens += count
+            done += count
+            if slot + count == self.shape.tokens:
+                self._complete()
+        self.collect()
+
+    def _complete(self) -> None:
+        assert self._growing is not None
+        page = Page(self._page_name(len(self.names)), self.shape, self._growing)
+        self.names.append(page.id)
+        self._growing = None
+        self._staged[page.id] = page
+        self._under_way[page.id] = self.originals.put([page])
+
+    def collect(self) -> None:
+        """Lets go of acknowledged pages and sends failed ones again."""
+        for name, future in list(self._under_way.items()):
+            if not future.done():
+                continue
+            if future.cancelled() or future.exception() is not None:
+                self._under_way[name] = self.originals.put([self._staged[name]])
+            else:
+                del self._under_way[name], self._staged[name]
+
+    def requantize(self, request: RowRequest, quantizer: Quantizer) -> list[tuple[np.ndarray, Future[RowReply]]]:
+        """Answers what is staged here at once and asks the store for the rest.
+
+        Args:
+            request: rows by page index of this sequence (`page_ids` is filled in here).
+        Returns:
+            pairs of row indices and the future of their part of the answer.
+        """
+        self.collect()
+        pages = dict(self._staged)
+        names = (*self.names, b"growing") if self._growing is not None else tuple(self.names)
+        if self._growing is not None:
+            pages[b"growing"] = Page(b"growing", self.shape, self._growing)
+        local = np.array([name in pages for name in names], dtype=bool)[request.page]
+        parts: list[tuple[np.ndarray, Future[RowReply]]] = []
+        for index, here in ((np.flatnonzero(local), True), (np.flatnonzero(~local), False)):
+            if not len(index):
+                continue
+            part = request.select(index, names)
+            if here:
+                answer: Future[RowReply] = Future()
+                answer.set_result(requantize_from(pages, part, quantizer))
+            else:
+                answer = self.originals.requantize(part, quantizer)
+            parts.append((index, answer))
+        return parts
+
+    def close(self) -> None:
+        """Forgets the sequence's pages; pages under way still arrive."""
+        self.originals.forget(self.names)
+        self._growing = None
+        self._staged.clear()
+        self._under_way.clear()

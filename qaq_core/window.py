@@ -1,0 +1,157 @@
+"""Windows: how much attention a token is predicted to get, from the attention it has got.
+
+A window keeps a few bytes per (layer, kv_head, token), which are counted, and reduces each step's
+probabilities to the statistic it needs.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+LOG2_FLOOR = -40.0
+"""Smallest statistic that a byte tells from 0; the largest is 1."""
+
+_STEP = -LOG2_FLOOR / 255
+
+
+class Window(Protocol):
+    bytes_per_token: int
+    every: int
+    """Decode steps from one observation to the next."""
+
+    def reduce(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """A decode step's statistic [kv_heads, tokens] of probabilities [kv_heads, group, 1, tokens]."""
+        ...
+
+    def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptWatch:
+        """Watches the prefill of the last `queries` of `total` tokens."""
+        ...
+
+    def observe(self, state: torch.Tensor, statistic: torch.Tensor, step: int) -> None:
+        """Folds a decode step's statistic [layers, kv_heads, tokens] into the state, in place."""
+        ...
+
+    def importance(self, state: torch.Tensor) -> torch.Tensor:
+        """Predicted attention, float32 [layers, kv_heads, tokens], of state uint8 [..., bytes_per_token]."""
+        ...
+
+
+class PromptWatch(Protocol):
+    def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
+        """Takes in probabilities [kv_heads, group, n, tokens] of prompt queries first..first+n-1."""
+        ...
+
+    def state(self) -> torch.Tensor:
+        """The state after the prompt, uint8 [layers, kv_heads, total, bytes_per_token]."""
+        ...
+
+
+def to_log_byte(value: torch.Tensor, stochastic: bool = False) -> torch.Tensor:
+    """uint8 log code of numbers in [0, 1]. Stochastic rounding keeps small changes alive on average."""
+    code = (value.clamp(2.0**LOG2_FLOOR, 1.0).log2() - LOG2_FLOOR) / _STEP
+    noise = torch.rand_like(code) if stochastic else 0.5
+    return (code + noise).floor_().clamp_(0, 255).to(torch.uint8)
+
+
+def from_log_byte(code: torch.Tensor) -> torch.Tensor:
+    """float32 of log codes; code 0 is 0."""
+    table = torch.exp2(LOG2_FLOOR + _STEP * torch.arange(256, device=code.device, dtype=torch.float32))
+    table[0] = 0.0
+    return table[code.int()]
+
+
+class MaxWindow:
+    """The paper's attention window: the largest probability of the last n steps (section 3.4)."""
+
+    every = 1
+
+    def __init__(self, steps: int = 5) -> None:
+        self.bytes_per_token = self.steps = steps
+
+    def reduce(self, probabilities: torch.Tensor) -> torch.Tensor:
+        return probabilities.amax((1, 2))
+
+    def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptWatch:
+        return _LastSteps(self.steps, layers, heads, total, device)
+
+    def observe(self, state: torch.Tensor, statistic: torch.Tensor, step: int) -> None:
+        state[:, :, : statistic.shape[2], step % self.steps] = to_log_byte(statistic)
+
+    def importance(self, state: torch.Tensor) -> torch.Tensor:
+        return from_log_byte(state.amax(-1))
+
+
+class _LastSteps:
+    """The last n prompt queries fill the window."""
+
+    def __init__(self, steps: int, layers: int, heads: int, total: int, device: torch.device) -> None:
+        self._total = total
+        self._state = torch.zeros(layers, heads, total, steps, dtype=torch.uint8, device=device)
+
+    def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
+        n, steps = probabilities.shape[2], self._state.shape[-1]
+        for query in range(max(0, self._total - steps - first), n):
+            self._state[layer, :, : probabilities.shape[3], (first + query) % steps] = to_log_byte(
+                probabilities[:, :, query].amax(1)
+            )
+
+    def state(self) -> torch.Tensor:
+        return self._state
+
+
+class DecayWindow:
+    """Mean squared attention: of the last prompt queries, then decaying with a half-life in steps.
+
+    s = mean p² over the last `queries` prompt queries + peak_share · max p² over prompt queries at least
+    `distance` positions away; in decode an exponential moving average of the group's mean p².
+    """
+
+    bytes_per_token = 1
+
+    def __init__(
+        self, half_life: float = 64.0, queries: int = 256, distance: int = 32, peak_share: float = 0.03 / 256,
+        every: int = 4,
+    ) -> None:
+        self.half_life, self.queries, self.distance, self.peak_share = half_life, queries, distance, peak_share
+        self.every = every
+
+    def reduce(self, probabilities: torch.Tensor) -> torch.Tensor:
+        return probabilities.square().mean((1, 2))
+
+    def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptWatch:
+        return _PromptMeans(self, layers, heads, total, min(queries, self.queries), device)
+
+    def observe(self, state: torch.Tensor, statistic: torch.Tensor, step: int) -> None:
+        seen = state[:, :, : statistic.shape[2], 0]
+        keep = 0.5 ** (self.every / self.half_life)
+        seen.copy_(to_log_byte(torch.lerp(statistic, from_log_byte(seen), keep), stochastic=True))
+
+    def importance(self, state: torch.Tensor) -> torch.Tensor:
+        return from_log_byte(state[..., 0])
+
+
+class _PromptMeans:
+    """Sums and peaks of p² while a prompt is computed."""
+
+    def __init__(
+        self, window: DecayWindow, layers: int, heads: int, total: int, queries: int, device: torch.device
+    ) -> None:
+        self._window, self._total, self._queries = window, total, queries
+        self._sum = torch.zeros(layers, heads, total, device=device)
+        self._peak = torch.zeros(layers, heads, total, device=device)
+
+    def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
+        tokens = probabilities.shape[3]
+        squares = probabilities.square().mean(1)  # [kv_heads, n, tokens]
+        last = max(0, self._total - self._queries - first)
+        if last < squares.shape[1]:
+            self._sum[layer, :, :tokens] += squares[:, last:].sum(1)
+        far = squares.tril_(first - self._window.distance).amax(1)
+        peak = self._peak[layer, :, :tokens]
+        torch.maximum(peak, far, out=peak)
+
+    def state(self) -> torch.Tensor:
+        mean = self._sum / self._queries
+        return to_log_byte(mean + self._window.peak_share * self._peak).unsqueeze(-1)
