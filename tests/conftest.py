@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from redis.asyncio import Redis
 
+from qaq_core.loading import LoadedModel, default_model_path, load_model
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 
@@ -25,3 +26,9 @@ async def redis(redis_server: EmbeddedRedis) -> AsyncIterator[Redis]:
     await client.flushdb()
     yield client
     await client.aclose()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The demo model, float32 on the CPU. Shared: leave its weights and configuration as they are."""
+    return load_model(str(default_model_path()))
