@@ -6,6 +6,7 @@ import grpc
 from redis import exceptions as redis_errors
 
 from qaq_core import errors as core
+from services.common.redis import RedisUnreachableError
 
 Code = grpc.StatusCode
 
@@ -63,6 +64,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (core.ModelLoadError, Code.FAILED_PRECONDITION),
     (core.CorruptPageError, Code.DATA_LOSS),
     (core.OriginalsError, Code.UNAVAILABLE),
+    (RedisUnreachableError, Code.UNAVAILABLE),
     (core.QAQError, Code.INTERNAL),
 )
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from typing import Any
 
+import stamina.instrumentation
 import structlog
 
 _seen: set[str] = set()
@@ -14,7 +15,8 @@ _lock = threading.Lock()
 
 
 def configure(level: str = "info") -> None:
-    """Sets up logging for this process."""
+    """Sets up logging for this process. Retries are counted in metrics, not logged one by one."""
+    stamina.instrumentation.set_on_retry_hooks([])
     terminal = sys.stderr.isatty()
     renderer: Any = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
     errors = [] if terminal else [structlog.processors.format_exc_info]

@@ -8,9 +8,16 @@ from pydantic import SecretStr
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import RedisError
+
+from qaq_core.errors import QAQError
 
 CONNECT_TIMEOUT_S = 2.0
 CALL_TIMEOUT_S = 5.0
+
+
+class RedisUnreachableError(QAQError):
+    """Redis does not answer; the message says where and what to do."""
 
 
 def connect(url: str | SecretStr, *, retries: int = 3, max_connections: int = 32) -> Redis:
@@ -29,6 +36,16 @@ def connect(url: str | SecretStr, *, retries: int = 3, max_connections: int = 32
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries),
     )
     return Redis.from_pool(pool)
+
+
+async def check(client: Redis, url: str | SecretStr) -> None:
+    """Raises RedisUnreachableError unless the server answers."""
+    try:
+        await client.ping()
+    except RedisError as error:
+        raise RedisUnreachableError(
+            f"Redis at {redacted(url)} does not answer ({error}); start it, or correct QAQ_REDIS_URL"
+        ) from error
 
 
 def redacted(url: str | SecretStr) -> str:

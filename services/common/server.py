@@ -6,9 +6,10 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
+import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -19,6 +20,9 @@ MAX_REQUEST_BYTES = 5 << 20
 # Larger than what is accepted, so that most oversized requests get a sentence and not a bare transport error.
 _TRANSPORT_BYTES = 16 << 20
 _SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+log = structlog.get_logger()
 
 
 class PortTakenError(QAQError):
@@ -110,13 +114,28 @@ class GrpcServer:
         return socket.gethostname() if self._host in ("0.0.0.0", "::") else self._host
 
 
-async def wait_for_signal() -> None:
-    """Returns when the process is asked to end (SIGTERM or SIGINT). Main thread only."""
+class Role(Protocol):
+    """A router, worker or cache service."""
+
+    async def start(self) -> str:
+        """Returns the address, host:port."""
+        ...
+
+    async def stop(self) -> None: ...
+
+
+async def run_until_signal(role: Role) -> None:
+    """Runs a role until the process is asked to end (SIGTERM or SIGINT). Main thread only."""
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    await asked.wait()
+    address = await role.start()
+    log.info("serving", role=type(role).__name__, address=address)
+    try:
+        await asked.wait()
+    finally:
+        await role.stop()
 
 
 def _join(host: str, port: int) -> str:

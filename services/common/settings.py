@@ -68,7 +68,7 @@ class WorkerSettings(CommonSettings):
 
 
 class OriginalsSettings(CommonSettings):
-    """page_ttl_s: seconds that an untouched page lives in Redis."""
+    """page_ttl_s: seconds that an untouched page lives in Redis; workers touch the pages they hold every 60 s."""
 
     port: int = Field(default=0, ge=0, le=65535)
-    page_ttl_s: int = Field(default=3600, ge=1)
+    page_ttl_s: int = Field(default=3600, ge=180)

@@ -1,0 +1,64 @@
+"""The cache service as a process or inside an actor."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AsyncExitStack
+
+from qaq.v1 import originals_pb2_grpc
+
+from services.common import log, metrics
+from services.common.redis import check, connect
+from services.common.registry import Registry
+from services.common.server import GrpcServer, run_until_signal
+from services.common.settings import OriginalsSettings
+from services.originals.service import OriginalsService
+from services.originals.store import PageStore
+
+MAX_CONCURRENT_RPCS = 256
+
+
+class OriginalsServer:
+    """Serves originals from Redis and is listed in the registry while it runs."""
+
+    def __init__(self, settings: OriginalsSettings) -> None:
+        self._settings = settings
+        self._running = AsyncExitStack()
+
+    async def start(self) -> str:
+        """Returns the address, host:port.
+
+        Raises:
+            RedisUnreachableError, PortTakenError: the message says what to do. Nothing is left running.
+        """
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            redis = connect(settings.redis_url)
+            stack.push_async_callback(redis.aclose)
+            await check(redis, settings.redis_url)
+            service = OriginalsService(PageStore(redis, settings.page_ttl_s))
+            stack.callback(service.close)
+            server = GrpcServer(
+                settings.host,
+                settings.port,
+                advertise_host=settings.advertise_host,
+                max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
+            )
+            server.add("qaq.v1.Originals", originals_pb2_grpc.add_OriginalsServicer_to_server, service)
+            address = await server.start()
+            stack.push_async_callback(server.stop)
+            facts = {"pid": os.getpid()}
+            await stack.enter_async_context(Registry(redis).announce("originals", address, facts))
+            self._running = stack.pop_all()
+        return address
+
+    async def stop(self) -> None:
+        """Leaves the registry, lets running calls end, and closes everything."""
+        await self._running.aclose()
+
+
+async def serve(settings: OriginalsSettings) -> None:
+    """Runs until SIGTERM or SIGINT."""
+    log.configure(settings.log_level)
+    metrics.serve(settings.metrics_port, settings.host)
+    await run_until_signal(OriginalsServer(settings))

@@ -1,0 +1,155 @@
+"""The gRPC service over the store. Stateless: any number of replicas may serve one Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from qaq.v1 import originals_pb2 as pb
+from qaq.v1 import originals_pb2_grpc
+
+from qaq_core.originals import RowRequest
+from qaq_core.quantizer import Quantizer
+from services.common import metrics
+from services.common.errors import FailedPrecondition, InvalidArgument
+from services.originals import wire
+from services.originals.store import PageStore
+
+MAX_IDS = 65_536
+_QUANTIZERS_KEPT = 8
+
+
+class OriginalsService(originals_pb2_grpc.OriginalsServicer):
+    """Errors of Redis and `StatusError`s become statuses in the server's interceptor."""
+
+    def __init__(self, store: PageStore) -> None:
+        self._store = store
+        self._quantizers: OrderedDict[bytes, Quantizer] = OrderedDict()
+        # One thread keeps the event loop free; torch spreads large batches, replicas use further cores.
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requantize")
+        self._rows_requantized = self._rows_missing = self._requantize_bytes = 0
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def Put(self, requests: AsyncIterator[pb.PutRequest], context: Any) -> pb.PutReply:
+        reply = pb.PutReply()
+        page: wire.Assembly | None = None
+        async for request in requests:
+            page = page or wire.Assembly(request.chunk)
+            if page.add(request.chunk):
+                # Nothing more is read before Redis has this page: one page of memory a stream.
+                new = await self._store.put(page.page_id, page.shape, page.data)
+                reply.pages_stored += new
+                reply.pages_known += not new
+                page = None
+        if page is not None:
+            raise InvalidArgument("the stream ended inside a page; its last piece must say so")
+        return reply
+
+    async def PutCodec(self, request: pb.PutCodecRequest, context: Any) -> pb.PutCodecReply:
+        _check_codec_id(request.codec_id)
+        quantizer = await self._in_thread(_parse_quantizer, request.tables)
+        if quantizer.id != request.codec_id:
+            raise InvalidArgument("codec_id is not the fingerprint of the tables; send the quantizer's own id")
+        await self._store.put_codec(request.codec_id, request.tables)
+        return pb.PutCodecReply()
+
+    async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
+        return pb.MatchReply(pages=await self._store.match(_check_ids(request.page_ids)))
+
+    async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[pb.FetchReply]:
+        for page_id in _check_ids(request.page_ids):
+            stored = await self._store.get(page_id)
+            if stored is None:
+                yield pb.FetchReply(chunk=pb.PageChunk(page_id=page_id, last=True, missing=True))
+                continue
+            for chunk in wire.pieces(page_id, *stored):
+                yield pb.FetchReply(chunk=chunk)
+
+    async def Requantize(self, request: pb.RequantizeRequest, context: Any) -> pb.RequantizeReply:
+        with metrics.requantize_seconds.time():
+            quantizer = await self._quantizer(request.codec_id)
+            rows = wire.rows_of(request, quantizer.meta_bytes)
+            offsets = rows.shape.row_offset(
+                *(getattr(rows, name).astype(np.int64) for name in ("layer", "side", "head", "token"))
+            )
+            values = await self._store.rows(rows.page_ids, rows.shape, rows.page, np.asarray(offsets))
+            found = np.array([value is not None for value in values], dtype=bool)
+            raw = bytearray().join(value for value in values if value is not None)
+            planes = await self._in_thread(_requantize, quantizer, rows.select(found), raw)
+        self._count(found, len(planes))
+        return pb.RequantizeReply(found=found.astype(np.uint8).tobytes(), planes=planes)
+
+    async def Touch(self, request: pb.TouchRequest, context: Any) -> pb.TouchReply:
+        return pb.TouchReply(pages=await self._store.touch(_check_ids(request.page_ids)))
+
+    async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsReply:
+        pages, nbytes = await self._store.size()
+        return pb.StatsReply(
+            pages=pages,
+            bytes=nbytes,
+            rows_requantized=self._rows_requantized,
+            rows_missing=self._rows_missing,
+            redis_row_reads=self._store.row_reads,
+            requantize_bytes=self._requantize_bytes,
+        )
+
+    async def _quantizer(self, codec_id: bytes) -> Quantizer:
+        _check_codec_id(codec_id)
+        if codec_id in self._quantizers:
+            self._quantizers.move_to_end(codec_id)
+            return self._quantizers[codec_id]
+        tables = await self._store.get_codec(codec_id)
+        if tables is None:
+            raise FailedPrecondition(f"codec {codec_id.hex()} is not known; call PutCodec first")
+        quantizer = await self._in_thread(_parse_quantizer, tables)
+        self._quantizers[codec_id] = quantizer
+        while len(self._quantizers) > _QUANTIZERS_KEPT:
+            self._quantizers.popitem(last=False)
+        return quantizer
+
+    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def _count(self, found: np.ndarray, nbytes: int) -> None:
+        hits = int(found.sum())
+        self._rows_requantized += hits
+        self._rows_missing += len(found) - hits
+        self._requantize_bytes += nbytes
+        metrics.requantize_bytes.inc(nbytes)
+        metrics.originals_missing.inc(len(found) - hits)
+
+
+def _requantize(quantizer: Quantizer, rows: RowRequest, raw: bytearray) -> bytes:
+    """Packed planes of rows whose originals are `raw`, one after another."""
+    if not raw:
+        return b""
+    originals = torch.frombuffer(raw, dtype=rows.shape.torch_dtype).view(len(rows), rows.shape.head_dim)
+    try:
+        return quantizer.requantize(rows, originals.float()).tobytes()
+    except (IndexError, RuntimeError) as error:
+        raise InvalidArgument(f"the codec's tables do not fit pages of {rows.shape}: {error}") from error
+
+
+def _parse_quantizer(tables: bytes) -> Quantizer:
+    try:
+        return Quantizer.from_bytes(tables)
+    except Exception as error:  # whatever the parsers of untrusted bytes raise
+        raise InvalidArgument(f"tables are not those of a quantizer: {error}") from error
+
+
+def _check_codec_id(codec_id: bytes) -> None:
+    if len(codec_id) != wire.CODEC_ID_BYTES:
+        raise InvalidArgument(f"codec_id has {len(codec_id)} bytes and must have {wire.CODEC_ID_BYTES}")
+
+
+def _check_ids(ids: Any) -> list[bytes]:
+    if len(ids) > MAX_IDS:
+        raise InvalidArgument(f"{len(ids):,} page ids were given and at most {MAX_IDS:,} are accepted")
+    return wire.page_ids_of(ids)
