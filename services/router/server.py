@@ -1,0 +1,76 @@
+"""The router as a server: what it is made of, and how it starts and stops."""
+
+from __future__ import annotations
+
+import contextlib
+
+from qaq.v1 import generate_pb2, generate_pb2_grpc
+
+from services.common import log, metrics
+from services.common.redis import connect
+from services.common.registry import Registry
+from services.common.server import GrpcServer, run_until_signal
+from services.common.settings import RouterSettings
+from services.router.prompts import Prompts
+from services.router.service import InferenceService
+from services.router.sessions import SessionDirectory
+from services.router.workers import WorkerPool
+
+# A prompt at its limit, with room for the rest of its message; larger ones get a sentence as well.
+_MESSAGE_MARGIN = 1 << 20
+
+
+class RouterServer:
+    """Router of one model. `start` and `stop` may each be called once."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self._settings = settings
+        self._stack = contextlib.AsyncExitStack()
+
+    async def start(self) -> str:
+        """Serves and announces itself. Returns its address.
+
+        Raises:
+            ModelLoadError: there is no tokenizer for the model.
+            PortTakenError: the port is taken.
+            redis.exceptions.RedisError: Redis does not answer.
+        """
+        settings = self._settings
+        async with contextlib.AsyncExitStack() as stack:
+            redis = connect(settings.redis_url)
+            stack.push_async_callback(redis.aclose)
+            await redis.ping()
+            registry = Registry(redis)
+            prompts = await Prompts.load(settings.model)
+            stack.callback(prompts.close)
+            pool = WorkerPool(registry)
+            stack.push_async_callback(pool.stop)
+            await pool.start()
+            server = GrpcServer(
+                settings.host,
+                settings.port,
+                advertise_host=settings.advertise_host,
+                max_request_bytes=settings.max_prompt_bytes + _MESSAGE_MARGIN,
+            )
+            sessions = SessionDirectory(redis, settings.session_ttl_s)
+            server.add(
+                generate_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+                generate_pb2_grpc.add_InferenceServicer_to_server,
+                InferenceService(settings, sessions, pool, prompts),
+            )
+            address = await server.start()
+            stack.push_async_callback(server.stop)
+            await stack.enter_async_context(registry.announce("router", address, {"model": settings.model}))
+            self._stack = stack.pop_all()
+        return address
+
+    async def stop(self) -> None:
+        """Leaves the registry, lets running calls end for a moment, frees everything."""
+        await self._stack.aclose()
+
+
+async def serve(settings: RouterSettings) -> None:
+    """Runs a router until SIGTERM or SIGINT."""
+    log.configure(settings.log_level)
+    metrics.serve(settings.metrics_port, settings.host)
+    await run_until_signal(RouterServer(settings))

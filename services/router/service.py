@@ -1,0 +1,194 @@
+"""The public API. Each method reads as the protocol: check, find the session, make the prompt, stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+
+import grpc
+import structlog
+from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc, worker_pb2
+from redis.exceptions import RedisError
+
+from services.common.errors import ResourceExhausted
+from services.common.settings import RouterSettings
+from services.router import validation
+from services.router.prompts import Prompts
+from services.router.sessions import Session, SessionDirectory
+from services.router.turns import Turn
+from services.router.workers import RETRY_AFTER_MS, WorkerPool
+
+DROP_DEADLINE_S = 5.0
+
+log = structlog.get_logger()
+
+Request = generate_pb2.GenerateRequest | generate_pb2.ChatRequest
+Encode = Callable[[list[int]], Awaitable[list[int]]]
+
+
+class InferenceService(generate_pb2_grpc.InferenceServicer):
+    """Stateless over Redis but for the turns that run through it."""
+
+    def __init__(
+        self, settings: RouterSettings, sessions: SessionDirectory, pool: WorkerPool, prompts: Prompts
+    ) -> None:
+        self._settings = settings
+        self._sessions = sessions
+        self._pool = pool
+        self._prompts = prompts
+        self._turns: dict[str, Turn] = {}
+        self._admitted = 0
+
+    async def Generate(
+        self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generate_pb2.GenerateReply]:
+        validation.generate(request, self._limits(request.model))
+
+        async def encode(held: list[int]) -> list[int]:
+            return await self._prompts.text(request.prompt, begins=not held)
+
+        async with contextlib.aclosing(self._turn(request, encode, context)) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def Chat(
+        self, request: generate_pb2.ChatRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generate_pb2.GenerateReply]:
+        validation.chat(request, self._limits(request.model))
+        messages = [{"role": message.role, "content": message.content} for message in request.messages]
+
+        async def encode(held: list[int]) -> list[int]:
+            return await self._prompts.chat(messages, held)
+
+        async with contextlib.aclosing(self._turn(request, encode, context)) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def Tokenize(
+        self, request: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.TokenizeReply:
+        validation.tokenize(request, self._limits(request.model))
+        return generate_pb2.TokenizeReply(
+            token_ids=await self._prompts.text(request.text, begins=not request.plain)
+        )
+
+    async def GetModel(
+        self, request: generate_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.GetModelReply:
+        return generate_pb2.GetModelReply(model=self._model(request.model), workers=len(self._pool.ready))
+
+    async def OpenSession(
+        self, request: generate_pb2.OpenSessionRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.OpenSessionReply:
+        model = self._model(request.model)
+        validation.cache(request.cache)
+        session = await self._sessions.open(model.name, request.cache, kept=True)
+        return generate_pb2.OpenSessionReply(session_id=session.id)
+
+    async def CloseSession(
+        self, request: generate_pb2.CloseSessionRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.CloseSessionReply:
+        validation.session_id(request.session_id)
+        session = await self._sessions.close(request.session_id)
+        # A turn that runs through another router ends when that one notices that it lost its hold.
+        if turn := self._turns.get(session.id):
+            turn.end()
+        await self._drop(session)
+        return generate_pb2.CloseSessionReply()
+
+    async def ListSessions(
+        self, request: generate_pb2.ListSessionsRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.ListSessionsReply:
+        reply = generate_pb2.ListSessionsReply()
+        for listing in await self._sessions.list():
+            session = listing.session
+            reply.sessions.add(
+                session_id=session.id,
+                tokens=listing.tokens,
+                worker=session.worker,
+                running=listing.running,
+                opened_at=session.opened_at,
+            )
+        return reply
+
+    async def _turn(
+        self, request: Request, encode: Encode, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
+        """One generation of a session, from its place in the directory to its last message."""
+        async with self._admission(), self._session(request) as session:
+            turn: Turn | None = None
+
+            def lost() -> None:
+                if turn is not None:
+                    turn.end()
+
+            async with self._sessions.running(session.id, lost):
+                held = await self._sessions.tokens(session.id)
+                prompt = await encode(held)
+                context_length = self._pool.model.context_length
+                validation.fits(len(held), len(prompt), request.stop.max_new_tokens, context_length)
+                run = worker_pb2.RunRequest(
+                    session_id=session.id,
+                    token_ids=[*held, *prompt],
+                    sampling=request.sampling,
+                    stop=request.stop,
+                    cache=session.cache,
+                    keep=session.kept,
+                )
+                turn = self._turns[session.id] = Turn(self._sessions, self._pool, session, run, len(held))
+                try:
+                    async with contextlib.aclosing(turn.replies(self._deadline(context))) as replies:
+                        async for reply in replies:
+                            yield reply
+                finally:
+                    del self._turns[session.id]
+
+    @contextlib.asynccontextmanager
+    async def _admission(self) -> AsyncIterator[None]:
+        if self._admitted >= self._settings.max_queue:
+            raise ResourceExhausted(
+                f"{self._admitted} generations are under way, the most this router takes; try again later",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    @contextlib.asynccontextmanager
+    async def _session(self, request: Request) -> AsyncIterator[Session]:
+        """The session that a request names, or one for this call alone."""
+        if request.session_id:
+            yield await self._sessions.get(request.session_id)
+            return
+        session = await self._sessions.open(self._pool.model.name, request.cache, kept=False)
+        try:
+            yield session
+        finally:
+            with contextlib.suppress(RedisError):  # it expires by itself
+                await self._sessions.forget(session.id)
+
+    async def _drop(self, session: Session) -> None:
+        """Frees the session's cache. A worker that cannot be asked now forgets it when it needs the room."""
+        link = self._pool.get(session.worker)
+        if link is None:
+            return
+        try:
+            await link.stub.Drop(worker_pb2.DropRequest(session_id=session.id), timeout=DROP_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            log.warning("could not drop a cache", worker=link.address, status=error.code().name)
+
+    def _model(self, name: str) -> common_pb2.ModelInfo:
+        model = self._pool.model
+        validation.model(name, model)
+        return model
+
+    def _limits(self, name: str) -> validation.Limits:
+        return validation.Limits(self._settings.max_prompt_bytes, self._model(name).context_length)
+
+    def _deadline(self, context: grpc.aio.ServicerContext) -> float:
+        """Seconds the worker is given: what the client has left, and never without end."""
+        remaining = context.time_remaining()
+        limit = self._settings.request_timeout_s
+        return limit if remaining is None else min(remaining, limit)

@@ -1,0 +1,225 @@
+"""Sessions in Redis: the directory, and each session's token log, the source of truth for its cache.
+
+`qaq:session:<id>` is a hash of facts, `…:tokens` the log as little-endian int32, `…:run` is held while a
+generation runs, and the sorted set `qaq:sessions` lists the ids by the time they were opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import structlog
+from qaq.v1 import common_pb2
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from services.common.errors import FailedPrecondition, NotFound
+
+RUN_TTL_S = 15
+RUN_REFRESH_S = 2.0
+INDEX = "qaq:sessions"
+
+log = structlog.get_logger()
+
+# Writing at a known place, not appending, makes a command that was sent twice harmless; asking for the
+# session first keeps a log from coming back after its session was closed.
+_WRITE = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('SETRANGE', KEYS[2], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+return 1
+"""
+_SET_IF_OPEN = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+return 1
+"""
+_REFRESH = (
+    "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('EXPIRE', KEYS[1], ARGV[2]) end return 0"
+)
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+
+
+@dataclass(frozen=True)
+class Session:
+    """Facts of one session.
+
+    Attributes:
+        kept: it was opened by the client and lives on after a generation.
+        worker: address of the worker that holds its cache, or "".
+        opened_at: seconds since the epoch.
+    """
+
+    id: str
+    model: str
+    cache: common_pb2.CacheParams
+    kept: bool
+    worker: str
+    opened_at: float
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A session as `list` shows it."""
+
+    session: Session
+    tokens: int
+    running: bool
+
+
+class SessionDirectory:
+    """All routers' view of the sessions. Every method may raise a RedisError."""
+
+    def __init__(self, redis: Redis, ttl_s: int) -> None:
+        self._redis = redis
+        self._ttl_s = ttl_s
+        self._write = redis.register_script(_WRITE)
+        self._set_if_open = redis.register_script(_SET_IF_OPEN)
+        self._refresh = redis.register_script(_REFRESH)
+        self._release = redis.register_script(_RELEASE)
+
+    async def open(self, model: str, cache: common_pb2.CacheParams, *, kept: bool) -> Session:
+        """Makes a session with an empty log."""
+        session = Session(secrets.token_urlsafe(16), model, cache, kept, "", time.time())
+        facts: dict[Any, Any] = {
+            "model": model,
+            "cache": cache.SerializeToString(),
+            "kept": int(kept),
+            "worker": "",
+            "opened_at": repr(session.opened_at),
+        }
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(_key(session.id), mapping=facts)
+            pipe.expire(_key(session.id), self._ttl_s)
+            pipe.zadd(INDEX, {session.id: session.opened_at})
+            await pipe.execute()
+        return session
+
+    async def get(self, identifier: str) -> Session:
+        """Raises:
+        NotFound: there is none of that id, or it expired.
+        """
+        facts = await self._redis.hgetall(_key(identifier))
+        if not facts:
+            raise _unknown(identifier)
+        return _session(identifier, facts)
+
+    async def tokens(self, identifier: str) -> list[int]:
+        """The whole token log."""
+        raw: Any = await self._redis.get(_tokens_key(identifier))
+        return np.frombuffer(raw or b"", dtype="<i4").tolist()
+
+    async def write(self, identifier: str, offset: int, tokens: Sequence[int]) -> bool:
+        """Writes tokens to the log from position `offset` on; False if the session was closed."""
+        raw = np.asarray(tokens, dtype="<i4").tobytes()
+        keys = [_key(identifier), _tokens_key(identifier)]
+        return bool(await self._write(keys=keys, args=[offset * 4, raw, self._ttl_s]))
+
+    async def set_worker(self, identifier: str, address: str) -> None:
+        """Notes which worker holds the session's cache."""
+        await self._set_if_open(keys=[_key(identifier)], args=["worker", address])
+
+    async def close(self, identifier: str) -> Session:
+        """Forgets a session; a generation that runs loses its hold and ends.
+
+        Raises:
+            NotFound: there is none.
+        """
+        session = await self.get(identifier)
+        await self.forget(identifier)
+        return session
+
+    async def forget(self, identifier: str) -> None:
+        """As `close`, also when there is none."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.delete(_key(identifier), _tokens_key(identifier), _run_key(identifier))
+            pipe.zrem(INDEX, identifier)
+            await pipe.execute()
+
+    async def list(self) -> list[Listing]:
+        """Every session, oldest first."""
+        listed: Any = await self._redis.zrange(INDEX, 0, -1)
+        identifiers = [raw.decode() for raw in listed]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for identifier in identifiers:
+                pipe.hgetall(_key(identifier))
+                pipe.strlen(_tokens_key(identifier))
+                pipe.exists(_run_key(identifier))
+            answers = await pipe.execute()
+        found, expired = [], []
+        for place, identifier in enumerate(identifiers):
+            facts, size, running = answers[3 * place : 3 * place + 3]
+            if facts:
+                found.append(Listing(_session(identifier, facts), size // 4, bool(running)))
+            else:
+                expired.append(identifier)
+        if expired:
+            await self._redis.zrem(INDEX, *expired)
+        return found
+
+    @contextlib.asynccontextmanager
+    async def running(self, identifier: str, lost: Callable[[], None]) -> AsyncIterator[None]:
+        """Holds a session for one generation. `lost` is called when the session is closed meanwhile.
+
+        Raises:
+            FailedPrecondition: another generation holds it.
+        """
+        holder = secrets.token_hex(8)
+        if not await self._redis.set(_run_key(identifier), holder, nx=True, ex=RUN_TTL_S):
+            raise FailedPrecondition(
+                f'session "{identifier}" is generating; wait for its stream to end, or use another session'
+            )
+        keeper = asyncio.create_task(self._keep(identifier, holder, lost), name=f"hold {identifier}")
+        try:
+            yield
+        finally:
+            keeper.cancel()
+            with contextlib.suppress(RedisError):  # it expires by itself
+                await self._release(keys=[_run_key(identifier)], args=[holder])
+
+    async def _keep(self, identifier: str, holder: str, lost: Callable[[], None]) -> None:
+        while True:
+            await asyncio.sleep(RUN_REFRESH_S)
+            try:
+                held = await self._refresh(keys=[_run_key(identifier)], args=[holder, RUN_TTL_S])
+            except RedisError as error:
+                log.warning("could not refresh the hold on a session", session=identifier, error=str(error))
+                continue
+            if not held:
+                lost()
+                return
+
+
+def _session(identifier: str, facts: Any) -> Session:
+    return Session(
+        identifier,
+        facts[b"model"].decode(),
+        common_pb2.CacheParams.FromString(facts[b"cache"]),
+        facts[b"kept"] == b"1",
+        facts[b"worker"].decode(),
+        float(facts[b"opened_at"]),
+    )
+
+
+def _unknown(identifier: str) -> NotFound:
+    return NotFound(f'session "{identifier}" does not exist or has expired; open one with OpenSession')
+
+
+def _key(identifier: str) -> str:
+    return f"qaq:session:{identifier}"
+
+
+def _tokens_key(identifier: str) -> str:
+    return f"qaq:session:{identifier}:tokens"
+
+
+def _run_key(identifier: str) -> str:
+    return f"qaq:session:{identifier}:run"

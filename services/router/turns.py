@@ -1,0 +1,159 @@
+"""One turn of a session: a generation on a worker, forwarded message by message."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+import structlog
+from qaq.v1 import generate_pb2, worker_pb2
+from redis.exceptions import RedisError
+
+from services.common import metrics
+from services.common.errors import StatusError
+from services.router.placement import place
+from services.router.sessions import Session, SessionDirectory
+from services.router.tokenlog import LogWriter
+from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
+
+log = structlog.get_logger()
+
+# Answers before the first message that say: this worker not, perhaps another.
+_ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+class Turn:
+    """A generation from its placement to its last message.
+
+    Args:
+        request: what the worker is asked; its token_ids are the log with the new prompt at the end.
+        held: tokens of the log before the prompt.
+    """
+
+    def __init__(
+        self,
+        sessions: SessionDirectory,
+        pool: WorkerPool,
+        session: Session,
+        request: worker_pb2.RunRequest,
+        held: int,
+    ) -> None:
+        self._sessions = sessions
+        self._pool = pool
+        self._session = session
+        self._request = request
+        self._log = LogWriter(sessions, session.id, held, request.token_ids[held:], self.end)
+        self._clock = TokenClock()
+        self._call: Any = None
+        self._ended = False
+
+    def end(self) -> None:
+        """Stops the generation because its session was closed."""
+        self._ended = True
+        if self._call is not None:
+            self._call.cancel()
+
+    async def replies(self, deadline_s: float) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
+        """The worker's messages, made the client's.
+
+        Raises:
+            StatusError: no worker took the generation, or the session was closed meanwhile.
+            grpc.aio.AioRpcError: the worker failed it.
+        """
+        messages = self._messages(deadline_s)
+        try:
+            async with contextlib.aclosing(messages):
+                async for message in messages:
+                    yield await self._forward(message)
+        except asyncio.CancelledError:
+            if self._ended:
+                raise StatusError(
+                    f'session "{self._session.id}" was closed while it generated', code=grpc.StatusCode.ABORTED
+                ) from None
+            raise
+        finally:
+            # What a cancelled turn generated stays in the log: the worker's cache may hold it too.
+            if self._log.began and not self._ended:
+                with contextlib.suppress(RedisError):
+                    await self._log.flush()
+
+    async def _forward(self, message: worker_pb2.RunReply) -> generate_pb2.GenerateReply:
+        reply = generate_pb2.GenerateReply(session_id=self._session.id)
+        match message.WhichOneof("event"):
+            case "token":
+                self._log.add(message.token.token_id)
+                reply.token.token_id = message.token.token_id
+                reply.token.text = message.token.text
+                reply.token.index = self._clock.tick()
+            case "done":
+                # The session's next turn may start as soon as the client has this: the log must be whole.
+                await self._log.flush()
+                reply.finished.reason = message.done.reason
+                reply.finished.usage.CopyFrom(message.done.usage)
+                reply.finished.text = message.done.text
+            case _:
+                reply.prefill.tokens_done = message.progress.tokens_done
+                reply.prefill.tokens_total = message.progress.tokens_total
+        return reply
+
+    async def _messages(self, deadline_s: float) -> AsyncGenerator[worker_pb2.RunReply, None]:
+        """Messages of the first worker that takes the generation."""
+        refused: dict[str, grpc.aio.AioRpcError] = {}
+        while link := place(self._session, [w for w in self._pool.ready if w.address not in refused]):
+            begun = False
+            async with contextlib.aclosing(self._run(link, deadline_s)) as messages:
+                try:
+                    async for message in messages:
+                        begun = True
+                        yield message
+                    return
+                except grpc.aio.AioRpcError as error:
+                    if begun or error.code() not in _ELSEWHERE:
+                        raise _told(error, begun) from error
+                    log.warning("a worker refused", worker=link.address, status=error.code().name)
+                    refused[link.address] = error
+        full = [error for error in refused.values() if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
+        raise _told(full[0], begun=False) if full else no_worker()
+
+    async def _run(self, link: WorkerLink, deadline_s: float) -> AsyncGenerator[worker_pb2.RunReply, None]:
+        if self._ended:
+            raise asyncio.CancelledError
+        if self._session.kept and link.address != self._session.worker:
+            await self._sessions.set_worker(self._session.id, link.address)
+        link.calls += 1
+        self._call = call = link.stub.Run(self._request, timeout=deadline_s)
+        try:
+            async for message in call:
+                yield message
+        finally:
+            call.cancel()  # the client went away; does nothing to a call that has ended
+            link.calls -= 1
+
+
+class TokenClock:
+    """Counts tokens and observes when they came."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last = time.monotonic()
+
+    def tick(self) -> int:
+        """The index of the token that came now."""
+        now = time.monotonic()
+        metric = metrics.inter_token_seconds if self._count else metrics.time_to_first_token_seconds
+        metric.observe(now - self._last)
+        self._last, self._count = now, self._count + 1
+        return self._count - 1
+
+
+def _told(error: grpc.aio.AioRpcError, begun: bool) -> StatusError:
+    """A worker's error as the client hears it."""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and begun:
+        message = "the worker went away while it generated; send the request again"
+        return StatusError(message, code=error.code(), retry_after_ms=RETRY_AFTER_MS)
+    retry = RETRY_AFTER_MS if error.code() in _ELSEWHERE else None
+    return StatusError(error.details() or "the worker failed", code=error.code(), retry_after_ms=retry)

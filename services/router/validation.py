@@ -1,0 +1,176 @@
+"""What a request may ask for. Every refusal is a status and a sentence that says what to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qaq.v1 import common_pb2, generate_pb2
+
+from services.common.errors import InvalidArgument, NotFound
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 256
+MAX_SESSION_ID_BYTES = 128
+MAX_MESSAGES = 4096
+MAX_TEMPERATURE = 100.0
+PRESETS = ("balanced", "paper", "exact")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a router allows. `prompt_bytes` is of UTF-8, over all messages of a chat."""
+
+    prompt_bytes: int
+    context: int
+
+
+def generate(request: generate_pb2.GenerateRequest, limits: Limits) -> None:
+    """Checks all of a request that can be checked without its tokens.
+
+    Raises:
+        InvalidArgument: naming the field and its range.
+    """
+    if not request.prompt:
+        raise InvalidArgument("prompt is empty; send at least one character")
+    _text_size("prompt", len(request.prompt.encode()), limits)
+    _parameters(request, limits)
+
+
+def chat(request: generate_pb2.ChatRequest, limits: Limits) -> None:
+    """As `generate`, for a list of messages."""
+    if not request.messages:
+        raise InvalidArgument("messages is empty; send at least one")
+    if len(request.messages) > MAX_MESSAGES:
+        raise InvalidArgument(f"messages has {len(request.messages)} entries; send at most {MAX_MESSAGES}")
+    for place, message in enumerate(request.messages):
+        if not message.role:
+            raise InvalidArgument(f'messages[{place}].role is empty; send "system", "user" or "assistant"')
+    if not any(message.content for message in request.messages):
+        raise InvalidArgument("every message is empty; send at least one character of content")
+    size = sum(len(message.role.encode()) + len(message.content.encode()) for message in request.messages)
+    _text_size("messages", size, limits)
+    _parameters(request, limits)
+
+
+def tokenize(request: generate_pb2.TokenizeRequest, limits: Limits) -> None:
+    _text_size("text", len(request.text.encode()), limits)
+
+
+def model(name: str, served: common_pb2.ModelInfo) -> None:
+    """Raises:
+    NotFound: the request names another model than the one that is served.
+    """
+    if name and name not in (served.name, served.source):
+        raise NotFound(f'model "{name[:100]}" is not served here; use "{served.name}" or leave model empty')
+
+
+def session_id(identifier: str) -> None:
+    """Raises:
+    InvalidArgument: it is empty or too long to be one that was given out.
+    """
+    if not identifier:
+        raise InvalidArgument("session_id is empty; send the one that OpenSession answered")
+    if len(identifier.encode()) > MAX_SESSION_ID_BYTES:
+        raise InvalidArgument(f"session_id is over {MAX_SESSION_ID_BYTES} bytes; send what OpenSession answered")
+
+
+def fits(held: int, prompt: int, max_new_tokens: int, context: int) -> None:
+    """Checks that a prompt and what it may grow by fit the model's context.
+
+    Args:
+        held: tokens in the session's log before this prompt.
+    Raises:
+        InvalidArgument: saying how many tokens there is room for.
+    """
+    if prompt == 0:
+        raise InvalidArgument("prompt has no tokens; send some text")
+    earlier = f" after the {held} tokens of the session" if held else ""
+    # A context of n holds the prompt and at least one new token.
+    room = context - 1 - held
+    if prompt > room:
+        raise InvalidArgument(
+            f"prompt is {prompt} tokens{earlier}, but the model's context of {context} has room for "
+            f"{max(room, 0)}; shorten it" + (" or open a new session" if held else "")
+        )
+    allowed = context - held - prompt
+    if max_new_tokens > allowed:
+        raise InvalidArgument(
+            f"max_new_tokens is {max_new_tokens}, but with a prompt of {prompt} tokens{earlier} the model's "
+            f"context of {context} allows {allowed}; lower it or shorten the prompt"
+        )
+
+
+def cache(params: common_pb2.CacheParams) -> None:
+    """Raises:
+    InvalidArgument: an unknown preset or a target out of range.
+    """
+    if params.HasField("preset") and params.preset not in PRESETS:
+        raise InvalidArgument(f'cache.preset "{params.preset[:50]}" is unknown; use one of {", ".join(PRESETS)}')
+    _range(params, "cache", "target_bits", 0, 16, open_low=True)
+    _range(params, "cache", "target_compression", 1, 64)
+
+
+def _text_size(field: str, size: int, limits: Limits) -> None:
+    if size > limits.prompt_bytes:
+        raise InvalidArgument(
+            f"{field} is {size} bytes of UTF-8; the limit is {limits.prompt_bytes}, and the model's context "
+            f"{limits.context} tokens"
+        )
+
+
+def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest, limits: Limits) -> None:
+    if request.session_id:
+        session_id(request.session_id)
+        if request.HasField("cache"):
+            raise InvalidArgument("cache is fixed when a session opens; leave it unset, or pass it to OpenSession")
+    _sampling(request.sampling)
+    _stop(request.stop.max_new_tokens, request.stop.stop, limits)
+    cache(request.cache)
+
+
+def _sampling(params: common_pb2.SamplingParams) -> None:
+    _range(params, "sampling", "temperature", 0, MAX_TEMPERATURE)
+    _range(params, "sampling", "top_p", 0, 1, open_low=True)
+    _range(params, "sampling", "min_p", 0, 1)
+    _range(params, "sampling", "repetition_penalty", 0, math.inf, open_low=True)
+    if params.HasField("top_k") and params.top_k < 0:
+        raise InvalidArgument(f"sampling.top_k is {params.top_k}; send 0 to keep all tokens, or more")
+
+
+def _stop(max_new_tokens: int, strings: Sequence[str], limits: Limits) -> None:
+    if max_new_tokens < 1:
+        raise InvalidArgument(f"stop.max_new_tokens is {max_new_tokens}; send at least 1")
+    if max_new_tokens > limits.context:
+        raise InvalidArgument(
+            f"stop.max_new_tokens is {max_new_tokens}; the model's context is {limits.context} tokens, send less"
+        )
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidArgument(f"stop.stop has {len(strings)} strings; send at most {MAX_STOP_STRINGS}")
+    for place, text in enumerate(strings):
+        size = len(text.encode())
+        if size == 0:
+            raise InvalidArgument(f"stop.stop[{place}] is empty; leave it out")
+        if size > MAX_STOP_BYTES:
+            raise InvalidArgument(f"stop.stop[{place}] is {size} bytes; send at most {MAX_STOP_BYTES}")
+
+
+def _range(
+    params: common_pb2.SamplingParams | common_pb2.CacheParams,
+    group: str,
+    field: str,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+) -> None:
+    """An optional float must be finite and in [low, high], or (low, high] if `open_low`."""
+    if not params.HasField(field):
+        return
+    value = getattr(params, field)
+    if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
+        return
+    above = f"above {low:g}" if open_low else f"at least {low:g}"
+    below = "" if high == math.inf else f" and at most {high:g}"
+    raise InvalidArgument(f"{group}.{field} is {value:g}; send a number {above}{below}")

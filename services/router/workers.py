@@ -1,0 +1,138 @@
+"""The workers that are registered, a channel to each, and how busy they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import grpc
+import structlog
+from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from redis.exceptions import RedisError
+
+from services.common import metrics
+from services.common.channel import open_channel
+from services.common.errors import Unavailable
+from services.common.log import once
+from services.common.registry import Registry
+
+REFRESH_S = 1.0
+DESCRIBE_DEADLINE_S = 5.0
+RETRY_AFTER_MS = 2000
+
+log = structlog.get_logger()
+
+
+class WorkerLink:
+    """A worker and what it last said of itself.
+
+    Attributes:
+        calls: generations that this router runs there now.
+        facts: None until it has answered for the first time.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.calls = 0
+        self.facts: worker_pb2.DescribeReply | None = None
+        self._channel = open_channel(address)
+        self.stub = worker_pb2_grpc.WorkerStub(self._channel)
+
+    @property
+    def load(self) -> int:
+        """Its own count also holds other routers' generations, but is up to a second old."""
+        told = self.facts.running + self.facts.waiting if self.facts else 0
+        return max(self.calls, told)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.facts.kv_bytes if self.facts else 0
+
+    async def refresh(self) -> None:
+        """Asks the worker; one that does not answer keeps what it said before."""
+        try:
+            self.facts = await self.stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            if once(f"describe {self.address}"):
+                log.warning("a worker does not answer", worker=self.address, status=error.code().name)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class WorkerPool:
+    """Follows the registry. A worker that left it gets no new generations; those it runs go on."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._links: dict[str, WorkerLink] = {}
+        self._retired: list[WorkerLink] = []
+        self._model: common_pb2.ModelInfo | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> list[WorkerLink]:
+        """Those that can be given work."""
+        return [link for link in self._links.values() if link.facts is not None]
+
+    @property
+    def model(self) -> common_pb2.ModelInfo:
+        """What the workers serve, or last served.
+
+        Raises:
+            Unavailable: no worker was ever seen.
+        """
+        if self._model is None:
+            raise no_worker()
+        return self._model
+
+    def get(self, address: str) -> WorkerLink | None:
+        return self._links.get(address)
+
+    async def start(self) -> None:
+        await self.refresh()
+        self._task = asyncio.create_task(self._follow(), name="workers")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for link in [*self._links.values(), *self._retired]:
+            await link.close()
+        self._links.clear()
+
+    async def refresh(self) -> None:
+        """Brings the list and every worker's facts up to date."""
+        try:
+            addresses = {member.address for member in await self._registry.members("worker")}
+        except RedisError as error:
+            metrics.registry_failures.inc()
+            if once("list workers"):
+                log.warning("cannot list the workers; keeping those known", error=str(error))
+            addresses = set(self._links)
+        for address in addresses - set(self._links):
+            self._links[address] = WorkerLink(address)
+        for address in set(self._links) - addresses:
+            self._retired.append(self._links.pop(address))
+        await self._close_idle()
+        await asyncio.gather(*(link.refresh() for link in self._links.values()))
+        self._model = next((link.facts.model for link in self._links.values() if link.facts), self._model)
+
+    async def _close_idle(self) -> None:
+        idle = [link for link in self._retired if link.calls == 0]
+        self._retired = [link for link in self._retired if link.calls]
+        for link in idle:
+            await link.close()
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            await self.refresh()
+
+
+def no_worker() -> Unavailable:
+    return Unavailable(
+        "no worker is ready; one may still be loading its model: try again, or start one with `qaq worker`",
+        retry_after_ms=RETRY_AFTER_MS,
+    )

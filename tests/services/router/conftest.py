@@ -1,0 +1,108 @@
+"""A router over real gRPC and Redis, in front of a worker whose answers a test can foresee."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+from qaq.v1 import common_pb2, generate_pb2_grpc, worker_pb2, worker_pb2_grpc
+from redis.asyncio import Redis
+
+from qaq_core.loading import default_model_path
+from services.common.embedded_redis import EmbeddedRedis
+from services.common.registry import Registry
+from services.common.server import GrpcServer
+from services.common.settings import RouterSettings
+from services.router.server import RouterServer
+
+CONTEXT = 256
+
+
+@dataclass
+class CountingWorker(worker_pb2_grpc.WorkerServicer):
+    """Answers a log of n tokens with the tokens n, n+1, …; waits at `gate` before each token after the first."""
+
+    address: str = ""
+    asked: list[worker_pb2.RunRequest] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    refuse: grpc.StatusCode | None = None
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def Run(
+        self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.RunReply]:
+        if self.refuse is not None:
+            await context.abort(self.refuse, "the queue is full")
+        self.asked.append(request)
+        total = len(request.token_ids)
+        try:
+            yield worker_pb2.RunReply(progress=worker_pb2.RunReply.Progress(tokens_done=total, tokens_total=total))
+            for index in range(request.stop.max_new_tokens):
+                if index:
+                    await self.gate.wait()
+                yield worker_pb2.RunReply(token=worker_pb2.RunReply.Token(token_id=total + index, text="é "))
+            usage = common_pb2.Usage(prompt_tokens=total, generated_tokens=request.stop.max_new_tokens)
+            done = worker_pb2.RunReply.Done(reason=common_pb2.FINISH_REASON_LENGTH, usage=usage, text="end")
+            yield worker_pb2.RunReply(done=done)
+        finally:
+            self.ended.append(request.session_id)
+
+    async def Drop(
+        self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.DropReply:
+        self.dropped.append(request.session_id)
+        return worker_pb2.DropReply(existed=True)
+
+    async def Describe(
+        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.DescribeReply:
+        model = common_pb2.ModelInfo(name="counting", source="/models/counting", context_length=CONTEXT)
+        return worker_pb2.DescribeReply(model=model)
+
+
+@contextlib.asynccontextmanager
+async def running_worker(redis: Redis) -> AsyncIterator[CountingWorker]:
+    """One more worker, registered while the context lasts."""
+    worker = CountingWorker()
+    worker.gate.set()
+    server = GrpcServer()
+    server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, worker)
+    worker.address = await server.start()
+    async with Registry(redis).announce("worker", worker.address, {}):
+        yield worker
+    await server.stop(0)
+
+
+@pytest.fixture
+async def worker(redis: Redis) -> AsyncIterator[CountingWorker]:
+    async with running_worker(redis) as worker:
+        yield worker
+
+
+@pytest.fixture
+def router_settings(redis_server: EmbeddedRedis) -> RouterSettings:
+    return RouterSettings(redis_url=redis_server.url, port=0, model=str(default_model_path()))
+
+
+@contextlib.asynccontextmanager
+async def running_router(settings: RouterSettings) -> AsyncIterator[generate_pb2_grpc.InferenceStub]:
+    """A router and a client of it."""
+    router = RouterServer(settings)
+    address = await router.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield generate_pb2_grpc.InferenceStub(channel)
+    await router.stop()
+
+
+@pytest.fixture
+async def client(
+    worker: CountingWorker, router_settings: RouterSettings
+) -> AsyncIterator[generate_pb2_grpc.InferenceStub]:
+    """A client of a router in front of `worker`."""
+    async with running_router(router_settings) as stub:
+        yield stub

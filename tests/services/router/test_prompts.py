@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from qaq_core.loading import default_model_path, load_tokenizer
+from services.common.errors import FailedPrecondition, InvalidArgument
+from services.router.prompts import Prompts
+
+ASK = [{"role": "user", "content": "Name a colour."}]
+AGAIN = [{"role": "user", "content": "Another?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(default_model_path()))
+
+
+async def test_text_is_what_the_tokenizer_says(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = Prompts(tokenizer)
+    assert await prompts.text("Once upon a time", begins=True) == tokenizer("Once upon a time")["input_ids"]
+    plain = tokenizer("é", add_special_tokens=False)["input_ids"]
+    assert await prompts.text("é", begins=False) == plain
+
+
+@pytest.mark.parametrize("model_ended_its_turn", [True, False])
+async def test_turns_of_a_chat_are_the_whole_conversation(
+    tokenizer: PreTrainedTokenizerBase, model_ended_its_turn: bool
+) -> None:
+    prompts = Prompts(tokenizer)
+    held = await prompts.chat(ASK, [])
+    held += tokenizer("Blue.", add_special_tokens=False)["input_ids"]
+    if model_ended_its_turn:
+        held.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    turn = await prompts.chat(AGAIN, held)
+    whole = [*ASK, {"role": "assistant", "content": "Blue."}, *AGAIN]
+    assert tokenizer.decode([*held, *turn]) == tokenizer.apply_chat_template(
+        whole, tokenize=False, add_generation_prompt=True
+    )
+
+
+class Template:
+    """A tokenizer with a template of its own."""
+
+    all_special_ids: tuple[int, ...] = ()
+
+    def __init__(self, chat_template: str | None) -> None:
+        self.chat_template = chat_template
+
+    def apply_chat_template(self, messages: list, tokenize: bool, add_generation_prompt: bool) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        assert not tokenize
+        (text,), _ = render_jinja_template(
+            [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt
+        )
+        return str(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "held", "error", "sentence"),
+    [
+        (None, [], FailedPrecondition, "no chat template; use Generate"),
+        ("{{ raise_exception('roles must alternate') }}", [], InvalidArgument, "roles must alternate"),
+        ("{% for m in messages[-1:] %}{{ m.content }}{% endfor %}", [1], FailedPrecondition, "without a session"),
+    ],
+)
+async def test_refuses_with_what_to_change(
+    template: str | None, held: list[int], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        await Prompts(Template(template)).chat(ASK, held)

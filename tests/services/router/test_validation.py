@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from qaq.v1 import common_pb2, generate_pb2
+
+from services.common.errors import InvalidArgument, NotFound
+from services.router import validation
+
+LIMITS = validation.Limits(prompt_bytes=100, context=50)
+
+
+def request(**changes: object) -> generate_pb2.GenerateRequest:
+    fields: dict = {"prompt": "hello", "stop": {"max_new_tokens": 5}, **changes}
+    return generate_pb2.GenerateRequest(**fields)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"stop": {"max_new_tokens": 50, "stop": ["x" * 256] * 16}},
+        {"sampling": {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 0.1}},
+        {"cache": {"preset": "paper", "target_bits": 16, "target_compression": 1}},
+        {"prompt": "é" * 50},
+    ],
+)
+def test_accepts_the_edges(changes: dict) -> None:
+    validation.generate(request(**changes), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"prompt": ""}, "prompt is empty; send at least one character"),
+        ({"prompt": "é" * 51}, "prompt is 102 bytes of UTF-8; the limit is 100"),
+        ({"stop": {}}, "max_new_tokens is 0; send at least 1"),
+        ({"stop": {"max_new_tokens": -1}}, "max_new_tokens is -1; send at least 1"),
+        ({"stop": {"max_new_tokens": 51}}, "the model's context is 50 tokens, send less"),
+        ({"stop": {"max_new_tokens": 1, "stop": ["x"] * 1000}}, "has 1000 strings; send at most 16"),
+        ({"stop": {"max_new_tokens": 1, "stop": ["x", ""]}}, "stop.stop[1] is empty"),
+        ({"stop": {"max_new_tokens": 1, "stop": ["é" * 129]}}, "is 258 bytes; send at most 256"),
+        ({"sampling": {"temperature": -0.1}}, "temperature is -0.1; send a number at least 0 and at most 100"),
+        ({"sampling": {"temperature": 101}}, "temperature is 101"),
+        ({"sampling": {"temperature": math.nan}}, "temperature is nan"),
+        ({"sampling": {"top_p": 0}}, "top_p is 0; send a number above 0 and at most 1"),
+        ({"sampling": {"top_p": 1.5}}, "top_p is 1.5"),
+        ({"sampling": {"min_p": -1}}, "min_p is -1"),
+        ({"sampling": {"top_k": -1}}, "top_k is -1; send 0"),
+        ({"sampling": {"repetition_penalty": 0}}, "repetition_penalty is 0; send a number above 0"),
+        ({"sampling": {"repetition_penalty": math.inf}}, "repetition_penalty is inf"),
+        ({"cache": {"preset": "best"}}, 'preset "best" is unknown; use one of balanced, paper, exact'),
+        ({"cache": {"target_bits": 0}}, "target_bits is 0"),
+        ({"cache": {"target_compression": 0.5}}, "target_compression is 0.5"),
+        ({"session_id": "x" * 129}, "session_id is over 128 bytes"),
+        ({"session_id": "x", "cache": {"preset": "paper"}}, "cache is fixed when a session opens"),
+    ],
+)
+def test_refuses_with_what_to_change(changes: dict, sentence: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        validation.generate(request(**changes), LIMITS)
+    assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([], "messages is empty"),
+        ([{"role": "", "content": "x"}], "messages[0].role is empty"),
+        ([{"role": "user", "content": ""}], "every message is empty"),
+        ([{"role": "user", "content": "x" * 60}] * 2, "messages is 128 bytes"),
+    ],
+)
+def test_refuses_a_chat_with_what_to_change(messages: list, sentence: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        validation.chat(generate_pb2.ChatRequest(messages=messages, stop={"max_new_tokens": 1}), LIMITS)
+    assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("held", "prompt", "new", "sentence"),
+    [
+        (0, 0, 1, "prompt has no tokens"),
+        (0, 50, 1, "prompt is 50 tokens, but the model's context of 50 has room for 49; shorten it"),
+        (30, 20, 1, "after the 30 tokens of the session"),
+        (50, 1, 1, "has room for 0"),
+        (10, 20, 21, "context of 50 allows 20; lower it"),
+    ],
+)
+def test_prompt_and_answer_share_the_context(held: int, prompt: int, new: int, sentence: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        validation.fits(held, prompt, new, context=50)
+    assert sentence in caught.value.message
+
+
+def test_a_prompt_may_fill_the_context_but_for_its_answer() -> None:
+    validation.fits(10, 20, 20, context=50)
+    validation.fits(0, 49, 1, context=50)
+
+
+def test_a_model_has_its_name_and_its_source() -> None:
+    served = common_pb2.ModelInfo(name="small", source="/models/small")
+    for name in ("", "small", "/models/small"):
+        validation.model(name, served)
+    with pytest.raises(NotFound, match='"large" is not served here; use "small"'):
+        validation.model("large", served)
