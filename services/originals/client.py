@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 import numpy as np
 import stamina
 import structlog
 from pydantic import SecretStr
-
 from qaq.v1 import originals_pb2 as pb
 from qaq.v1 import originals_pb2_grpc
+
 from qaq_core.errors import OriginalsError
 from qaq_core.originals import RowReply, RowRequest
 from qaq_core.pages import Page, PageShape
 from qaq_core.quantizer import Quantizer
 from services.common import metrics
+from services.common.background import BackgroundLoop
 from services.common.errors import StatusError
 from services.common.log import once
 from services.common.redis import connect
@@ -73,12 +73,8 @@ class RemoteOriginals:
         self._rows_timeout = rows_timeout
         self._held: Counter[bytes] = Counter()
         self._codecs: set[bytes] = set()
-        self._closed = False
-        self._guard = threading.Lock()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="originals", daemon=True)
-        self._thread.start()
-        self._submit(self._open()).result()
+        self._background = BackgroundLoop("originals", _closed)
+        self._background.submit(self._open()).result()
 
     @classmethod
     def at(cls, addresses: Sequence[str]) -> RemoteOriginals:
@@ -101,35 +97,24 @@ class RemoteOriginals:
 
     def put(self, pages: Sequence[Page]) -> Future[None]:
         """Done when every page is acknowledged; their data must not change before."""
-        return self._submit(self._put_all(list(pages)))
+        return self._background.submit(self._put_all(list(pages)))
 
     def requantize(self, request: RowRequest, quantizer: Quantizer) -> Future[RowReply]:
-        return self._submit(self._requantize(request, quantizer))
+        return self._background.submit(self._requantize(request, quantizer))
 
     def match(self, page_ids: Sequence[bytes]) -> Future[int]:
-        return self._submit(self._match(list(page_ids)))
+        return self._background.submit(self._match(list(page_ids)))
 
     def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
-        return self._submit(self._fetch(list(page_ids), shape))
+        return self._background.submit(self._fetch(list(page_ids), shape))
 
     def forget(self, page_ids: Sequence[bytes]) -> None:
         """Their lives are no longer prolonged, once everybody who put or fetched them here has forgotten them."""
-        with self._guard:
-            for page_id in page_ids:
-                self._held[page_id] -= 1
-                if self._held[page_id] <= 0:
-                    del self._held[page_id]
+        self._background.submit(self._forget(list(page_ids)))
 
     def close(self) -> None:
         """Ends what is running (those futures get OriginalsError) and the thread."""
-        with self._guard:
-            if self._closed:
-                return
-            self._closed = True
-        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._background.close(self._clean_up)
 
     # On the loop from here.
 
@@ -139,12 +124,7 @@ class RemoteOriginals:
         self._batches = asyncio.Semaphore(BATCHES_IN_FLIGHT)
         self._toucher = asyncio.create_task(self._keep_touching())
 
-    async def _shut(self) -> None:
-        await asyncio.sleep(0)  # lets what was submitted last begin, so that it can say why it ended
-        running = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+    async def _clean_up(self) -> None:
         await self._replicas.close()
         if self._on_close:
             await self._on_close()
@@ -168,7 +148,7 @@ class RemoteOriginals:
                         await self._put_once(page)
         finally:
             metrics.pages_unacked.dec()
-        self._hold(page.id)
+        self._held[page.id] += 1
 
     async def _put_once(self, page: Page) -> None:
         data = page.to_bytes()
@@ -242,8 +222,7 @@ class RemoteOriginals:
         pages = await self._call(page_ids[0], call)
         if any(page.shape != shape for page in pages.values()):
             raise OriginalsError(f"stored pages are not {shape}; do the workers differ in page_tokens?")
-        for page_id in pages:
-            self._hold(page_id)
+        self._held.update(pages.keys())
         return [pages.get(page_id) for page_id in page_ids]
 
     async def _call(self, key: bytes, call: Callable[[Stub], Awaitable[T]], tries: int = _TRIES) -> T:
@@ -269,40 +248,31 @@ class RemoteOriginals:
     async def _keep_touching(self) -> None:
         while True:
             await asyncio.sleep(TOUCH_EVERY_S)
-            with self._guard:
-                held = list(self._held)
+            held = list(self._held)
             for start in range(0, len(held), _TOUCH_IDS):
-                request = pb.TouchRequest(page_ids=held[start : start + _TOUCH_IDS])
-                try:
-                    await self._call(held[start], lambda stub, r=request: stub.Touch(r, timeout=CALL_TIMEOUT_S))
-                except OriginalsError as error:
-                    if once("touch"):
-                        log.warning("the lives of pages could not be prolonged; trying on", error=str(error))
+                await self._touch(held[start : start + _TOUCH_IDS])
 
-    def _hold(self, page_id: bytes) -> None:
-        with self._guard:
-            self._held[page_id] += 1
-
-    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        with self._guard:  # so that nothing is submitted after `close` has counted what runs
-            if not self._closed:
-                return asyncio.run_coroutine_threadsafe(self._ended_by_close(work), self._loop)
-        work.close()
-        future: Future[T] = Future()
-        future.set_exception(OriginalsError("the client of the cache services is closed"))
-        return future
-
-    async def _ended_by_close(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _touch(self, page_ids: list[bytes]) -> None:
+        request = pb.TouchRequest(page_ids=page_ids)
         try:
-            return await work
-        except asyncio.CancelledError:
-            if self._closed:
-                raise OriginalsError("the client of the cache services was closed") from None
-            raise
+            await self._call(page_ids[0], lambda stub: stub.Touch(request, timeout=CALL_TIMEOUT_S))
+        except OriginalsError as error:
+            if once("touch"):
+                log.warning("the lives of pages could not be prolonged; trying on", error=str(error))
+
+    async def _forget(self, page_ids: list[bytes]) -> None:
+        for page_id in page_ids:
+            self._held[page_id] -= 1
+            if self._held[page_id] <= 0:
+                del self._held[page_id]
 
 
 class _CodecUnknown(OriginalsError):
     """The service wants PutCodec first."""
+
+
+def _closed() -> OriginalsError:
+    return OriginalsError("the client of the cache services is closed")
 
 
 def _translated(address: str, error: grpc.aio.AioRpcError) -> OriginalsError:

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 import grpc
 import structlog
 from blake3 import blake3
+from qaq.v1 import originals_pb2_grpc
 from redis.exceptions import RedisError
 
-from qaq.v1 import originals_pb2_grpc
 from qaq_core.errors import OriginalsError
 from services.common import metrics
 from services.common.channel import open_channel
