@@ -1,0 +1,90 @@
+"""Registry: members come, are refreshed, and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from redis.asyncio import Redis
+
+from services.common import registry as module
+from services.common.registry import Member, Registry
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Waits for a condition to hold."""
+    for _ in range(1000):
+        if await condition():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("the condition never held")
+
+
+async def test_members_of_a_kind_while_they_last(redis: Redis) -> None:
+    registry = Registry(redis)
+    async with registry.announce("worker", "127.0.0.1:2", {"device": "cpu"}):
+        async with registry.announce("worker", "127.0.0.1:1", {}), registry.announce("router", "127.0.0.1:3", {}):
+            assert await registry.members("worker") == [
+                Member("worker", "127.0.0.1:1", {}),
+                Member("worker", "127.0.0.1:2", {"device": "cpu"}),
+            ]
+            assert [member.address for member in await registry.members("router")] == ["127.0.0.1:3"]
+            assert 0 < await redis.ttl("qaq:member:worker:127.0.0.1:1") <= module.TTL_S
+        assert [member.address for member in await registry.members("worker")] == ["127.0.0.1:2"]
+    assert await registry.members("worker") == []
+
+
+async def test_heartbeats_publish_what_has_changed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
+    registry, load = Registry(redis), 1
+
+    async def published() -> bool:
+        return (await registry.members("worker"))[0].info == {"running": 2}
+
+    async with registry.announce("worker", "a:1", lambda: {"running": load}):
+        assert (await registry.members("worker"))[0].info == {"running": 1}
+        load = 2
+        await until(published)
+
+
+async def test_a_member_without_heartbeat_is_forgotten(redis: Redis) -> None:
+    registry = Registry(redis)
+    async with registry.announce("originals", "a:1", {}):
+        await redis.delete("qaq:member:originals:a:1")  # as its expiry does
+        assert await registry.members("originals") == []
+        assert await redis.smembers("qaq:members:originals") == set()
+
+
+async def test_a_member_comes_back_after_redis_lost_everything(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
+    registry = Registry(redis)
+
+    async def listed() -> bool:
+        return bool(await registry.members("worker"))
+
+    async with registry.announce("worker", "a:1", {}):
+        await redis.flushdb()
+        await until(listed)
+
+
+async def test_heartbeats_survive_a_redis_that_fails(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
+    registry = Registry(redis)
+
+    async def failed() -> bool:
+        return module.metrics.registry_failures._value.get() > before
+
+    async def listed() -> bool:
+        return bool(await registry.members("worker"))
+
+    before = module.metrics.registry_failures._value.get()
+    async with registry.announce("worker", "a:1", {}):
+        # A value of the wrong type makes SADD fail until it is gone.
+        await redis.delete("qaq:members:worker")
+        await redis.set("qaq:members:worker", "wrong type")
+        await until(failed)
+        await redis.delete("qaq:members:worker")
+        await until(listed)
