@@ -67,7 +67,11 @@ class Outliers:
             head = torch.arange(heads, device=units.device)[:, None, None].expand_as(index)
             mine = torch.ones_like(index, dtype=torch.bool)
         else:
-            mine = (index // (heads * dim) == layer) if self.group == "token" else torch.ones_like(index, dtype=torch.bool)
+            mine = (
+                (index // (heads * dim) == layer)
+                if self.group == "token"
+                else torch.ones_like(index, dtype=torch.bool)
+            )
             head = (index // dim) % heads
         token = torch.arange(tokens, device=units.device)[None, :, None].expand_as(index)
         head, token, dims, kept = head[mine], token[mine], (index % dim)[mine], value[mine]

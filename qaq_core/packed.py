@@ -42,7 +42,9 @@ class PackedTokens:
         start: position of the first token that will be packed.
     """
 
-    def __init__(self, quantizer: Quantizer, shape: tuple[int, int, int], start: int, device: torch.device) -> None:
+    def __init__(
+        self, quantizer: Quantizer, shape: tuple[int, int, int], start: int, device: torch.device
+    ) -> None:
         self.quantizer, self.start, self.device = quantizer, start, device
         self.layers, self.heads, self.head_dim = shape
         self.tags = torch.empty(self.layers, self.heads, 0, dtype=torch.uint8, device=device)
@@ -98,7 +100,10 @@ class PackedTokens:
         """
         held, added = len(self), rows[0].shape[2]
         if not self.sides:
-            self.sides = [Side(meta[:, :, :0], kept and kept.narrow(0, 0), []) for meta, kept in zip(metas, outliers, strict=True)]
+            self.sides = [
+                Side(meta[:, :, :0], kept and kept.narrow(0, 0), [])
+                for meta, kept in zip(metas, outliers, strict=True)
+            ]
         for side in (KEY, VALUE):
             mine = self.sides[side]
             old = self.widths(side)
@@ -173,7 +178,9 @@ class PackedTokens:
             if want == 0:
                 continue
             pick = (old == have) & (widths == want)
-            source = pool.take(held, index[pick], have) if have else self.tags.new_empty(int(pick.sum()), octets, 0)
+            source = (
+                pool.take(held, index[pick], have) if have else self.tags.new_empty(int(pick.sum()), octets, 0)
+            )
             if want > have:
                 size = octets * (want if want == HALF else want - have)
                 reach = offsets[pick][:, None] + torch.arange(size, device=self.device)

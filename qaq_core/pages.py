@@ -19,7 +19,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"float32", "float16" or "bfloat16"."""
+    """ "float32", "float16" or "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -78,7 +78,10 @@ class Quantizer:
         Returns:
             uint8 bytes, as `RowReply.planes`.
         """
-        index = {name: torch.from_numpy(getattr(request, name).astype(np.int64)) for name in ("layer", "head", "position")}
+        index = {
+            name: torch.from_numpy(getattr(request, name).astype(np.int64))
+            for name in ("layer", "head", "position")
+        }
         sizes = request.payload_bytes()
         ends = np.cumsum(sizes)
         out = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
@@ -86,7 +89,9 @@ class Quantizer:
         for side, have, want in np.unique(kinds, axis=0).tolist():
             mine = np.flatnonzero((kinds == (side, have, want)).all(1))
             picked = torch.from_numpy(mine)
-            rows = self.frame.rows(side, originals[picked], *(index[n][picked] for n in ("layer", "head", "position")))
+            rows = self.frame.rows(
+                side, originals[picked], *(index[n][picked] for n in ("layer", "head", "position"))
+            )
             planes = self.encode(rows, torch.from_numpy(np.ascontiguousarray(request.meta[mine])), have, want)
             size = int(sizes[mine[0]])
             out[(ends[mine] - size)[:, None] + np.arange(size)] = planes.reshape(len(mine), size).numpy()

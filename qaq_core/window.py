@@ -111,7 +111,11 @@ class DecayWindow:
     bytes_per_token = 1
 
     def __init__(
-        self, half_life: float = 64.0, queries: int = 256, distance: int = 32, peak_share: float = 0.03 / 256,
+        self,
+        half_life: float = 64.0,
+        queries: int = 256,
+        distance: int = 32,
+        peak_share: float = 0.03 / 256,
         every: int = 4,
     ) -> None:
         self.half_life, self.queries, self.distance, self.peak_share = half_life, queries, distance, peak_share

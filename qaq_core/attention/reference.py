@@ -95,7 +95,9 @@ class ReferenceAttention:
         if tokens.packed is not None:
             parts.insert(1, self._packed_scores(query, tokens.packed, tokens.layer))
         scores = torch.cat(parts, -1)
-        own = torch.arange(tokens.length - from_end, tokens.length - from_end + query.shape[1], device=query.device)
+        own = torch.arange(
+            tokens.length - from_end, tokens.length - from_end + query.shape[1], device=query.device
+        )
         if query.shape[1] > 1:
             scores.masked_fill_(torch.arange(tokens.length, device=query.device) > own[:, None], float("-inf"))
         if sliding_window is not None and tokens.length > sliding_window:

@@ -1,0 +1,160 @@
+"""Attention-window exceptions: vectors whose need has risen above (or fallen below) the bits they hold.
+
+Down is local: bit planes are dropped. Up needs the original: the missing planes are asked for and applied
+when they arrive, between decode steps (arXiv 2403.04643, section 3.4).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qaq_core.errors import OriginalsError
+from qaq_core.originals import RowReply, RowRequest
+from qaq_core.packed import PackedTokens
+from qaq_core.pages import KEY, VALUE
+from qaq_core.policies import Policy, View
+from qaq_core.staging import Staging
+
+
+@dataclass
+class Counts:
+    """What exceptions have done to one sequence."""
+
+    exceptions: int = 0
+    rows_requantized: int = 0
+    requantize_bytes: int = 0
+    rows_narrowed: int = 0
+    originals_missing: int = 0
+    requests_failed: int = 0
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request under way: flat row indices per row, and the parts of the answer."""
+
+    request: RowRequest
+    index: np.ndarray
+    parts: list[tuple[np.ndarray, Future[RowReply]]]
+
+
+class Exceptions:
+    """Looks at one sequence's packed tokens and moves vectors to the widths they need.
+
+    Args:
+        wait: wait for the answer, as the paper does; otherwise decode goes on with the old bits.
+    """
+
+    def __init__(self, packed: PackedTokens, staging: Staging, policy: Policy, wait: bool = False) -> None:
+        self.packed, self.staging, self.policy, self.wait = packed, staging, policy, wait
+        self.counts = Counts()
+        self._asked: _Asked | None = None
+
+    @property
+    def pending(self) -> bool:
+        return self._asked is not None
+
+    def review(self, view: View, price: float) -> None:
+        """Narrows what needs less and asks for what needs more. One request is under way at a time."""
+        held = (self.packed.widths(KEY), self.packed.widths(VALUE))
+        want = self.policy.widths(view, price)
+        slack = self.policy.hysteresis
+        low = want if slack == 1.0 else self.policy.widths(view, price, need=1 / slack)
+        high = want if slack == 1.0 else self.policy.widths(view, price, need=slack)
+        rising: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        for side in (KEY, VALUE):
+            down = torch.nonzero((high[side] < held[side]).reshape(-1)).squeeze(1)
+            if len(down):
+                nothing = torch.empty(0, dtype=torch.uint8, device=down.device)
+                target = want[side].reshape(-1)[down]
+                self.packed.change(side, down, target, nothing, torch.zeros_like(down))
+                self.counts.rows_narrowed += len(down)
+            up = torch.nonzero((low[side] > held[side]).reshape(-1)).squeeze(1)
+            rising.append((side, up, want[side].reshape(-1)[up]))
+        if self._asked is None:
+            self._ask(rising, held)
+
+    def _ask(
+        self, rising: list[tuple[int, torch.Tensor, torch.Tensor]], held: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        rows = sum(len(index) for _, index, _ in rising)
+        if rows == 0:
+            return
+        self.counts.exceptions += rows
+        index = np.concatenate([index.cpu().numpy() for _, index, _ in rising])
+        side = np.concatenate([np.full(len(index), side, np.uint8) for side, index, _ in rising])
+        have = np.concatenate([held[side].reshape(-1)[index].cpu().numpy() for side, index, _ in rising])
+        want = np.concatenate([width.cpu().numpy() for _, _, width in rising])
+        meta = np.concatenate([self._metas(side, index) for side, index, _ in rising])
+        layer, head, token = np.unravel_index(index, self.packed.tags.shape)
+        position = token + self.packed.start
+        shape = self.staging.shape
+        request = RowRequest(
+            shape=shape,
+            page_ids=(),
+            page=(position // shape.tokens).astype(np.int32),
+            layer=layer.astype(np.int16),
+            head=head.astype(np.int16),
+            token=(position % shape.tokens).astype(np.int16),
+            side=side,
+            position=position.astype(np.int32),
+            have=have,
+            want=want,
+            meta=meta,
+        )
+        # Flat indices move when tokens are appended; (layer, head, position) do not.
+        self._asked = _Asked(request, index, self.staging.requantize(request, self.packed.quantizer))
+        self.apply()
+
+    def _metas(self, side: int, index: torch.Tensor) -> np.ndarray:
+        meta = self.packed.sides[side].meta
+        full = meta.expand(*self.packed.tags.shape, meta.shape[-1])
+        layer, head, token = np.unravel_index(index.cpu().numpy(), self.packed.tags.shape)
+        picked: np.ndarray = (
+            full[torch.from_numpy(layer), torch.from_numpy(head), torch.from_numpy(token)].cpu().numpy()
+        )
+        return picked
+
+    def apply(self) -> None:
+        """Applies the answer if it is there (or waits for it); a failed part is counted, its rows keep their bits."""
+        if self._asked is None or not (self.wait or all(part.done() for _, part in self._asked.parts)):
+            return
+        asked, self._asked = self._asked, None
+        for index, future in asked.parts:
+            try:
+                reply = future.result()
+            except OriginalsError:
+                self.counts.requests_failed += 1
+                continue
+            self._widen(asked.request.select(index), reply)
+
+    def _widen(self, request: RowRequest, reply: RowReply) -> None:
+        self.counts.originals_missing += int((~reply.found).sum())
+        found = request.select(reply.found)
+        sizes = found.payload_bytes()
+        ends = np.cumsum(sizes)
+        planes = torch.from_numpy(reply.planes).to(self.packed.device)
+        flat = np.ravel_multi_index(
+            (
+                found.layer.astype(np.int64),
+                found.head.astype(np.int64),
+                found.position.astype(np.int64) - self.packed.start,
+            ),
+            self.packed.tags.shape,
+        )
+        for side in (KEY, VALUE):
+            mine = np.flatnonzero(found.side == side)
+            mine = mine[np.argsort(flat[mine], kind="stable")]
+            index = torch.from_numpy(flat[mine]).to(self.packed.device)
+            # A vector that was narrowed while its planes were under way no longer fits them.
+            still = self.packed.widths(side).reshape(-1)[index].cpu().numpy() == found.have[mine]
+            mine, index = mine[still], index[torch.from_numpy(still).to(index.device)]
+            if not len(mine):
+                continue
+            starts = torch.from_numpy(ends[mine] - sizes[mine]).to(self.packed.device)
+            self.packed.change(side, index, torch.from_numpy(found.want[mine]).to(index.device), planes, starts)
+            self.counts.rows_requantized += len(mine)
+            self.counts.requantize_bytes += int(sizes[mine].sum())

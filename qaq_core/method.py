@@ -1,0 +1,118 @@
+"""The method: everything that all sequences of one model share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qaq_core.attention.reference import ReferenceAttention
+from qaq_core.errors import ConfigError
+from qaq_core.outliers import Outliers, split_outliers
+from qaq_core.pages import KEY, PAGE_TOKENS, VALUE, PageShape, dtype_name
+from qaq_core.policies import Policy
+from qaq_core.quantizer import Quantizer
+from qaq_core.shape import ModelShape
+from qaq_core.window import Window
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a sequence should hold after its prompt: mean code bits per element, or resident compression."""
+
+    bits: float | None = None
+    compression: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not 0 < self.bits <= 16:
+            raise ConfigError(f"target_bits must be over 0 and at most 16, not {self.bits}")
+        if self.compression is not None and not 1 <= self.compression <= 32:
+            raise ConfigError(f"target_compression must be from 1 to 32, not {self.compression}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Frame and codec, policy and window, and the attention that reads what they make.
+
+    Attributes:
+        dtype: of keys and values as the model makes them, and so of originals.
+        window_dtype: of sinks and recent tokens; half precision where the model computes in float32.
+        sinks: first tokens that stay exact for good.
+        outlier_ratio: share of numbers kept beside the codes; 0 for none.
+    """
+
+    preset: str
+    shape: ModelShape
+    quantizer: Quantizer
+    policy: Policy
+    window: Window
+    dtype: torch.dtype
+    device: torch.device
+    target: Target = Target()
+    sinks: int = 4
+    outlier_ratio: float = 0.0
+    page_tokens: int = PAGE_TOKENS
+    attention: ReferenceAttention = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", ReferenceAttention(self.quantizer.codec, self.device))
+
+    @classmethod
+    def for_model(
+        cls, model: Any, fingerprint: str | None = None, preset: str = "balanced", **settings: Any
+    ) -> Method:
+        """The method of a preset for a transformers causal LM, which is switched to QAQ's attention.
+
+        Args:
+            fingerprint: of the model's weights; finds its calibration without hashing them.
+            settings: of the preset, see `presets`; and target_bits, target_compression, page_tokens.
+        Raises:
+            UnsupportedModelError, ConfigError.
+        """
+        from qaq_core.attention.transformers import use_qaq_attention
+        from qaq_core.presets import build
+
+        method = build(model, fingerprint, preset, **settings)
+        use_qaq_attention(model)
+        return method
+
+    @property
+    def window_dtype(self) -> torch.dtype:
+        return torch.float16 if self.dtype == torch.float32 else self.dtype
+
+    @property
+    def page_shape(self) -> PageShape:
+        shape = self.shape
+        return PageShape(shape.layers, shape.kv_heads, self.page_tokens, shape.head_dim, dtype_name(self.dtype))
+
+    def measure(
+        self, originals: torch.Tensor, start: int
+    ) -> tuple[Pair, Pair, tuple[Outliers | None, Outliers | None]]:
+        """Rows, meta bytes and outliers of originals [layers, 2, kv_heads, n, head_dim] from position `start`."""
+        rows, metas, outliers = [], [], []
+        for side in (KEY, VALUE):
+            row = self.quantizer.rows(side, originals[:, side], start)
+            kept, mask = (None, None)
+            if self.outlier_ratio > 0:
+                kept, mask = split_outliers(
+                    row, self.outlier_ratio, getattr(self.quantizer.codec, "group", "head")
+                )
+            rows.append(row)
+            metas.append(self.quantizer.codec.measure(row, mask))
+            outliers.append(kept)
+        return (rows[0], rows[1]), (metas[0], metas[1]), (outliers[0], outliers[1])
+
+    def target_bits(self, length: int, packed: int, fixed_bytes: int) -> float | None:
+        """Mean code bits per element that meet the target, or None if there is none.
+
+        Args:
+            length: tokens of the sequence; `packed` of them hold codes, everything else takes `fixed_bytes`.
+        """
+        if self.target.compression is None:
+            return self.target.bits
+        per_token = self.shape.layers * 2 * self.shape.kv_heads * self.shape.head_dim
+        allowed = length * per_token * 2 / self.target.compression - fixed_bytes
+        return max(0.5, allowed * 8 / (packed * per_token))

@@ -1,0 +1,116 @@
+"""Presets: which frame, codec, policy and window make up a method.
+
+balanced  centered and rotated rows, embedded Gaussian codes, sensitivity-weighted bits (the default)
+paper     QAQ as published: groups, outliers, both bit formulas, attention window
+exact     half precision for everything: the reference that quantization is measured against
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qaq_core import codecs
+from qaq_core.calibration import Calibration, calibrate
+from qaq_core.codecs import GaussianCodec, GroupedCodec
+from qaq_core.errors import ConfigError
+from qaq_core.frames import PlainFrame, RotatedFrame, random_signs
+from qaq_core.method import Method, Target
+from qaq_core.pages import PAGE_TOKENS
+from qaq_core.policies import BalancedPolicy, FixedPolicy, PaperPolicy
+from qaq_core.quantizer import Quantizer
+from qaq_core.shape import ModelShape
+from qaq_core.window import DecayWindow, MaxWindow
+
+BALANCED_BITS = 2.2
+
+
+def build(model: Any, fingerprint: str | None, preset: str, **settings: Any) -> Method:
+    """The method of a preset. Settings are the keyword arguments of the preset's function."""
+    if preset not in PRESETS:
+        raise ConfigError(f"no preset is called {preset!r}; there are {', '.join(PRESETS)}")
+    shape = ModelShape.of(model)
+    target = Target(settings.pop("target_bits", None), settings.pop("target_compression", None))
+    page_tokens = settings.pop("page_tokens", PAGE_TOKENS)
+    try:
+        parts = PRESETS[preset](model, shape, fingerprint, target, **settings)
+    except TypeError as error:
+        raise ConfigError(f"preset {preset!r} does not take these settings: {error}") from error
+    weight = next(model.parameters())
+    return Method(
+        preset=preset, shape=shape, dtype=model.dtype, device=weight.device, page_tokens=page_tokens, **parts
+    )
+
+
+def balanced(
+    model: Any,
+    shape: ModelShape,
+    fingerprint: str | None,
+    target: Target,
+    calibration: Calibration | None = None,
+    exceptions: bool = True,
+) -> dict[str, Any]:
+    """The default. Without a target it holds 2.2 code bits an element after the prompt."""
+    known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
+    device = known.key_mean.device
+    frame = RotatedFrame(
+        known.key_mean,
+        known.value_mean,
+        shape.frequencies.to(device),
+        torch.tensor(shape.kind, device=device),
+        random_signs(shape.head_dim).to(device),
+    )
+    codec = GaussianCodec()
+    wanted = target if target.bits or target.compression else Target(bits=BALANCED_BITS)
+    return {
+        "quantizer": Quantizer(frame, codec),
+        "policy": BalancedPolicy(codec, (known.key_sensitivity, known.value_sensitivity), exceptions),
+        "window": DecayWindow(),
+        "target": wanted,
+    }
+
+
+def paper(
+    model: Any,
+    shape: ModelShape,
+    fingerprint: str | None,
+    target: Target,
+    calibration: Calibration | None = None,
+    group: str = "layer",
+    codec: str = "uniform",
+    outlier_ratio: float = 0.01,
+    window: int = 5,
+    sigma_x: float = 0.02,
+    sigma_s: float = 0.002,
+    bits: tuple[int, int] = (1, 8),
+    exceptions: bool = True,
+) -> dict[str, Any]:
+    """QAQ as published (arXiv 2403.04643). A target scales both tolerated errors by one factor."""
+    known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
+    made = codecs.make(codec, group=group)
+    if not isinstance(made, GroupedCodec):
+        raise ConfigError(f"the paper preset takes the codecs uniform and normal, not {codec!r}")
+    policy = PaperPolicy(
+        known.query_norm, made.dims, sigma_x, sigma_s, bits, normal=codec == "normal", exceptions=exceptions
+    )
+    return {
+        "quantizer": Quantizer(PlainFrame(), made),
+        "policy": policy,
+        "window": MaxWindow(window),
+        "target": target,
+        "outlier_ratio": outlier_ratio,
+    }
+
+
+def exact(model: Any, shape: ModelShape, fingerprint: str | None, target: Target) -> dict[str, Any]:
+    """Half precision for every vector, through the same packed path."""
+    return {
+        "quantizer": Quantizer(PlainFrame(), GaussianCodec()),
+        "policy": FixedPolicy(16, 16),
+        "window": DecayWindow(),
+    }
+
+
+PRESETS: dict[str, Callable[..., dict[str, Any]]] = {"balanced": balanced, "paper": paper, "exact": exact}
