@@ -1,0 +1,1 @@
+"""One machine's stack: Ray, Redis and the three roles as actors."""

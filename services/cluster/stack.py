@@ -1,0 +1,166 @@
+"""Everything that runs on one machine: Redis, Ray, cache services, workers and the router."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import psutil
+from qaq.v1 import generate_pb2, generate_pb2_grpc
+
+from services.cluster.state import StackError, StackSettings, StackState
+from services.common.embedded_redis import EmbeddedRedis
+
+OBJECT_STORE_BYTES = 80 << 20  # Ray's least: no data of ours goes through it
+READY_TIMEOUT_S = 30.0
+# A Unix socket's path may have about 100 bytes, of which Ray takes 65 below its directory.
+_LONGEST_TMP = 30
+
+Report = Callable[[str, str, float | None], None]
+
+
+class LocalStack:
+    """Starts and stops a stack; this process owns it.
+
+    Args:
+        report: told (who, what it does, how much of it is done or None) while things start.
+    """
+
+    def __init__(self, settings: StackSettings, report: Report) -> None:
+        self._settings = settings
+        self._report = report
+        self._stack = contextlib.ExitStack()
+
+    def start(self) -> StackState:
+        """Returns when a request can be answered.
+
+        Raises:
+            StackError, RedisStartError: says what failed and what to do. Nothing is left running.
+        """
+        with contextlib.ExitStack() as stack:
+            _check_port(self._settings.port)
+            redis = self._redis(stack)
+            directory, address = self._ray(stack)
+            from services.cluster.members import Members  # only now: Ray reads the environment when imported
+
+            members = Members(self._settings, redis.url, self._report)
+            stack.callback(lambda: members.stop(members.names()))
+            router = members.start_all()
+            self._report("router", "waiting for the worker", None)
+            wait_until_ready(router, self._settings.workers)
+            self._stack = stack.pop_all()
+        return StackState(
+            settings=self._settings,
+            pid=os.getpid(),
+            born=psutil.Process().create_time(),
+            router=router,
+            ray_address=address,
+            ray_directory=directory,
+            redis=redis.state(),
+        )
+
+    def stop(self) -> None:
+        """Stops everything that `start` started."""
+        self._stack.close()
+
+    def _redis(self, stack: contextlib.ExitStack) -> EmbeddedRedis:
+        self._report("redis", "starting", None)
+        redis = EmbeddedRedis(os.environ.get("QAQ_REDIS_URL"))
+        stack.callback(redis.stop)
+        redis.start()
+        self._report("redis", redis.description, 1.0)
+        return redis
+
+    def _ray(self, stack: contextlib.ExitStack) -> tuple[Path, str]:
+        """Starts Ray's head below a private directory. Returns that and its address."""
+        self._report("ray", "starting", None)
+        base = tempfile.gettempdir()
+        directory = Path(tempfile.mkdtemp(prefix="qaq-ray-", dir=base if len(base) <= _LONGEST_TMP else "/tmp"))
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        token = directory / "token"
+        with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        ray_environment(directory)
+        import ray
+
+        stack.callback(ray.shutdown)
+        try:
+            ray.init(
+                address="local",
+                namespace="qaq",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="error",
+                _temp_dir=str(directory),
+            )
+        except Exception as error:
+            raise StackError(f"Ray did not start ({error}); see {directory.parent} for room and rights") from error
+        address = str(ray.get_runtime_context().gcs_address)
+        self._report("ray", f"head at {address}", 1.0)
+        return directory, address
+
+
+def ray_environment(directory: Path) -> None:
+    """Sets what Ray and its actors inherit. Call it before Ray is imported.
+
+    Ray listens on every interface, so its token authentication is on, with a token of this stack alone.
+    """
+    import qaq
+
+    import services
+
+    packages = {str(Path(module.__path__[0]).parent) for module in (services, qaq)}
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sorted(packages), *(path for path in known if path)])
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(directory / "token")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Without it Ray gives an actor that reserves no CPU a single compute thread.
+    os.environ.setdefault("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or os.cpu_count() or 1))
+
+
+def python_path() -> str:
+    """PYTHONPATH with which a child finds this program's packages, wherever it starts."""
+    import qaq
+
+    import services
+
+    packages = [str(Path(module.__path__[0]).parent) for module in (services, qaq)]
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys(path for path in [*packages, *known] if path))
+
+
+def wait_until_ready(router: str, workers: int) -> None:
+    """Returns when the router sees its workers.
+
+    Raises:
+        StackError: it does not in time.
+    """
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    with grpc.insecure_channel(router) as channel:
+        stub = generate_pb2_grpc.InferenceStub(channel)
+        while time.monotonic() < deadline:
+            with contextlib.suppress(grpc.RpcError):  # UNAVAILABLE until it has seen one
+                if stub.GetModel(generate_pb2.GetModelRequest(), timeout=5).workers >= workers:
+                    return
+            time.sleep(0.1)
+    raise StackError(f"the router at {router} does not see {workers} worker(s); look at its log")
+
+
+def _check_port(port: int) -> None:
+    """Fails before anything is started, rather than when the router binds."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StackError(f"port {port} is taken; choose another with --port (0 takes any free one)") from error
