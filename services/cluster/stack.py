@@ -114,13 +114,7 @@ def ray_environment(directory: Path) -> None:
 
     Ray listens on every interface, so its token authentication is on, with a token of this stack alone.
     """
-    import qaq
-
-    import services
-
-    packages = {str(Path(module.__path__[0]).parent) for module in (services, qaq)}
-    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([*sorted(packages), *(path for path in known if path)])
+    os.environ["PYTHONPATH"] = python_path()
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(directory / "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

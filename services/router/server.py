@@ -7,7 +7,7 @@ import contextlib
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
 from services.common import log, metrics
-from services.common.redis import connect
+from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
 from services.common.settings import RouterSettings
@@ -33,13 +33,13 @@ class RouterServer:
         Raises:
             ModelLoadError: there is no tokenizer for the model.
             PortTakenError: the port is taken.
-            redis.exceptions.RedisError: Redis does not answer.
+            RedisUnreachableError: Redis does not answer.
         """
         settings = self._settings
         async with contextlib.AsyncExitStack() as stack:
             redis = connect(settings.redis_url)
             stack.push_async_callback(redis.aclose)
-            await redis.ping()
+            await check(redis, settings.redis_url)
             registry = Registry(redis)
             prompts = await Prompts.load(settings.model)
             stack.callback(prompts.close)

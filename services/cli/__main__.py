@@ -1,0 +1,5 @@
+"""`python -m services.cli`: the `qaq` command where it is not installed."""
+
+from services.cli.main import app
+
+app()

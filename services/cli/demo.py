@@ -1,0 +1,164 @@
+"""`qaq demo`: a whole stack, a long prompt, an answer, and what the cache did meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.table import Table
+
+from services.cli.stack import Device, Dtype, JsonPath, Model, Preset, TargetBits, model_or_default
+from services.cli.terminal import screen, size, starting
+
+if TYPE_CHECKING:
+    from services.cli.streaming import Generation
+    from services.cluster.state import StackState
+
+DEADLINE_S = 600.0
+# Chapters of the Python reference that every Python brings; the answer is at the beginning, far from the question.
+CHAPTERS = ("with", "assert", "for", "while", "class", "exceptions", "global", "break", "continue")
+QUESTION = 'According to the text above, what is the "with" statement used for? Explain it in a few sentences.'
+
+
+class DemoResult(BaseModel):
+    """What `--json` writes; its schema is services/schemas/demo.json."""
+
+    text: str
+    tokens: int
+    tokens_per_second: float
+    ttft_ms: float
+    kv_bytes: int
+    kv_bytes_fp16: int
+    compression: float
+    bits_histogram: dict[str, dict[str, int]]
+    exceptions: int
+    rows_requantized: int
+    requantize_bytes: int
+    staging_bytes: int
+    originals_bytes_in_redis: int
+    redis_server: str
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(demo)
+
+
+def demo(
+    model: Model = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Ask this instead of the built-in question.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens to generate.")] = 160,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    preset: Preset = "balanced",
+    target_bits: TargetBits = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Starts a stack, answers a question about a long text, shows the figures, and stops everything."""
+    from services.cluster import control
+    from services.cluster.state import StackSettings
+
+    prompt = prompt_file.read_text() if prompt_file else long_prompt()
+    settings = StackSettings.model_validate(
+        {
+            "model": model_or_default(model),
+            "port": 0,
+            "device": device,
+            "dtype": dtype,
+            "preset": preset,
+            "target_bits": target_bits,
+        }
+    )
+    with contextlib.ExitStack() as stack:
+        with starting() as report:
+            running = stack.enter_context(control.attached(settings, report))
+        result = measure(running, prompt, max_new_tokens)
+        screen.print(_table(result), highlight=False)
+    if json_path is not None:
+        json_path.write_text(result.model_dump_json(indent=1) + "\n")
+
+
+def long_prompt() -> str:
+    """Real English of about 2,000 tokens, and a question about its beginning."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[chapter].strip() for chapter in CHAPTERS) + f"\n\n{QUESTION}"
+
+
+def measure(running: StackState, prompt: str, max_new_tokens: int) -> DemoResult:
+    """Asks a running stack, shows the answer as it comes, and collects the figures."""
+    from qaq.v1 import generate_pb2
+
+    from services.cli.client import inference
+    from services.cli.streaming import follow
+    from services.cluster.survey import survey
+
+    with inference(running.router) as stub:
+        has_template = stub.GetModel(generate_pb2.GetModelRequest(), timeout=30).model.has_chat_template
+        sampling = {"temperature": 0.0}
+        stop = {"max_new_tokens": max_new_tokens}
+        if has_template:
+            chat = generate_pb2.ChatRequest(
+                messages=[{"role": "user", "content": prompt}], sampling=sampling, stop=stop
+            )
+            generation = follow(stub.Chat(chat, timeout=DEADLINE_S))
+        else:
+            plain = generate_pb2.GenerateRequest(prompt=prompt, sampling=sampling, stop=stop)
+            generation = follow(stub.Generate(plain, timeout=DEADLINE_S))
+    stores = asyncio.run(survey(running.redis["url"])).originals
+    # Every cache service sees the same Redis.
+    stored = max((store.bytes for store in stores.values() if store is not None), default=0)
+    return _result(generation, stored, running.redis["description"])
+
+
+def _result(generation: Generation, stored: int, redis: str) -> DemoResult:
+    cache = generation.usage.cache
+    return DemoResult(
+        text=generation.text,
+        tokens=generation.tokens,
+        tokens_per_second=generation.tokens_per_second,
+        ttft_ms=generation.first_token_s * 1000,
+        kv_bytes=cache.kv_bytes,
+        kv_bytes_fp16=cache.kv_bytes_fp16,
+        compression=cache.kv_bytes_fp16 / max(cache.kv_bytes, 1),
+        bits_histogram={
+            "key": _histogram(cache.key_bits_histogram),
+            "value": _histogram(cache.value_bits_histogram),
+        },
+        exceptions=cache.exceptions,
+        rows_requantized=cache.rows_requantized,
+        requantize_bytes=cache.requantize_bytes,
+        staging_bytes=cache.staging_bytes,
+        originals_bytes_in_redis=stored,
+        redis_server=redis,
+    )
+
+
+def _histogram(counts: object) -> dict[str, int]:
+    return {str(bits): count for bits, count in sorted(dict(counts).items())}  # type: ignore[call-overload]
+
+
+def _table(result: DemoResult) -> Table:
+    table = Table(show_header=False, title="What the cache did", title_justify="left")
+    table.add_row("decoding", f"{result.tokens_per_second:.1f} tokens/s, {result.tokens} tokens")
+    table.add_row("first token", f"{result.ttft_ms / 1000:.2f} s")
+    resident, plain = size(result.kv_bytes), size(result.kv_bytes_fp16)
+    table.add_row("resident cache", f"{resident}, at fp16 {plain}: [bold]{result.compression:.2f}x[/] smaller")
+    for side in ("key", "value"):
+        counts = result.bits_histogram[side]
+        total = max(sum(counts.values()), 1)
+        shares = "  ".join(f"{bits} bit {100 * count / total:.0f}%" for bits, count in counts.items() if count)
+        table.add_row(f"{side}s", shares)
+    table.add_row("exceptions", f"{result.exceptions:,} fired")
+    table.add_row(
+        "quantized again",
+        f"{result.rows_requantized:,} rows from their originals, {size(result.requantize_bytes)}",
+    )
+    table.add_row(
+        "originals", f"{size(result.originals_bytes_in_redis)} in Redis, {size(result.staging_bytes)} staged"
+    )
+    table.add_row("Redis", result.redis_server)
+    return table

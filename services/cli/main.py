@@ -1,0 +1,61 @@
+"""All commands, and how their errors are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from services.cli import client, demo, roles, stack
+from services.cli.terminal import errors
+
+
+class Polite(TyperGroup):
+    """Ends a command that failed in a foreseen way with one sentence and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            sentence = _sentence(error)
+            if sentence is None:
+                raise
+            errors.print(f"[bold red]error:[/] {sentence}", soft_wrap=True, highlight=False)
+            raise typer.Exit(1) from error
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell about an error; None for one that was not foreseen."""
+    import grpc
+    from pydantic import ValidationError
+    from redis.exceptions import RedisError
+    from rich.markup import escape
+
+    from qaq_core.errors import QAQError
+
+    if isinstance(error, grpc.RpcError):
+        if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in (error.details() or ""):
+            return "no router answers there; start a stack with `qaq up`, or name one with --router"
+        return escape(f"{error.details()} ({error.code().name})")
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        return escape(f"{name}: {first['msg']}; set it by its option or by QAQ_{name.upper()}")
+    if isinstance(error, RedisError):
+        return escape(f"Redis does not answer ({error}); start it, or check QAQ_REDIS_URL")
+    if isinstance(error, QAQError | OSError):
+        return escape(str(error))
+    return None
+
+
+app = typer.Typer(
+    cls=Polite,
+    name="qaq",
+    help="Serve language models from a quality-adaptive quantized KV cache.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for module in (demo, stack, client, roles):
+    module.register(app)

@@ -1,0 +1,46 @@
+"""What commands share of the terminal: consoles, progress displays, sizes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+screen = Console()
+errors = Console(stderr=True)
+
+Report = Callable[[str, str, float | None], None]
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[Report]:
+    """A line for each thing that starts: what it does, and how far it is."""
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.fields[who]:<12}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors) as progress:
+        lines: dict[str, TaskID] = {}
+
+        def report(who: str, what: str, done: float | None) -> None:
+            if who not in lines:
+                lines[who] = progress.add_task(what, total=None, who=who)
+            progress.update(
+                lines[who], description=what, total=1.0 if done is not None else None, completed=done or 0
+            )
+
+        yield report
+
+
+def size(count: int | float) -> str:
+    """ "3.2 MB" of a number of bytes."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
