@@ -1,0 +1,108 @@
+"""A cache service over the real Redis, and things to put in it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from pydantic import SecretStr
+from qaq.v1 import originals_pb2_grpc
+from redis.asyncio import Redis
+
+from qaq_core.codecs import GaussianCodec
+from qaq_core.frames import RotatedFrame, random_signs
+from qaq_core.originals import RowRequest
+from qaq_core.pages import Page, PageShape, page_id
+from qaq_core.quantizer import Quantizer
+from services.common.channel import open_channel
+from services.common.embedded_redis import EmbeddedRedis
+from services.common.settings import OriginalsSettings
+from services.originals.client import RemoteOriginals
+from services.originals.server import OriginalsServer
+
+SHAPE = PageShape(layers=3, kv_heads=2, tokens=4, head_dim=16)
+
+
+def make_pages(count: int, shape: PageShape = SHAPE, seed: int = 0) -> list[Page]:
+    """A chain of pages of random values."""
+    generator = torch.Generator().manual_seed(seed)
+    pages: list[Page] = []
+    for i in range(count):
+        parent = pages[-1].id if pages else b""
+        data = torch.randn(shape.dims, generator=generator).to(shape.torch_dtype)
+        pages.append(Page(page_id("model", shape.dtype, b"", parent, [seed, i]), shape, data))
+    return pages
+
+
+def make_request(pages: list[Page], rows: int, meta_bytes: int, seed: int = 0) -> RowRequest:
+    """Random rows of pages, every width among them."""
+    random, shape = np.random.default_rng(seed), pages[0].shape
+    have = random.integers(0, 8, rows).astype(np.uint8)
+    want = (have + 1 + random.integers(0, 8, rows) % (8 - have)).astype(np.uint8)
+    want[random.random(rows) < 0.1] = 16
+    page = random.integers(0, len(pages), rows).astype(np.int32)
+    token = random.integers(0, shape.tokens, rows).astype(np.int16)
+    return RowRequest(
+        shape=shape,
+        page_ids=tuple(p.id for p in pages),
+        page=page,
+        layer=random.integers(0, shape.layers, rows).astype(np.int16),
+        head=random.integers(0, shape.kv_heads, rows).astype(np.int16),
+        token=token,
+        side=random.integers(0, 2, rows).astype(np.uint8),
+        position=(page * shape.tokens + token).astype(np.int32),
+        have=have,
+        want=want,
+        meta=random.integers(100, 180, (rows, meta_bytes)).astype(np.uint8),
+    )
+
+
+@pytest.fixture(scope="session")
+def quantizer() -> Quantizer:
+    """The frame and codec of the balanced preset, with random tables."""
+    generator = torch.Generator().manual_seed(1)
+    means = torch.randn(2, SHAPE.layers, SHAPE.kv_heads, SHAPE.head_dim, generator=generator)
+    frequencies = 10_000.0 ** -(torch.arange(SHAPE.head_dim // 2, dtype=torch.float64) / (SHAPE.head_dim // 2))
+    kind = torch.zeros(SHAPE.layers, dtype=torch.long)
+    frame = RotatedFrame(means[0], means[1], frequencies[None], kind, random_signs(SHAPE.head_dim))
+    return Quantizer(frame, GaussianCodec())
+
+
+@pytest.fixture
+async def server(redis: Redis, redis_server: EmbeddedRedis) -> AsyncIterator[OriginalsServer]:
+    server = OriginalsServer(OriginalsSettings(redis_url=SecretStr(redis_server.url)))
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def address(server: OriginalsServer) -> str:
+    return await server.start()
+
+
+@pytest.fixture
+async def stub(address: str) -> AsyncIterator[originals_pb2_grpc.OriginalsStub]:
+    async with open_channel(address) as channel:
+        yield originals_pb2_grpc.OriginalsStub(channel)
+
+
+@pytest.fixture
+def remote(address: str) -> Iterator[RemoteOriginals]:
+    remote = RemoteOriginals.at([address])
+    yield remote
+    remote.close()
+
+
+async def status(call: object) -> tuple[grpc.StatusCode, str]:
+    """Code and message that a call fails with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call  # type: ignore[misc]
+    return caught.value.code(), caught.value.details() or ""
+
+
+async def getranges(redis: Redis) -> int:
+    """How many GETRANGE commands the Redis server itself has counted."""
+    return int((await redis.info("commandstats")).get("cmdstat_getrange", {"calls": 0})["calls"])

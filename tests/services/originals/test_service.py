@@ -1,0 +1,201 @@
+"""The Originals service over gRPC: its answers and its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from pydantic import SecretStr
+from qaq.v1 import originals_pb2 as pb
+from qaq.v1 import originals_pb2_grpc
+from redis.asyncio import Redis
+
+from qaq_core.pages import Page, PageShape
+from qaq_core.quantizer import Quantizer
+from services.common.channel import open_channel
+from services.common.embedded_redis import EmbeddedRedis
+from services.common.settings import OriginalsSettings
+from services.originals import wire
+from services.originals.server import OriginalsServer
+from tests.services.originals.conftest import SHAPE, getranges, make_pages, make_request, status
+
+Code = grpc.StatusCode
+Stub = originals_pb2_grpc.OriginalsStub
+ID = bytes(range(32))
+
+
+async def chunks(*pages: Page) -> AsyncIterator[pb.PutRequest]:
+    for page in pages:
+        for piece in wire.pieces(page.id, page.shape, page.to_bytes()):
+            yield pb.PutRequest(chunk=piece)
+
+
+async def messages(*pieces: pb.PageChunk) -> AsyncIterator[pb.PutRequest]:
+    for piece in pieces:
+        yield pb.PutRequest(chunk=piece)
+
+
+async def put_codec(stub: Stub, quantizer: Quantizer) -> None:
+    await stub.PutCodec(pb.PutCodecRequest(codec_id=quantizer.id, tables=quantizer.to_bytes()), timeout=10)
+
+
+async def test_put_answers_when_redis_has_the_pages(stub: Stub, redis: Redis) -> None:
+    pages = make_pages(3)
+    reply = await stub.Put(chunks(*pages), timeout=10)
+    assert (reply.pages_stored, reply.pages_known) == (3, 0)
+    assert await redis.exists(*(f"qaq:page:{page.id.hex()}" for page in pages)) == 3
+    reply = await stub.Put(chunks(*pages[:2], *make_pages(1, seed=9)), timeout=10)
+    assert (reply.pages_stored, reply.pages_known) == (1, 2)
+    assert (await stub.Match(pb.MatchRequest(page_ids=[p.id for p in pages]), timeout=10)).pages == 3
+
+
+async def test_a_large_page_travels_in_pieces(stub: Stub) -> None:
+    (page,) = make_pages(1, PageShape(layers=20, kv_heads=4, tokens=32, head_dim=128))
+    assert page.shape.nbytes > 2 * wire.PIECE_BYTES
+    await stub.Put(chunks(page), timeout=10)
+    replies = [r.chunk async for r in stub.Fetch(pb.FetchRequest(page_ids=[ID, page.id]), timeout=10)]
+    assert (replies[0].page_id, replies[0].missing, replies[0].last) == (ID, True, True)
+    assert len(replies) > 3
+    assert all(len(chunk.data) <= wire.PIECE_BYTES for chunk in replies)
+    assert b"".join(chunk.data for chunk in replies) == bytes(page.to_bytes())
+
+
+def piece(data: bytes = bytes(SHAPE.nbytes), last: bool = True, page_id: bytes = ID, **shape: Any) -> pb.PageChunk:
+    facts = wire.shape_message(dataclasses.replace(SHAPE, **shape))
+    return pb.PageChunk(page_id=page_id, shape=facts, data=data, last=last)
+
+
+BAD_PUTS = {
+    "short id": ([piece(page_id=b"short")], "must have 32"),
+    "no shape": ([pb.PageChunk(page_id=ID, data=b"x", last=True)], "must carry its shape"),
+    "dtype": ([piece(dtype="int8")], "float32, float16, bfloat16"),
+    "no layers": ([piece(layers=0)], "shape.layers is 0"),
+    "negative": ([piece(tokens=-1)], "shape.tokens is -1"),
+    "odd dim": ([piece(head_dim=12)], "multiple of 8"),
+    "huge": ([piece(layers=30_000, head_dim=1024)], "fewer page_tokens"),
+    "too few bytes": ([piece(bytes(8))], "its shape says 3,072"),
+    "too many bytes": ([piece(last=False), piece(b"x")], "its shape says 3,072"),
+    "cut off": ([piece(bytes(8), last=False)], "ended inside a page"),
+    "mixed": ([piece(bytes(8), last=False), piece(page_id=bytes(32))], "before it was complete"),
+    "large piece": ([piece(bytes(wire.PIECE_BYTES + 1))], "at most 1,048,576"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PUTS)
+async def test_bad_puts(stub: Stub, redis: Redis, name: str) -> None:
+    pieces, said = BAD_PUTS[name]
+    code, message = await status(stub.Put(messages(*pieces), timeout=10))
+    assert code is Code.INVALID_ARGUMENT
+    assert said in message
+    assert await redis.keys("qaq:page:*") == []
+
+
+async def test_bad_codecs(stub: Stub, quantizer: Quantizer) -> None:
+    tables = quantizer.to_bytes()
+    for codec_id, raw, said in (
+        (b"short", tables, "must have 16"),
+        (bytes(16), tables, "not the fingerprint"),
+        (quantizer.id, tables[:-5], "not those of a quantizer"),
+        (quantizer.id, b"", "not those of a quantizer"),
+    ):
+        code, message = await status(stub.PutCodec(pb.PutCodecRequest(codec_id=codec_id, tables=raw), timeout=10))
+        assert code is Code.INVALID_ARGUMENT
+        assert said in message
+
+
+async def test_an_unknown_codec(stub: Stub, quantizer: Quantizer) -> None:
+    request = wire.rows_message(make_request(make_pages(1), 2, 1), quantizer.id)
+    code, message = await status(stub.Requantize(request, timeout=10))
+    assert code is Code.FAILED_PRECONDITION
+    assert "call PutCodec first" in message
+
+
+BAD_ROWS = {
+    "page": ("page", np.array([0, 1], "<i4"), "page must be"),
+    "negative page": ("page", np.array([0, -1], "<i4"), "page must be"),
+    "layer": ("layer", np.array([0, 3], "<i2"), "layer must be"),
+    "head": ("head", np.array([2, 0], "<i2"), "head must be"),
+    "token": ("token", np.array([0, 4], "<i2"), "token must be"),
+    "side": ("side", np.array([0, 2], "u1"), "side must be"),
+    "position": ("position", np.array([0, 1 << 21], "<i4"), "position must be"),
+    "have": ("have", np.array([0, 9], "u1"), "have must be"),
+    "want": ("want", np.array([9, 8], "u1"), "want must be"),
+    "nothing wanted": ("want", np.array([0, 8], "u1"), "want must be above have"),
+    "length": ("layer", np.array([0], "<i2"), "layer has 2 bytes"),
+    "meta": ("meta", np.array([0], "u1"), "meta has 1 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+async def test_bad_rows(stub: Stub, quantizer: Quantizer, name: str) -> None:
+    await put_codec(stub, quantizer)
+    request = wire.rows_message(make_request(make_pages(1), 2, 1), quantizer.id)
+    field, value, said = BAD_ROWS[name]
+    setattr(request, field, value.tobytes())
+    code, message = await status(stub.Requantize(request, timeout=10))
+    assert code is Code.INVALID_ARGUMENT
+    assert said in message
+
+
+async def test_too_many_rows(stub: Stub, quantizer: Quantizer) -> None:
+    await put_codec(stub, quantizer)
+    request = wire.rows_message(make_request(make_pages(1), wire.MAX_ROWS + 1, 1), quantizer.id)
+    code, message = await status(stub.Requantize(request, timeout=10))
+    assert code is Code.INVALID_ARGUMENT
+    assert "split it" in message
+
+
+async def test_tables_of_another_model(stub: Stub, quantizer: Quantizer) -> None:
+    """The pages have more layers than the codec's tables."""
+    pages = make_pages(1, dataclasses.replace(SHAPE, layers=9))
+    await stub.Put(chunks(*pages), timeout=10)
+    await put_codec(stub, quantizer)
+    rows = dataclasses.replace(make_request(pages, 2, 1), layer=np.array([8, 8], "<i2"))
+    code, message = await status(stub.Requantize(wire.rows_message(rows, quantizer.id), timeout=10))
+    assert code is Code.INVALID_ARGUMENT
+    assert "do not fit" in message
+
+
+async def test_stats_count_what_redis_counts(stub: Stub, redis: Redis, quantizer: Quantizer) -> None:
+    pages = make_pages(3)
+    await stub.Put(chunks(*pages[:2]), timeout=10)
+    await put_codec(stub, quantizer)
+    rows = make_request(pages, 50, 1)
+    before = await getranges(redis)
+    reply = await stub.Requantize(wire.rows_message(rows, quantizer.id), timeout=10)
+    there = int((rows.page < 2).sum())
+    assert 0 < there < 50
+    assert await getranges(redis) == before + there + len(pages)  # one header a page
+    stats = await stub.Stats(pb.StatsRequest(), timeout=10)
+    assert stats.pages == 2
+    assert stats.bytes == sum([await redis.strlen(key) for key in await redis.keys("qaq:page:*")])
+    assert (stats.rows_requantized, stats.rows_missing, stats.redis_row_reads) == (there, 50 - there, there)
+    assert stats.requantize_bytes == len(reply.planes) > 0
+
+
+async def test_touch(stub: Stub, redis: Redis) -> None:
+    (page,) = make_pages(1)
+    await stub.Put(chunks(page), timeout=10)
+    await redis.expire(f"qaq:page:{page.id.hex()}", 5)
+    assert (await stub.Touch(pb.TouchRequest(page_ids=[page.id, ID]), timeout=10)).pages == 1
+    assert await redis.ttl(f"qaq:page:{page.id.hex()}") > 1000
+
+
+async def test_a_full_and_then_a_stopped_redis() -> None:
+    pages = make_pages(3, PageShape(layers=8, kv_heads=4, tokens=32, head_dim=128))
+    with EmbeddedRedis(maxmemory="3mb") as redis_server:
+        server = OriginalsServer(OriginalsSettings(redis_url=SecretStr(redis_server.url)))
+        async with open_channel(await server.start()) as channel:
+            stub = Stub(channel)
+            code, message = await status(stub.Put(chunks(*pages), timeout=10))
+            assert code is Code.RESOURCE_EXHAUSTED
+            assert "maxmemory" in message
+            redis_server.terminate()
+            code, message = await status(stub.Match(pb.MatchRequest(page_ids=[ID]), timeout=30))
+            assert code is Code.UNAVAILABLE
+            assert "Redis does not answer" in message
+        await server.stop()
