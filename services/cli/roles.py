@@ -91,6 +91,4 @@ def _with_model(settings: dict[str, Any], model: str | None) -> dict[str, Any]:
 
     from services.cli.stack import model_or_default
 
-    if model is None and "QAQ_MODEL" in os.environ:
-        return settings
-    return settings | {"model": model_or_default(model)}
+    return settings | {"model": model_or_default(model or os.environ.get("QAQ_MODEL") or None)}
