@@ -1,0 +1,131 @@
+"""docker-compose.yml without containers: the same commands and environments as plain processes.
+
+Each service has a loopback address of its own in place of its container's, so that the ports stay as the
+file says and two runs do not meet; host names in the environment become those addresses.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from services.cluster.stack import python_path
+from services.common.embedded_redis import find_server
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 240.0
+
+
+class Composed:
+    """The services of the file, by name.
+
+    Attributes:
+        addresses: host:port of each role.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.file: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+        self._directory = directory
+        net = f"127.{64 + os.getpid() % 64}.{os.getpid() // 64 % 256}"
+        self._hosts = {name: f"{net}.{place}" for place, name in enumerate(self.file["services"], start=1)}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.addresses = {
+            name: f"{self._hosts[name]}:{service['environment']['QAQ_PORT']}"
+            for name, service in self.file["services"].items()
+            if name != "redis"
+        }
+
+    def start(self) -> None:
+        """Returns when every service's health check passes."""
+        subprocess.run([ROOT / "deploy" / "make-secrets", self._directory / "secrets"], check=True)
+        for name, service in self.file["services"].items():
+            self._processes[name] = self._redis(service) if name == "redis" else self._role(name, service)
+            if name == "redis":
+                self._until_healthy(name)  # the others depend on it
+        for name in self.addresses:
+            self._until_healthy(name)
+
+    def stop(self) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.wait(30)
+
+    def log(self, name: str) -> str:
+        return (self._directory / f"{name}.log").read_text(errors="replace")
+
+    @property
+    def redis_url(self) -> str:
+        line = (self._directory / "secrets" / "qaq.env").read_text().strip()
+        return line.removeprefix("QAQ_REDIS_URL=").replace("@redis:", f"@{self._hosts['redis']}:")
+
+    def _redis(self, service: dict[str, Any]) -> subprocess.Popen[bytes]:
+        _, binary = find_server()
+        (self._directory / "data").mkdir()
+        config = (ROOT / "deploy" / "redis.conf").read_text()
+        for there, here in (
+            ("/run/secrets", str(self._directory / "secrets")),
+            ("/data", str(self._directory / "data")),
+            ("0.0.0.0", self._hosts["redis"]),
+        ):
+            assert there in config
+            config = config.replace(there, here)
+        (self._directory / "redis.conf").write_text(config)
+        server, path = service["command"]
+        assert server == "redis-server"
+        assert path == service["configs"][0]["target"]
+        return self._spawn("redis", [str(binary), str(self._directory / "redis.conf")], {})
+
+    def _role(self, name: str, service: dict[str, Any]) -> subprocess.Popen[bytes]:
+        environment = dict(service["environment"]) | {"QAQ_REDIS_URL": self.redis_url}
+        if environment.get("QAQ_HOST") == "0.0.0.0":
+            environment["QAQ_HOST"] = self._hosts[name]
+        given = {key: _default(value) for key, value in environment.items()}
+        return self._spawn(name, [sys.executable, "-m", "services.cli", *service["command"]], given)
+
+    def _spawn(self, name: str, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        with open(self._directory / f"{name}.log", "wb") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PYTHONPATH": python_path()} | environment,
+            )
+
+    def _until_healthy(self, name: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._healthy(name):
+            code = self._processes[name].poll()
+            assert code is None, f"{name} ended with {code}: {self.log(name)[-2000:]}"
+            assert time.monotonic() < deadline, f"{name} is not healthy: {self.log(name)[-2000:]}"
+            time.sleep(0.3)
+
+    def _healthy(self, name: str) -> bool:
+        if name == "redis":
+            import redis
+
+            try:
+                return bool(redis.Redis.from_url(self.redis_url).ping())
+            except redis.RedisError:
+                return False
+        _, qaq, *arguments = self.file["services"][name]["healthcheck"]["test"]
+        assert qaq == "qaq"
+        here = [argument.replace("127.0.0.1", self._hosts[name]) for argument in arguments]
+        command = [sys.executable, "-m", "services.cli", *here]
+        environment = os.environ | {"PYTHONPATH": python_path()}
+        return subprocess.run(command, env=environment, capture_output=True).returncode == 0
+
+
+def _default(value: str) -> str:
+    """What Compose makes of "${NAME:-default}" when NAME is not set."""
+    if value.startswith("${"):
+        _, _, default = value[2:-1].partition(":-")
+        return default
+    return value

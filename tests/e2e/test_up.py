@@ -1,0 +1,105 @@
+"""`qaq up`, `status`, `scale`, `down` over real Ray, and what happens when something is missing."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from qaq_core.loading import default_model_path
+from services.common.embedded_redis import free_port
+
+from .command import left_running, qaq
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Inherited by everything that a test starts, so that nothing of it can hide."""
+    value = secrets.token_hex(8)
+    monkeypatch.setenv("QAQ_TEST_MARK", value)
+    return value
+
+
+def nothing_runs(mark: str) -> None:
+    for _ in range(100):
+        if not left_running(mark):
+            return
+        time.sleep(0.1)
+    raise AssertionError(left_running(mark))
+
+
+def test_a_stack_comes_up_scales_and_goes(state_directory: Path, mark: str, tmp_path: Path) -> None:
+    try:
+        up = qaq("up", "--port", "0")
+        assert up.returncode == 0, up.stderr
+        assert "The router is at 127.0.0.1:" in up.stdout
+        again = qaq("up", "--port", "0")
+        assert (again.returncode, "a stack is running already" in again.stderr) == (1, True)
+        said = qaq("generate", "The capital of France is", "--max-new-tokens", "8", "--temperature", "0")
+        assert said.returncode == 0, said.stderr
+        assert "Paris" in said.stdout
+        for count in (2, 1):
+            scaled = qaq("scale", "--workers", str(count))
+            assert scaled.returncode == 0, scaled.stderr
+            shown = qaq("status", "--json", tmp_path / "status.json")
+            assert shown.returncode == 0, shown.stderr
+            found = json.loads((tmp_path / "status.json").read_text())
+            assert len(found["workers"]) == count
+            assert all(found["workers"].values())
+        assert found["originals"]
+        assert len(found["routers"]) == 1
+    finally:
+        stopped = qaq("down")
+    assert stopped.returncode == 0, stopped.stderr
+    nothing_runs(mark)
+    assert not (state_directory / "stack.json").exists()
+    gone = qaq("status")
+    assert (gone.returncode, "no stack is running; start one" in gone.stderr) == (1, True)
+
+
+def failed(result: object, *sentences: str) -> None:
+    assert result.returncode == 1  # type: ignore[attr-defined]
+    for sentence in sentences:
+        assert sentence in result.stderr  # type: ignore[attr-defined]
+    assert "Traceback" not in result.stderr  # type: ignore[attr-defined]
+
+
+def test_up_without_its_redis(state_directory: Path, mark: str) -> None:
+    url = f"redis://:hidden@127.0.0.1:{free_port()}/0"
+    result = qaq("up", "--port", "0", QAQ_REDIS_URL=url)
+    failed(result, "does not answer", "unset QAQ_REDIS_URL")
+    assert "hidden" not in result.stderr + result.stdout
+    nothing_runs(mark)
+
+
+def test_up_on_a_port_that_is_taken(state_directory: Path, mark: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        failed(qaq("up", "--port", str(port)), f"port {port} is taken; choose another with --port")
+    nothing_runs(mark)
+
+
+def test_up_with_a_model_that_is_missing(state_directory: Path, mark: str, tmp_path: Path) -> None:
+    failed(qaq("up", "--port", "0", "--model", tmp_path / "none.gguf"), "none.gguf", "is not there; give")
+    nothing_runs(mark)
+    assert not (state_directory / "stack.json").exists()
+
+
+def test_up_with_a_model_that_is_cut_short(state_directory: Path, mark: str, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    shutil.copy(default_model_path(), cut)
+    with cut.open("r+b") as file:
+        file.truncate(cut.stat().st_size // 2)
+    failed(qaq("up", "--port", "0", "--model", cut), "cut.gguf")
+    nothing_runs(mark)
+
+
+def test_a_bad_option_is_told(state_directory: Path) -> None:
+    failed(qaq("up", "--dtype", "int3"), "dtype", "float32")
