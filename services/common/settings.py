@@ -48,6 +48,7 @@ class WorkerSettings(CommonSettings):
     model: local directory, GGUF file, hub id or installed wheel.
     target_bits: mean code bits per element after prefill; None takes the preset's.
     page_tokens: positions in a page of originals.
+    max_kept: idle sessions whose caches stay for their next turn.
     kv_budget_bytes: most bytes that all sessions' caches may hold; None is unbounded.
     requantize_wait: decode waits for re-quantized rows, as the paper does.
     """
@@ -62,6 +63,7 @@ class WorkerSettings(CommonSettings):
     prefill_chunk: int = Field(default=512, ge=1)
     max_sequences: int = Field(default=8, ge=1)
     max_waiting: int = Field(default=64, ge=0)
+    max_kept: int = Field(default=32, ge=0)
     kv_budget_bytes: int | None = Field(default=None, ge=1)
     requantize_wait: bool = False
     tenant_salt: SecretStr = SecretStr("")

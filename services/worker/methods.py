@@ -1,0 +1,51 @@
+"""The methods that sessions of one model use: the worker's default and those that requests name."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from qaq.v1 import common_pb2
+
+from qaq_core import Method
+from qaq_core.loading import LoadedModel
+from services.common.settings import WorkerSettings
+
+_KEPT = 32
+
+
+class Methods:
+    """Methods of a model by what a request asks for. Made when first asked for; belongs to one thread."""
+
+    def __init__(self, loaded: LoadedModel, settings: WorkerSettings) -> None:
+        self._loaded = loaded
+        self._settings = settings
+        self._make = functools.lru_cache(maxsize=_KEPT)(self._new)
+
+    def get(self, params: common_pb2.CacheParams) -> Method:
+        """The method of a session.
+
+        Raises:
+            ConfigError: an unknown preset, or a target out of range.
+            UnsupportedModelError: the model cannot be served from a quantized cache.
+        """
+        preset = params.preset if params.HasField("preset") else self._settings.preset
+        bits = params.target_bits if params.HasField("target_bits") else None
+        compression = params.target_compression if params.HasField("target_compression") else None
+        if compression is not None:
+            bits = None
+        elif bits is None and preset == self._settings.preset:
+            bits = self._settings.target_bits
+        return self._make(preset, bits, compression)
+
+    def _new(self, preset: str, bits: float | None, compression: float | None) -> Method:
+        # A first use may calibrate the model, which needs gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            return Method.for_model(
+                self._loaded.model,
+                fingerprint=self._loaded.fingerprint,
+                preset=preset,
+                target_bits=bits,
+                target_compression=compression,
+                page_tokens=self._settings.page_tokens,
+            )

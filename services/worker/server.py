@@ -1,0 +1,89 @@
+"""The worker as a process or inside an actor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import AsyncExitStack
+
+import structlog
+from qaq.v1 import worker_pb2_grpc
+
+from qaq_core.loading import LoadedModel, load_model
+from services.common import log, metrics
+from services.common.redis import check, connect
+from services.common.registry import Registry
+from services.common.server import GrpcServer, run_until_signal
+from services.common.settings import WorkerSettings
+from services.originals.client import RemoteOriginals
+from services.worker.engine import Engine
+from services.worker.service import WorkerService, model_info
+
+_log = structlog.get_logger()
+
+
+class WorkerServer:
+    """Runs one model. Listed in the registry once it can answer.
+
+    Args:
+        loaded: the model, if the caller has it already.
+
+    Attributes:
+        progress: what it is doing before it serves, and how much of that is done, 0 to 1.
+    """
+
+    def __init__(self, settings: WorkerSettings, loaded: LoadedModel | None = None) -> None:
+        self.progress = ("starting", 0.0)
+        self._settings = settings
+        self._loaded = loaded
+        self._running = AsyncExitStack()
+
+    async def start(self) -> str:
+        """Loads the model and serves it. Returns the address, host:port.
+
+        Raises:
+            RedisUnreachableError, ModelLoadError, UnsupportedModelError, ConfigError, PortTakenError: the
+                message says what to do. Nothing is left running.
+        """
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            redis = connect(settings.redis_url)
+            stack.push_async_callback(redis.aclose)
+            await check(redis, settings.redis_url)
+            originals = RemoteOriginals.registered(settings.redis_url)
+            stack.push_async_callback(asyncio.to_thread, originals.close)
+            loaded, engine = await asyncio.to_thread(self._load, originals, asyncio.get_running_loop())
+            engine.start()
+            stack.push_async_callback(asyncio.to_thread, engine.stop)
+            server = GrpcServer(settings.host, settings.port, advertise_host=settings.advertise_host)
+            info = model_info(loaded)
+            server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, WorkerService(engine, info))
+            address = await server.start()
+            stack.push_async_callback(server.stop)
+            facts = {"pid": os.getpid(), "model": loaded.name, "fingerprint": loaded.fingerprint}
+            await stack.enter_async_context(Registry(redis).announce("worker", address, facts))
+            self._running = stack.pop_all()
+        return address
+
+    async def stop(self) -> None:
+        """Leaves the registry, lets running calls end for a moment, and closes everything."""
+        await self._running.aclose()
+
+    def _load(self, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, Engine]:
+        settings = self._settings
+        loaded = self._loaded or load_model(settings.model, settings.device, settings.dtype, self._note)
+        self._note("preparing the cache", 0.0)
+        engine = Engine(loaded, originals, settings, loop)
+        self._note("ready", 1.0)
+        return loaded, engine
+
+    def _note(self, stage: str, done: float) -> None:
+        self.progress = (stage, done)
+        _log.debug("loading", stage=stage, done=done)
+
+
+async def serve(settings: WorkerSettings) -> None:
+    """Runs until SIGTERM or SIGINT."""
+    log.configure(settings.log_level)
+    metrics.serve(settings.metrics_port, settings.host)
+    await run_until_signal(WorkerServer(settings))

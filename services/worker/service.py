@@ -1,0 +1,74 @@
+"""What a worker answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+
+from qaq_core.loading import LoadedModel
+from qaq_core.pages import dtype_name
+from qaq_core.shape import ModelShape
+from services.worker.engine import Engine
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """Passes requests to the engine and its replies back."""
+
+    def __init__(self, engine: Engine, model: common_pb2.ModelInfo) -> None:
+        self._engine = engine
+        self._model = model
+
+    async def Run(
+        self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.RunReply]:
+        generation = self._engine.submit(request)
+        try:
+            while True:
+                reply = await generation.replies.get()
+                if isinstance(reply, Exception):
+                    raise reply
+                yield reply
+                if reply.HasField("done"):
+                    return
+        finally:
+            self._engine.cancel(generation)
+
+    async def Drop(
+        self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.DropReply:
+        existed = await asyncio.wrap_future(self._engine.drop(request.session_id))
+        return worker_pb2.DropReply(existed=existed)
+
+    async def Describe(
+        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.DescribeReply:
+        state = self._engine.state
+        return worker_pb2.DescribeReply(
+            model=self._model,
+            running=state.running,
+            waiting=state.waiting,
+            sessions=state.sessions,
+            kv_bytes=state.kv_bytes,
+        )
+
+
+def model_info(loaded: LoadedModel) -> common_pb2.ModelInfo:
+    """What the worker says of its model."""
+    shape = ModelShape.of(loaded.model)
+    return common_pb2.ModelInfo(
+        name=loaded.name,
+        fingerprint=loaded.fingerprint,
+        context_length=loaded.context_length,
+        layers=shape.layers,
+        query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=dtype_name(loaded.dtype),
+        vocab_size=loaded.model.get_input_embeddings().weight.shape[0],
+        eos_token_ids=loaded.eos_token_ids,
+        has_chat_template=bool(loaded.tokenizer.chat_template),
+        source=loaded.source,
+    )

@@ -1,0 +1,63 @@
+"""The sessions of a worker: opened for a generation, kept for the next turn, freed when room is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qaq.v1 import common_pb2, worker_pb2
+
+from qaq_core import Originals
+from qaq_core.loading import LoadedModel
+from services.common.settings import WorkerSettings
+from services.worker.methods import Methods
+from services.worker.session import Session
+from services.worker.shelf import Shelf
+
+
+class Sessions:
+    """Makes sessions, and keeps those between two turns. Belongs to one thread.
+
+    Raises:
+        UnsupportedModelError, ConfigError: the worker's default method does not fit the model.
+    """
+
+    def __init__(self, loaded: LoadedModel, originals: Originals, settings: WorkerSettings) -> None:
+        self._originals, self._settings = originals, settings
+        self._fingerprint = loaded.fingerprint
+        self._methods = Methods(loaded, settings)
+        self._methods.get(common_pb2.CacheParams())
+        self.shelf = Shelf(settings.max_kept)
+
+    def open(self, request: worker_pb2.RunRequest, tokens: list[int]) -> Session:
+        """The session of a request: as it was left, if its cache is of use for `tokens`, or a new one.
+
+        Raises:
+            ConfigError: the request names an unknown preset, or a target out of range.
+        """
+        method = self._methods.get(request.cache)
+        session = self.shelf.take(request.session_id)
+        if session is not None:
+            if session.continues_in(tokens, method):
+                session.resume(tokens)
+                return session
+            session.close()
+        salt = self._settings.tenant_salt.get_secret_value().encode()
+        return Session(method, self._originals, self._fingerprint, tokens, salt, self._settings.requantize_wait)
+
+    def leave(self, request: worker_pb2.RunRequest, session: Session) -> None:
+        """A generation ended: keeps its session if that was asked and its cache is whole."""
+        if request.keep and request.session_id and not session.prefilling:
+            self.shelf.put(request.session_id, session)
+        else:
+            session.close()
+
+    def make_room(self, need: int, running: Iterable[Session]) -> bool:
+        """Frees idle sessions until `need` more bytes fit the budget; False if they do not fit even then."""
+        budget = self._settings.kv_budget_bytes
+        if budget is None:
+            return True
+        used = sum(session.sequence.nbytes for session in running)
+        while used + need + sum(session.sequence.nbytes for session in self.shelf) > budget:
+            if not self.shelf.evict():
+                return False
+        return True

@@ -1,0 +1,39 @@
+"""How busy a worker is and what its caches hold, for routers and for the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.common import metrics
+from services.worker.session import Session
+
+
+@dataclass(frozen=True)
+class State:
+    """Generations that run and wait; sessions that hold a cache, idle ones too, and its resident bytes."""
+
+    running: int = 0
+    waiting: int = 0
+    sessions: int = 0
+    kv_bytes: int = 0
+
+
+def observe(running: int, waiting: int, sessions: Sequence[Session]) -> State:
+    """The state now; the gauges are set to it."""
+    state = State(running, waiting, len(sessions), sum(session.sequence.nbytes for session in sessions))
+    halves = sum(session.half_precision_bytes for session in sessions)
+    metrics.kv_bytes.labels("device").set(state.kv_bytes)
+    metrics.kv_bytes.labels("staging").set(sum(session.sequence.staging_bytes for session in sessions))
+    metrics.kv_compression_ratio.set(halves / state.kv_bytes if state.kv_bytes else 1.0)
+    metrics.sessions.set(state.sessions)
+    metrics.queue_depth.set(waiting)
+    return state
+
+
+def count(session: Session) -> None:
+    """Adds to the counters what a session's cache met since it was last counted."""
+    met = session.sequence.exceptions.counts
+    for name, counter in (("exceptions", metrics.exceptions), ("originals_missing", metrics.originals_missing)):
+        counter.inc(getattr(met, name) - session.counted[name])
+        session.counted[name] = getattr(met, name)
