@@ -60,7 +60,8 @@ def follow(replies: Iterable[generate_pb2.GenerateReply], *, quiet: bool = False
                 case _:
                     got.reason, got.usage = reply.finished.reason, reply.finished.usage
                     text = reply.finished.text
-            progress.stop()
+            if progress.live.is_started:
+                progress.stop()
             got.text += text
             if not quiet:
                 screen.out(text, end="", highlight=False)

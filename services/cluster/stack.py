@@ -56,6 +56,7 @@ class LocalStack:
             router = members.start_all()
             self._report("router", "waiting for the worker", None)
             wait_until_ready(router, self._settings.workers)
+            self._report("router", f"serves at {router}", 1.0)
             self._stack = stack.pop_all()
         return StackState(
             settings=self._settings,

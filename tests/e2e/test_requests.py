@@ -73,17 +73,20 @@ async def test_a_deadline_frees_its_session(client: Stub, composed: Composed) ->
     assert (await until_idle(composed)).kv_bytes == 0
 
 
-async def test_a_chat_remembers_its_first_turn(client: Stub, composed: Composed) -> None:
-    session = (await client.OpenSession(generate_pb2.OpenSessionRequest())).session_id
-    for turn in ("My name is Ada. Say hello.", "What is my name?"):
-        chat = generate_pb2.ChatRequest(
-            messages=[{"role": "user", "content": turn}],
-            sampling={"temperature": 0},
-            stop={"max_new_tokens": 24},
-            session_id=session,
-        )
-        answer = await text_of(client.Chat(chat))
-    assert "Ada" in answer
+async def test_a_session_answers_as_the_whole_conversation_does(client: Stub, composed: Composed) -> None:
+    exact = {"preset": "exact"}
+    opened = generate_pb2.OpenSessionRequest(cache=exact)
+    session = (await client.OpenSession(opened)).session_id
+    first = {"role": "user", "content": "Name one colour of the rainbow."}
+    second = {"role": "user", "content": "And another one?"}
+    more = {"sampling": {"temperature": 0}, "stop": {"max_new_tokens": 16}}
+    answers = []
+    for turn in (first, second):
+        chat = generate_pb2.ChatRequest(messages=[turn], session_id=session, **more)
+        answers.append(await text_of(client.Chat(chat)))
+    whole = [first, {"role": "assistant", "content": answers[0]}, second]
+    again = generate_pb2.ChatRequest(messages=whole, cache=exact, **more)
+    assert await text_of(client.Chat(again)) == answers[1]
     assert (await until_idle(composed)).sessions == 1
     await client.CloseSession(generate_pb2.CloseSessionRequest(session_id=session))
     assert (await describe(composed)).sessions == 0
