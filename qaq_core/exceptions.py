@@ -119,7 +119,7 @@ class Exceptions:
         return picked
 
     def apply(self) -> None:
-        """Applies the answer if it is there (or waits for it); a failed part is counted, its rows keep their bits."""
+        """Applies the answer if it is there (or waits for it); a failed part is counted, rows keep bits."""
         if self._asked is None or not (self.wait or all(part.done() for _, part in self._asked.parts)):
             return
         asked, self._asked = self._asked, None

@@ -131,11 +131,13 @@ class RotatedFrame:
 
     def _angles(self, stop: int) -> torch.Tensor:
         """[kinds, >= stop, head_dim]: cosines and sines, made on the CPU so that every machine has the same."""
-        if self._trig.shape[1] < stop:
+        trig = self._trig
+        if trig.shape[1] < stop:
             position = torch.arange(max(1024, 2 * stop), dtype=torch.float64)
             angle = position[None, :, None] * self.frequencies.cpu()[:, None, :]
-            self._trig = torch.cat([angle.cos(), angle.sin()], -1).float().to(self.signs.device)
-        return self._trig
+            # Threads may both get here: each returns the table it made, whichever is kept.
+            self._trig = trig = torch.cat([angle.cos(), angle.sin()], -1).float().to(self.signs.device)
+        return trig
 
 
 def _rotate_pairs(mean: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:

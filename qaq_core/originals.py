@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ class InProcessOriginals:
 
     def __init__(self) -> None:
         self._pages: dict[bytes, Page] = {}
+        self._holders: Counter[bytes] = Counter()
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +115,7 @@ class InProcessOriginals:
 
     def put(self, pages: Sequence[Page]) -> Future[None]:
         self._pages.update((page.id, page) for page in pages)
+        self._holders.update(page.id for page in pages)
         return _done(None)
 
     def requantize(self, request: RowRequest, quantizer: Quantizer) -> Future[RowReply]:
@@ -127,7 +130,10 @@ class InProcessOriginals:
 
     def forget(self, page_ids: Sequence[bytes]) -> None:
         for pid in page_ids:
-            self._pages.pop(pid, None)
+            self._holders[pid] -= 1
+            if self._holders[pid] <= 0:
+                self._pages.pop(pid, None)
+                del self._holders[pid]
 
 
 def requantize_from(pages: dict[bytes, Page], request: RowRequest, quantizer: Quantizer) -> RowReply:

@@ -18,7 +18,7 @@ from qaq_core.pages import KEY, VALUE
 from qaq_core.pool import Pool, Rows
 from qaq_core.quantizer import Quantizer
 
-BLOCK_TOKENS = 1024
+BLOCK_TOKENS = 2048
 
 _INDEX = torch.zeros(HALF + 1, dtype=torch.uint8)
 _INDEX[list(WIDTHS)] = torch.arange(len(WIDTHS), dtype=torch.uint8)

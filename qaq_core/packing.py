@@ -36,55 +36,53 @@ def pack_half(rows: torch.Tensor) -> torch.Tensor:
     return rows.to(torch.float16).contiguous().view(torch.uint8).view(rows.shape[0], -1, HALF)
 
 
-def dims_per_lookup(bits: int) -> int:
-    """How many dims one table lookup turns into levels: the index has at most 16 bits."""
-    return 8 if bits <= 2 else 4 if bits <= 4 else 2
-
-
-def lookup_table(levels: torch.Tensor) -> torch.Tensor:
-    """Table that turns the plane bits of a few dims into their levels.
+class LevelTable:
+    """Turns packed rows of one width into levels, a few dims a lookup.
 
     Args:
-        levels: float [2^b], the level of each b-bit code.
-    Returns:
-        float [2^(k·b), k], k = `dims_per_lookup(b)`; index bit p·k+j is plane p of dim j.
+        levels: float [2^b], the level of each b-bit code, 1 <= b <= 8.
     """
-    bits = levels.numel().bit_length() - 1
-    k = dims_per_lookup(bits)
-    index = torch.arange(1 << (k * bits), device=levels.device)
-    code = torch.zeros(index.numel(), k, dtype=torch.long, device=levels.device)
-    for j in range(k):
-        for p in range(bits):
-            code[:, j] |= ((index >> (p * k + j)) & 1) << (bits - 1 - p)
-    return levels[code]
 
+    def __init__(self, levels: torch.Tensor) -> None:
+        self.bits = levels.numel().bit_length() - 1
+        # An index has at most 16 bits: plane p of dim j of the k dims is its bit p·k + j.
+        self.dims = 8 if self.bits <= 2 else 4 if self.bits <= 4 else 2
+        self._levels = levels[self._codes(levels.device)]
+        self._spread = self._spread_planes(levels.device)
+        self._plane = torch.arange(self.bits, device=levels.device) << 8
 
-def unpack(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Levels of packed rows.
+    def _codes(self, device: torch.device) -> torch.Tensor:
+        """int64 [2^(k·b), k]: the codes of the dims of every index."""
+        index = torch.arange(1 << (self.dims * self.bits), device=device)
+        codes = torch.zeros(len(index), self.dims, dtype=torch.long, device=device)
+        for j in range(self.dims):
+            for p in range(self.bits):
+                codes[:, j] |= ((index >> (p * self.dims + j)) & 1) << (self.bits - 1 - p)
+        return codes
 
-    Args:
-        rows: uint8 [n, head_dim/8, b], 1 <= b <= 8.
-        table: from `lookup_table`.
-    Returns:
-        float [n, head_dim].
-    """
-    n, octets, bits = rows.shape
-    k = dims_per_lookup(bits)
-    if bits == 1:
-        index = rows.to(torch.int32)
-    elif bits == 2:
-        index = rows.view(torch.int16).to(torch.int32) & 0xFFFF
-    else:
-        planes = rows.to(torch.int32)
-        parts = []
-        for shift in range(0, 8, k):
-            fields = (planes >> shift) & ((1 << k) - 1)
-            part = fields[..., 0]
-            for p in range(1, bits):
-                part = part | (fields[..., p] << (p * k))
-            parts.append(part)
-        index = torch.stack(parts, -1)
-    return table.index_select(0, index.reshape(-1)).view(n, octets * 8)
+    def _spread_planes(self, device: torch.device) -> torch.Tensor:
+        """int64 [b·256]: what byte v of plane p adds to the 16-bit indices of its 8 dims, side by side."""
+        byte = torch.arange(256, device=device)
+        planes = []
+        for p in range(self.bits):
+            spread = torch.zeros_like(byte)
+            for part in range(8 // self.dims):
+                field = (byte >> (part * self.dims)) & ((1 << self.dims) - 1)
+                spread |= field << (16 * part + p * self.dims)
+            planes.append(spread)
+        return torch.cat(planes)
+
+    def unpack(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes levels float [n, head_dim] of rows uint8 [n, head_dim/8, b]."""
+        if self.bits == 1:
+            index = rows.to(torch.int32)
+        elif self.bits == 2:
+            index = rows.view(torch.uint16).to(torch.int32)
+        else:
+            spread = self._spread.take(rows.view(-1, self.bits) + self._plane)
+            fields = spread.sum(1).view(torch.uint16).view(-1, 4)
+            index = fields[:, : 8 // self.dims].to(torch.int32)
+        torch.index_select(self._levels, 0, index.reshape(-1), out=out.view(-1, self.dims))
 
 
 def unpack_half(rows: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from qaq_core.codecs import Codec
 from qaq_core.packed import PackedTokens
-from qaq_core.packing import HALF, WIDTHS, lookup_table, unpack, unpack_half
+from qaq_core.packing import HALF, WIDTHS, LevelTable, unpack_half
 from qaq_core.pages import KEY, VALUE
 
 QUERY_CHUNK = 256
@@ -54,8 +54,8 @@ class ReferenceAttention:
     name = "reference"
 
     def __init__(self, codec: Codec, device: torch.device) -> None:
-        self._tables = {w: lookup_table(codec.levels(w)).to(device) for w in WIDTHS if 0 < w < HALF}
-        self._scratch = torch.empty(0, device=device)
+        self._tables = {w: LevelTable(codec.levels(w).to(device)) for w in WIDTHS if 0 < w < HALF}
+        self._scratch = torch.empty(2, 0, device=device)
 
     def __call__(
         self,
@@ -155,22 +155,25 @@ class ReferenceAttention:
         first, last = packed.block_range(block)
         shape = (packed.heads, last - first, packed.head_dim)
         size = shape[0] * shape[1] * shape[2]
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size, device=packed.device)
-        units = self._scratch[:size].view(-1, packed.head_dim)
+        if self._scratch.shape[1] < size:
+            self._scratch = torch.empty(2, size, device=packed.device)
+        units, levels = self._scratch[:, :size].view(2, -1, packed.head_dim)
         which = ((packed.tags[layer, :, first:last] >> (4 * side)) & 15).reshape(-1)
         pool = packed.sides[side].pools[block]
-        filled = 0
-        for tag, width in enumerate(WIDTHS):
-            if width not in pool.rows:
-                continue
+        done = len(which) - sum(len(pool.layer(width, layer)) for width in pool.rows)
+        levels[:done] = 0.0  # width 0
+        for width in pool.rows:
             rows = pool.layer(width, layer)
-            if len(rows):
-                levels = unpack_half(rows) if width == HALF else unpack(rows, self._tables[width])
-                units.index_copy_(0, torch.nonzero(which == tag).squeeze(1), levels)
-                filled += len(rows)
-        if filled < len(units):
-            units[which == 0] = 0.0
+            span = levels[done : done + len(rows)]
+            if width == HALF:
+                span.copy_(unpack_half(rows))
+            elif len(rows):
+                self._tables[width].unpack(rows, span)
+            done += len(rows)
+        # Rows stand by width, then position: the place of a token's row is its rank by (tag, position).
+        rank = torch.empty_like(which, dtype=torch.int32)
+        rank[which.argsort(stable=True)] = torch.arange(len(which), dtype=torch.int32, device=which.device)
+        torch.index_select(levels, 0, rank, out=units)
         outliers = packed.sides[side].outliers
         if outliers is not None:
             outliers.apply(units.view(shape), layer, first, scale, offset)

@@ -9,6 +9,8 @@ D is convex in b, b* only depends on u = κ·m·w·scale²/λ, by thresholds.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from qaq_core.codecs import Codec
@@ -56,7 +58,7 @@ class _Choice:
     def __init__(self, codec: Codec, widths: tuple[int, ...], device: torch.device) -> None:
         steps = [
             (after - before) / (codec.distortion(before) - codec.distortion(after))
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in itertools.pairwise(widths)
         ]
         self._thresholds = torch.tensor(steps, device=device)
         self._widths = torch.tensor(widths, dtype=torch.uint8, device=device)

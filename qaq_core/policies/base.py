@@ -48,7 +48,7 @@ class Policy(Protocol):
 
     @property
     def hysteresis(self) -> float:
-        """A vector moves only if it would also with its importance this many times smaller (up) or larger (down)."""
+        """A vector moves only if it would with its importance this many times smaller (up) or larger (down)."""
         ...
 
     @property
