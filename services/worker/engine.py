@@ -252,9 +252,11 @@ class Engine:
         """Ends one generation with an error; its cache cannot be trusted any more."""
         if isinstance(error, torch.OutOfMemoryError):
             error = ResourceExhausted("the device's memory is full; try again later, or with a shorter prompt")
+        session = _session(generation)
         self._outbox.append((generation, error))
         self._running.remove(generation)
-        _session(generation).close()
+        count(session)
+        session.close()
 
     def _fail_all(self, error: Exception) -> None:
         """Ends everything that runs or waits."""
