@@ -114,12 +114,15 @@ class Members:
         return addresses
 
     def _progress(self, waiting: Mapping[str, Any]) -> None:
-        asked = {actor.progress.remote(): name for name, actor in waiting.items()}
-        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_S) if asked else ([], [])
-        for reference in done:
+        """Reports on each; one that is busy with its imports cannot say more than that it starts."""
+        asked = {name: actor.progress.remote() for name, actor in waiting.items()}
+        done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=POLL_S) if asked else ([], [])
+        for name, reference in asked.items():
+            what, part = "starting", None
             with contextlib.suppress(ray.exceptions.RayError):  # `address` tells what happened
-                what, part = ray.get(reference)
-                self._report(asked[reference], what, part)
+                if reference in done:
+                    what, part = ray.get(reference)
+            self._report(name, what, part)
 
 
 def _outcome(name: str, reference: Any) -> str:

@@ -54,8 +54,7 @@ class LocalStack:
             members = Members(self._settings, redis.url, self._report)
             stack.callback(lambda: members.stop(members.names()))
             router = members.start_all()
-            self._report("router", "waiting for the worker", None)
-            wait_until_ready(router, self._settings.workers)
+            self._wait_until_ready(router)
             self._report("router", f"serves at {router}", 1.0)
             self._stack = stack.pop_all()
         return StackState(
@@ -109,6 +108,20 @@ class LocalStack:
         self._report("ray", f"head at {address}", 1.0)
         return directory, address
 
+    def _wait_until_ready(self, router: str) -> None:
+        """Returns when the router sees its workers."""
+        workers = self._settings.workers
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        with grpc.insecure_channel(router) as channel:
+            stub = generate_pb2_grpc.InferenceStub(channel)
+            while time.monotonic() < deadline:
+                self._report("router", "looking for the workers", None)
+                with contextlib.suppress(grpc.RpcError):  # UNAVAILABLE until it has seen one
+                    if stub.GetModel(generate_pb2.GetModelRequest(), timeout=5).workers >= workers:
+                        return
+                time.sleep(0.1)
+        raise StackError(f"the router at {router} does not see {workers} worker(s); look at its log")
+
 
 def ray_environment(directory: Path) -> None:
     """Sets what Ray and its actors inherit. Call it before Ray is imported.
@@ -132,23 +145,6 @@ def python_path() -> str:
     packages = [str(Path(module.__path__[0]).parent) for module in (services, qaq)]
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join(dict.fromkeys(path for path in [*packages, *known] if path))
-
-
-def wait_until_ready(router: str, workers: int) -> None:
-    """Returns when the router sees its workers.
-
-    Raises:
-        StackError: it does not in time.
-    """
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    with grpc.insecure_channel(router) as channel:
-        stub = generate_pb2_grpc.InferenceStub(channel)
-        while time.monotonic() < deadline:
-            with contextlib.suppress(grpc.RpcError):  # UNAVAILABLE until it has seen one
-                if stub.GetModel(generate_pb2.GetModelRequest(), timeout=5).workers >= workers:
-                    return
-            time.sleep(0.1)
-    raise StackError(f"the router at {router} does not see {workers} worker(s); look at its log")
 
 
 def _check_port(port: int) -> None:

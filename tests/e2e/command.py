@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,13 +31,31 @@ def qaq(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def left_running(mark: str) -> list[str]:
-    """Command lines of processes that carry `QAQ_TEST_MARK=<mark>` in their environment."""
-    found = []
+@contextlib.contextmanager
+def watched() -> Iterator[Path]:
+    """A temporary directory for all that a test starts, by which whatever is left of it is found."""
+    directory = Path(tempfile.mkdtemp(prefix="qaqt-", dir="/tmp"))  # short, for Ray's sockets
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def left(directory: Path) -> list[str]:
+    """Processes that were started with this temporary directory or work in it, and what lies in it."""
+    found = [f"{path} is there" for path in directory.glob("qaq-*")]
     for process in psutil.process_iter():
-        try:
-            if process.environ().get("QAQ_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(psutil.Error):
+            # Redis writes its title over its environment, but works in its directory.
+            mine = process.environ().get("TMPDIR") == str(directory) or process.cwd().startswith(str(directory))
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
     return found
+
+
+def until_nothing_is_left(directory: Path) -> None:
+    for _ in range(200):
+        if not left(directory):
+            return
+        time.sleep(0.1)
+    raise AssertionError(left(directory))

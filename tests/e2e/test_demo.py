@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -17,7 +16,7 @@ from qaq_core.loading import default_model_path, load_tokenizer
 from services.cli.demo import DemoResult, long_prompt
 from services.cluster.stack import python_path
 
-from .command import ROOT, left_running, qaq
+from .command import ROOT, left, qaq, until_nothing_is_left, watched
 
 SCHEMA = json.loads((ROOT / "services" / "schemas" / "demo.json").read_text())
 
@@ -26,8 +25,10 @@ SCHEMA = json.loads((ROOT / "services" / "schemas" / "demo.json").read_text())
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Of one run with fewer tokens than the default."""
     path = tmp_path_factory.mktemp("demo") / "demo.json"
-    shown = qaq("demo", "--max-new-tokens", "64", "--json", path, QAQ_TEST_MARK="demo")
-    assert shown.returncode == 0, shown.stderr
+    with watched() as place:
+        shown = qaq("demo", "--max-new-tokens", "64", "--json", path, TMPDIR=str(place))
+        assert shown.returncode == 0, shown.stderr
+        assert left(place) == []
     figures = json.loads(path.read_text())
     assert " ".join(figures["text"].split()[:5]) in " ".join(shown.stdout.split())
     assert figures["redis_server"] in shown.stdout
@@ -51,10 +52,6 @@ def test_the_cache_is_small_and_went_back_to_its_originals(figures: dict) -> Non
         assert sum(figures["bits_histogram"][side].values()) >= 1500 * 30 * 3
 
 
-def test_nothing_is_left_running(figures: dict) -> None:
-    assert left_running("demo") == []
-
-
 def test_the_prompt_is_long() -> None:
     tokens = load_tokenizer(str(default_model_path()))(long_prompt())["input_ids"]
     assert 1500 <= len(tokens) <= 4000
@@ -65,25 +62,21 @@ def test_the_schema_refuses_other_objects() -> None:
         jsonschema.validate({"text": "x"}, SCHEMA)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_demo_that_is_interrupted_leaves_nothing(how: signal.Signals, tmp_path: Path) -> None:
-    mark = f"interrupted-{how.name}-{os.getpid()}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "demo"],
-        env=os.environ | {"PYTHONPATH": python_path(), "QAQ_TEST_MARK": mark},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(600):  # until Ray's head runs
-        if any("gcs_server" in command for command in left_running(mark)):
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError("Ray never started")
-    process.send_signal(how)
-    process.wait(60)
-    for _ in range(300):
-        if not left_running(mark):
-            return
-        time.sleep(0.1)
-    raise AssertionError(left_running(mark))
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_demo_that_is_interrupted_leaves_nothing(how: signal.Signals) -> None:
+    with watched() as place:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.cli", "demo"],
+            env=os.environ | {"PYTHONPATH": python_path(), "TMPDIR": str(place)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(600):
+            if any("gcs_server" in what for what in left(place)):
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("Ray never started")
+        process.send_signal(how)
+        process.wait(60)
+        until_nothing_is_left(place)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 import socket
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,26 +13,18 @@ import pytest
 from qaq_core.default_model import default_model_path
 from services.common.embedded_redis import free_port
 
-from .command import left_running, qaq
+from .command import qaq, until_nothing_is_left, watched
 
 
 @pytest.fixture
-def mark(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Inherited by everything that a test starts, so that nothing of it can hide."""
-    value = secrets.token_hex(8)
-    monkeypatch.setenv("QAQ_TEST_MARK", value)
-    return value
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where everything that a test starts keeps its files."""
+    with watched() as directory:
+        monkeypatch.setenv("TMPDIR", str(directory))
+        yield directory
 
 
-def nothing_runs(mark: str) -> None:
-    for _ in range(100):
-        if not left_running(mark):
-            return
-        time.sleep(0.1)
-    raise AssertionError(left_running(mark))
-
-
-def test_a_stack_comes_up_scales_and_goes(state_directory: Path, mark: str, tmp_path: Path) -> None:
+def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tmp_path: Path) -> None:
     try:
         up = qaq("up", "--port", "0")
         assert up.returncode == 0, up.stderr
@@ -56,7 +47,7 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, mark: str, tmp_
     finally:
         stopped = qaq("down")
     assert stopped.returncode == 0, stopped.stderr
-    nothing_runs(mark)
+    until_nothing_is_left(place)
     assert not (state_directory / "stack.json").exists()
     gone = qaq("status")
     assert (gone.returncode, "no stack is running; start one" in gone.stderr) == (1, True)
@@ -69,36 +60,36 @@ def failed(result: object, *sentences: str) -> None:
     assert "Traceback" not in result.stderr  # type: ignore[attr-defined]
 
 
-def test_up_without_its_redis(state_directory: Path, mark: str) -> None:
+def test_up_without_its_redis(state_directory: Path, place: Path) -> None:
     url = f"redis://:hidden@127.0.0.1:{free_port()}/0"
     result = qaq("up", "--port", "0", QAQ_REDIS_URL=url)
     failed(result, "does not answer", "unset QAQ_REDIS_URL")
     assert "hidden" not in result.stderr + result.stdout
-    nothing_runs(mark)
+    until_nothing_is_left(place)
 
 
-def test_up_on_a_port_that_is_taken(state_directory: Path, mark: str) -> None:
+def test_up_on_a_port_that_is_taken(state_directory: Path, place: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         failed(qaq("up", "--port", str(port)), f"port {port} is taken; choose another with --port")
-    nothing_runs(mark)
+    until_nothing_is_left(place)
 
 
-def test_up_with_a_model_that_is_missing(state_directory: Path, mark: str, tmp_path: Path) -> None:
+def test_up_with_a_model_that_is_missing(state_directory: Path, place: Path, tmp_path: Path) -> None:
     failed(qaq("up", "--port", "0", "--model", tmp_path / "none.gguf"), "none.gguf", "is not there; give")
-    nothing_runs(mark)
+    until_nothing_is_left(place)
     assert not (state_directory / "stack.json").exists()
 
 
-def test_up_with_a_model_that_is_cut_short(state_directory: Path, mark: str, tmp_path: Path) -> None:
+def test_up_with_a_model_that_is_cut_short(state_directory: Path, place: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     shutil.copy(default_model_path(), cut)
     with cut.open("r+b") as file:
         file.truncate(cut.stat().st_size // 2)
     failed(qaq("up", "--port", "0", "--model", cut), "cut.gguf")
-    nothing_runs(mark)
+    until_nothing_is_left(place)
 
 
 def test_a_bad_option_is_told(state_directory: Path) -> None:
