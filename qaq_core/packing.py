@@ -23,7 +23,7 @@ def pack(codes: torch.Tensor, first: int, last: int) -> torch.Tensor:
     Returns:
         uint8 [n, head_dim/8, last-first].
     """
-    octets = codes.view(codes.shape[0], -1, 8)
+    octets = codes.view(codes.shape[0], codes.shape[1] // 8, 8)
     place = torch.arange(8, dtype=torch.uint8, device=codes.device)
     planes = [(((octets >> (7 - p)) & 1) << place).sum(-1, dtype=torch.uint8) for p in range(first, last)]
     if not planes:
@@ -33,7 +33,7 @@ def pack(codes: torch.Tensor, first: int, last: int) -> torch.Tensor:
 
 def pack_half(rows: torch.Tensor) -> torch.Tensor:
     """Half-precision rows [n, head_dim] as uint8 [n, head_dim/8, 16]."""
-    return rows.to(torch.float16).contiguous().view(torch.uint8).view(rows.shape[0], -1, HALF)
+    return rows.to(torch.float16).contiguous().view(torch.uint8).view(rows.shape[0], rows.shape[1] // 8, HALF)
 
 
 class LevelTable:
@@ -87,4 +87,4 @@ class LevelTable:
 
 def unpack_half(rows: torch.Tensor) -> torch.Tensor:
     """float32 [n, head_dim] of half-precision rows uint8 [n, head_dim/8, 16]."""
-    return rows.reshape(rows.shape[0], -1).view(torch.float16).float()
+    return rows.flatten(1).view(torch.float16).float()
