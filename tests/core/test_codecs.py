@@ -47,7 +47,11 @@ def test_levels_lie_in_their_cells(name: str, bits: int) -> None:
 @pytest.mark.parametrize("name", CODECS)
 def test_distortion_is_the_measured_error(name: str) -> None:
     codec = CODECS[name]
-    units = torch.rand(200_000, generator=torch.Generator().manual_seed(1)) if name == "uniform" else normal(1, 200_000)
+    units = (
+        torch.rand(200_000, generator=torch.Generator().manual_seed(1))
+        if name == "uniform"
+        else normal(1, 200_000)
+    )
     for bits in range(1, 7):
         levels = codec.levels(bits)[(codec.codes(units) >> (8 - bits)).long()]
         measured = float((units - levels).square().mean())
@@ -81,7 +85,12 @@ def test_the_gaussian_scale_is_the_rms_to_four_percent(exponent: float, dim: int
     assert float(scale) == pytest.approx(2.0**exponent, rel=0.04)  # half a step is 2^(28/255/2)
 
 
-@given(seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS), group=st.sampled_from(GROUPS), bits=st.integers(1, 8))
+@given(
+    seed=st.integers(0, 1 << 30),
+    dim=st.sampled_from(HEAD_DIMS),
+    group=st.sampled_from(GROUPS),
+    bits=st.integers(1, 8),
+)
 def test_the_uniform_codec_errs_by_half_a_cell_at_most(seed: int, dim: int, group: str, bits: int) -> None:
     rows = normal(seed, 2, 2, 3, dim) * 7 + 2
     quantizer = quantizers(2, 2, dim)[f"uniform-{group}"]
@@ -139,7 +148,9 @@ def test_constant_rows_come_back_at_any_width(name: str, value: float, dim: int)
     rows = torch.full((1, 1, 1, dim), value)
     meta = quantizer.codec.measure(rows, None)
     for width in (1, 3, 8):
-        assert decoded(quantizer, rows[0, 0], meta[0, 0], width) == pytest.approx(rows[0, 0], abs=1e-6 + 1e-3 * abs(value))
+        assert decoded(quantizer, rows[0, 0], meta[0, 0], width) == pytest.approx(
+            rows[0, 0], abs=1e-6 + 1e-3 * abs(value)
+        )
 
 
 def test_rows_of_zeros_come_back_near_zero() -> None:

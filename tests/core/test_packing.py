@@ -37,7 +37,9 @@ def test_plane_p_of_dim_8i_plus_j_is_bit_j_of_byte_i_p() -> None:
     assert packed[0, 1].tolist() == [0, 8, 0, 0, 0, 0, 0, 0]
 
 
-@given(seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS), have=st.integers(0, 8), more=st.integers(0, 8))
+@given(
+    seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS), have=st.integers(0, 8), more=st.integers(0, 8)
+)
 def test_planes_are_nested(seed: int, dim: int, have: int, more: int) -> None:
     """Leaving planes out narrows, appending the missing ones widens."""
     want = min(8, have + more)
