@@ -158,3 +158,7 @@ class Exceptions:
             self.packed.change(side, index, torch.from_numpy(found.want[mine]).to(index.device), planes, starts)
             self.counts.rows_requantized += len(mine)
             self.counts.requantize_bytes += int(sizes[mine].sum())
+
+    def close(self, nothing: PackedTokens) -> None:
+        """Lets go of the packed tokens and of what was asked for; the counts stay."""
+        self.packed, self._asked = nothing, None

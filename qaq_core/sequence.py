@@ -87,7 +87,6 @@ class SequenceCache:
         self._expected = 0
         self._arriving = 0
         self._watch: PromptWatch | None = None
-        self._step: torch.Tensor | None = None
         self._statistic: torch.Tensor | None = None
         self._steps = 0
         self._settling = False
@@ -122,8 +121,6 @@ class SequenceCache:
         held = self._exact_tokens
         self._exact[layer, KEY, :, held : held + n] = keys
         self._exact[layer, VALUE, :, held : held + n] = values
-        if self._step is not None:
-            self._step[layer, KEY], self._step[layer, VALUE] = keys, values
         tokens = LayerTokens(
             layer,
             self._exact[layer, KEY, :, : held + n],
@@ -136,10 +133,9 @@ class SequenceCache:
     def commit(self) -> None:
         """Ends a forward pass: originals leave, tokens are packed, exceptions are looked for."""
         n, held = self._arriving, self._exact_tokens
-        fresh = self._step if self._step is not None else self._exact[:, :, :, held : held + n]
-        self.staging.append(fresh)
+        self.staging.append(self._original(self._exact[:, :, :, held : held + n]))
         self.length += n
-        self._step, self._arriving = None, 0
+        self._arriving = 0
         if self._expected:
             self._expected -= n
             if self._expected == 0:
@@ -192,7 +188,9 @@ class SequenceCache:
         self._exact = self._buffer(0, self.method.window_dtype)
         self._importance = self._importance_buffer(0)
         self.packed = PackedTokens(self.method.quantizer, (0, 0, 0), 0, self.method.device)
+        self._watch = self._statistic = None
 
+        self.exceptions.close(self.packed)
     # -- inside ----------------------------------------------------------------------------------------
 
     @property
@@ -209,9 +207,6 @@ class SequenceCache:
             return
         if self._exact.shape[3] < self._exact_tokens + n:
             self._grow_exact(self.method.sinks + 2 * GROUP, self.method.window_dtype)
-        self._step = torch.empty(
-            *self._exact.shape[:3], n, self._exact.shape[4], dtype=self.method.dtype, device=self.method.device
-        )
         if self.method.policy.exceptions and self._steps % self.method.window.every == 0:
             layers, heads = self._exact.shape[0], self._exact.shape[2]
             self._statistic = torch.empty(layers, heads, self.length + n, device=self.method.device)
@@ -253,10 +248,17 @@ class SequenceCache:
         return reduce
 
     def _pack(self, tokens: int) -> None:
+    def _original(self, exact: torch.Tensor) -> torch.Tensor:
+        """What counts as the original: in the window's dtype, in which tokens are held until they are packed.
+
+        Stored and packed rows come of the same numbers, so planes that arrive later fit those that are held.
+        """
+        return exact.to(self.method.window_dtype)
+
         """Quantizes the oldest exact tokens after the sinks."""
         method, sinks = self.method, self.method.sinks
         start = self.packed.stop
-        moving = self._exact[:, :, :, sinks : sinks + tokens]
+        moving = self._original(self._exact[:, :, :, sinks : sinks + tokens])
         rows, metas, outliers = method.measure(moving, start)
         scales = tuple(method.quantizer.codec.affine(meta)[0] for meta in metas)
         importance = method.window.importance(self._importance[:, :, : self.length])
