@@ -57,25 +57,30 @@ class Exceptions:
     def pending(self) -> bool:
         return self._asked is not None
 
-    def review(self, view: View, price: float) -> None:
+    def review(self, view: View, price: float, narrow: bool = True) -> None:
         """Narrows what needs less and asks for what needs more. One request is under way at a time."""
-        held = (self.packed.widths(KEY), self.packed.widths(VALUE))
-        want = self.policy.widths(view, price)
-        slack = self.policy.hysteresis
-        low = want if slack == 1.0 else self.policy.widths(view, price, need=1 / slack)
-        high = want if slack == 1.0 else self.policy.widths(view, price, need=slack)
-        rising: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        for side in (KEY, VALUE):
-            down = torch.nonzero((high[side] < held[side]).reshape(-1)).squeeze(1)
-            if len(down):
-                nothing = torch.empty(0, dtype=torch.uint8, device=down.device)
-                target = want[side].reshape(-1)[down]
-                self.packed.change(side, down, target, nothing, torch.zeros_like(down))
-                self.counts.rows_narrowed += len(down)
-            up = torch.nonzero((low[side] > held[side]).reshape(-1)).squeeze(1)
-            rising.append((side, up, want[side].reshape(-1)[up]))
+        demand, slack = self.policy.demand(view), self.policy.hysteresis
+        want = self.policy.widths(demand, price)
+        if narrow:
+            high = want if slack == 1.0 else self.policy.widths(demand, price, need=slack)
+            for side in (KEY, VALUE):
+                self._narrow(side, high[side], want[side])
         if self._asked is None:
+            low = want if slack == 1.0 else self.policy.widths(demand, price, need=1 / slack)
+            held = (self.packed.widths(KEY), self.packed.widths(VALUE))
+            rising: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+            for side in (KEY, VALUE):
+                up = torch.nonzero((low[side] > held[side]).reshape(-1)).squeeze(1)
+                rising.append((side, up, want[side].reshape(-1)[up]))
             self._ask(rising, held)
+
+    def _narrow(self, side: int, most: torch.Tensor, want: torch.Tensor) -> None:
+        """Takes vectors that hold more than the most they could need down to what they want."""
+        index = torch.nonzero((most < self.packed.widths(side)).reshape(-1)).squeeze(1)
+        if len(index):
+            nothing = torch.empty(0, dtype=torch.uint8, device=index.device)
+            self.packed.change(side, index, want.reshape(-1)[index], nothing, torch.zeros_like(index))
+            self.counts.rows_narrowed += len(index)
 
     def _ask(
         self, rising: list[tuple[int, torch.Tensor, torch.Tensor]], held: tuple[torch.Tensor, torch.Tensor]

@@ -12,6 +12,7 @@ from qaq_core.errors import ConfigError
 from qaq_core.outliers import Outliers, split_outliers
 from qaq_core.pages import KEY, PAGE_TOKENS, VALUE, PageShape, dtype_name
 from qaq_core.policies import Policy
+from qaq_core.policies.balanced import SINKS
 from qaq_core.quantizer import Quantizer
 from qaq_core.shape import ModelShape
 from qaq_core.window import Window
@@ -52,7 +53,7 @@ class Method:
     dtype: torch.dtype
     device: torch.device
     target: Target = Target()
-    sinks: int = 4
+    sinks: int = SINKS
     outlier_ratio: float = 0.0
     page_tokens: int = PAGE_TOKENS
     attention: ReferenceAttention = field(init=False)

@@ -151,7 +151,8 @@ class SequenceCache:
         policy = self.method.policy
         if policy.exceptions and len(self.packed) and self._steps % policy.every == 0:
             assert self.price is not None
-            self.exceptions.review(self._view(), self.price)
+            # Giving bits back is not urgent, and each time re-packs blocks.
+            self.exceptions.review(self._view(), self.price, narrow=self._steps % GROUP == 0)
 
     # -- measures --------------------------------------------------------------------------------------
 
@@ -187,10 +188,10 @@ class SequenceCache:
         self.staging.close()
         self._exact = self._buffer(0, self.method.window_dtype)
         self._importance = self._importance_buffer(0)
-        self.packed = PackedTokens(self.method.quantizer, (0, 0, 0), 0, self.method.device)
         self._watch = self._statistic = None
-
+        self.packed = PackedTokens(self.method.quantizer, (0, 0, 0), 0, self.method.device)
         self.exceptions.close(self.packed)
+
     # -- inside ----------------------------------------------------------------------------------------
 
     @property
@@ -247,7 +248,6 @@ class SequenceCache:
 
         return reduce
 
-    def _pack(self, tokens: int) -> None:
     def _original(self, exact: torch.Tensor) -> torch.Tensor:
         """What counts as the original: in the window's dtype, in which tokens are held until they are packed.
 
@@ -255,6 +255,7 @@ class SequenceCache:
         """
         return exact.to(self.method.window_dtype)
 
+    def _pack(self, tokens: int) -> None:
         """Quantizes the oldest exact tokens after the sinks."""
         method, sinks = self.method, self.method.sinks
         start = self.packed.stop
@@ -266,7 +267,7 @@ class SequenceCache:
         if self.price is None or (self._settling and len(self.packed) < SETTLED):
             self._settling = self._steps > 0
             self.price = self._solve(view, self._fixed_bytes(tokens, metas, outliers))
-        self.packed.append(method.policy.widths(view, self.price), rows, metas, outliers)
+        self.packed.append(method.policy.widths(method.policy.demand(view), self.price), rows, metas, outliers)
         kept = torch.cat([self._exact[:, :, :, :sinks], self._exact[:, :, :, sinks + tokens :]], 3)
         self._exact = kept if self._expected else self._trimmed(kept)
 
@@ -278,7 +279,9 @@ class SequenceCache:
             scales = [torch.cat([old, new], 2) for old, new in zip(held, coming.scales, strict=True)]
             view = View(coming.importance, self.packed.start, (scales[KEY], scales[VALUE]))
         target = method.target_bits(self.length, view.shape[2], coming_bytes)
-        return method.policy.price if target is None else solve_price(method.policy, view, target)
+        if target is None:
+            return method.policy.price
+        return solve_price(method.policy, method.policy.demand(view), target)
 
     def _trimmed(self, exact: torch.Tensor) -> torch.Tensor:
         """The exact tokens in a buffer of the recent window's size, in the window's dtype."""

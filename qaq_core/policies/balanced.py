@@ -18,9 +18,10 @@ from qaq_core.policies.base import View
 
 KEY_WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 VALUE_WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)
-KAPPA = (1 / 3, 1.0)
+KAPPA = (1.5, 1.0)
 FLOOR = 0.002
 REACH = 16
+SINKS = 4
 
 
 class BalancedPolicy:
@@ -43,12 +44,18 @@ class BalancedPolicy:
         device = sensitivity[0].device
         self._choices = [_Choice(codec, widths, device) for widths in (KEY_WIDTHS, VALUE_WIDTHS)]
 
-    def widths(self, view: View, price: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def demand(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """κ · m · w · scale² of keys and of values."""
         weight = token_weights(view.importance)[:, :, view.first : view.first + view.shape[2]]
         keys, values = (
-            choice(side * weight * scale.square() * (need / price))
-            for choice, side, scale in zip(self._choices, self._weights, view.scales, strict=True)
+            side * scale.square() * weight for side, scale in zip(self._weights, view.scales, strict=True)
         )
+        return keys, values
+
+    def widths(
+        self, demand: tuple[torch.Tensor, torch.Tensor], price: float, *, need: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (choice(worth, price / need) for choice, worth in zip(self._choices, demand, strict=True))
         return keys, values
 
 
@@ -63,24 +70,28 @@ class _Choice:
         self._thresholds = torch.tensor(steps, device=device)
         self._widths = torch.tensor(widths, dtype=torch.uint8, device=device)
 
-    def __call__(self, worth: torch.Tensor) -> torch.Tensor:
-        return self._widths[torch.bucketize(worth, self._thresholds, out_int32=True).int()]
+    def __call__(self, worth: torch.Tensor, price: float) -> torch.Tensor:
+        return self._widths.take(torch.bucketize(worth, self._thresholds * price))
 
 
 def token_weights(importance: torch.Tensor) -> torch.Tensor:
     """w_t = 0.998 · s_t / mean(s) + 0.002, with s smoothed over neighbours: tokens are looked at in passages.
 
+    Sinks count as 0: they are exact, and their attention would drown everyone else's in the mean.
+
     Args:
         importance: [layers, kv_heads, length].
     """
-    smooth = (importance + box_mean(importance, REACH)) / 2
+    looked = importance.clone()
+    looked[:, :, :SINKS] = 0.0
+    smooth = (looked + box_mean(looked, REACH)) / 2
     return smooth * ((1 - FLOOR) / smooth.mean(-1, keepdim=True).clamp_min(1e-30)) + FLOOR
 
 
 def box_mean(values: torch.Tensor, reach: int) -> torch.Tensor:
     """Mean over the positions at most `reach` away, along the last dim."""
-    length = values.shape[-1]
-    sums = torch.nn.functional.pad(values.double().cumsum(-1), (1, 0))
-    place = torch.arange(length, device=values.device)
-    first, last = (place - reach).clamp_min(0), (place + reach + 1).clamp_max(length)
-    return ((sums[..., last] - sums[..., first]) / (last - first)).float()
+    width = 2 * reach + 1
+    sums = torch.nn.functional.pad(values.double(), (reach + 1, reach)).cumsum(-1)
+    place = torch.arange(values.shape[-1], device=values.device)
+    count = (place + reach).clamp_max(values.shape[-1] - 1) - (place - reach).clamp_min(0) + 1
+    return ((sums[..., width:] - sums[..., :-width]) / count).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +28,10 @@ class View:
         return layers, heads, self.scales[0].shape[2]
 
 
+Demand = Any
+"""A policy's own summary of a view."""
+
+
 class Policy(Protocol):
     exceptions: bool
     """Whether tokens are looked at again while decoding."""
@@ -35,7 +39,11 @@ class Policy(Protocol):
     every: int
     """Decode steps from one look to the next."""
 
-    def widths(self, view: View, price: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def demand(self, view: View) -> Demand:
+        """What does not depend on the price."""
+        ...
+
+    def widths(self, demand: Demand, price: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Bits for keys and values.
 
         Args:
@@ -57,12 +65,12 @@ class Policy(Protocol):
         ...
 
 
-def solve_price(policy: Policy, view: View, target_bits: float) -> float:
+def solve_price(policy: Policy, demand: Demand, target_bits: float) -> float:
     """The price at which keys and values hold `target_bits` on average: bisection on its logarithm."""
     low, high = -60.0, 60.0
     for _ in range(40):
         middle = (low + high) / 2
-        keys, values = policy.widths(view, 2.0**middle)
+        keys, values = policy.widths(demand, 2.0**middle)
         if float(keys.float().mean() + values.float().mean()) / 2 > target_bits:
             low = middle
         else:

@@ -22,6 +22,10 @@ class FixedPolicy:
             raise ConfigError(f"widths {key_bits}/{value_bits} are not among {WIDTHS} (keys: not 0)")
         self.key_bits, self.value_bits = key_bits, value_bits
 
-    def widths(self, view: View, price: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        like = view.importance.new_empty(view.shape, dtype=torch.uint8)
-        return torch.full_like(like, self.key_bits), torch.full_like(like, self.value_bits)
+    def demand(self, view: View) -> torch.Tensor:
+        return view.importance.new_empty(view.shape, dtype=torch.uint8)
+
+    def widths(
+        self, demand: torch.Tensor, price: float, *, need: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full_like(demand, self.key_bits), torch.full_like(demand, self.value_bits)

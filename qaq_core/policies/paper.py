@@ -48,7 +48,11 @@ class PaperPolicy:
         self.dims = tuple(dim + 4 for dim in dims if dim != -1)
         self.range_scale = 6.0 if normal else 1.0
 
-    def widths(self, view: View, price: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def demand(self, view: View) -> View:
+        return view
+
+    def widths(self, demand: View, price: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        view = demand
         tokens = view.importance.shape[2]
         n = view.shape[2]
         attention = view.importance[:, :, view.first : view.first + n] * need
