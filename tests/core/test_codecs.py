@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -70,7 +72,7 @@ def test_nesting_costs_less_than_two_percent(bits: int) -> None:
 def test_dropping_a_gaussian_row_costs_its_variance_and_more_bits_always_help() -> None:
     codec = GaussianCodec()
     errors = [codec.distortion(bits) for bits in range(9)]
-    gains = [a - b for a, b in zip(errors, errors[1:], strict=False)]
+    gains = [a - b for a, b in itertools.pairwise(errors)]
     assert errors[0] == 1
     assert gains == sorted(gains, reverse=True)
     assert min(gains) > 0
