@@ -32,13 +32,12 @@ class CommonSettings(BaseSettings):
 
 
 class RouterSettings(CommonSettings):
-    """`model` is the name that requests may use; max_queue bounds the requests that wait for a worker."""
+    """`model` is the name that requests may use; max_queue bounds the generations under way."""
 
     port: int = Field(default=7700, ge=0, le=65535)
     model: str = Field(min_length=1)
     max_prompt_bytes: int = Field(default=4 * MIB, ge=1)
     max_queue: int = Field(default=256, ge=1)
-    queue_timeout_s: float = Field(default=30.0, gt=0)
     request_timeout_s: float = Field(default=600.0, gt=0)
     session_ttl_s: int = Field(default=3600, ge=1)
 
