@@ -45,8 +45,9 @@ class LevelTable:
 
     def __init__(self, levels: torch.Tensor) -> None:
         self.bits = levels.numel().bit_length() - 1
-        # An index has at most 16 bits: plane p of dim j of the k dims is its bit p·k + j.
-        self.dims = 8 if self.bits <= 2 else 4 if self.bits <= 4 else 2
+        # Index bit p·k + j is plane p of dim j of the k dims. Tables stay small: a model's weights
+        # flush the caches between one layer's rows and the next's.
+        self.dims = {1: 8, 2: 4, 3: 4}.get(self.bits, 2)
         self._levels = levels[self._codes(levels.device)]
         self._spread = self._spread_planes(levels.device)
         self._plane = torch.arange(self.bits, device=levels.device) << 8
@@ -76,8 +77,6 @@ class LevelTable:
         """Writes levels float [n, head_dim] of rows uint8 [n, head_dim/8, b]."""
         if self.bits == 1:
             index = rows.to(torch.int32)
-        elif self.bits == 2:
-            index = rows.view(torch.uint16).to(torch.int32)
         else:
             spread = self._spread.take(rows.view(-1, self.bits) + self._plane)
             fields = spread.sum(1).view(torch.uint16).view(-1, 4)
