@@ -98,7 +98,7 @@ def measure(running: StackState, prompt: str, max_new_tokens: int) -> DemoResult
 
     with inference(running.router) as stub:
         has_template = stub.GetModel(generate_pb2.GetModelRequest(), timeout=30).model.has_chat_template
-        sampling = {"temperature": 0.0}
+        sampling = {"temperature": 0.0, "repetition_penalty": 1.1}
         stop = {"max_new_tokens": max_new_tokens}
         if has_template:
             chat = generate_pb2.ChatRequest(

@@ -101,6 +101,7 @@ class LocalStack:
                 log_to_driver=False,
                 logging_level="error",
                 _temp_dir=str(directory),
+                _node_ip_address="127.0.0.1",
             )
         except Exception as error:
             raise StackError(f"Ray did not start ({error}); see {directory.parent} for room and rights") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from contextlib import AsyncExitStack
 
 import structlog
@@ -18,6 +19,8 @@ from services.common.settings import WorkerSettings
 from services.originals.client import RemoteOriginals
 from services.worker.engine import Engine
 from services.worker.service import WorkerService, model_info
+
+SWITCH_INTERVAL_S = 0.0005
 
 _log = structlog.get_logger()
 
@@ -72,6 +75,8 @@ class WorkerServer:
     def _load(self, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, Engine]:
         settings = self._settings
         loaded = self._loaded or load_model(settings.model, settings.device, settings.dtype, self._note)
+        # The engine's thread keeps the interpreter busy; by default the event loop waits 5 ms for its turn.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._note("preparing the cache", 0.0)
         engine = Engine(loaded, originals, settings, loop)
         self._note("ready", 1.0)
