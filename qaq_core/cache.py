@@ -140,7 +140,9 @@ class QAQCache(Cache):
         self._fresh = []
         for sequence, row in zip(self.sequences, rows, strict=True):
             fresh = row[-1] + 1 - sequence.length
-            if not 1 <= fresh <= n or row[n - fresh :] != list(range(sequence.length, sequence.length + fresh)):
+            padding, tokens = row[: n - fresh], row[n - fresh :]
+            known = tokens == list(range(sequence.length, sequence.length + fresh)) and len(set(padding)) <= 1
+            if not 1 <= fresh <= n or not known:
                 raise ConfigError(
                     "positions do not continue the sequence: pad on the left and pass an attention mask"
                 )

@@ -88,10 +88,13 @@ def paper(
     exceptions: bool = True,
 ) -> dict[str, Any]:
     """QAQ as published (arXiv 2403.04643). A target scales both tolerated errors by one factor."""
+    if codec not in ("uniform", "normal"):
+        raise ConfigError(f"the paper preset takes the codecs uniform and normal, not {codec!r}")
+    if not 0 <= outlier_ratio < 1:
+        raise ConfigError(f"outlier_ratio must be at least 0 and below 1, not {outlier_ratio}")
     known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
     made = codecs.make(codec, group=group)
-    if not isinstance(made, GroupedCodec):
-        raise ConfigError(f"the paper preset takes the codecs uniform and normal, not {codec!r}")
+    assert isinstance(made, GroupedCodec)
     policy = PaperPolicy(
         known.query_norm, made.dims, sigma_x, sigma_s, bits, normal=codec == "normal", exceptions=exceptions
     )
