@@ -74,11 +74,12 @@ SLIDING = ("mistral-sliding", "gemma3")
 
 def tiny(kind: str) -> Any:
     """A fresh model; the same weights every time."""
-    torch.manual_seed(0)
-    model = KINDS[kind]().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # zero at first: make the QKV bias matter
-            torch.nn.init.normal_(parameter, std=0.5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = KINDS[kind]().eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zero at first: make the QKV bias matter
+                torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 

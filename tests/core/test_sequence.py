@@ -54,9 +54,10 @@ def test_exact_logits_equal_the_dynamic_cache(
     assert set(cache.stats()[0].key_bits) == {HALF}
     assert len(cache.sequences[0].packed) > 0.8 * ids.shape[1]
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
-    # Of the probabilities' logarithms and of the logits, relative to their size (they reach 25).
+    # Logits reach 38 here: rounding keys and values to half precision alone moves one by 1.2e-2.
+    assert float((got - expected).norm()) < 1e-3 * float(expected.norm())
     assert float((got - expected).abs().max()) < 1e-3 * float(expected.abs().max())
-    assert float((got.log_softmax(-1) - expected.log_softmax(-1)).abs().mean()) < 1e-3
+    assert float((got.softmax(-1) - expected.softmax(-1)).abs().max()) < 1e-3
 
 
 def test_more_bits_are_nearer_and_larger(smollm2: LoadedModel, ids: torch.Tensor, expected: torch.Tensor) -> None:
@@ -197,9 +198,9 @@ def test_a_prompt_in_chunks_is_the_prompt() -> None:
     for side in (KEY, VALUE):
         same = (chunked.packed.widths(side) == whole.packed.widths(side)).float().mean()
         assert float(same) > 0.99  # sums of other lengths may round a byte of importance differently
+    again = SequenceCache(method)
+    again.expect(10)
     with pytest.raises(ConfigError, match="announced"):
-        again = SequenceCache(method)
-        again.expect(10)
         model(ids[:, :11], past_key_values=QAQCache([again]))
 
 
@@ -267,10 +268,10 @@ def test_nan_keys_are_refused_naming_the_layer() -> None:
     model = tiny("llama-gqa")
     sequence = SequenceCache(Method.for_model(model, calibration=calibration("llama-gqa")))
     shape = sequence.method.shape
+    for layer in range(shape.layers):
+        keys = normal(layer, shape.kv_heads, 80, shape.head_dim)
+        if layer == 2:
+            keys[0, 30, 0] = float("nan")
+        sequence.attend(layer, normal(9, shape.query_heads, 80, shape.head_dim), keys, keys.abs(), 0.1, None)
     with pytest.raises(QuantizationError, match="layer 2"):
-        for layer in range(shape.layers):
-            keys = normal(layer, shape.kv_heads, 80, shape.head_dim)
-            if layer == 2:
-                keys[0, 30, 0] = float("nan")
-            sequence.attend(layer, normal(9, shape.query_heads, 80, shape.head_dim), keys, keys.abs(), 0.1, None)
         sequence.commit()

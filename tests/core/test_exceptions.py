@@ -1,0 +1,268 @@
+"""Exceptions: need that rises brings bits back from the originals, need that falls gives them up."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from qaq_core.errors import OriginalsError
+from qaq_core.exceptions import Exceptions
+from qaq_core.method import Method
+from qaq_core.originals import InProcessOriginals, RowReply, RowRequest
+from qaq_core.pages import KEY, VALUE
+from qaq_core.policies import View
+from qaq_core.quantizer import Quantizer
+from qaq_core.sequence import SequenceCache
+from tests.core.models import calibration, tiny
+from tests.core.rows import normal
+from tests.core.test_sequence import agrees_with_originals
+
+LENGTH = 132  # 4 sinks, 112 packed, 16 recent
+OLD = 20
+"""A position among the packed ones that attention comes back to."""
+
+
+class LateOriginals(InProcessOriginals):
+    """A real store whose answers arrive when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = False
+        self.waiting: list[tuple[RowRequest, Quantizer, Future[RowReply]]] = []
+
+    def requantize(self, request: RowRequest, quantizer: Quantizer) -> Future[RowReply]:
+        if self.prompt:
+            return super().requantize(request, quantizer)
+        self.waiting.append((request, quantizer, Future()))
+        return self.waiting[-1][2]
+
+    def answer(self) -> None:
+        for request, quantizer, future in self.waiting:
+            future.set_result(super().requantize(request, quantizer).result(0))
+        self.waiting.clear()
+
+    def fail(self) -> None:
+        for _, _, future in self.waiting:
+            future.set_exception(OriginalsError("gone"))
+        self.waiting.clear()
+
+
+class Subject:
+    """A sequence with packed tokens, and attention as the test wants it."""
+
+    def __init__(self, originals: InProcessOriginals, preset: str = "balanced", wait: bool = False) -> None:
+        kind = "llama-gqa"
+        settings = {"target_bits": 2.2} if preset == "balanced" else {}
+        self.method = Method.for_model(tiny(kind), preset=preset, calibration=calibration(kind), **settings)
+        self.sequence = SequenceCache(self.method, originals, wait=wait)
+        shape = self.method.shape
+        for layer in range(shape.layers):
+            keys, values = normal(layer, 2, shape.kv_heads, LENGTH, shape.head_dim)
+            query = normal(10 + layer, shape.query_heads, LENGTH, shape.head_dim)
+            self.sequence.attend(layer, query, keys, values, 0.1, None)
+        self.sequence.commit()
+
+    @property
+    def exceptions(self) -> Exceptions:
+        return self.sequence.exceptions
+
+    def review(self, attention: float, elsewhere: float = 1e-4) -> None:
+        """Looks at the tokens as if one old position had got that much attention everywhere."""
+        view = self.sequence._view()
+        importance = torch.full_like(view.importance, elsewhere)
+        importance[:, :, OLD] = attention
+        assert self.sequence.price is not None
+        self.exceptions.review(View(importance, view.first, view.scales), self.sequence.price)
+
+    def widths(self, side: int) -> torch.Tensor:
+        """[layers, kv_heads] at the old position."""
+        return self.sequence.packed.widths(side)[:, :, OLD - 4].clone()
+
+
+def test_attention_that_comes_back_to_an_old_token_raises_its_width() -> None:
+    """Through the real path: the keys of one old token meet a query that looks at nothing else."""
+    subject = Subject(InProcessOriginals())
+    sequence, shape = subject.sequence, subject.method.shape
+    before = subject.widths(VALUE)
+    target = [normal(layer, 2, shape.kv_heads, LENGTH, shape.head_dim)[0][:, OLD] for layer in range(shape.layers)]
+    for _ in range(24):
+        for layer in range(shape.layers):
+            query = 5 * target[layer].repeat_interleave(shape.query_heads // shape.kv_heads, 0).unsqueeze(1)
+            keys, values = normal(99, 2, shape.kv_heads, 1, shape.head_dim) * 0.1
+            sequence.attend(layer, query, keys, values, 1.0, None)
+        sequence.commit()
+    counts = subject.exceptions.counts
+    assert bool((subject.widths(VALUE) > before).all())
+    assert counts.exceptions >= counts.rows_requantized > 0
+    assert counts.requantize_bytes > 0
+    assert counts.rows_narrowed > 0
+    assert (counts.originals_missing, counts.requests_failed) == (0, 0)
+    agrees_with_originals(sequence)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
+def test_rows_and_bytes_are_counted(preset: str) -> None:
+    subject = Subject(InProcessOriginals(), preset)
+    subject.review(attention=1e-5)  # everything settles
+    held = [subject.sequence.packed.widths(side).long() for side in (KEY, VALUE)]
+    counts = replace(subject.exceptions.counts)
+    bytes_before = subject.sequence.packed.nbytes
+    subject.review(attention=1.0)
+    after = [subject.sequence.packed.widths(side).long() for side in (KEY, VALUE)]
+    gained = [(new - old).clamp_min(0) for new, old in zip(after, held, strict=True)]
+    lost = [(old - new).clamp_min(0) for new, old in zip(after, held, strict=True)]
+    octets = subject.method.shape.head_dim // 8
+    now = subject.exceptions.counts
+    rows = sum(int((g > 0).sum()) for g in gained)
+    assert rows > 0
+    assert now.exceptions - counts.exceptions == now.rows_requantized - counts.rows_requantized == rows
+    assert now.requantize_bytes - counts.requantize_bytes == octets * sum(int(g.sum()) for g in gained)
+    assert now.rows_narrowed - counts.rows_narrowed == sum(int((x > 0).sum()) for x in lost)
+    change = octets * sum(int(g.sum()) - int(x.sum()) for g, x in zip(gained, lost, strict=True))
+    assert subject.sequence.packed.nbytes == bytes_before + change
+    agrees_with_originals(subject.sequence)
+
+
+def test_without_waiting_decode_goes_on_with_the_old_bits() -> None:
+    originals = LateOriginals()
+    subject = Subject(originals)
+    before = subject.widths(VALUE)
+    subject.review(attention=1.0)
+    assert subject.exceptions.pending
+    asked = subject.exceptions.counts.exceptions
+    assert asked == sum(len(request) for request, _, _ in originals.waiting) > 0
+    assert torch.equal(subject.widths(VALUE), before)
+    subject.review(attention=1.0)  # one request at a time
+    assert subject.exceptions.counts.exceptions == asked
+    originals.answer()
+    assert torch.equal(subject.widths(VALUE), before)  # applied between steps, not when it arrives
+    subject.exceptions.apply()
+    assert bool((subject.widths(VALUE) > before).all())
+    assert subject.exceptions.counts.rows_requantized == asked
+    assert not subject.exceptions.pending
+
+
+def test_with_wait_a_step_blocks_until_the_rows_are_there() -> None:
+    class Answering(LateOriginals):
+        """Answers while the caller waits for the result."""
+
+        def requantize(self, request: RowRequest, quantizer: Quantizer) -> Future[RowReply]:
+            store = self
+
+            class Waited(Future[RowReply]):
+                def result(self, timeout: float | None = None) -> RowReply:
+                    store.answer()
+                    return super().result(timeout)
+
+            self.waiting.append((request, quantizer, Waited()))
+            return self.waiting[-1][2]
+
+    subject = Subject(Answering(), wait=True)
+    before = subject.widths(VALUE)
+    subject.review(attention=1.0)
+    assert not subject.exceptions.pending
+    assert bool((subject.widths(VALUE) > before).all())
+
+
+def test_a_failed_answer_is_counted_and_the_bits_stay() -> None:
+    originals = LateOriginals()
+    subject = Subject(originals)
+    subject.review(attention=1.0)
+    widths = [subject.sequence.packed.widths(side) for side in (KEY, VALUE)]
+    originals.fail()
+    subject.exceptions.apply()
+    counts = subject.exceptions.counts
+    assert (counts.requests_failed, counts.rows_requantized, counts.requantize_bytes) == (1, 0, 0)
+    assert all(torch.equal(subject.sequence.packed.widths(side), widths[side]) for side in (KEY, VALUE))
+    subject.review(attention=1.0)  # and they are asked for again
+    assert originals.waiting
+    originals.answer()
+    subject.exceptions.apply()
+    assert counts.rows_requantized > 0
+
+
+def test_missing_originals_are_counted_and_the_others_widened() -> None:
+    originals = InProcessOriginals()
+    subject = Subject(originals)
+    gone = subject.sequence.staging.names[OLD // 32]
+    originals.forget([gone])
+    before = subject.widths(VALUE)
+    subject.review(attention=1.0, elsewhere=0.01)
+    counts = subject.exceptions.counts
+    assert torch.equal(subject.widths(VALUE), before)
+    assert counts.originals_missing > 0
+    assert counts.exceptions == counts.originals_missing + counts.rows_requantized
+
+
+def test_a_row_that_was_narrowed_while_its_planes_were_under_way_stays_as_it_is() -> None:
+    originals = LateOriginals()
+    subject = Subject(originals)
+    sequence = subject.sequence
+    subject.review(attention=1.0)
+    asked, _, _ = originals.waiting[0]
+    assert int((asked.have > 1).sum()) > 0
+    subject.review(attention=1e-12, elsewhere=1e-12)
+    moved = [sequence.packed.widths(side) for side in (KEY, VALUE)]
+    where = (asked.layer.astype(int), asked.head.astype(int), asked.position - sequence.packed.start)
+    held = np.where(asked.side == KEY, moved[KEY].numpy()[where], moved[VALUE].numpy()[where])
+    narrowed = held < asked.have
+    originals.answer()
+    subject.exceptions.apply()
+    after = [sequence.packed.widths(side).numpy()[where] for side in (KEY, VALUE)]
+    now = np.where(asked.side == KEY, after[KEY], after[VALUE])
+    assert np.array_equal(now[narrowed], held[narrowed])
+    assert np.array_equal(now[~narrowed], asked.want[~narrowed])
+    assert narrowed.any()
+    assert subject.exceptions.counts.rows_requantized == int((~narrowed).sum())
+    originals.prompt = True
+    agrees_with_originals(sequence)
+
+
+def test_rows_on_the_growing_page_are_answered_from_staging() -> None:
+    kind = "llama-gqa"
+    originals = LateOriginals()
+    method = Method.for_model(tiny(kind), calibration=calibration(kind), page_tokens=256)
+    subject = Subject(originals)
+    subject.sequence = SequenceCache(method, originals)
+    shape = method.shape
+    for layer in range(shape.layers):
+        keys, values = normal(layer, 2, shape.kv_heads, LENGTH, shape.head_dim)
+        subject.sequence.attend(
+            layer, normal(9, shape.query_heads, LENGTH, shape.head_dim), keys, values, 0.1, None
+        )
+    subject.sequence.commit()
+    before = subject.widths(VALUE)
+    subject.review(attention=1.0)
+    assert not originals.waiting
+    assert bool((subject.widths(VALUE) > before).all())
+    agrees_with_originals(subject.sequence)
+
+
+def test_tokens_packed_while_an_answer_is_under_way_do_not_move_its_rows() -> None:
+    originals = LateOriginals()
+    subject = Subject(originals)
+    sequence, shape = subject.sequence, subject.method.shape
+    before = subject.widths(VALUE)
+    subject.review(attention=1.0)
+    packed = len(sequence.packed)
+    sequence._steps = 1  # no look at the tokens in between
+    policy = sequence.method.policy
+    every, type(policy).every = type(policy).every, 10**6
+    try:
+        for _ in range(20):
+            for layer in range(shape.layers):
+                keys, values = normal(77, 2, shape.kv_heads, 1, shape.head_dim)
+                sequence.attend(layer, normal(78, shape.query_heads, 1, shape.head_dim), keys, values, 0.1, None)
+            sequence.commit()
+    finally:
+        type(policy).every = every
+    assert len(sequence.packed) > packed
+    originals.answer()
+    subject.exceptions.apply()
+    assert bool((subject.widths(VALUE) > before).all())
+    originals.prompt = True
+    agrees_with_originals(sequence)
