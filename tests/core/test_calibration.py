@@ -1,0 +1,108 @@
+"""Calibration: what is measured is what its formulas say, and it is measured once."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from qaq_core import calibration as room
+from qaq_core.calibration import Calibration, calibrate, measure, weights_fingerprint
+from qaq_core.errors import UnsupportedModelError
+from qaq_core.loading import LoadedModel
+from qaq_core.shape import ModelShape
+from tests.core.models import KINDS, calibration, tiny
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quick_measurement_gives_finite_tables(kind: str) -> None:
+    known, shape = calibration(kind), ModelShape.of(tiny(kind))
+    for side in (known.key_mean, known.value_mean):
+        assert side.shape == (shape.layers, shape.kv_heads, shape.head_dim)
+        assert bool(torch.isfinite(side).all())
+    for table in (known.key_sensitivity, known.value_sensitivity, known.query_norm):
+        assert table.shape == (shape.layers, shape.kv_heads)
+        assert bool(torch.isfinite(table).all())
+        assert bool((table > 0).all())
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama-gqa", "mistral"])
+def test_means_are_those_of_the_projections_before_rope(kind: str) -> None:
+    model = tiny(kind)
+    shape = ModelShape.of(model)
+    seen: dict[tuple[int, str], torch.Tensor] = {}
+
+    def watch(layer: int, name: str, out: torch.Tensor) -> None:
+        if out.shape[1] == 16:  # the whole text, not the sampling of it
+            seen[layer, name] = out.detach()[0].view(16, shape.kv_heads, shape.head_dim).mean(0)
+
+    for layer, block in enumerate(model.model.layers):
+        for name in ("k_proj", "v_proj"):
+            module = getattr(block.self_attn, name)
+            module.register_forward_hook(lambda m, a, out, layer=layer, name=name: watch(layer, name, out))
+    known = measure(model, shape, sequences=1, tokens=16)
+    for layer in range(shape.layers):
+        assert torch.allclose(known.key_mean[layer], seen[layer, "k_proj"], atol=1e-4)
+        assert torch.allclose(known.value_mean[layer], seen[layer, "v_proj"], atol=1e-4)
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = tiny("llama-gqa")
+    before = weights_fingerprint(model)
+    model.requires_grad_(False)
+    next(model.parameters()).requires_grad_(True)
+    was = [p.requires_grad for p in model.parameters()]
+    implementation = model.config._attn_implementation
+    measure(model, ModelShape.of(model), sequences=1, tokens=8)
+    assert [p.requires_grad for p in model.parameters()] == was
+    assert all(p.grad is None for p in model.parameters())
+    assert model.config._attn_implementation == implementation
+    assert weights_fingerprint(model) == before
+
+
+def test_the_same_seed_measures_the_same() -> None:
+    model = tiny("llama-gqa")
+    again = measure(model, ModelShape.of(model), sequences=2, tokens=32)
+    known = calibration("llama-gqa")
+    assert all(torch.allclose(getattr(again, f.name), getattr(known, f.name), rtol=1e-4) for f in fields(known))
+
+
+def test_it_is_measured_once_and_then_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(room, "SEQUENCES", 1)
+    model = tiny("llama-gqa")
+    shape = ModelShape.of(model)
+    monkeypatch.setattr(measure, "__defaults__", (1, 8, None, 0))
+    first = calibrate(model, shape)
+    stored = list(tmp_path.rglob("*.safetensors"))
+    assert [path.stem for path in stored] == [weights_fingerprint(model)]
+    monkeypatch.setattr(room, "measure", None)
+    second = calibrate(model, shape)
+    assert all(torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Calibration))
+
+
+def test_the_demo_models_calibration_is_shipped(
+    smollm2: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(room, "measure", None)
+    known = calibrate(smollm2.model, ModelShape.of(smollm2.model), smollm2.fingerprint)
+    assert known.key_mean.shape == (30, 3, 64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fingerprints_tell_weights_apart() -> None:
+    model = tiny("llama-gqa")
+    first = weights_fingerprint(model)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    assert weights_fingerprint(model) != first
+
+
+def test_a_model_without_a_first_token_is_refused() -> None:
+    model = tiny("llama-gqa")
+    model.config.bos_token_id = model.config.eos_token_id = None
+    with pytest.raises(UnsupportedModelError, match="neither a BOS nor an EOS"):
+        measure(model, ModelShape.of(model), sequences=1, tokens=4)
