@@ -5,6 +5,6 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "core", deadline=None, max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True
+    "core", deadline=None, max_examples=12, suppress_health_check=list(HealthCheck), derandomize=True
 )
 settings.load_profile("core")

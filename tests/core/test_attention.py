@@ -87,7 +87,7 @@ def test_it_is_softmax_attention(name: str, outliers: bool, n: int, window: int 
         for layer in range(LAYERS):
             query = normal(5 + layer, HEADS * GROUP, n, dim)
             seen: list[torch.Tensor] = []
-            got = attention(query, subject.tokens(layer), 0.2, window, lambda p, first: seen.append(p))
+            got = attention(query, subject.tokens(layer), 0.2, window, lambda p, _, seen=seen: seen.append(p))
             probabilities, expected = subject.expected(query, layer, 0.2, window)
             assert torch.allclose(got, expected, atol=2e-3)
             assert torch.allclose(seen[0].flatten(0, 1), probabilities, atol=2e-3)

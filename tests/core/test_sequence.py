@@ -61,18 +61,19 @@ def test_exact_logits_equal_the_dynamic_cache(
 
 
 def test_more_bits_are_nearer_and_larger(smollm2: LoadedModel, ids: torch.Tensor, expected: torch.Tensor) -> None:
-    expected = expected.log_softmax(-1)
+    expected = expected[:9].log_softmax(-1)
     divergence, bytes_held = [], []
     for bits in (1.5, 3.0):
         cache = QAQCache.for_model(smollm2.model, fingerprint=smollm2.fingerprint, target_bits=bits)
-        got = teacher_forced(smollm2.model, ids, PROMPT, cache).log_softmax(-1)
+        got = teacher_forced(smollm2.model, ids[:, : PROMPT + 8], PROMPT, cache).log_softmax(-1)
         divergence.append(float((expected.exp() * (expected - got)).sum(-1).mean()))
         bytes_held.append(cache.nbytes)
     assert bytes_held[0] < bytes_held[1]
-    assert divergence[1] < 0.02 < 2 * divergence[1] < divergence[0] < 1
+    assert divergence[1] < 0.02
+    assert 2 * divergence[1] < divergence[0] < 1
 
 
-@pytest.mark.parametrize("bits", [1.8, 2.2, 3.5])
+@pytest.mark.parametrize("bits", [1.8, 3.5])
 def test_the_target_is_met_after_the_prompt(smollm2: LoadedModel, ids: torch.Tensor, bits: float) -> None:
     cache = prefilled(smollm2.model, ids, fingerprint=smollm2.fingerprint, target_bits=bits)
     stats = cache.stats()[0]
@@ -85,27 +86,27 @@ def test_a_compression_target_is_met_in_allocated_bytes(smollm2: LoadedModel, id
     assert cache.stats()[0].compression == pytest.approx(3.0, rel=0.02)
 
 
-@pytest.mark.parametrize("side", [KEY, VALUE])
-def test_decoding_reads_the_packed_rows(smollm2: LoadedModel, ids: torch.Tensor, side: int) -> None:
+def test_decoding_reads_the_packed_rows(smollm2: LoadedModel, ids: torch.Tensor) -> None:
     """Zeroed codes change the next logits; deleted rows break the step."""
+
+    def cached() -> QAQCache:
+        return prefilled(smollm2.model, ids[:, :80], fingerprint=smollm2.fingerprint)
 
     def next_logits(cache: QAQCache) -> torch.Tensor:
         with torch.no_grad():
-            return smollm2.model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache).logits[0, -1]
+            return smollm2.model(ids[:, 80:81], past_key_values=cache).logits[0, -1]
 
-    known = {"fingerprint": smollm2.fingerprint}
-    clean = next_logits(prefilled(smollm2.model, ids[:, :PROMPT], **known))
-    assert torch.equal(next_logits(prefilled(smollm2.model, ids[:, :PROMPT], **known)), clean)
-
-    zeroed = prefilled(smollm2.model, ids[:, :PROMPT], **known)
-    for rows in zeroed.sequences[0].packed.sides[side].pools[0].rows.values():
-        rows.zero_()
-    assert float((next_logits(zeroed) - clean).abs().max()) > 0.5
-
-    deleted = prefilled(smollm2.model, ids[:, :PROMPT], **known)
-    del deleted.sequences[0].packed.sides[side].pools[0].rows
-    with pytest.raises(AttributeError, match="rows"):
-        next_logits(deleted)
+    clean = next_logits(cached())
+    assert torch.equal(next_logits(cached()), clean)
+    for side in (KEY, VALUE):
+        zeroed = cached()
+        for rows in zeroed.sequences[0].packed.sides[side].pools[0].rows.values():
+            rows.zero_()
+        assert float((next_logits(zeroed) - clean).abs().max()) > 0.5
+        deleted = cached()
+        del deleted.sequences[0].packed.sides[side].pools[0].rows
+        with pytest.raises(AttributeError, match="rows"):
+            next_logits(deleted)
 
 
 def storages() -> dict[int, int]:
@@ -119,8 +120,7 @@ def storages() -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("steps", [0, 17])
-def test_no_dequantized_copy_is_resident(smollm2: LoadedModel, ids: torch.Tensor, steps: int) -> None:
+def test_no_dequantized_copy_is_resident(smollm2: LoadedModel, ids: torch.Tensor) -> None:
     """What the sequence adds to all live tensors is what it counts, its originals and the shared scratch."""
     method = Method.for_model(smollm2.model, fingerprint=smollm2.fingerprint)
     originals = InProcessOriginals()
@@ -139,7 +139,7 @@ def test_no_dequantized_copy_is_resident(smollm2: LoadedModel, ids: torch.Tensor
     before = storages()
     with torch.no_grad():
         smollm2.model(ids[:, :PROMPT], past_key_values=cache, logits_to_keep=1)
-        for i in range(steps):
+        for i in range(17):
             smollm2.model(ids[:, PROMPT + i : PROMPT + i + 1], past_key_values=cache)
     after = storages()
 
