@@ -1,7 +1,7 @@
 """Attention-window exceptions: vectors whose need has risen above (or fallen below) the bits they hold.
 
 Down is local: bit planes are dropped. Up needs the original: the missing planes are asked for and applied
-when they arrive, between decode steps (arXiv 2403.04643, section 3.4).
+when they arrive, between decode steps (arXiv 2403.04643, section 4.2).
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from qaq_core.pages import KEY, VALUE
 from qaq_core.policies import Policy, View
 from qaq_core.staging import Staging
 
+PATIENCE = 16
+"""Looks without a request after an answer that failed or lacked originals."""
+
+_NOWHERE = 1 << 62
+
 
 @dataclass
 class Counts:
@@ -34,10 +39,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request under way: flat row indices per row, and the parts of the answer."""
+    """A request under way: what it asks, the widths its rows had, and the parts of the answer."""
 
     request: RowRequest
-    index: np.ndarray
+    held: np.ndarray
     parts: list[tuple[np.ndarray, Future[RowReply]]]
 
 
@@ -51,7 +56,10 @@ class Exceptions:
     def __init__(self, packed: PackedTokens, staging: Staging, policy: Policy, wait: bool = False) -> None:
         self.packed, self.staging, self.policy, self.wait = packed, staging, policy, wait
         self.counts = Counts()
+        self.rounded_from = _NOWHERE
+        """From this position on, rows were packed from rounded numbers, and are asked for anew, all planes."""
         self._asked: _Asked | None = None
+        self._patience = 0
 
     @property
     def pending(self) -> bool:
@@ -65,7 +73,9 @@ class Exceptions:
             high = want if slack == 1.0 else self.policy.widths(demand, price, need=slack)
             for side in (KEY, VALUE):
                 self._narrow(side, high[side], want[side])
-        if self._asked is None:
+        if self._patience:
+            self._patience -= 1
+        elif self._asked is None:
             low = want if slack == 1.0 else self.policy.widths(demand, price, need=1 / slack)
             held = (self.packed.widths(KEY), self.packed.widths(VALUE))
             rising: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -96,6 +106,7 @@ class Exceptions:
         meta = np.concatenate([self._metas(side, index) for side, index, _ in rising])
         layer, head, token = np.unravel_index(index, self.packed.tags.shape)
         position = token + self.packed.start
+        asked = np.where(position >= self.rounded_from, 0, have).astype(np.uint8)  # 0: the whole row, anew
         shape = self.staging.shape
         request = RowRequest(
             shape=shape,
@@ -106,12 +117,12 @@ class Exceptions:
             token=(position % shape.tokens).astype(np.int16),
             side=side,
             position=position.astype(np.int32),
-            have=have,
+            have=asked,
             want=want,
             meta=meta,
         )
         # Flat indices move when tokens are appended; (layer, head, position) do not.
-        self._asked = _Asked(request, index, self.staging.requantize(request, self.packed.quantizer))
+        self._asked = _Asked(request, have, self.staging.requantize(request, self.packed.quantizer))
         self.apply()
 
     def _metas(self, side: int, index: torch.Tensor) -> np.ndarray:
@@ -133,11 +144,16 @@ class Exceptions:
                 reply = future.result()
             except OriginalsError:
                 self.counts.requests_failed += 1
+                self._patience = PATIENCE
                 continue
-            self._widen(asked.request.select(index), reply)
+            self._widen(asked.request.select(index), asked.held[index], reply)
 
-    def _widen(self, request: RowRequest, reply: RowReply) -> None:
-        self.counts.originals_missing += int((~reply.found).sum())
+    def _widen(self, request: RowRequest, held: np.ndarray, reply: RowReply) -> None:
+        missing = int((~reply.found).sum())
+        if missing:
+            self.counts.originals_missing += missing
+            self._patience = PATIENCE
+        held = held[reply.found]
         found = request.select(reply.found)
         sizes = found.payload_bytes()
         ends = np.cumsum(sizes)
@@ -155,11 +171,16 @@ class Exceptions:
             mine = mine[np.argsort(flat[mine], kind="stable")]
             index = torch.from_numpy(flat[mine]).to(self.packed.device)
             # A vector that was narrowed while its planes were under way no longer fits them.
-            still = self.packed.widths(side).reshape(-1)[index].cpu().numpy() == found.have[mine]
+            still = self.packed.widths(side).reshape(-1)[index].cpu().numpy() == held[mine]
             mine, index = mine[still], index[torch.from_numpy(still).to(index.device)]
             if not len(mine):
                 continue
             starts = torch.from_numpy(ends[mine] - sizes[mine]).to(self.packed.device)
+            anew = index[torch.from_numpy(found.have[mine] < held[mine]).to(index.device)]
+            if len(anew):
+                self.packed.change(
+                    side, anew, torch.zeros_like(anew, dtype=torch.uint8), planes, torch.zeros_like(anew)
+                )
             self.packed.change(side, index, torch.from_numpy(found.want[mine]).to(index.device), planes, starts)
             self.counts.rows_requantized += len(mine)
             self.counts.requantize_bytes += int(sizes[mine].sum())

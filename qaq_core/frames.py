@@ -133,7 +133,7 @@ class RotatedFrame:
         """[kinds, >= stop, head_dim]: cosines and sines, made on the CPU so that every machine has the same."""
         trig = self._trig
         if trig.shape[1] < stop:
-            position = torch.arange(max(1024, 2 * stop), dtype=torch.float64)
+            position = torch.arange(-(-stop // 4096) * 4096, dtype=torch.float64)
             angle = position[None, :, None] * self.frequencies.cpu()[:, None, :]
             # Threads may both get here: each returns the table it made, whichever is kept.
             self._trig = trig = torch.cat([angle.cos(), angle.sin()], -1).float().to(self.signs.device)

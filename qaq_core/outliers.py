@@ -1,7 +1,7 @@
 """Outliers: a group's few lowest and highest numbers, kept beside the codes in half precision.
 
 Every group keeps equally many, so the sparse matrix needs no row pointers: indices [.., n] inside the
-group and values [.., n] (arXiv 2403.04643, section 3.3). Both are counted.
+group and values [.., n] (arXiv 2403.04643, section 4.2). Both are counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Outliers:
     """Outliers of consecutive tokens.
 
     Attributes:
-        index: uint8 or int16 [layers', kv_heads', tokens, n], place in the group's flattened dims.
+        index: uint8, int16 or int32 [layers', kv_heads', tokens, n], place in the group's flattened dims.
         value: float16, same shape.
         group: "head", "layer" or "token".
     """

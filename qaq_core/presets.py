@@ -109,6 +109,8 @@ def paper(
 
 def exact(model: Any, shape: ModelShape, fingerprint: str | None, target: Target) -> dict[str, Any]:
     """Half precision for every vector, through the same packed path."""
+    if target.bits or target.compression:
+        raise ConfigError("the exact preset takes no target: it holds 16 bits an element")
     return {
         "quantizer": Quantizer(PlainFrame(), GaussianCodec()),
         "policy": FixedPolicy(16, 16),

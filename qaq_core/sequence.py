@@ -14,6 +14,7 @@ import torch
 
 from qaq_core.attention.reference import LayerTokens
 from qaq_core.errors import ConfigError
+from qaq_core.exact import ExactTokens
 from qaq_core.exceptions import Exceptions
 from qaq_core.method import Method
 from qaq_core.originals import InProcessOriginals, Originals
@@ -82,10 +83,15 @@ class SequenceCache:
             method.quantizer, (shape.layers, shape.kv_heads, shape.head_dim), method.sinks, method.device
         )
         self.exceptions = Exceptions(self.packed, self.staging, method.policy, wait)
-        self._exact = self._buffer(0, method.window_dtype)
+        self.exact = ExactTokens(
+            (shape.layers, shape.kv_heads, shape.head_dim),
+            method.sinks + 2 * GROUP,
+            method.dtype,
+            method.window_dtype,
+            method.device,
+        )
         self._importance = self._importance_buffer(0)
         self._expected = 0
-        self._arriving = 0
         self._watch: PromptWatch | None = None
         self._statistic: torch.Tensor | None = None
         self._steps = 0
@@ -118,49 +124,44 @@ class SequenceCache:
         n = keys.shape[1]
         if layer == 0:
             self._begin_step(n)
-        held = self._exact_tokens
-        self._exact[layer, KEY, :, held : held + n] = keys
-        self._exact[layer, VALUE, :, held : held + n] = values
+        exact_keys, exact_values = self.exact.write(layer, keys, values)
         tokens = LayerTokens(
             layer,
-            self._exact[layer, KEY, :, : held + n],
-            self._exact[layer, VALUE, :, : held + n],
-            min(self.method.sinks, held + n),
+            exact_keys,
+            exact_values,
+            min(self.method.sinks, exact_keys.shape[1]),
             self.packed if len(self.packed) else None,
         )
         return self.method.attention(query, tokens, scaling, sliding_window, self._observer(layer))
 
     def commit(self) -> None:
         """Ends a forward pass: originals leave, tokens are packed, exceptions are looked for."""
-        n, held = self._arriving, self._exact_tokens
-        self.staging.append(self._original(self._exact[:, :, :, held : held + n]))
-        self.length += n
-        self._arriving = 0
+        fresh = self.exact.end_step()
+        self.staging.append(fresh)
+        self.length += fresh.shape[3]
         if self._expected:
-            self._expected -= n
+            self._expected -= fresh.shape[3]
             if self._expected == 0:
                 self._end_prompt()
             return
         self.exceptions.apply()
         if self._statistic is not None:
-            self.method.window.observe(self._importance, self._statistic, self._steps)
+            self.method.window.observe(self._importance, self._statistic, self.length - 1)
             self._statistic = None
-        if self._exact_tokens - self.method.sinks >= 2 * GROUP:
+        if self.exact.held - self.method.sinks >= 2 * GROUP:
             self._pack(GROUP)
         self._steps += 1
         policy = self.method.policy
         if policy.exceptions and len(self.packed) and self._steps % policy.every == 0:
             assert self.price is not None
-            # Giving bits back is not urgent, and each time re-packs blocks.
-            self.exceptions.review(self._view(), self.price, narrow=self._steps % GROUP == 0)
+            self.exceptions.review(self._view(), self.price, self._steps % policy.narrow_every == 0)
 
     # -- measures --------------------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
         """Allocated bytes of every buffer this sequence holds on the device."""
-        own = self._exact.untyped_storage().nbytes() + self._importance.untyped_storage().nbytes()
-        return own + self.packed.nbytes
+        return self.exact.nbytes + self._importance.untyped_storage().nbytes() + self.packed.nbytes
 
     @property
     def staging_bytes(self) -> int:
@@ -186,7 +187,7 @@ class SequenceCache:
     def close(self) -> None:
         """Frees everything; pages under way still reach the store."""
         self.staging.close()
-        self._exact = self._buffer(0, self.method.window_dtype)
+        self.exact.close()
         self._importance = self._importance_buffer(0)
         self._watch = self._statistic = None
         self.packed = PackedTokens(self.method.quantizer, (0, 0, 0), 0, self.method.device)
@@ -194,29 +195,23 @@ class SequenceCache:
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    @property
-    def _exact_tokens(self) -> int:
-        return self.length - len(self.packed)
-
     def _begin_step(self, n: int) -> None:
         if not self._expected and n > 1:
             self._begin_prompt(n)
         if self._expected and n > self._expected:
             raise ConfigError(f"a prompt of {self._expected} more tokens was announced, {n} came")
-        self._arriving = n
+        self.exact.begin_step(n, prompt=self._expected > 0)
         if self._expected:
             return
-        if self._exact.shape[3] < self._exact_tokens + n:
-            self._grow_exact(self.method.sinks + 2 * GROUP, self.method.window_dtype)
-        if self.method.policy.exceptions and self._steps % self.method.window.every == 0:
-            layers, heads = self._exact.shape[0], self._exact.shape[2]
-            self._statistic = torch.empty(layers, heads, self.length + n, device=self.method.device)
+        if self._steps % self.method.window.every == 0:
+            shape = self.method.shape
+            self._statistic = torch.empty(shape.layers, shape.kv_heads, self.length + n, device=self.method.device)
         if self._importance.shape[2] < self.length + n:
             self._grow_importance(self.packed.stop + 2 * GROUP if len(self.packed) else self.length + 2 * GROUP)
 
     def _begin_prompt(self, tokens: int) -> None:
         self._expected = tokens
-        self._grow_exact(self._exact_tokens + tokens, self.method.dtype)
+        self.exact.begin_prompt(tokens)
         shape = self.method.shape
         self._watch = self.method.window.prompt(
             shape.layers, shape.kv_heads, self.length + tokens, tokens, self.method.device
@@ -229,11 +224,14 @@ class SequenceCache:
         # Earlier turns' tokens keep what they were worth if this prompt did not look at them.
         seen[:, :, : held.shape[2]] = torch.maximum(seen[:, :, : held.shape[2]], held)
         self._importance, self._watch = seen, None
-        movable = self._exact_tokens - self.method.sinks
+        movable = self.exact.held - self.method.sinks
         groups = (movable - GROUP) // GROUP
         if groups > 0:
             self._pack(groups * GROUP)
-        self._grow_exact(max(self._exact_tokens, self.method.sinks + 2 * GROUP), self.method.window_dtype)
+        self.exact.end_prompt()
+        if self.method.dtype != self.method.window_dtype:
+            # What is in the window now, and all that comes after, is packed from rounded numbers.
+            self.exceptions.rounded_from = min(self.exceptions.rounded_from, self.packed.stop)
 
     def _observer(self, layer: int) -> Callable[[torch.Tensor, int], None] | None:
         watch, base = self._watch, self.length
@@ -248,18 +246,11 @@ class SequenceCache:
 
         return reduce
 
-    def _original(self, exact: torch.Tensor) -> torch.Tensor:
-        """What counts as the original: in the window's dtype, in which tokens are held until they are packed.
-
-        Stored and packed rows come of the same numbers, so planes that arrive later fit those that are held.
-        """
-        return exact.to(self.method.window_dtype)
-
     def _pack(self, tokens: int) -> None:
         """Quantizes the oldest exact tokens after the sinks."""
         method, sinks = self.method, self.method.sinks
         start = self.packed.stop
-        moving = self._original(self._exact[:, :, :, sinks : sinks + tokens])
+        moving = self.exact.slice(sinks, sinks + tokens)
         rows, metas, outliers = method.measure(moving, start)
         scales = tuple(method.quantizer.codec.affine(meta)[0] for meta in metas)
         importance = method.window.importance(self._importance[:, :, : self.length])
@@ -268,8 +259,7 @@ class SequenceCache:
             self._settling = self._steps > 0
             self.price = self._solve(view, self._fixed_bytes(tokens, metas, outliers))
         self.packed.append(method.policy.widths(method.policy.demand(view), self.price), rows, metas, outliers)
-        kept = torch.cat([self._exact[:, :, :, :sinks], self._exact[:, :, :, sinks + tokens :]], 3)
-        self._exact = kept if self._expected else self._trimmed(kept)
+        self.exact.drop(sinks, sinks + tokens)
 
     def _solve(self, coming: View, coming_bytes: int) -> float:
         """The price that meets the target with the tokens that are packed and those about to be."""
@@ -283,26 +273,16 @@ class SequenceCache:
             return method.policy.price
         return solve_price(method.policy, method.policy.demand(view), target)
 
-    def _trimmed(self, exact: torch.Tensor) -> torch.Tensor:
-        """The exact tokens in a buffer of the recent window's size, in the window's dtype."""
-        buffer = self._buffer(self.method.sinks + 2 * GROUP, self.method.window_dtype)
-        held = min(exact.shape[3], self._exact_tokens)
-        if held > buffer.shape[3]:
-            return exact
-        buffer[:, :, :, :held] = exact[:, :, :, :held]
-        return buffer
-
     def _fixed_bytes(
         self, tokens: int, metas: tuple[torch.Tensor, ...], outliers: tuple[Outliers | None, ...]
     ) -> int:
         """What the cache will hold besides codes once `tokens` are packed."""
         shape = self.method.shape
-        exact = self._buffer_bytes(self.method.sinks + 2 * GROUP, self.method.window_dtype)
         tags = shape.layers * shape.kv_heads * (len(self.packed) + tokens)
         held = [part for side in self.packed.sides for part in (side.meta, side.outliers)]
         kept = sum(part.nbytes for part in (*held, *outliers) if part is not None)
         importance = shape.layers * shape.kv_heads * (self.length + 2 * GROUP) * self.method.window.bytes_per_token
-        return exact + tags + sum(meta.numel() for meta in metas) + kept + importance
+        return self.exact.window_bytes + tags + sum(meta.numel() for meta in metas) + kept + importance
 
     def _view(self) -> View:
         affine = self.method.quantizer.codec.affine
@@ -312,23 +292,6 @@ class SequenceCache:
             self.packed.start,
             (scales[KEY], scales[VALUE]),
         )
-
-    def _buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        shape = self.method.shape
-        dims = (shape.layers, 2, shape.kv_heads, tokens, shape.head_dim)
-        return torch.empty(dims, dtype=dtype, device=self.method.device)
-
-    def _buffer_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        shape = self.method.shape
-        return shape.layers * 2 * shape.kv_heads * tokens * shape.head_dim * dtype.itemsize
-
-    def _grow_exact(self, tokens: int, dtype: torch.dtype) -> None:
-        if self._exact.shape[3] >= tokens and self._exact.dtype == dtype:
-            return
-        held = self._exact_tokens
-        grown = self._buffer(max(tokens, held), dtype)
-        grown[:, :, :, :held] = self._exact[:, :, :, :held]
-        self._exact = grown
 
     def _importance_buffer(self, tokens: int) -> torch.Tensor:
         shape = self.method.shape

@@ -6,6 +6,7 @@ store has acknowledged it, so no original is ever dropped that is not safe elsew
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -15,6 +16,8 @@ import torch
 from qaq_core.originals import Originals, RowReply, RowRequest, requantize_from
 from qaq_core.pages import Page, PageShape
 from qaq_core.quantizer import Quantizer
+
+log = logging.getLogger(__name__)
 
 
 class Staging:
@@ -27,7 +30,7 @@ class Staging:
     def __init__(self, shape: PageShape, originals: Originals, page_name: Callable[[int], bytes]) -> None:
         self.shape, self.originals, self._page_name = shape, originals, page_name
         self.names: list[bytes] = []
-        self.tokens = 0
+        self.tokens = self.refused = 0
         self._growing: torch.Tensor | None = None
         self._staged: dict[bytes, Page] = {}
         self._under_way: dict[bytes, Future[None]] = {}
@@ -63,14 +66,16 @@ class Staging:
         self._under_way[page.id] = self.originals.put([page])
 
     def collect(self) -> None:
-        """Lets go of acknowledged pages and sends failed ones again."""
+        """Lets go of acknowledged pages. A store retries by itself: what it refused for good stays here."""
         for name, future in list(self._under_way.items()):
             if not future.done():
                 continue
+            del self._under_way[name]
             if future.cancelled() or future.exception() is not None:
-                self._under_way[name] = self.originals.put([self._staged[name]])
+                self.refused += 1
+                log.warning("the store refused a page, which stays in this process: %s", _reason(future))
             else:
-                del self._under_way[name], self._staged[name]
+                del self._staged[name]
 
     def requantize(self, request: RowRequest, quantizer: Quantizer) -> list[tuple[np.ndarray, Future[RowReply]]]:
         """Answers what is staged here at once and asks the store for the rest.
@@ -105,3 +110,7 @@ class Staging:
         self._growing = None
         self._staged.clear()
         self._under_way.clear()
+
+
+def _reason(future: Future[None]) -> str:
+    return "cancelled" if future.cancelled() else str(future.exception())

@@ -29,8 +29,8 @@ class Window(Protocol):
         """Watches the prefill of the last `queries` of `total` tokens."""
         ...
 
-    def observe(self, state: torch.Tensor, statistic: torch.Tensor, step: int) -> None:
-        """Folds a decode step's statistic [layers, kv_heads, tokens] into the state, in place."""
+    def observe(self, state: torch.Tensor, statistic: torch.Tensor, position: int) -> None:
+        """Folds the statistic [layers, kv_heads, tokens] of the query at a position into the state, in place."""
         ...
 
     def importance(self, state: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ def from_log_byte(code: torch.Tensor) -> torch.Tensor:
 
 
 class MaxWindow:
-    """The paper's attention window: the largest probability of the last n steps (section 3.4)."""
+    """The paper's attention window: the largest probability of the last n steps (section 4.2)."""
 
     every = 1
 
@@ -76,8 +76,8 @@ class MaxWindow:
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptWatch:
         return _LastSteps(self.steps, layers, heads, total, device)
 
-    def observe(self, state: torch.Tensor, statistic: torch.Tensor, step: int) -> None:
-        state[:, :, : statistic.shape[2], step % self.steps] = to_log_byte(statistic)
+    def observe(self, state: torch.Tensor, statistic: torch.Tensor, position: int) -> None:
+        state[:, :, : statistic.shape[2], position % self.steps] = to_log_byte(statistic)
 
     def importance(self, state: torch.Tensor) -> torch.Tensor:
         return from_log_byte(state.amax(-1))
@@ -127,7 +127,7 @@ class DecayWindow:
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptWatch:
         return _PromptMeans(self, layers, heads, total, min(queries, self.queries), device)
 
-    def observe(self, state: torch.Tensor, statistic: torch.Tensor, step: int) -> None:
+    def observe(self, state: torch.Tensor, statistic: torch.Tensor, position: int) -> None:
         seen = state[:, :, : statistic.shape[2], 0]
         keep = 0.5 ** (self.every / self.half_life)
         seen.copy_(to_log_byte(torch.lerp(statistic, from_log_byte(seen), keep), stochastic=True))

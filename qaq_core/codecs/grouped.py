@@ -1,7 +1,7 @@
 """The paper's two codecs: uniform midpoint and normal quantile, on groups of a token's numbers.
 
 A group is one head's vector, a layer's, or the whole token's (all layers), for keys and values apart
-(arXiv 2403.04643, section 3.1). Its two parameters are stored as half-precision numbers.
+(arXiv 2403.04643, section 4.1). Its two parameters are stored as half-precision numbers.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ class BalancedPolicy:
 
     hysteresis = 2.0
     every = 4
+    narrow_every = 16
     price = 1e-9
 
     def __init__(

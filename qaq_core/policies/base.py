@@ -39,6 +39,9 @@ class Policy(Protocol):
     every: int
     """Decode steps from one look to the next."""
 
+    narrow_every: int
+    """Decode steps from one look that takes bits back to the next: it is not urgent, and re-packs blocks."""
+
     def demand(self, view: View) -> Demand:
         """What does not depend on the price."""
         ...

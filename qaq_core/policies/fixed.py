@@ -13,7 +13,7 @@ class FixedPolicy:
     """Static widths. `FixedPolicy(16, 16)` keeps half precision: the `exact` preset."""
 
     exceptions = False
-    every = 1
+    every = narrow_every = 1
     hysteresis = 1.0
     price = 1.0
 

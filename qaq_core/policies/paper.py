@@ -1,4 +1,4 @@
-"""The paper's policy: keys by the softmax bound, values by their attention (arXiv 2403.04643, section 3.2).
+"""The paper's policy: keys by the softmax bound, values by their attention (arXiv 2403.04643, section 4.1).
 
     values  σ_V(t) <= σ_X / (√T · S_t)
     keys    σ_K²   <= ln(T³/(T-1) · σ_S² + 1) / ‖q‖²
@@ -27,7 +27,7 @@ class PaperPolicy:
         normal: the codec is the normal one, whose scale is a deviation; its range is taken as ±3 of them.
     """
 
-    every = 1
+    every = narrow_every = 1
     hysteresis = 1.0
     price = 1.0
 

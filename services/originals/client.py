@@ -133,6 +133,8 @@ class RemoteOriginals:
         await asyncio.gather(*(self._put(page) for page in pages))
 
     async def _put(self, page: Page) -> None:
+        # Before the first await: whoever forgets a page that is still under way takes this back.
+        self._held[page.id] += 1
         metrics.pages_unacked.inc()
         try:
             async with self._puts:
@@ -148,7 +150,6 @@ class RemoteOriginals:
                         await self._put_once(page)
         finally:
             metrics.pages_unacked.dec()
-        self._held[page.id] += 1
 
     async def _put_once(self, page: Page) -> None:
         data = page.to_bytes()

@@ -153,7 +153,7 @@ class TokenClock:
 def _told(error: grpc.aio.AioRpcError, begun: bool) -> StatusError:
     """A worker's error as the client hears it."""
     if error.code() is grpc.StatusCode.UNAVAILABLE and begun:
-        message = "the worker went away while it generated; send the request again"
+        message = "the worker went away while it generated; send the request again (a session keeps what arrived)"
         return StatusError(message, code=error.code(), retry_after_ms=RETRY_AFTER_MS)
     retry = RETRY_AFTER_MS if error.code() in _ELSEWHERE else None
     return StatusError(error.details() or "the worker failed", code=error.code(), retry_after_ms=retry)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qaq_core.errors import OriginalsError
-from qaq_core.exceptions import Exceptions
+from qaq_core.exceptions import PATIENCE, Exceptions
 from qaq_core.method import Method
 from qaq_core.originals import InProcessOriginals, RowReply, RowRequest
 from qaq_core.pages import KEY, VALUE
@@ -127,6 +127,36 @@ def test_rows_and_bytes_are_counted(preset: str) -> None:
     agrees_with_originals(subject.sequence)
 
 
+def test_rows_packed_from_the_rounded_window_come_back_whole() -> None:
+    """Half-precision recent tokens make codes that may differ from the float32 originals'."""
+    originals = LateOriginals()
+    subject = Subject(originals)
+    sequence, shape = subject.sequence, subject.method.shape
+    originals.prompt = True
+    for step in range(40):
+        for layer in range(shape.layers):
+            query, keys, values = normal(1000 + 10 * step + layer, 3, shape.query_heads, 1, shape.head_dim)
+            sequence.attend(layer, query, keys[: shape.kv_heads], values[: shape.kv_heads], 0.1, None)
+        sequence.commit()
+    position = sequence.packed.stop - 2
+    assert position >= sequence.exceptions.rounded_from
+    originals.prompt = False
+    view = sequence._view()
+    importance = torch.full_like(view.importance, 1e-6)
+    importance[:, :, position] = 1.0
+    assert sequence.price is not None
+    subject.exceptions.review(View(importance, view.first, view.scales), sequence.price)
+    rounded = [
+        request.have[request.position >= sequence.exceptions.rounded_from] for request, *_ in originals.waiting
+    ]
+    assert sum(map(len, rounded)) + subject.exceptions.counts.rows_requantized > 0
+    assert not any(have.any() for have in rounded)
+    originals.answer()
+    subject.exceptions.apply()
+    originals.prompt = True
+    agrees_with_originals(sequence, at=position)
+
+
 def test_without_waiting_decode_goes_on_with_the_old_bits() -> None:
     originals = LateOriginals()
     subject = Subject(originals)
@@ -178,7 +208,10 @@ def test_a_failed_answer_is_counted_and_the_bits_stay() -> None:
     counts = subject.exceptions.counts
     assert (counts.requests_failed, counts.rows_requantized, counts.requantize_bytes) == (1, 0, 0)
     assert all(torch.equal(subject.sequence.packed.widths(side), widths[side]) for side in (KEY, VALUE))
-    subject.review(attention=1.0)  # and they are asked for again
+    for _ in range(PATIENCE):
+        subject.review(attention=1.0)
+        assert not originals.waiting
+    subject.review(attention=1.0)  # and they are asked for again, after a while
     assert originals.waiting
     originals.answer()
     subject.exceptions.apply()

@@ -230,12 +230,15 @@ def test_rows_packed_at_any_time_are_those_of_the_originals(preset: str) -> None
     agrees_with_originals(sequence)
 
 
-def agrees_with_originals(sequence: SequenceCache) -> None:
-    """Asks for all planes of every packed row that has any, and compares them with what is held."""
+def agrees_with_originals(sequence: SequenceCache, at: int | None = None) -> None:
+    """Asks for all planes of the rows that were packed from the model's own numbers (or of one position)."""
     packed = sequence.packed
     for side in (KEY, VALUE):
         widths = packed.widths(side).reshape(-1)
-        index = torch.nonzero(widths).squeeze(1)
+        position = torch.arange(len(packed)).expand(packed.tags.shape).reshape(-1) + packed.start
+        looked = position < sequence.exceptions.rounded_from if at is None else position == at
+        index = torch.nonzero((widths > 0) & looked).squeeze(1)
+        assert len(index)
         layer, head, token = np.unravel_index(index.numpy(), packed.tags.shape)
         asked = request(
             sequence.staging.shape,

@@ -1,0 +1,108 @@
+"""Exact tokens: the sinks, the recent window, and a prompt while it is computed.
+
+They stand in one buffer, [sinks | recent | prompt]. A prompt is held in the model's dtype; when it is
+over, what stays (sinks and recent tokens) is held in the window's dtype, half precision where the model
+computes in float32. Originals are always the model's own numbers, not these.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qaq_core.pages import KEY, VALUE
+
+
+class ExactTokens:
+    """Exact keys and values of one sequence.
+
+    Args:
+        dims: (layers, kv_heads, head_dim).
+        capacity: tokens that the buffer has room for outside a prompt.
+        dtype: of the model. window_dtype: of the buffer outside a prompt.
+    """
+
+    def __init__(
+        self,
+        dims: tuple[int, int, int],
+        capacity: int,
+        dtype: torch.dtype,
+        window_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.held = 0
+        self.capacity, self.dtype, self.window_dtype = capacity, dtype, window_dtype
+        self._dims, self._device = dims, device
+        self._buffer = self._new(0, window_dtype)
+        self._step: torch.Tensor | None = None
+        self._arriving = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.untyped_storage().nbytes()
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the buffer outside a prompt."""
+        layers, heads, dim = self._dims
+        return layers * 2 * heads * self.capacity * dim * self.window_dtype.itemsize
+
+    def begin_prompt(self, tokens: int) -> None:
+        """Makes room for a prompt in the model's dtype."""
+        self._move(self.held + tokens, self.dtype)
+
+    def end_prompt(self) -> None:
+        """Goes back to the window's size and dtype."""
+        self._move(max(self.capacity, self.held), self.window_dtype)
+
+    def begin_step(self, n: int, prompt: bool) -> None:
+        """Expects n tokens, layer by layer."""
+        self._arriving = n
+        if prompt:
+            return
+        if self._buffer.shape[3] < self.held + n:
+            self._move(max(self.capacity, self.held + n), self.window_dtype)
+        if self.dtype != self.window_dtype:
+            self._step = self._new(n, self.dtype)
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes a layer's new keys and values [kv_heads, n, head_dim]; returns those of all exact tokens."""
+        stop = self.held + self._arriving
+        for side, new in ((KEY, keys), (VALUE, values)):
+            self._buffer[layer, side, :, self.held : stop] = new
+            if self._step is not None:
+                self._step[layer, side] = new
+        return self._buffer[layer, KEY, :, :stop], self._buffer[layer, VALUE, :, :stop]
+
+    def end_step(self) -> torch.Tensor:
+        """The step's originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
+        fresh = self._step
+        if fresh is None:
+            fresh = self._buffer[:, :, :, self.held : self.held + self._arriving]
+        self.held += self._arriving
+        self._step, self._arriving = None, 0
+        return fresh
+
+    def slice(self, first: int, last: int) -> torch.Tensor:
+        """Tokens first..last-1 in buffer order: [layers, 2, kv_heads, n, head_dim]."""
+        return self._buffer[:, :, :, first:last]
+
+    def drop(self, first: int, last: int) -> None:
+        """Lets go of tokens first..last-1; later ones move up."""
+        tail = self._buffer[:, :, :, last : self.held].clone()
+        self.held -= last - first
+        self._buffer[:, :, :, first : self.held] = tail
+
+    def close(self) -> None:
+        self.held, self._step = 0, None
+        self._buffer = self._new(0, self.window_dtype)
+
+    def _move(self, tokens: int, dtype: torch.dtype) -> None:
+        if self._buffer.shape[3] == tokens and self._buffer.dtype == dtype:
+            return
+        moved = self._new(tokens, dtype)
+        moved[:, :, :, : self.held] = self._buffer[:, :, :, : self.held]
+        self._buffer = moved
+
+    def _new(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        layers, heads, dim = self._dims
+        return torch.empty(layers, 2, heads, tokens, dim, dtype=dtype, device=self._device)
