@@ -48,11 +48,20 @@ class PromptWatch(Protocol):
         ...
 
 
-def to_log_byte(value: torch.Tensor, stochastic: bool = False) -> torch.Tensor:
-    """uint8 log code of numbers in [0, 1]. Stochastic rounding keeps small changes alive on average."""
+def to_log_byte(value: torch.Tensor, dither: int | None = None) -> torch.Tensor:
+    """uint8 log code of numbers in [0, 1].
+
+    Dithered rounding keeps small changes alive on average; the same number gives the same thresholds.
+    """
     code = (value.clamp(2.0**LOG2_FLOOR, 1.0).log2() - LOG2_FLOOR) / _STEP
-    noise = torch.rand_like(code) if stochastic else 0.5
-    return (code + noise).floor_().clamp_(0, 255).to(torch.uint8)
+    threshold = 0.5 if dither is None else _thresholds(code, dither)
+    return (code + threshold).floor_().clamp_(0, 255).to(torch.uint8)
+
+
+def _thresholds(like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Evenly spread numbers in [0, 1): a Weyl sequence, which needs nobody's random generator."""
+    place = torch.arange(like.numel(), device=like.device, dtype=torch.int64) + 1_000_003 * seed
+    return (((place * 2_654_435_769) >> 16) & 0xFFFF).view(like.shape) / 65536.0
 
 
 def from_log_byte(code: torch.Tensor) -> torch.Tensor:
@@ -130,7 +139,7 @@ class DecayWindow:
     def observe(self, state: torch.Tensor, statistic: torch.Tensor, position: int) -> None:
         seen = state[:, :, : statistic.shape[2], 0]
         keep = 0.5 ** (self.every / self.half_life)
-        seen.copy_(to_log_byte(torch.lerp(statistic, from_log_byte(seen), keep), stochastic=True))
+        seen.copy_(to_log_byte(torch.lerp(statistic, from_log_byte(seen), keep), dither=position))
 
     def importance(self, state: torch.Tensor) -> torch.Tensor:
         return from_log_byte(state[..., 0])
