@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +20,7 @@ log = structlog.get_logger()
 S = TypeVar("S", bound=CommonSettings)
 
 
-class Host(Generic[S]):
+class Host(abc.ABC, Generic[S]):
     """Runs one server inside an actor. Ray calls the constructor again when it restarts the actor."""
 
     def __init__(self, settings: S) -> None:
@@ -29,8 +30,9 @@ class Host(Generic[S]):
         self._role = self._make(settings)
         self._address = asyncio.get_running_loop().create_task(self._start())
 
+    @abc.abstractmethod
     def _make(self, settings: S) -> Role:
-        raise NotImplementedError
+        """The role's server."""
 
     async def _start(self) -> str:
         """A first start that fails is told to who asked for it; a restart has nobody to tell and goes on."""

@@ -9,10 +9,8 @@ SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 # Worker: the cache.
 kv_bytes = Gauge("qaq_kv_bytes", "Allocated bytes of caches", ["tier"])
 kv_compression_ratio = Gauge("qaq_kv_compression_ratio", "Bytes at 16 bits an element over resident bytes")
-kv_bits = Histogram(
-    "qaq_kv_bits", "Bits of vectors when quantized", ["side"], buckets=(0, 1, 2, 3, 4, 5, 6, 8, 16)
-)
-kv_lambda = Gauge("qaq_lambda", "Exchange rate of bits against error")
+kv_bits = Gauge("qaq_kv_bits", "Vectors of that many bits in the cache of the last generation", ["side", "bits"])
+kv_lambda = Gauge("qaq_lambda", "Exchange rate of bits against error in the last generation")
 exceptions = Counter("qaq_exceptions_total", "Vectors whose predicted need rose above what they hold")
 
 # Originals: both ends.

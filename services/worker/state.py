@@ -32,7 +32,15 @@ def observe(running: int, waiting: int, sessions: Sequence[Session]) -> State:
 
 
 def count(session: Session) -> None:
-    """Adds to the counters what a session's cache met since it was last counted."""
+    """A generation ended: adds to the counters what its cache met, and shows the bits that it held."""
+    sequence = session.sequence
+    if sequence.price is not None:
+        metrics.kv_lambda.set(sequence.price)
+    stats = sequence.stats()
+    metrics.kv_bits.clear()
+    for side, histogram in (("key", stats.key_bits), ("value", stats.value_bits)):
+        for bits, vectors in histogram.items():
+            metrics.kv_bits.labels(side, str(bits)).set(vectors)
     met = session.sequence.exceptions.counts
     for name, counter in (("exceptions", metrics.exceptions), ("originals_missing", metrics.originals_missing)):
         counter.inc(getattr(met, name) - session.counted[name])
