@@ -16,7 +16,7 @@ from qaq_core.attention.reference import LayerTokens
 from qaq_core.errors import ConfigError
 from qaq_core.exact import ExactTokens
 from qaq_core.exceptions import Exceptions
-from qaq_core.method import GROUP, Method
+from qaq_core.method import Method
 from qaq_core.originals import InProcessOriginals, Originals
 from qaq_core.outliers import Outliers
 from qaq_core.packed import PackedTokens

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -120,16 +119,16 @@ def _showing() -> Iterator[Any]:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title="Against full precision", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    table = Table(title="Against full precision", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("config", no_wrap=True)
-    for name in ("smaller", "bits K/V", "ΔNLL", "KL", "top-1", "B/token"):
+    for name in ("smaller", "bits K/V", "ΔNLL", "KL", "top-1", "B/tok"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.config,
             f"{row.compression:.2f}x",
             f"{row.bits_key:.2f}/{row.bits_value:.2f}",
-            f"{row.delta_nll:+.4f}±{row.delta_nll_se:.4f}",
+            f"{row.delta_nll:+.4f}±{row.delta_nll_se:.3f}",
             f"{row.kl_mean:.4f}",
             f"{row.top1_agreement:.3f}",
             f"{row.requantize_bytes_per_token:.0f}",
