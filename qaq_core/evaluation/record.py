@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration over all documents; see DESIGN's contract for measuring.
+    """One configuration over all documents, NLL and KL in nats per decoded token.
 
     Attributes:
         nll: of full precision, per token.
