@@ -17,6 +17,9 @@ from qaq_core.quantizer import Quantizer
 from qaq_core.shape import ModelShape
 from qaq_core.window import Window
 
+GROUP = 16
+"""Tokens leave the recent window this many at a time, and this many always stay."""
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -42,6 +45,7 @@ class Method:
         dtype: of keys and values as the model makes them, and so of originals.
         window_dtype: of sinks and recent tokens; half precision where the model computes in float32.
         sinks: first tokens that stay exact for good.
+        group: tokens that leave the recent window at a time; as many always stay.
         outlier_ratio: share of numbers kept beside the codes; 0 for none.
     """
 
@@ -54,6 +58,7 @@ class Method:
     device: torch.device
     target: Target = Target()
     sinks: int = SINKS
+    group: int = GROUP
     outlier_ratio: float = 0.0
     page_tokens: int = PAGE_TOKENS
     attention: ReferenceAttention = field(init=False)

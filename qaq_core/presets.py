@@ -3,6 +3,8 @@
 balanced  centered and rotated rows, embedded Gaussian codes, sensitivity-weighted bits (the default)
 paper     QAQ as published: groups, outliers, both bit formulas, attention window
 exact     half precision for everything: the reference that quantization is measured against
+
+What others do has names too, see `rivals`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qaq_core import codecs
+from qaq_core import codecs, rivals
 from qaq_core.calibration import Calibration, calibrate
 from qaq_core.codecs import GaussianCodec, GroupedCodec
 from qaq_core.errors import ConfigError
@@ -29,17 +31,20 @@ BALANCED_BITS = 2.2
 
 def build(model: Any, fingerprint: str | None, preset: str, **settings: Any) -> Method:
     """The method of a preset. Settings are the keyword arguments of the preset's function."""
-    if preset not in PRESETS:
-        raise ConfigError(f"no preset is called {preset!r}; there are {', '.join(PRESETS)}")
+    make = PRESETS.get(preset) or rivals.find(preset)
+    if make is None:
+        known = ", ".join([*PRESETS, *rivals.NAMES])
+        raise ConfigError(f"no preset is called {preset!r}; there are {known}")
     shape = ModelShape.of(model)
     target = Target(settings.pop("target_bits", None), settings.pop("target_compression", None))
     page_tokens = settings.pop("page_tokens", PAGE_TOKENS)
     try:
-        parts = PRESETS[preset](model, shape, fingerprint, target, **settings)
+        parts = make(model, shape, fingerprint, target, **settings)
     except TypeError as error:
         raise ConfigError(f"preset {preset!r} does not take these settings: {error}") from error
     weight = next(model.parameters())
-    return Method(
+    kind: type[Method] = parts.pop("kind", Method)
+    return kind(
         preset=preset, shape=shape, dtype=model.dtype, device=weight.device, page_tokens=page_tokens, **parts
     )
 

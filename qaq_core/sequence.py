@@ -26,9 +26,6 @@ from qaq_core.policies.base import solve_price
 from qaq_core.staging import Staging
 from qaq_core.window import PromptWatch
 
-GROUP = 16
-"""Tokens leave the recent window this many at a time, and this many always stay."""
-
 SETTLED = 512
 """A price found while decoding is found again until this many tokens are packed."""
 
@@ -85,7 +82,7 @@ class SequenceCache:
         self.exceptions = Exceptions(self.packed, self.staging, method.policy, wait)
         self.exact = ExactTokens(
             (shape.layers, shape.kv_heads, shape.head_dim),
-            method.sinks + 2 * GROUP,
+            method.sinks + 2 * method.group,
             method.dtype,
             method.window_dtype,
             method.device,
@@ -134,6 +131,20 @@ class SequenceCache:
         )
         return self.method.attention(query, tokens, scaling, sliding_window, self._observer(layer))
 
+    def adopt(self, originals: torch.Tensor, watch: PromptWatch) -> None:
+        """Takes a prompt that was computed elsewhere, as if its forward pass had just ended.
+
+        Args:
+            originals: [layers, 2, kv_heads, n, head_dim], after RoPE, in the model's dtype.
+            watch: has seen the prompt's probabilities.
+        """
+        self.expect(originals.shape[3])
+        self._begin_step(originals.shape[3])
+        self._watch = watch
+        for layer, (keys, values) in enumerate(originals):
+            self.exact.write(layer, keys, values)
+        self.commit()
+
     def commit(self) -> None:
         """Ends a forward pass: originals leave, tokens are packed, exceptions are looked for."""
         fresh = self.exact.end_step()
@@ -148,8 +159,8 @@ class SequenceCache:
         if self._statistic is not None:
             self.method.window.observe(self._importance, self._statistic, self.length - 1)
             self._statistic = None
-        if self.exact.held - self.method.sinks >= 2 * GROUP:
-            self._pack(GROUP)
+        if self.exact.held - self.method.sinks >= 2 * self.method.group:
+            self._pack(self.method.group)
         self._steps += 1
         policy = self.method.policy
         if policy.exceptions and len(self.packed) and self._steps % policy.every == 0:
@@ -207,7 +218,8 @@ class SequenceCache:
             shape = self.method.shape
             self._statistic = torch.empty(shape.layers, shape.kv_heads, self.length + n, device=self.method.device)
         if self._importance.shape[2] < self.length + n:
-            self._grow_importance(self.packed.stop + 2 * GROUP if len(self.packed) else self.length + 2 * GROUP)
+            base = self.packed.stop if len(self.packed) else self.length
+            self._grow_importance(base + 2 * self.method.group)
 
     def _begin_prompt(self, tokens: int) -> None:
         self._expected = tokens
@@ -225,9 +237,9 @@ class SequenceCache:
         seen[:, :, : held.shape[2]] = torch.maximum(seen[:, :, : held.shape[2]], held)
         self._importance, self._watch = seen, None
         movable = self.exact.held - self.method.sinks
-        groups = (movable - GROUP) // GROUP
+        groups = movable // self.method.group - 1
         if groups > 0:
-            self._pack(groups * GROUP)
+            self._pack(groups * self.method.group)
         self.exact.end_prompt()
         if self.method.dtype != self.method.window_dtype:
             # What is in the window now, and all that comes after, is packed from rounded numbers.
@@ -281,7 +293,8 @@ class SequenceCache:
         tags = shape.layers * shape.kv_heads * (len(self.packed) + tokens)
         held = [part for side in self.packed.sides for part in (side.meta, side.outliers)]
         kept = sum(part.nbytes for part in (*held, *outliers) if part is not None)
-        importance = shape.layers * shape.kv_heads * (self.length + 2 * GROUP) * self.method.window.bytes_per_token
+        watched = self.length + 2 * self.method.group
+        importance = shape.layers * shape.kv_heads * watched * self.method.window.bytes_per_token
         return self.exact.window_bytes + tags + sum(meta.numel() for meta in metas) + kept + importance
 
     def _view(self) -> View:

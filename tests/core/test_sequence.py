@@ -13,12 +13,12 @@ import torch
 from qaq_core.cache import QAQCache
 from qaq_core.errors import ConfigError, QuantizationError
 from qaq_core.loading import LoadedModel
-from qaq_core.method import Method
+from qaq_core.method import GROUP, Method
 from qaq_core.originals import InProcessOriginals
 from qaq_core.packed import BLOCK_TOKENS
 from qaq_core.packing import HALF
 from qaq_core.pages import KEY, VALUE
-from qaq_core.sequence import GROUP, SequenceCache
+from qaq_core.sequence import SequenceCache
 from tests.core.models import calibration, teacher_forced, tiny, token_ids
 from tests.core.rows import normal, request
 

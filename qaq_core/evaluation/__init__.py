@@ -1,0 +1,19 @@
+"""Evaluation: how far decoding from a quantized cache is from full precision, on real text."""
+
+from qaq_core.evaluation.documents import Document, builtin_text, cut, with_recall
+from qaq_core.evaluation.record import Part, PartLog, Row, run_name, summarize
+from qaq_core.evaluation.run import Config, evaluate
+
+__all__ = [
+    "Config",
+    "Document",
+    "Part",
+    "PartLog",
+    "Row",
+    "builtin_text",
+    "cut",
+    "evaluate",
+    "run_name",
+    "summarize",
+    "with_recall",
+]

@@ -1,0 +1,128 @@
+"""Runs documents through configurations: the prompt once, then the decode of all of them side by side.
+
+The decode is the real one: a token a forward pass, over `SequenceCache`s that pack, look for exceptions and go
+back to their originals as they do when serving. It is teacher-forced: every configuration reads the same
+tokens, so its distribution after each can be held against full precision's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qaq_core.cache import QAQCache
+from qaq_core.errors import ConfigError
+from qaq_core.evaluation.documents import Document
+from qaq_core.evaluation.prompt import Computed, compute
+from qaq_core.evaluation.record import Measure, Part
+from qaq_core.method import Method
+from qaq_core.originals import InProcessOriginals
+from qaq_core.sequence import SequenceCache
+
+Progress = Callable[[str, float], None]
+_TARGET = re.compile(r"(?P<name>[^@]+)(@(?P<number>\d+(\.\d+)?)(?P<times>x)?)?")
+_WITHOUT = "-norequant"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One configuration: a preset or rival, `-norequant` for no exceptions, and a target.
+
+    `balanced@2.2` holds 2.2 code bits an element after the prompt, `balanced@8x` is 8 times smaller than fp16.
+    """
+
+    text: str
+    preset: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Config:
+        found = _TARGET.fullmatch(text)
+        if found is None:
+            raise ConfigError(
+                f"{text!r} is no configuration: write a preset or rival, and a target after @, "
+                "as in balanced@2.2 (bits) or balanced@8x (times smaller)"
+            )
+        settings: dict[str, Any] = {}
+        if found["number"]:
+            settings["target_compression" if found["times"] else "target_bits"] = float(found["number"])
+        name = found["name"]
+        if name.endswith(_WITHOUT):
+            name, settings["exceptions"] = name.removesuffix(_WITHOUT), False
+        return cls(text, name, settings)
+
+    def method(self, model: Any, fingerprint: str | None) -> Method:
+        """The configuration's method; the model is switched to QAQ's attention."""
+        return Method.for_model(model, fingerprint, self.preset, **self.settings)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    fingerprint: str | None,
+    documents: Sequence[Document],
+    configs: Sequence[Config],
+    done: Callable[[int, str], bool] = lambda index, config: False,
+    progress: Progress | None = None,
+) -> Iterator[Part]:
+    """What each configuration made of each document, as it is known.
+
+    Args:
+        done: tells whether the document's index and the configuration need not be run again.
+        progress: called with what is being done and the share of all that is done.
+    Raises:
+        ConfigError, UnsupportedModelError.
+    """
+    methods = {config.text: config.method(model, fingerprint) for config in configs}
+    report = progress or (lambda what, share: None)
+    total = len(documents)
+    for i, document in enumerate(documents):
+        pending = {text: method for text, method in methods.items() if not done(document.index, text)}
+        if not pending:
+            continue
+        report(f"document {i + 1} of {total}: prompt", i / total)
+        computed = compute(model, next(iter(pending.values())), document, [m.window for m in pending.values()])
+        measures = [
+            Measure(document.index, text, sequence)
+            for text, sequence in _adopted(document, computed, pending).items()
+        ]
+        for step in range(document.decode):
+            if step % 8 == 0:
+                report(f"document {i + 1} of {total}: decode", (i + step / document.decode) / total)
+            _decode(model, document, computed, step, measures)
+        for measure in measures:
+            yield measure.part()
+            measure.sequence.close()
+    report("done", 1.0)
+
+
+def _adopted(document: Document, computed: Computed, methods: dict[str, Method]) -> dict[str, SequenceCache]:
+    """A sequence per method that has just ended the prompt. They share the prompt's originals."""
+    originals = InProcessOriginals()
+    sequences = {}
+    for text, method in methods.items():
+        shared = document.context // method.page_tokens
+
+        def name(page: int, text: str = text, shared: int = shared) -> bytes:
+            return f"{page} {'prompt' if page < shared else text}".encode()
+
+        sequences[text] = SequenceCache(method, originals, name)
+        sequences[text].adopt(computed.originals, computed.watch(method.window))
+    return sequences
+
+
+def _decode(model: Any, document: Document, computed: Computed, step: int, measures: Sequence[Measure]) -> None:
+    """Decodes one token with every sequence, and measures what each predicts after it."""
+    at, count = document.context + step, len(measures)
+    device = computed.log_probabilities.device
+    logits = model(
+        input_ids=document.ids[at].to(device).expand(count, 1),
+        position_ids=torch.full((count, 1), at, device=device),
+        past_key_values=QAQCache([measure.sequence for measure in measures]),
+    ).logits[:, -1]
+    for got, measure in zip(logits.float().log_softmax(-1), measures, strict=True):
+        measure.add(computed.log_probabilities[step], got, int(document.ids[at + 1]))

@@ -1,0 +1,37 @@
+"""No window: what a cache of fixed widths needs to know of attention, which is nothing."""
+
+from __future__ import annotations
+
+import torch
+
+
+class NoWindow:
+    """Takes no bytes and predicts nothing."""
+
+    bytes_per_token = 0
+    every = 2**30
+
+    def reduce(self, probabilities: torch.Tensor) -> torch.Tensor:
+        return probabilities.amax((1, 2))
+
+    def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> NoWatch:
+        return NoWatch(torch.zeros(layers, heads, total, 0, dtype=torch.uint8, device=device))
+
+    def observe(self, state: torch.Tensor, statistic: torch.Tensor, position: int) -> None:
+        pass
+
+    def importance(self, state: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(state.shape[:-1], device=state.device)
+
+
+class NoWatch:
+    """A prompt that nobody watches."""
+
+    def __init__(self, state: torch.Tensor) -> None:
+        self._state = state
+
+    def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
+        pass
+
+    def state(self) -> torch.Tensor:
+        return self._state
