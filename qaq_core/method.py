@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from qaq_core.attention.reference import ReferenceAttention
+from qaq_core import attention as kernels
+from qaq_core.attention import Attention
 from qaq_core.errors import ConfigError
 from qaq_core.outliers import Outliers, split_outliers
 from qaq_core.pages import KEY, PAGE_TOKENS, VALUE, PageShape, dtype_name
@@ -61,10 +62,10 @@ class Method:
     group: int = GROUP
     outlier_ratio: float = 0.0
     page_tokens: int = PAGE_TOKENS
-    attention: ReferenceAttention = field(init=False)
+    attention: Attention = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attention", ReferenceAttention(self.quantizer.codec, self.device))
+        object.__setattr__(self, "attention", kernels.make(self.quantizer.codec, self.device))
 
     @classmethod
     def for_model(

@@ -24,6 +24,7 @@ class Pool:
     def __init__(self) -> None:
         self.rows: Rows = {}
         self._starts: dict[int, list[int]] = {}
+        self._addresses: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -33,6 +34,19 @@ class Pool:
         """Rows of that width in one layer, ordered by (head, token)."""
         starts = self._starts[width]
         return self.rows[width][starts[layer] : starts[layer + 1]]
+
+    def addresses(self, layers: int) -> torch.Tensor:
+        """Where each layer's rows of each of WIDTHS begin: int64 [layers, widths], 0 where there are none.
+
+        Good until the pool changes.
+        """
+        if self._addresses is None:
+            self._addresses = torch.zeros(layers, len(WIDTHS), dtype=torch.int64)
+            for width, rows in self.rows.items():
+                starts = torch.tensor(self._starts[width])
+                begins = rows.data_ptr() + starts[:-1] * (rows.stride(0) * rows.itemsize)
+                self._addresses[:, WIDTHS.index(width)] = begins * (starts.diff() > 0)
+        return self._addresses
 
     def append(self, old_widths: torch.Tensor, new_widths: torch.Tensor, new_rows: Rows) -> None:
         """Adds tokens at the end.
@@ -82,7 +96,7 @@ class Pool:
                 continue
             starts[width] = [0, *ends]
             rows[width] = _interleave(fresh[here], kept.get(width), new.get(width))
-        self.rows, self._starts = rows, starts
+        self.rows, self._starts, self._addresses = rows, starts, None
 
 
 def _interleave(fresh: torch.Tensor, kept: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor:

@@ -24,7 +24,7 @@ from qaq_core.pages import KEY, VALUE
 from qaq_core.policies import View
 from qaq_core.policies.base import solve_price
 from qaq_core.staging import Staging
-from qaq_core.window import PromptWatch
+from qaq_core.window import PromptWatch, Reduction
 
 SETTLED = 512
 """A price found while decoding is found again until this many tokens are packed."""
@@ -249,14 +249,9 @@ class SequenceCache:
         watch, base = self._watch, self.length
         if watch is not None:
             return lambda probabilities, first: watch(layer, probabilities, base + first)
-        statistic = self._statistic
-        if statistic is None:
+        if self._statistic is None:
             return None
-
-        def reduce(probabilities: torch.Tensor, first: int) -> None:
-            statistic[layer] = self.method.window.reduce(probabilities)
-
-        return reduce
+        return Reduction(self.method.window.statistic, self._statistic[layer])
 
     def _pack(self, tokens: int) -> None:
         """Quantizes the oldest exact tokens after the sinks."""

@@ -6,7 +6,8 @@ probabilities to the statistic it needs.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 
@@ -16,14 +17,37 @@ LOG2_FLOOR = -40.0
 _STEP = -LOG2_FLOOR / 255
 
 
+Statistic = Literal["max", "mean_square"]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Observer of a decode step that keeps one statistic of the query group's probabilities.
+
+    A kernel that finds one may write `into` itself instead of showing it the probabilities.
+
+    Attributes:
+        into: float32 [kv_heads, tokens], contiguous.
+    """
+
+    statistic: Statistic
+    into: torch.Tensor
+
+    def __call__(self, probabilities: torch.Tensor, first: int) -> None:
+        """Takes in probabilities [kv_heads, group, 1, tokens]."""
+        if self.statistic == "max":
+            self.into.copy_(probabilities.amax((1, 2)))
+        else:
+            self.into.copy_(probabilities.square().mean((1, 2)))
+
+
 class Window(Protocol):
     bytes_per_token: int
     every: int
     """Decode steps from one observation to the next."""
 
-    def reduce(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """A decode step's statistic [kv_heads, tokens] of probabilities [kv_heads, group, 1, tokens]."""
-        ...
+    statistic: Statistic
+    """What a decode step's probabilities are reduced to, see `Reduction`."""
 
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptWatch:
         """Watches the prefill of the last `queries` of `total` tokens."""
@@ -75,12 +99,10 @@ class MaxWindow:
     """The paper's attention window: the largest probability of the last n steps (section 4.2)."""
 
     every = 1
+    statistic: Statistic = "max"
 
     def __init__(self, steps: int = 5) -> None:
         self.bytes_per_token = self.steps = steps
-
-    def reduce(self, probabilities: torch.Tensor) -> torch.Tensor:
-        return probabilities.amax((1, 2))
 
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptWatch:
         return _LastSteps(self.steps, layers, heads, total, device)
@@ -118,6 +140,7 @@ class DecayWindow:
     """
 
     bytes_per_token = 1
+    statistic: Statistic = "mean_square"
 
     def __init__(
         self,
@@ -129,9 +152,6 @@ class DecayWindow:
     ) -> None:
         self.half_life, self.queries, self.distance, self.peak_share = half_life, queries, distance, peak_share
         self.every = every
-
-    def reduce(self, probabilities: torch.Tensor) -> torch.Tensor:
-        return probabilities.square().mean((1, 2))
 
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptWatch:
         return _PromptMeans(self, layers, heads, total, min(queries, self.queries), device)

@@ -1,0 +1,52 @@
+// Decode attention of one query position over one layer of one sequence: the plain C interface.
+//
+// Tokens stand in position order as [sinks | packed | recent]. Packed rows lie in pools as qaq_core/packing.py and
+// pool.py describe them. Arrays are contiguous unless a stride is given; strides count elements.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+enum { QAQ_WIDTHS = 10 };  // 0..8 and 16 bits, in this order; a tag's nibble is an index into it
+
+enum QaqType : int32_t { QAQ_HALF = 0, QAQ_BFLOAT16 = 1, QAQ_FLOAT = 2 };
+enum QaqStatistic : int32_t { QAQ_NONE = 0, QAQ_MAX = 1, QAQ_MEAN_SQUARE = 2 };
+
+// Keys or values.
+struct QaqSide {
+    const void* exact;  // [kv_heads][sinks + recent][dim] of QaqType
+    int64_t exact_head_stride;
+    const uint8_t* const* const* rows;  // [blocks] -> [QAQ_WIDTHS] -> the layer's rows of that width, by (head, token)
+    const uint8_t* meta;                // [kv_heads or 1][tokens] indices into `scales`, or null: see `scale`
+    const float* scales;                // [256]
+    const float* scale;                 // [kv_heads or 1][tokens], where meta is null
+    const float* offset;                // [kv_heads or 1][tokens] or null for 0
+    int64_t affine_head_stride;         // of meta, scale and offset; 0 where all heads share a row
+};
+
+struct QaqLayer {
+    int32_t kv_heads, group, dim, sinks, recent, packed, block_tokens;
+    int32_t first;  // first token that the query sees
+    int32_t exact_type, statistic;
+    const float* query;   // [kv_heads * group][dim], scaled
+    const float* framed;  // the same as it meets packed keys
+    const float* center;  // [kv_heads * group][packed] added to packed scores, or null
+    const uint8_t* tags;  // [kv_heads][packed]
+    int64_t tags_head_stride;
+    const float* levels;  // [QAQ_WIDTHS][256]
+    QaqSide key, value;
+    float* out_exact;   // [kv_heads * group][dim], over sinks and recent tokens
+    float* out_packed;  // [kv_heads * group][dim], over packed values in their frame
+    float* mass;        // [kv_heads * group], total weight of the packed tokens
+    float* seen;        // [kv_heads][tokens], the statistic, where one is asked for
+};
+
+// Name of the instruction set that qaq_attend uses: "avx2" or "generic".
+const char* qaq_isa(void);
+
+// Uses the named instruction set from now on; 0 if this machine has it, else -1 and nothing changes.
+int qaq_use(const char* isa);
+
+// 0, or -1 if memory for the scratch could not be had.
+int qaq_attend(const QaqLayer* layer);
+}

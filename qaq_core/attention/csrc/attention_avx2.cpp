@@ -1,0 +1,30 @@
+// The same operation for AVX2, FMA and F16C. Standard headers come before the pragma, so that no inline function that
+// other files share is compiled for a machine that may not be there.
+#include "attention.h"
+
+#if defined(__x86_64__)
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#define QAQ_AVX2
+#include "attention.inc"
+
+int qaq_attend_avx2(const QaqLayer& layer) { return attend(layer); }
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif
