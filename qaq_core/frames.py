@@ -36,6 +36,14 @@ class Frame(Protocol):
         """What centering took from q·k at positions start..stop-1: [heads, n, stop-start], or None for 0."""
         ...
 
+    def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `center_scores` is made of, or None for 0.
+
+        Returns:
+            means before RoPE [kv_heads, head_dim], and RoPE's cosines and sines [>= stop, head_dim] from position 0.
+        """
+        ...
+
     def restore(self, layer: int, output: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         """Output [heads, n, head_dim] summed over packed values, of total weight mass [heads, n], as it was."""
         ...
@@ -57,6 +65,9 @@ class PlainFrame:
         return query
 
     def center_scores(self, layer: int, query: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
+        return None
+
+    def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
 
     def restore(self, layer: int, output: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
@@ -123,6 +134,9 @@ class RotatedFrame:
         m1, m2 = mean.chunk(2, -1)
         weights = torch.cat([q1 * m1 + q2 * m2, q2 * m1 - q1 * m2], -1)
         return weights @ self._angles(stop)[self._kinds[layer], start:stop].T
+
+    def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self.key_mean[layer], self._angles(stop)[self._kinds[layer]]
 
     def restore(self, layer: int, output: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         group = output.shape[0] // self.value_mean.shape[1]

@@ -44,8 +44,8 @@ class _Side(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("kv_heads", "group", "dim", "sinks", "recent", "packed", "block_tokens")),
-        *((name, c_int32) for name in ("first", "exact_type", "statistic")),
-        *((name, c_void_p) for name in ("query", "framed", "center", "tags")),
+        *((name, c_int32) for name in ("start", "first", "exact_type", "statistic")),
+        *((name, c_void_p) for name in ("query", "framed", "mean", "angles", "tags")),
         ("tags_head_stride", c_int64),
         ("levels", c_void_p),
         ("key", _Side),
@@ -129,14 +129,17 @@ class CpuAttention:
             self._run(call)
             return exact
         framed = packed.quantizer.frame.query(layer, query).contiguous()
-        center = packed.quantizer.frame.center_scores(layer, query, packed.start, packed.stop)
+        # Scores of means are made for 16 positions at a time.
+        center = packed.quantizer.frame.center(layer, packed.stop + 16)
         tags = packed.tags[layer]
         call.packed, call.framed = len(packed), framed.data_ptr()
-        call.center = None if center is None else center.data_ptr()
+        call.start = packed.start
+        if center is not None:
+            call.mean, call.angles = center[0].data_ptr(), center[1].data_ptr()
         call.tags, call.tags_head_stride = tags.data_ptr(), tags.stride(0)
         held = [self._pass(side, index, packed, layer) for index, side in ((KEY, call.key), (VALUE, call.value))]
         self._run(call)
-        del held
+        del held, center
         return packed.quantizer.frame.restore(layer, middle, mass).add_(exact)
 
     def _pass(self, side: _Side, index: int, packed: PackedTokens, layer: int) -> object:

@@ -26,11 +26,13 @@ struct QaqSide {
 
 struct QaqLayer {
     int32_t kv_heads, group, dim, sinks, recent, packed, block_tokens;
+    int32_t start;  // position of the first packed token
     int32_t first;  // first token that the query sees
     int32_t exact_type, statistic;
     const float* query;   // [kv_heads * group][dim], scaled
     const float* framed;  // the same as it meets packed keys
-    const float* center;  // [kv_heads * group][packed] added to packed scores, or null
+    const float* mean;    // [kv_heads][dim], keys' mean before RoPE, or null for 0
+    const float* angles;  // [positions][dim] RoPE's cosines and sines from position 0, where there is a mean
     const uint8_t* tags;  // [kv_heads][packed]
     int64_t tags_head_stride;
     const float* levels;  // [QAQ_WIDTHS][256]
