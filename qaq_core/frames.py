@@ -40,7 +40,7 @@ class Frame(Protocol):
         """What `center_scores` is made of, or None for 0.
 
         Returns:
-            means before RoPE [kv_heads, head_dim], and RoPE's cosines and sines [>= stop, head_dim] from position 0.
+            means before RoPE [kv_heads, head_dim]; RoPE's cosines and sines [>= stop, head_dim] from position 0.
         """
         ...
 
@@ -139,9 +139,9 @@ class RotatedFrame:
         return self.key_mean[layer], self._angles(stop)[self._kinds[layer]]
 
     def restore(self, layer: int, output: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        group = output.shape[0] // self.value_mean.shape[1]
-        mean = self.value_mean[layer].repeat_interleave(group, 0).unsqueeze(1)
-        return output @ self._matrix.T + mass.unsqueeze(-1) * mean
+        mean = self.value_mean[layer]
+        centers = mass.view(len(mean), -1, 1) * mean.unsqueeze(1)
+        return output @ self._matrix.T + centers.view(output.shape)
 
     def _angles(self, stop: int) -> torch.Tensor:
         """[kinds, >= stop, head_dim]: cosines and sines, made on the CPU so that every machine has the same."""

@@ -23,7 +23,8 @@ __all__ = ["KERNELS", "Attention", "CpuAttention", "LayerTokens", "Observer", "R
 class Attention(Protocol):
     """Causal attention of a sequence's last positions over everything one layer holds of it."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(
         self,

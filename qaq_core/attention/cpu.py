@@ -8,7 +8,7 @@ but the output.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from qaq_core import packed as packed_tokens
 from qaq_core.attention.reference import LayerTokens, Observer, ReferenceAttention
 from qaq_core.codecs import Codec
-from qaq_core import packed as packed_tokens
 from qaq_core.packed import PackedTokens
 from qaq_core.packing import HALF, WIDTHS
 from qaq_core.pages import KEY, VALUE

@@ -97,8 +97,8 @@ class Subject:
             chosen.append(width)
             rows.append(row)
             metas.append(meta)
-        for first in range(0, packed, 23):  # as decoding does: some at a time
-            part = slice(first, min(packed, first + 23))
+        for first in range(0, packed, 43):  # as decoding does: some at a time
+            part = slice(first, min(packed, first + 43))
             cut = [tuple(t[:, :, part] for t in pair) for pair in (chosen, rows, metas)]
             self.packed.append(cut[0], cut[1], cut[2], (None, None))  # type: ignore[arg-type]
 
@@ -159,7 +159,7 @@ def test_every_group_size(kernel: str, dim: int, group: int) -> None:
     Subject(quantizer, dim, 77).check(make(kernel, quantizer.codec), group)
 
 
-@pytest.mark.parametrize("packed", [1, 7, 8, 9, 31, 32, 33, 47, 48, 49, 96, 200])
+@pytest.mark.parametrize("packed", [1, 7, 9, 33, 47, 48, 49, 96])
 def test_every_length(kernel: str, packed: int) -> None:
     quantizer = quantizers(2, 2, 32)["balanced"]
     Subject(quantizer, 32, packed).check(make(kernel, quantizer.codec), group=2)
@@ -174,7 +174,7 @@ def test_exact_tokens(kernel: str, dtype: torch.dtype, sinks: int, recent: int) 
         Subject(quantizer, 32, packed, sinks=sinks, recent=recent, dtype=dtype).check(one, group=2)
 
 
-@pytest.mark.parametrize("window", [1, 5, 17, 18, 40, 66, 67, 100, 120, 121, 1000])
+@pytest.mark.parametrize("window", [1, 17, 18, 40, 67, 120, 1000])
 @pytest.mark.parametrize("name", ["balanced", "uniform-layer"])
 def test_sliding_window(kernel: str, name: str, window: int) -> None:
     quantizer = quantizers(2, 2, 32)[name]
@@ -195,7 +195,9 @@ def test_rows_that_moved(kernel: str) -> None:
     assert packed is not None
     index = torch.arange(0, packed.tags.numel(), 5)
     narrow = torch.ones(len(index), dtype=torch.uint8)
-    packed.change(VALUE, index, narrow, torch.empty(0, dtype=torch.uint8), torch.zeros(len(index), dtype=torch.long))
+    packed.change(
+        VALUE, index, narrow, torch.empty(0, dtype=torch.uint8), torch.zeros(len(index), dtype=torch.long)
+    )
     query = normal(3, 4, 1, 64)
     expected = ReferenceAttention(quantizer.codec, CPU)(query, subject.tokens(1), 0.1)
     assert relative(one(query, subject.tokens(1), 0.1), expected.double()) < 1e-5

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaq_core.window import LOG2_FLOOR, DecayWindow, MaxWindow, PromptWatch, from_log_byte, to_log_byte
+from qaq_core.window import LOG2_FLOOR, DecayWindow, MaxWindow, PromptWatch, Reduction, from_log_byte, to_log_byte
 
 LAYERS, HEADS, GROUP, TOTAL = 2, 2, 3, 60
 CPU = torch.device("cpu")
@@ -85,8 +85,11 @@ def test_the_decay_window_after_a_prompt(chunks: tuple[int, ...], queries: int) 
 
 def test_statistics_of_a_step() -> None:
     probabilities = causal(2)[0, :, :, -1:]
-    assert torch.equal(MaxWindow().reduce(probabilities), probabilities[:, :, 0].amax(1))
-    assert torch.allclose(DecayWindow().reduce(probabilities), probabilities[:, :, 0].square().mean(1))
+    expected = probabilities[:, :, 0].amax(1), probabilities[:, :, 0].square().mean(1)
+    for window, statistic in zip((MaxWindow(), DecayWindow()), expected, strict=True):
+        into = torch.empty_like(statistic)
+        Reduction(window.statistic, into)(probabilities, 0)
+        assert torch.allclose(into, statistic)
 
 
 def test_the_decay_window_halves_in_its_half_life() -> None:
