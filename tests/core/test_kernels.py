@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -44,6 +46,13 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def make(kernel: str, codec: Codec) -> Attention:
+    return _made(kernel, json.dumps(codec.settings()))
+
+
+@cache
+def _made(kernel: str, settings: str) -> Attention:
+    """Once per codec: lookup tables take longer than a test."""
+    codec = codecs.make(**json.loads(settings))
     return ReferenceAttention(codec, CPU) if kernel == "reference" else CpuAttention(codec)
 
 
@@ -199,7 +208,7 @@ def test_rows_that_moved(kernel: str) -> None:
         VALUE, index, narrow, torch.empty(0, dtype=torch.uint8), torch.zeros(len(index), dtype=torch.long)
     )
     query = normal(3, 4, 1, 64)
-    expected = ReferenceAttention(quantizer.codec, CPU)(query, subject.tokens(1), 0.1)
+    expected = make("reference", quantizer.codec)(query, subject.tokens(1), 0.1)
     assert relative(one(query, subject.tokens(1), 0.1), expected.double()) < 1e-5
 
 
@@ -215,7 +224,7 @@ def test_nan_is_not_hidden(kernel: str) -> None:
 def test_what_the_library_does_not_do_goes_to_the_reference(kernel: str) -> None:
     quantizer = quantizers(2, 2, 32)["uniform-head"]
     subject, one = Subject(quantizer, 32, 60), make(kernel, quantizer.codec)
-    reference = ReferenceAttention(quantizer.codec, CPU)
+    reference = make("reference", quantizer.codec)
     assert subject.packed is not None
     query, tokens = normal(3, 4, 5, 32), subject.tokens(0)
     assert torch.equal(one(query, tokens, 0.1), reference(query, tokens, 0.1))
