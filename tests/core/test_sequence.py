@@ -120,8 +120,11 @@ def storages() -> dict[int, int]:
     return found
 
 
-def test_no_dequantized_copy_is_resident(smollm2: LoadedModel, ids: torch.Tensor) -> None:
+def test_no_dequantized_copy_is_resident(
+    smollm2: LoadedModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the sequence adds to all live tensors is what it counts, its originals and the shared scratch."""
+    monkeypatch.setenv("QAQ_KERNEL", "reference")
     method = Method.for_model(smollm2.model, fingerprint=smollm2.fingerprint)
     originals = InProcessOriginals()
     cache = QAQCache([], method, originals)
