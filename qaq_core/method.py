@@ -47,6 +47,7 @@ class Method:
         window_dtype: of sinks and recent tokens; half precision where the model computes in float32.
         sinks: first tokens that stay exact for good.
         group: tokens that leave the recent window at a time; as many always stay.
+        kernel: which attention to run, one of `attention.KERNELS`; the environment's QAQ_KERNEL if not given.
         outlier_ratio: share of numbers kept beside the codes; 0 for none.
     """
 
@@ -62,10 +63,11 @@ class Method:
     group: int = GROUP
     outlier_ratio: float = 0.0
     page_tokens: int = PAGE_TOKENS
+    kernel: str | None = None
     attention: Attention = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attention", kernels.make(self.quantizer.codec, self.device))
+        object.__setattr__(self, "attention", kernels.make(self.quantizer.codec, self.device, self.kernel))
 
     @classmethod
     def for_model(
@@ -75,7 +77,7 @@ class Method:
 
         Args:
             fingerprint: of the model's weights; finds its calibration without hashing them.
-            settings: of the preset, see `presets`; and target_bits, target_compression, page_tokens.
+            settings: of the preset, see `presets`; and target_bits, target_compression, page_tokens, kernel.
         Raises:
             UnsupportedModelError, ConfigError.
         """

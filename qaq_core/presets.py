@@ -37,16 +37,14 @@ def build(model: Any, fingerprint: str | None, preset: str, **settings: Any) -> 
         raise ConfigError(f"no preset is called {preset!r}; there are {known}")
     shape = ModelShape.of(model)
     target = Target(settings.pop("target_bits", None), settings.pop("target_compression", None))
-    page_tokens = settings.pop("page_tokens", PAGE_TOKENS)
+    common = {"page_tokens": settings.pop("page_tokens", PAGE_TOKENS), "kernel": settings.pop("kernel", None)}
     try:
         parts = make(model, shape, fingerprint, target, **settings)
     except TypeError as error:
         raise ConfigError(f"preset {preset!r} does not take these settings: {error}") from error
     weight = next(model.parameters())
     kind: type[Method] = parts.pop("kind", Method)
-    return kind(
-        preset=preset, shape=shape, dtype=model.dtype, device=weight.device, page_tokens=page_tokens, **parts
-    )
+    return kind(preset=preset, shape=shape, dtype=model.dtype, device=weight.device, **common, **parts)
 
 
 def balanced(

@@ -3,6 +3,7 @@
 from qaq_core.evaluation.documents import Document, builtin_text, cut, with_recall
 from qaq_core.evaluation.record import Part, PartLog, Row, run_name, summarize
 from qaq_core.evaluation.run import Config, evaluate
+from qaq_core.evaluation.speed import SpeedRow, decode_speed
 
 __all__ = [
     "Config",
@@ -10,8 +11,10 @@ __all__ = [
     "Part",
     "PartLog",
     "Row",
+    "SpeedRow",
     "builtin_text",
     "cut",
+    "decode_speed",
     "evaluate",
     "run_name",
     "summarize",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from qaq_core.window import Statistic
+
 
 class NoWindow:
     """Takes no bytes and predicts nothing."""
 
     bytes_per_token = 0
     every = 2**30
-
-    def reduce(self, probabilities: torch.Tensor) -> torch.Tensor:
-        return probabilities.amax((1, 2))
+    statistic: Statistic = "max"
 
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> NoWatch:
         return NoWatch(torch.zeros(layers, heads, total, 0, dtype=torch.uint8, device=device))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
-from services.cli.terminal import errors, screen
+from services.cli.terminal import progress_line, screen
 
 if TYPE_CHECKING:
     from qaq_core.evaluation import Row
@@ -59,7 +56,7 @@ def evaluate(
     chosen = list(dict.fromkeys(name.strip() for name in configs.split(",") if name.strip()))
     parsed = [evaluation.Config.parse(name) for name in chosen]
     source, written = _text(text)
-    with _showing() as report:
+    with progress_line() as report:
         loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
         cut = evaluation.cut(written, loaded.tokenizer, context, decode, documents, offset_fraction)
         cut = [evaluation.with_recall(document) for document in cut] if recall else cut
@@ -103,19 +100,6 @@ def _text(text: str) -> tuple[str, str]:
 def _beside(path: Path) -> Path:
     """The file of finished parts."""
     return path.with_name(f"{path.name}.parts.jsonl")
-
-
-@contextlib.contextmanager
-def _showing() -> Iterator[Any]:
-    """A bar of all that there is to do."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors) as progress:
-        line = progress.add_task("loading", total=None)
-
-        def report(what: str, share: float | None) -> None:
-            progress.update(line, description=what, completed=share or 0, total=None if share is None else 1.0)
-
-        yield report
 
 
 def _table(rows: list[Row]) -> Table:

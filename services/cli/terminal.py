@@ -6,7 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 screen = Console()
 errors = Console(stderr=True)
@@ -33,6 +41,19 @@ def starting() -> Iterator[Report]:
             progress.update(
                 lines[who], description=what, total=1.0 if done is not None else None, completed=done or 0
             )
+
+        yield report
+
+
+@contextlib.contextmanager
+def progress_line() -> Iterator[Callable[[str, float | None], None]]:
+    """One bar of all that there is to do: (what, share done or None)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors) as progress:
+        line = progress.add_task("loading", total=None)
+
+        def report(what: str, share: float | None) -> None:
+            progress.update(line, description=what, completed=share or 0, total=None if share is None else 1.0)
 
         yield report
 
