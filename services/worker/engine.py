@@ -52,6 +52,7 @@ class Engine:
         self._sessions = Sessions(loaded, originals, settings)
         self._check = Checker(loaded, settings)
         self._device = next(loaded.model.parameters()).device
+        self._threads = torch.get_num_threads()
         self._wake = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._drops: list[tuple[str, Future[bool]]] = []
@@ -183,6 +184,7 @@ class Engine:
 
     def _prefill(self, generation: Generation) -> None:
         session = _session(generation)
+        torch.set_num_threads(self._threads)
         try:
             logits = self._forward([session], [session.next_chunk(self._settings.prefill_chunk)])
         except Exception as error:
@@ -195,6 +197,8 @@ class Engine:
     def _decode(self, generations: Sequence[Generation]) -> None:
         """One token for each. If the pass fails, each is tried alone, so that only the faulty one ends."""
         sessions = [_session(g) for g in generations]
+        # A step is many small operations, and each waits for its slowest thread: leave a core to the others.
+        torch.set_num_threads(max(1, self._threads - 1))
         try:
             logits = self._forward(sessions, [session.next_chunk(1) for session in sessions])
         except Exception as error:
