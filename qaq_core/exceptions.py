@@ -15,6 +15,7 @@ import torch
 from qaq_core.errors import OriginalsError
 from qaq_core.originals import RowReply, RowRequest
 from qaq_core.packed import PackedTokens
+from qaq_core.packing import HALF
 from qaq_core.pages import KEY, VALUE
 from qaq_core.policies import Policy, View
 from qaq_core.staging import Staging
@@ -176,12 +177,9 @@ class Exceptions:
             if not len(mine):
                 continue
             starts = torch.from_numpy(ends[mine] - sizes[mine]).to(self.packed.device)
-            anew = index[torch.from_numpy(found.have[mine] < held[mine]).to(index.device)]
-            if len(anew):
-                self.packed.change(
-                    side, anew, torch.zeros_like(anew, dtype=torch.uint8), planes, torch.zeros_like(anew)
-                )
-            self.packed.change(side, index, torch.from_numpy(found.want[mine]).to(index.device), planes, starts)
+            want, keep = (torch.from_numpy(part[mine]).to(index.device) for part in (found.want, found.have))
+            keep = torch.where(want == HALF, 0, keep)
+            self.packed.change(side, index, want, planes, starts, keep)
             self.counts.rows_requantized += len(mine)
             self.counts.requantize_bytes += int(sizes[mine].sum())
 

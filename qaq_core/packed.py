@@ -8,21 +8,19 @@ other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from qaq_core import weaving
 from qaq_core.outliers import Outliers
-from qaq_core.packing import HALF, WIDTHS, pack, unpack_half
+from qaq_core.packing import HALF, WIDTHS, pack, retagged, tags_of, unpack_half, width_index, widths_of
 from qaq_core.pages import KEY, VALUE
-from qaq_core.pool import Pool, Rows
+from qaq_core.pool import Pool
 from qaq_core.quantizer import Quantizer
+from qaq_core.weaving import Moves
 
 BLOCK_TOKENS = 2048
-
-_INDEX = torch.zeros(HALF + 1, dtype=torch.uint8)
-_INDEX[list(WIDTHS)] = torch.arange(len(WIDTHS), dtype=torch.uint8)
-_WIDTH = torch.tensor(WIDTHS, dtype=torch.uint8)
 
 
 @dataclass
@@ -40,11 +38,18 @@ class PackedTokens:
     Args:
         shape: (layers, kv_heads, head_dim).
         start: position of the first token that will be packed.
+        kernel: see `native.find`.
     """
 
     def __init__(
-        self, quantizer: Quantizer, shape: tuple[int, int, int], start: int, device: torch.device
+        self,
+        quantizer: Quantizer,
+        shape: tuple[int, int, int],
+        start: int,
+        device: torch.device,
+        kernel: str | None = None,
     ) -> None:
+        self._weaver = weaving.make(device, kernel)
         self.quantizer, self.start, self.device = quantizer, start, device
         self.layers, self.heads, self.head_dim = shape
         self.tags = torch.empty(self.layers, self.heads, 0, dtype=torch.uint8, device=device)
@@ -77,11 +82,11 @@ class PackedTokens:
 
     def widths(self, side: int) -> torch.Tensor:
         """uint8 [layers, kv_heads, tokens]: bits each vector holds."""
-        return _WIDTH.to(self.device)[((self.tags >> (4 * side)) & 15).long()]
+        return widths_of(self.tags, side)
 
     def histogram(self, side: int) -> dict[int, int]:
         """Vectors per width."""
-        counts = torch.bincount(((self.tags >> (4 * side)) & 15).reshape(-1), minlength=len(WIDTHS)).tolist()
+        counts = torch.bincount(width_index(self.tags, side).reshape(-1), minlength=len(WIDTHS)).tolist()
         return {width: count for width, count in zip(WIDTHS, counts, strict=True) if count}
 
     def append(
@@ -104,99 +109,92 @@ class PackedTokens:
                 Side(meta[:, :, :0], kept and kept.narrow(0, 0), [])
                 for meta, kept in zip(metas, outliers, strict=True)
             ]
+        tags = torch.cat([self.tags, tags_of(widths[KEY], widths[VALUE])], 2)
         for side in (KEY, VALUE):
             mine = self.sides[side]
-            old = self.widths(side)
             for block in range(held // BLOCK_TOKENS, -(-(held + added) // BLOCK_TOKENS)):
-                first = max(held, block * BLOCK_TOKENS)
-                last = min(held + added, (block + 1) * BLOCK_TOKENS)
-                part = slice(first - held, last - held)
+                begin = block * BLOCK_TOKENS
+                first, last = max(held, begin), min(held + added, begin + BLOCK_TOKENS)
                 if block == len(mine.pools):
-                    mine.pools.append(Pool())
-                new = widths[side][:, :, part]
-                encoded = self._encode(rows[side][:, :, part], metas[side][:, :, part], new)
-                mine.pools[block].append(old[:, :, block * BLOCK_TOKENS : first], new, encoded)
+                    mine.pools.append(Pool(self._weaver, self.head_dim // 8))
+                part = slice(first - held, last - held)
+                coming = self._coming(
+                    rows[side][:, :, part], metas[side][:, :, part], widths[side][:, :, part], first - begin
+                )
+                mine.pools[block].weave(self.tags[:, :, begin:first], tags[:, :, begin:last], side, coming)
             mine.meta = torch.cat([mine.meta, metas[side]], 2)
             if mine.outliers is not None:
                 mine.outliers = mine.outliers.cat(outliers[side])
-        self.tags = torch.cat([self.tags, _tags(widths[KEY], widths[VALUE])], 2)
+        self.tags = tags
 
-    def _encode(self, rows: torch.Tensor, meta: torch.Tensor, widths: torch.Tensor) -> Rows:
+    def _coming(self, rows: torch.Tensor, meta: torch.Tensor, widths: torch.Tensor, first: int) -> Moves:
+        """Rows [layers, kv_heads, n, head_dim] quantized to their widths, after the `first` tokens of a block."""
         full_meta = meta.expand(*rows.shape[:3], meta.shape[-1])
-        encoded = {}
-        for width in WIDTHS[1:]:
-            here = widths == width
-            if bool(here.any()):
-                encoded[width] = self.quantizer.encode(rows[here], full_meta[here], 0, width)
-        return encoded
+        want = widths.reshape(-1)
+        nothing = torch.zeros_like(want)
+        planes, offsets = self.quantizer.encode_each(
+            rows.reshape(-1, self.head_dim), full_meta.reshape(len(want), -1), nothing, want
+        )
+        runs, count = widths.shape[0] * widths.shape[1], widths.shape[2]
+        place = torch.arange(first, first + count, device=self.device)
+        index = torch.arange(runs, device=self.device)[:, None] * (first + count) + place
+        return Moves(index.view(-1), nothing, want, nothing, planes, offsets)
 
     def change(
-        self, side: int, index: torch.Tensor, widths: torch.Tensor, planes: torch.Tensor, offsets: torch.Tensor
+        self,
+        side: int,
+        index: torch.Tensor,
+        widths: torch.Tensor,
+        planes: torch.Tensor,
+        offsets: torch.Tensor,
+        keep: torch.Tensor | None = None,
     ) -> None:
         """Moves rows to other widths.
 
         Args:
             index: int64 [n], ascending, flat in [layers, kv_heads, tokens].
             widths: uint8 [n].
-            planes: uint8 bytes of what widened rows lack, as in `RowReply`.
-            offsets: int64 [n], where a row's bytes begin; not looked at for narrowed rows.
+            planes: uint8 bytes of the planes that rows lack, as in `RowReply`.
+            offsets: int64 [n], where a row's bytes begin; not looked at where a row lacks none.
+            keep: uint8 [n], the planes that a row keeps of those it has; all it can if not given. A row that keeps
+                none is given anew.
         """
         tokens = len(self)
-        old = self.widths(side)
+        old = self.tags.view(-1)[index]
+        have = widths_of(old, side)
+        if keep is None:
+            keep = torch.where(widths == HALF, 0, torch.minimum(have, widths))
+        after = self.tags.clone()
+        after.view(-1)[index] = retagged(old, side, widths)
         token = index % tokens
         for block in (token // BLOCK_TOKENS).unique().tolist():
             first, last = self.block_range(block)
-            mine = torch.nonzero((token >= first) & (token < last)).squeeze(1)
-            local = (index[mine] // tokens) * (last - first) + token[mine] - first
-            held = old[:, :, first:last].contiguous()
-            rows = self._moved(side, block, held, local, widths[mine], planes, offsets[mine])
-            self.sides[side].pools[block].change(held, local, widths[mine], rows)
-        shift = 4 * side
-        flat = self.tags.view(-1)
-        flat[index] = (flat[index] & (0xF0 >> shift)) | (_INDEX.to(self.device)[widths.long()] << shift)
+            here = torch.nonzero((token >= first) & (token < last)).squeeze(1)
+            local = (index[here] // tokens) * (last - first) + token[here] - first
+            moves = Moves(local, have[here], widths[here], keep[here], planes, offsets[here])
+            before, pool = self.tags[:, :, first:last], self.sides[side].pools[block]
+            pool.weave(before, after[:, :, first:last], side, self._from_halves(pool, before, side, moves))
+        self.tags = after
 
-    def _moved(
-        self,
-        side: int,
-        block: int,
-        held: torch.Tensor,
-        index: torch.Tensor,
-        widths: torch.Tensor,
-        planes: torch.Tensor,
-        offsets: torch.Tensor,
-    ) -> Rows:
-        """Rows at their new widths, per new width in index order."""
-        octets = self.head_dim // 8
-        old = held.reshape(-1)[index]
-        rows: Rows = {
-            width: self.tags.new_empty(int((widths == width).sum()), octets, width)
-            for width in widths.unique().tolist()
-            if width
-        }
-        pool = self.sides[side].pools[block]
-        for have, want in torch.stack([old, widths], 1).unique(dim=0).tolist():
-            if want == 0:
-                continue
-            pick = (old == have) & (widths == want)
-            source = (
-                pool.take(held, index[pick], have) if have else self.tags.new_empty(int(pick.sum()), octets, 0)
-            )
-            if want > have:
-                size = octets * (want if want == HALF else want - have)
-                reach = offsets[pick][:, None] + torch.arange(size, device=self.device)
-                fetched = planes[reach].view(len(reach), octets, -1)
-                source = fetched if want == HALF else torch.cat([source, fetched], -1)
-            elif have == HALF:
-                source = pack(self.quantizer.codec.codes(unpack_half(source)), 0, want)
-            rows[want][pick[widths == want]] = source[..., :want]
-        return rows
+    def _from_halves(self, pool: Pool, tags: torch.Tensor, side: int, moves: Moves) -> Moves:
+        """The same moves; rows in half precision that become codes are given anew, as they have no planes."""
+        halves = torch.nonzero((moves.have == HALF) & (moves.keep > 0)).squeeze(1)
+        if not len(halves):
+            return moves
+        units = unpack_half(pool.take(tags, side, moves.index[halves], HALF))
+        codes = self.quantizer.codec.codes(units)
+        keep, offsets, parts = moves.keep.clone(), moves.offsets.clone(), [moves.planes]
+        keep[halves] = 0
+        size = len(moves.planes)
+        for width in moves.want[halves].unique().tolist():
+            mine = moves.want[halves] == width
+            made = pack(codes[mine], 0, width).view(-1)
+            offsets[halves[mine]] = torch.arange(size, size + len(made), self.head_dim // 8 * width)
+            parts.append(made)
+            size += len(made)
+        return replace(moves, keep=keep, planes=torch.cat(parts), offsets=offsets)
 
     def affine(self, side: int, layer: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and offset [kv_heads or 1, last-first] of a layer's rows."""
         meta = self.sides[side].meta
         return self.quantizer.codec.affine(meta[min(layer, meta.shape[0] - 1), :, first:last])
-
-
-def _tags(key_widths: torch.Tensor, value_widths: torch.Tensor) -> torch.Tensor:
-    index = _INDEX.to(key_widths.device)
-    return index[key_widths.long()] | (index[value_widths.long()] << 4)

@@ -14,6 +14,34 @@ import torch
 HALF = 16
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, HALF)
 
+_WIDTH = torch.tensor(WIDTHS, dtype=torch.uint8)
+_INDEX = torch.zeros(HALF + 1, dtype=torch.uint8)
+_INDEX[list(WIDTHS)] = torch.arange(len(WIDTHS), dtype=torch.uint8)
+
+
+def tags_of(key_widths: torch.Tensor, value_widths: torch.Tensor) -> torch.Tensor:
+    """One byte per token: the index into WIDTHS of the key's width in the low four bits, of the value's above."""
+    return _lookup(_INDEX, key_widths) | (_lookup(_INDEX, value_widths) << 4)
+
+
+def retagged(tags: torch.Tensor, side: int, widths: torch.Tensor) -> torch.Tensor:
+    """Tags with another width on one side; all uint8 [n]."""
+    return (tags & (0xF0 >> (4 * side))) | (_lookup(_INDEX, widths) << (4 * side))
+
+
+def width_index(tags: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 indices into WIDTHS of one side."""
+    return (tags >> (4 * side)) & 15
+
+
+def widths_of(tags: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 widths of one side."""
+    return _lookup(_WIDTH, width_index(tags, side))
+
+
+def _lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return table.to(index.device).index_select(0, index.reshape(-1).int()).view(index.shape)
+
 
 def pack(codes: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Planes first..last-1 of 8-bit codes.

@@ -1,17 +1,16 @@
 """A pool: the packed rows of one side (keys or values) of one block of tokens.
 
 Rows of one width stand together, ordered by (layer, head, token). A row's place is its rank among equal
-widths in that order, so positions are not stored: the widths [layers, kv_heads, tokens], kept by the
-caller, are the only index. A block that changes is woven again whole, at memcpy speed.
+widths in that order, so positions are not stored: the tags, kept by the caller, are the only index. A block
+that changes is woven again, see `weaving`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from qaq_core.packing import WIDTHS
-
-Rows = dict[int, torch.Tensor]
+from qaq_core.packing import WIDTHS, width_index
+from qaq_core.weaving import Moves, Rows, Weaver
 
 
 class Pool:
@@ -21,9 +20,10 @@ class Pool:
         rows: width -> uint8 [n, head_dim/8, width]; width 0 has none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weaver: Weaver, octets: int) -> None:
         self.rows: Rows = {}
-        self._starts: dict[int, list[int]] = {}
+        self._weaver, self._octets = weaver, octets
+        self._starts: list[list[int]] = []
         self._addresses: torch.Tensor | None = None
 
     @property
@@ -32,80 +32,35 @@ class Pool:
 
     def layer(self, width: int, layer: int) -> torch.Tensor:
         """Rows of that width in one layer, ordered by (head, token)."""
-        starts = self._starts[width]
+        starts = self._starts[WIDTHS.index(width)]
         return self.rows[width][starts[layer] : starts[layer + 1]]
 
-    def addresses(self, layers: int) -> torch.Tensor:
+    def addresses(self) -> torch.Tensor:
         """Where each layer's rows of each of WIDTHS begin: int64 [layers, widths], 0 where there are none.
 
         Good until the pool changes.
         """
         if self._addresses is None:
-            self._addresses = torch.zeros(layers, len(WIDTHS), dtype=torch.int64)
+            starts = torch.tensor(self._starts).T
+            self._addresses = torch.zeros(len(starts) - 1, len(WIDTHS), dtype=torch.int64)
             for width, rows in self.rows.items():
-                starts = torch.tensor(self._starts[width])
-                begins = rows.data_ptr() + starts[:-1] * (rows.stride(0) * rows.itemsize)
-                self._addresses[:, WIDTHS.index(width)] = begins * (starts.diff() > 0)
+                mine = starts[:, WIDTHS.index(width)]
+                begins = rows.data_ptr() + mine[:-1] * (rows.stride(0) * rows.itemsize)
+                self._addresses[:, WIDTHS.index(width)] = begins * (mine.diff() > 0)
         return self._addresses
 
-    def append(self, old_widths: torch.Tensor, new_widths: torch.Tensor, new_rows: Rows) -> None:
-        """Adds tokens at the end.
+    def weave(self, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves) -> None:
+        """Takes in rows that come or change their width.
 
         Args:
-            old_widths: uint8 [layers, kv_heads, tokens held].
-            new_widths: uint8 [layers, kv_heads, tokens added].
-            new_rows: per width, ordered by (layer, head, token).
+            before, after: the block's tags [layers, kv_heads, tokens]; `after` may have more tokens.
         """
-        widths = torch.cat([old_widths, new_widths], 2)
-        fresh = torch.zeros(widths.shape, dtype=torch.bool, device=widths.device)
-        fresh[:, :, old_widths.shape[2] :] = True
-        self._weave(widths, fresh, self.rows, new_rows)
+        self.rows = self._weaver.weave(self.rows, self._octets, before, after, side, moves)
+        counts = self._weaver.count(after, side)
+        self._starts = torch.nn.functional.pad(counts.cumsum(0), (0, 0, 1, 0)).T.tolist()
+        self._addresses = None
 
-    def change(self, old_widths: torch.Tensor, index: torch.Tensor, new_widths: torch.Tensor, rows: Rows) -> None:
-        """Moves rows to other widths.
-
-        Args:
-            old_widths: uint8 [layers, kv_heads, tokens].
-            index: int64 [n], ascending, which rows move, flat in old_widths.
-            new_widths: uint8 [n].
-            rows: per new width, the moved rows of that width in index order.
-        """
-        flat = old_widths.reshape(-1)
-        widths = flat.clone()
-        widths[index] = new_widths
-        moved = torch.zeros_like(flat, dtype=torch.bool)
-        moved[index] = True
-        leaving = set(flat[index].unique().tolist())
-        kept = {w: held[~moved[flat == w]] if w in leaving else held for w, held in self.rows.items()}
-        self._weave(widths.view(old_widths.shape), moved.view(old_widths.shape), kept, rows)
-
-    def take(self, widths: torch.Tensor, index: torch.Tensor, width: int) -> torch.Tensor:
+    def take(self, tags: torch.Tensor, side: int, index: torch.Tensor, width: int) -> torch.Tensor:
         """Rows at flat indices [n] that all have that width: uint8 [n, head_dim/8, width]."""
-        rank = (widths.reshape(-1) == width).cumsum(0) - 1
+        rank = (width_index(tags, side).reshape(-1) == WIDTHS.index(width)).cumsum(0) - 1
         return self.rows[width][rank[index]]
-
-    def _weave(self, widths: torch.Tensor, fresh: torch.Tensor, kept: Rows, new: Rows) -> None:
-        rows: Rows = {}
-        starts: dict[int, list[int]] = {}
-        for width in WIDTHS[1:]:
-            if width not in kept and width not in new:
-                continue
-            here = widths == width
-            ends = here.sum((1, 2)).cumsum(0).tolist()
-            if ends[-1] == 0:
-                continue
-            starts[width] = [0, *ends]
-            rows[width] = _interleave(fresh[here], kept.get(width), new.get(width))
-        self.rows, self._starts, self._addresses = rows, starts, None
-
-
-def _interleave(fresh: torch.Tensor, kept: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor:
-    if new is None or len(new) == 0:
-        assert kept is not None
-        return kept
-    if kept is None or len(kept) == 0:
-        return new.contiguous() if new.untyped_storage().nbytes() == new.nbytes else new.clone()
-    rows = kept.new_empty(len(fresh), *kept.shape[1:])
-    rows[fresh] = new
-    rows[~fresh] = kept
-    return rows

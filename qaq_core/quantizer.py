@@ -70,6 +70,26 @@ class Quantizer:
         units = (rows if offset is None else rows - offset.unsqueeze(-1)) / scale.unsqueeze(-1)
         return pack_half(units) if want == HALF else pack(self.codec.codes(units), have, want)
 
+    def encode_each(
+        self, rows: torch.Tensor, meta: torch.Tensor, have: torch.Tensor, want: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What rows lack that have some planes and want others, see `encode`.
+
+        Args:
+            rows: float32 [n, head_dim]. meta: uint8 [n, meta_bytes]. have, want: uint8 [n].
+        Returns:
+            uint8 bytes, one row after another; int64 [n], where a row's begin.
+        """
+        sizes = torch.where(want == HALF, HALF, want.long() - have) * (rows.shape[1] // 8)
+        offsets = sizes.cumsum(0) - sizes
+        out = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=rows.device)
+        kinds = have.long() * 256 + want
+        for kind in kinds.unique().tolist():
+            mine = torch.nonzero(kinds == kind).squeeze(1)
+            planes = self.encode(rows[mine], meta[mine], kind // 256, kind % 256).view(len(mine), -1)
+            out[offsets[mine][:, None] + torch.arange(planes.shape[1], device=rows.device)] = planes
+        return out, offsets
+
     def requantize(self, request: RowRequest, originals: torch.Tensor) -> np.ndarray:
         """Packed planes of a request's rows, one row after another.
 
@@ -78,24 +98,16 @@ class Quantizer:
         Returns:
             uint8 bytes, as `RowReply.planes`.
         """
-        index = {
-            name: torch.from_numpy(getattr(request, name).astype(np.int64))
-            for name in ("layer", "head", "position")
-        }
-        sizes = request.payload_bytes()
-        ends = np.cumsum(sizes)
-        out = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
-        kinds = np.stack([request.side, request.have, request.want], 1)
-        for side, have, want in np.unique(kinds, axis=0).tolist():
-            mine = np.flatnonzero((kinds == (side, have, want)).all(1))
-            picked = torch.from_numpy(mine)
-            rows = self.frame.rows(
-                side, originals[picked], *(index[n][picked] for n in ("layer", "head", "position"))
-            )
-            planes = self.encode(rows, torch.from_numpy(np.ascontiguousarray(request.meta[mine])), have, want)
-            size = int(sizes[mine[0]])
-            out[(ends[mine] - size)[:, None] + np.arange(size)] = planes.reshape(len(mine), size).numpy()
-        return out
+        layer, head, position, side, have, want = (
+            torch.from_numpy(getattr(request, name).astype(np.int64))
+            for name in ("layer", "head", "position", "side", "have", "want")
+        )
+        rows = torch.empty(originals.shape)
+        for one in side.unique().tolist():
+            mine = torch.nonzero(side == one).squeeze(1)
+            rows[mine] = self.frame.rows(one, originals[mine], layer[mine], head[mine], position[mine])
+        made: np.ndarray = self.encode_each(rows, torch.from_numpy(request.meta), have, want)[0].numpy()
+        return made
 
     def to_bytes(self) -> bytes:
         """Frame and codec as safetensors; the same tables give the same bytes."""

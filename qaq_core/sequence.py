@@ -77,7 +77,11 @@ class SequenceCache:
         self.staging = Staging(method.page_shape, originals or InProcessOriginals(), name)
         shape = method.shape
         self.packed = PackedTokens(
-            method.quantizer, (shape.layers, shape.kv_heads, shape.head_dim), method.sinks, method.device
+            method.quantizer,
+            (shape.layers, shape.kv_heads, shape.head_dim),
+            method.sinks,
+            method.device,
+            method.kernel,
         )
         self.exceptions = Exceptions(self.packed, self.staging, method.policy, wait)
         self.exact = ExactTokens(

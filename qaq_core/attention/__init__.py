@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 from functools import cache
 from typing import Protocol
 
 import torch
 
-from qaq_core.attention.cpu import CpuAttention, library
+from qaq_core import native
+from qaq_core.attention.cpu import CpuAttention
 from qaq_core.attention.reference import LayerTokens, Observer, ReferenceAttention
 from qaq_core.codecs import Codec
-from qaq_core.errors import ConfigError
+from qaq_core.native import KERNELS
 
-KERNELS = ("auto", "cpu", "reference")
 log = logging.getLogger(__name__)
 
 __all__ = ["KERNELS", "Attention", "CpuAttention", "LayerTokens", "Observer", "ReferenceAttention", "make"]
@@ -42,23 +41,14 @@ def make(codec: Codec, device: torch.device, kernel: str | None = None) -> Atten
     """The attention to use on a device.
 
     Args:
-        kernel: one of KERNELS; the environment's QAQ_KERNEL if not given. "auto" takes the fastest there is.
-    Raises:
-        ConfigError: the kernel is unknown, or cannot run here.
+        kernel: see `native.find`.
     """
-    kernel = kernel or os.environ.get("QAQ_KERNEL", "auto")
-    if kernel not in KERNELS:
-        raise ConfigError(f"QAQ_KERNEL must be one of {', '.join(KERNELS)}, not {kernel!r}")
-    if kernel == "cpu" and device.type != "cpu":
-        raise ConfigError(f"QAQ_KERNEL=cpu cannot run on {device.type}: set QAQ_KERNEL=auto")
-    if kernel == "cpu" and library() is None:
-        raise ConfigError("QAQ_KERNEL=cpu, but its library is not built: install a C++ compiler and reinstall QAQ")
     chosen: Attention
-    if kernel != "reference" and device.type == "cpu" and library() is not None:
+    if native.find(device, kernel) is not None:
         chosen = CpuAttention(codec)
     else:
         chosen = ReferenceAttention(codec, device)
-    _say(chosen.name, device.type == "cpu" and kernel == "auto" and library() is None)
+    _say(chosen.name, device.type == "cpu" and native.library() is None)
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Decode attention on the CPU, in C++ behind a plain C interface (csrc/attention.h).
+"""Decode attention on the CPU, in C++ behind a plain C interface (native/csrc/attention.h).
 
 It reads the packed pools as they are. What it does not do (several queries at once, outliers) goes to the
 reference. Calls release the interpreter lock; scratch is kept per thread, nothing is allocated per call
@@ -8,17 +8,14 @@ but the output.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-from typing import Any
+from ctypes import c_int32, c_int64, c_void_p
 
 import torch
 
 from qaq_core import packed as packed_tokens
 from qaq_core.attention.reference import LayerTokens, Observer, ReferenceAttention
 from qaq_core.codecs import Codec
+from qaq_core.native import library
 from qaq_core.packed import PackedTokens
 from qaq_core.packing import HALF, WIDTHS
 from qaq_core.pages import KEY, VALUE
@@ -52,21 +49,6 @@ class _Layer(ctypes.Structure):
         ("value", _Side),
         *((name, c_void_p) for name in ("out_exact", "out_packed", "mass", "seen")),
     ]
-
-
-@cache
-def library() -> Any | None:
-    """The C++ library that was built when the package was installed, or None."""
-    folder = Path(__file__).parent
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_cpu{suffix}"
-        if path.exists():
-            loaded = ctypes.CDLL(str(path))
-            loaded.qaq_attend.argtypes = [POINTER(_Layer)]
-            loaded.qaq_isa.restype = c_char_p
-            loaded.qaq_use.argtypes = [c_char_p]
-            return loaded
-    return None
 
 
 class CpuAttention:
@@ -145,7 +127,7 @@ class CpuAttention:
     def _pass(self, side: _Side, index: int, packed: PackedTokens, layer: int) -> object:
         """Fills in one side's pools and scales. Returns what must live until the call is over."""
         mine = packed.sides[index]
-        pools = [pool.addresses(packed.layers) for pool in mine.pools]
+        pools = [pool.addresses() for pool in mine.pools]
         rows = (c_void_p * len(pools))(*(pool.data_ptr() + layer * pool.stride(0) * 8 for pool in pools))
         side.rows = ctypes.addressof(rows)
         if self._scales is not None:

@@ -42,8 +42,7 @@ class BalancedPolicy:
     ) -> None:
         self.exceptions = exceptions
         self._weights = [(kappa * m).unsqueeze(-1) for kappa, m in zip(KAPPA, sensitivity, strict=True)]
-        device = sensitivity[0].device
-        self._choices = [_Choice(codec, widths, device) for widths in (KEY_WIDTHS, VALUE_WIDTHS)]
+        self._choices = [_Choice(codec, widths) for widths in (KEY_WIDTHS, VALUE_WIDTHS)]
 
     def demand(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         """κ · m · w · scale² of keys and of values."""
@@ -63,16 +62,21 @@ class BalancedPolicy:
 class _Choice:
     """Width by u: b_i gives way to b_{i+1} where u passes (b_{i+1} - b_i) / (D(b_i) - D(b_{i+1}))."""
 
-    def __init__(self, codec: Codec, widths: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, codec: Codec, widths: tuple[int, ...]) -> None:
         steps = [
             (after - before) / (codec.distortion(before) - codec.distortion(after))
             for before, after in itertools.pairwise(widths)
         ]
-        self._thresholds = torch.tensor(steps, device=device)
-        self._widths = torch.tensor(widths, dtype=torch.uint8, device=device)
+        self._thresholds = steps
+        self._steps = [(after - before) for before, after in itertools.pairwise(widths)]
+        self._least = widths[0]
 
     def __call__(self, worth: torch.Tensor, price: float) -> torch.Tensor:
-        return self._widths.take(torch.bucketize(worth, self._thresholds * price))
+        out = torch.full(worth.shape, self._least, dtype=torch.uint8, device=worth.device)
+        for threshold, step in zip(self._thresholds, self._steps, strict=True):
+            passed = (worth > threshold * price).view(torch.uint8)
+            out += passed if step == 1 else passed * step
+        return out
 
 
 def token_weights(importance: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,13 @@ from functools import cache
 import pytest
 import torch
 
-from qaq_core import attention, codecs
+from qaq_core import attention, codecs, native
 from qaq_core import packed as packed_module
 from qaq_core.attention import Attention, CpuAttention, LayerTokens, ReferenceAttention
-from qaq_core.attention.cpu import library
 from qaq_core.codecs import Codec, GaussianCodec
 from qaq_core.errors import ConfigError
 from qaq_core.frames import RotatedFrame, _rotate_pairs
+from qaq_core.native import library
 from qaq_core.outliers import split_outliers
 from qaq_core.packed import PackedTokens
 from qaq_core.packing import HALF, WIDTHS
@@ -253,8 +253,8 @@ def test_the_kernel_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "library", lambda: None)
-    codec = codecs.make("gaussian")
+    monkeypatch.setattr(native, "library", lambda: None)
+    codec = GaussianCodec()
     assert attention.make(codec, CPU).name == "reference"
     with pytest.raises(ConfigError, match="compiler"):
         attention.make(codec, CPU, "cpu")

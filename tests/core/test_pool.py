@@ -1,16 +1,21 @@
-"""The pool against a plain dictionary, through random appends and changes."""
+"""The pool and both weavers against a plain dictionary, through random appends and changes."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaq_core.packing import WIDTHS
+from qaq_core import native, weaving
+from qaq_core.packing import WIDTHS, tags_of
+from qaq_core.pages import KEY, VALUE
 from qaq_core.pool import Pool, Rows
+from qaq_core.weaving import Moves
 from tests.core.rows import HEAD_DIMS
 
 LAYERS, HEADS = 2, 3
+KERNELS = ["reference", *(["cpu"] if native.library() else [])]
 
 Model = dict[tuple[int, int, int], torch.Tensor]
 """Rows [head_dim/8, width] by (layer, head, token)."""
@@ -26,65 +31,119 @@ def grouped(model: Model) -> Rows:
     return rows
 
 
-def widths_of(model: Model, tokens: int) -> torch.Tensor:
-    widths = torch.zeros(LAYERS, HEADS, tokens, dtype=torch.uint8)
+def tags(model: Model, tokens: int, side: int) -> torch.Tensor:
+    """Tags as a block's: a view of a longer run of tags."""
+    widths = torch.zeros(LAYERS, HEADS, tokens + 5, dtype=torch.uint8)
     for key, row in model.items():
         widths[key] = row.shape[1]
-    return widths
+    other = torch.full_like(widths, 3)
+    return (tags_of(other, widths) if side else tags_of(widths, other))[:, :, :tokens]
 
 
-def agrees(pool: Pool, model: Model, tokens: int) -> None:
+def moves(before: Model, after: Model, tokens: int, keep: dict[tuple[int, int, int], int]) -> Moves:
+    """From one to the other; `keep` names the rows that move and the planes they keep."""
+    index, have, want, kept, planes, offsets, size = [], [], [], [], [], [], 0
+    for layer, head, token in sorted(keep):
+        key = layer, head, token
+        rest = after[key][:, keep[key] :].reshape(-1)
+        index.append((layer * HEADS + head) * tokens + token)
+        have.append(before[key].shape[1] if key in before else 0)
+        want.append(after[key].shape[1])
+        kept.append(keep[key])
+        planes.append(rest)
+        offsets.append(size)
+        size += len(rest)
+    small = [torch.tensor(values, dtype=torch.uint8) for values in (have, want, kept)]
+    return Moves(torch.tensor(index), *small, torch.cat(planes), torch.tensor(offsets))
+
+
+def agrees(pool: Pool, model: Model, tokens: int, side: int) -> None:
     expected = grouped(model)
     assert set(pool.rows) == set(expected)
-    widths = widths_of(model, tokens)
+    held_tags = tags(model, tokens, side)
     for width, rows in expected.items():
         assert torch.equal(pool.rows[width], rows)
+        starts = pool.addresses()[:, WIDTHS.index(width)]
         for layer in range(LAYERS):
             part = {key: row for key, row in model.items() if key[0] == layer and row.shape[1] == width}
             held = pool.layer(width, layer)
             assert len(held) == len(part)
+            assert int(starts[layer]) == (held.data_ptr() if part else 0)
             if part:
                 assert torch.equal(held, grouped(part)[width])
-        index = torch.nonzero(widths.reshape(-1) == width).squeeze(1).flip(0)
-        assert torch.equal(pool.take(widths, index, width), rows.flip(0))
+        index = torch.tensor(
+            [
+                (layer * HEADS + head) * tokens + token
+                for layer, head, token in sorted(model)
+                if model[layer, head, token].shape[1] == width
+            ]
+        ).flip(0)
+        assert torch.equal(pool.take(held_tags, side, index, width), rows.flip(0))
     assert pool.nbytes == sum(rows.numel() for rows in expected.values())
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @given(data=st.data(), dim=st.sampled_from(HEAD_DIMS), seed=st.integers(0, 1 << 30))
-def test_appends_and_changes_agree_with_a_dictionary(data: st.DataObject, dim: int, seed: int) -> None:
+def test_appends_and_changes_agree_with_a_dictionary(
+    kernel: str, data: st.DataObject, dim: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
 
-    def row(width: int) -> torch.Tensor:
-        return torch.randint(0, 256, (dim // 8, width), dtype=torch.uint8, generator=generator)
+    def row(width: int, start: torch.Tensor | None = None) -> torch.Tensor:
+        fresh = torch.randint(0, 256, (dim // 8, width), dtype=torch.uint8, generator=generator)
+        if start is not None:
+            fresh[:, : start.shape[1]] = start
+        return fresh
 
-    pool, model, tokens = Pool(), Model(), 0
+    side = data.draw(st.sampled_from((KEY, VALUE)))
+    pool = Pool(weaving.make(torch.device("cpu"), kernel), dim // 8)
+    model, tokens = Model(), 0
     some_width = st.sampled_from(WIDTHS)
     for _ in range(data.draw(st.integers(1, 6))):
+        before, had = dict(model), tokens
+        keep: dict[tuple[int, int, int], int] = {}
         if tokens == 0 or data.draw(st.booleans()):
-            added = data.draw(st.integers(1, 4))
-            fresh = {
-                (layer, head, token): row(data.draw(some_width))
-                for layer in range(LAYERS)
-                for head in range(HEADS)
-                for token in range(added)
-            }
-            pool.append(widths_of(model, tokens), widths_of(fresh, added), grouped(fresh))
-            model |= {(layer, head, tokens + token): r for (layer, head, token), r in fresh.items()}
-            tokens += added
+            tokens += data.draw(st.integers(1, 4))
+            for key in [(i, j, t) for i in range(LAYERS) for j in range(HEADS) for t in range(had, tokens)]:
+                model[key], keep[key] = row(data.draw(some_width)), 0
         else:
-            chosen = sorted(data.draw(st.sets(st.sampled_from(sorted(model)), min_size=1)))
-            moved = {key: row(data.draw(some_width)) for key in chosen}
-            index = torch.tensor([(layer * HEADS + head) * tokens + token for layer, head, token in chosen])
-            new = torch.tensor([moved[key].shape[1] for key in chosen], dtype=torch.uint8)
-            pool.change(widths_of(model, tokens), index, new, grouped(moved))
-            model |= moved
-        agrees(pool, model, tokens)
+            for key in data.draw(st.sets(st.sampled_from(sorted(model)), min_size=1)):
+                width = data.draw(some_width)
+                held = model[key]
+                keep[key] = data.draw(st.integers(0, min(width, held.shape[1])))
+                model[key] = row(width, held[:, : keep[key]])
+        after = tags(model, tokens, side)
+        pool.weave(tags(before, had, side), after, side, moves(before, model, tokens, keep))
+        agrees(pool, model, tokens, side)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_widths_that_nothing_comes_to_or_leaves_are_not_copied(kernel: str) -> None:
+    pool = Pool(weaving.make(torch.device("cpu"), kernel), 1)
+    model: Model = {
+        (i, j, t): torch.full((1, 1 + t), t, dtype=torch.uint8)
+        for i in range(LAYERS)
+        for j in range(HEADS)
+        for t in range(3)
+    }
+    pool.weave(tags({}, 0, KEY), tags(model, 3, KEY), KEY, moves({}, model, 3, dict.fromkeys(model, 0)))
+    held = dict(pool.rows)
+    after = {**model, (1, 1, 1): torch.full((1, 1), 9, dtype=torch.uint8)}
+    pool.weave(tags(model, 3, KEY), tags(after, 3, KEY), KEY, moves(model, after, 3, {(1, 1, 1): 0}))
+    assert pool.rows[3] is held[3]
+    assert pool.rows[1] is not held[1]
+    agrees(pool, after, 3, KEY)
 
 
 def test_a_pool_holds_no_more_than_its_rows() -> None:
-    """A slice of a larger buffer that is appended does not keep the buffer alive."""
-    whole = torch.zeros(100, 4, 2, dtype=torch.uint8)
-    pool = Pool()
-    widths = torch.zeros(1, 1, 1, dtype=torch.uint8)
-    pool.append(widths[:, :, :0], widths + 2, {2: whole[:1]})
-    assert pool.nbytes == 8
+    """Rows that are taken from a larger buffer do not keep the buffer alive."""
+    whole = torch.zeros(100, dtype=torch.uint8)
+    one = torch.full((1, 1, 1), 2, dtype=torch.uint8)
+    for kernel in KERNELS:
+        pool = Pool(weaving.make(torch.device("cpu"), kernel), 4)
+        nothing = torch.zeros(1, dtype=torch.uint8)
+        coming = Moves(
+            torch.zeros(1, dtype=torch.long), nothing, one.view(1), nothing, whole, torch.zeros(1).long()
+        )
+        pool.weave(one[:, :, :0], tags_of(one, one), KEY, coming)
+        assert pool.nbytes == 8

@@ -266,7 +266,7 @@ def agrees_with_originals(sequence: SequenceCache, at: int | None = None) -> Non
                 reach = starts[mine][:, None] + np.arange(int(sizes[mine[0]]))
                 answered = torch.from_numpy(reply.planes[reach])
                 pool = packed.sides[side].pools[0]
-                held = pool.take(packed.widths(side), index[part][mine], width)
+                held = pool.take(packed.tags, side, index[part][mine], width)
                 assert torch.equal(held.reshape(len(mine), -1), answered)
 
 

@@ -23,6 +23,8 @@ static bool has_avx2() { return false; }
 
 static std::atomic<bool> use_avx2{has_avx2()};
 
+int qaq_interface(void) { return QAQ_INTERFACE; }
+
 const char* qaq_isa(void) { return use_avx2 ? "avx2" : "generic"; }
 
 int qaq_use(const char* isa) {

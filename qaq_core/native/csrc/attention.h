@@ -7,6 +7,8 @@
 
 extern "C" {
 
+enum { QAQ_INTERFACE = 2 };  // changes whenever something here or in weave.h does
+
 enum { QAQ_WIDTHS = 10 };  // 0..8 and 16 bits, in this order; a tag's nibble is an index into it
 
 enum QaqType : int32_t { QAQ_HALF = 0, QAQ_BFLOAT16 = 1, QAQ_FLOAT = 2 };
@@ -42,6 +44,8 @@ struct QaqLayer {
     float* mass;        // [kv_heads * group], total weight of the packed tokens
     float* seen;        // [kv_heads][tokens], the statistic, where one is asked for
 };
+
+int qaq_interface(void);
 
 // Name of the instruction set that qaq_attend uses: "avx2" or "generic".
 const char* qaq_isa(void);

@@ -1,0 +1,54 @@
+"""The C++ library: kernels for the CPU behind a plain C interface (csrc/), called through ctypes.
+
+Calls release the interpreter lock. The library is built when the package is installed; without a C++
+compiler the install succeeds and torch operations run instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qaq_core.errors import ConfigError
+
+KERNELS = ("auto", "cpu", "reference")
+INTERFACE = 2
+"""QAQ_INTERFACE of csrc/attention.h; a library that was built from another is not used."""
+
+
+@cache
+def library() -> Any | None:
+    """The C++ library that was built when the package was installed, or None."""
+    folder = Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_cpu{suffix}"
+        if path.exists():
+            loaded = ctypes.CDLL(str(path))
+            loaded.qaq_isa.restype = ctypes.c_char_p
+            loaded.qaq_use.argtypes = [ctypes.c_char_p]
+            return loaded if loaded.qaq_interface() == INTERFACE else None
+    return None
+
+
+def find(device: torch.device, kernel: str | None = None) -> Any | None:
+    """The library if it is to be used on a device, else None, and torch operations run.
+
+    Args:
+        kernel: one of KERNELS; the environment's QAQ_KERNEL if not given. "auto" takes the fastest there is.
+    Raises:
+        ConfigError: the kernel is unknown, or cannot run here.
+    """
+    kernel = kernel or os.environ.get("QAQ_KERNEL", "auto")
+    if kernel not in KERNELS:
+        raise ConfigError(f"QAQ_KERNEL must be one of {', '.join(KERNELS)}, not {kernel!r}")
+    if kernel == "cpu" and device.type != "cpu":
+        raise ConfigError(f"QAQ_KERNEL=cpu cannot run on {device.type}: set QAQ_KERNEL=auto")
+    if kernel == "cpu" and library() is None:
+        raise ConfigError("QAQ_KERNEL=cpu, but its library is not built: install a C++ compiler and reinstall QAQ")
+    return library() if kernel != "reference" and device.type == "cpu" else None

@@ -1,0 +1,98 @@
+#include "weave.h"
+
+#include <cstring>
+
+#include "attention.h"
+
+namespace {
+
+constexpr int BITS[QAQ_WIDTHS] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 16};
+
+// Adds how often each nibble occurs to counts [16]. Four tables, so that equal neighbours do not wait for each other.
+void count(const uint8_t* tags, int n, int shift, int64_t* counts) {
+    uint32_t tables[4][16] = {};
+    int t = 0;
+    for (; t + 4 <= n; t += 4)
+        for (int i = 0; i < 4; ++i) ++tables[i][tags[t + i] >> shift & 15];
+    for (; t < n; ++t) ++tables[0][tags[t] >> shift & 15];
+    for (int w = 0; w < 16; ++w) counts[w] += tables[0][w] + tables[1][w] + tables[2][w] + tables[3][w];
+}
+
+struct Weaver {
+    const QaqWeave& job;
+    int64_t seen[16] = {};     // rows held of each width up to the present token
+    int64_t copied[16] = {};   // of those, how many have been copied or left out
+    uint8_t* out[QAQ_WIDTHS];  // where each width's next row goes
+
+    explicit Weaver(const QaqWeave& weave) : job(weave) {
+        for (int w = 0; w < QAQ_WIDTHS; ++w) out[w] = job.rows[w];
+    }
+
+    int64_t bytes(int w) const { return int64_t(job.octets) * BITS[w]; }
+
+    // Copies the rows of a width that have been passed and stay.
+    void flush(int w) {
+        if (const int64_t size = (seen[w] - copied[w]) * bytes(w); out[w] && size) {
+            std::memcpy(out[w], job.held[w] + copied[w] * bytes(w), size);
+            out[w] += size;
+        }
+        copied[w] = seen[w];
+    }
+
+    // The i-th move: the present token's row, of width `have` before (or none) and `want` from now on.
+    void move(int64_t i, int have, int want) {
+        const uint8_t* row = job.held[have] ? job.held[have] + seen[have] * bytes(have) : nullptr;
+        flush(have);
+        copied[have] = ++seen[have];  // left out
+        if (want == 0) return;
+        flush(want);
+        const int width = BITS[want], keep = job.keep[i], rest = width - keep;
+        const uint8_t* planes = rest ? job.planes + job.offsets[i] : nullptr;
+        for (int o = 0; o < job.octets; ++o) {
+            std::memcpy(out[want], row + o * BITS[have], keep);
+            if (rest) std::memcpy(out[want] + keep, planes + o * rest, rest);
+            out[want] += width;
+        }
+    }
+
+    // A row that comes.
+    void add(int64_t i, int want) {
+        flush(want);
+        if (const int64_t size = bytes(want)) {
+            std::memcpy(out[want], job.planes + job.offsets[i], size);
+            out[want] += size;
+        }
+    }
+
+    void run() {
+        int64_t i = 0;
+        for (int r = 0; r < job.runs; ++r) {
+            const uint8_t *old = job.tags_before + r * job.before_stride, *now = job.tags_after + r * job.after_stride;
+            const int64_t first = int64_t(r) * job.after;
+            int t = 0;
+            for (; i < job.moves && job.index[i] < first + job.before; ++i) {
+                const int token = int(job.index[i] - first);
+                count(old + t, token - t, job.shift, seen);
+                move(i, old[token] >> job.shift & 15, now[token] >> job.shift & 15);
+                t = token + 1;
+            }
+            count(old + t, job.before - t, job.shift, seen);
+            for (; i < job.moves && job.index[i] < first + job.after; ++i)
+                add(i, now[job.index[i] - first] >> job.shift & 15);
+        }
+        for (int w = 1; w < QAQ_WIDTHS; ++w) flush(w);
+    }
+};
+
+}  // namespace
+
+void qaq_count(const uint8_t* tags, int64_t stride, int32_t runs, int32_t n, int32_t shift, int32_t together,
+               int64_t* counts) {
+    for (int r = 0; r < runs; r += together) {
+        int64_t found[16] = {};
+        for (int i = r; i < r + together; ++i) count(tags + i * stride, n, shift, found);
+        std::memcpy(counts + int64_t(r / together) * QAQ_WIDTHS, found, QAQ_WIDTHS * sizeof(int64_t));
+    }
+}
+
+void qaq_weave(const QaqWeave* weave) { Weaver(*weave).run(); }

@@ -1,0 +1,32 @@
+// Weaving a pool: the rows of one side of one block of tokens, put in order again when some come or change their width.
+// qaq_core/weaving.py says what is computed. Tags are one byte per token; `shift` selects the side's nibble, which is an
+// index into the widths.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+struct QaqWeave {
+    int32_t runs;           // layers * kv_heads
+    int32_t before, after;  // tokens of each run
+    int32_t octets, shift;  // head_dim / 8; 0 for keys, 4 for values
+    const uint8_t* tags_before;
+    int64_t before_stride;  // bytes from run to run
+    const uint8_t* tags_after;
+    int64_t after_stride;
+    const uint8_t* const* held;  // [QAQ_WIDTHS] rows held, by (run, token)
+    uint8_t* const* rows;        // [QAQ_WIDTHS] where they go; null for widths that nothing comes to or leaves
+    int64_t moves;
+    const int64_t* index;    // [moves], ascending, flat in [runs][after]
+    const uint8_t* keep;     // [moves], planes that stay of the row held before
+    const uint8_t* planes;   // the other planes of each row that has some, [octets][width - keep]
+    const int64_t* offsets;  // [moves], where they begin
+};
+
+// Counts how many of `n` tags of each of `runs` runs name each width: counts [runs / together][QAQ_WIDTHS], the tokens
+// of `together` runs summed.
+void qaq_count(const uint8_t* tags, int64_t stride, int32_t runs, int32_t n, int32_t shift, int32_t together,
+               int64_t* counts);
+
+void qaq_weave(const QaqWeave* weave);
+}

@@ -1,0 +1,121 @@
+"""Weaving: rows of a pool put in order again when some come or change their width.
+
+The torch implementation here runs on any device and defines what is done; on a CPU native/weave.py does the
+same in one pass, at memcpy speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from qaq_core import native
+from qaq_core.native.weave import NativeWeaver
+from qaq_core.packing import WIDTHS, width_index, widths_of
+
+Rows = dict[int, torch.Tensor]
+"""width -> uint8 [n, head_dim/8, width], ordered by (layer, head, token); width 0 has none."""
+
+
+@dataclass(frozen=True)
+class Moves:
+    """n rows that come (at the end of their head) or change their width.
+
+    Attributes:
+        index: int64 [n], ascending, flat in the tags [layers, kv_heads, tokens] as they are afterwards.
+        have, want: uint8 [n], widths before (0 for rows that come) and afterwards.
+        keep: uint8 [n], planes that stay of the row held before, the first of it.
+        planes: uint8, the other planes of each row that has some, [head_dim/8, want - keep].
+        offsets: int64 [n], where a row's begin.
+    """
+
+    index: torch.Tensor
+    have: torch.Tensor
+    want: torch.Tensor
+    keep: torch.Tensor
+    planes: torch.Tensor
+    offsets: torch.Tensor
+
+
+class Weaver(Protocol):
+    def count(self, tags: torch.Tensor, side: int) -> torch.Tensor:
+        """Rows of each of WIDTHS in each layer: int64 [layers, widths], of tags [layers, kv_heads, tokens]."""
+        ...
+
+    def weave(
+        self, held: Rows, octets: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
+    ) -> Rows:
+        """Rows after the moves; widths that no move comes to or leaves are the very same tensors.
+
+        Args:
+            before, after: tags [layers, kv_heads, tokens]; `after` may have more tokens, and those come.
+        """
+        ...
+
+
+def make(device: torch.device, kernel: str | None = None) -> Weaver:
+    """The weaver to use on a device; see `native.find`."""
+    library = native.find(device, kernel)
+    return TorchWeaver() if library is None else NativeWeaver(library)
+
+
+class TorchWeaver:
+    def count(self, tags: torch.Tensor, side: int) -> torch.Tensor:
+        layers = tags.shape[0]
+        first = torch.arange(layers, device=tags.device)[:, None, None] * len(WIDTHS)
+        place = width_index(tags, side) + first
+        return torch.bincount(place.reshape(-1), minlength=layers * len(WIDTHS)).view(layers, -1)
+
+    def weave(
+        self, held: Rows, octets: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
+    ) -> Rows:
+        old, new = widths_of(before, side), widths_of(after, side)
+        moved = torch.zeros(new.shape, dtype=torch.bool, device=new.device)
+        moved.view(-1)[moves.index] = True
+        stays = ~moved[:, :, : old.shape[2]]
+        run, token = moves.index // new.shape[2], moves.index % new.shape[2]
+        source = run * old.shape[2] + token
+        touched = {*moves.have.unique().tolist(), *moves.want.unique().tolist()}
+        rows: Rows = {}
+        for width in WIDTHS[1:]:
+            if width not in touched:
+                if width in held:
+                    rows[width] = held[width]
+                continue
+            here = new == width
+            woven = torch.empty(int(here.sum()), octets, width, dtype=torch.uint8, device=new.device)
+            if not len(woven):
+                continue
+            coming = moved[here]
+            if width in held:
+                woven[~coming] = held[width][stays[old == width]]
+            mine = torch.nonzero(moves.want == width).squeeze(1)
+            woven[coming] = _moved(held, octets, old, source, moves, mine, width)
+            rows[width] = woven
+        return rows
+
+
+def _moved(
+    held: Rows,
+    octets: int,
+    old: torch.Tensor,
+    source: torch.Tensor,
+    moves: Moves,
+    mine: torch.Tensor,
+    width: int,
+) -> torch.Tensor:
+    """The moves `mine`, which all want that width, as rows in their order."""
+    rows = torch.empty(len(mine), octets, width, dtype=torch.uint8, device=old.device)
+    kinds = torch.stack([moves.have[mine], moves.keep[mine]], 1)
+    for have, keep in kinds.unique(dim=0).tolist():
+        where = torch.nonzero((kinds[:, 0] == have) & (kinds[:, 1] == keep)).squeeze(1)
+        pick = mine[where]
+        if keep:
+            rank = (old.reshape(-1) == have).cumsum(0) - 1
+            rows[where, :, :keep] = held[have][rank[source[pick]], :, :keep]
+        if width > keep:
+            reach = moves.offsets[pick][:, None] + torch.arange(octets * (width - keep), device=old.device)
+            rows[where, :, keep:] = moves.planes[reach].view(len(where), octets, -1)
+    return rows
