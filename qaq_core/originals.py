@@ -68,7 +68,7 @@ class RowReply:
 
     Attributes:
         found: bool [n].
-        planes: uint8 bytes of the found rows, one after another, each [head_dim/8][planes].
+        planes: uint8 bytes of the found rows, one after another, each [planes][head_dim/8].
     """
 
     found: np.ndarray

@@ -1,10 +1,10 @@
 """Bit planes: how codes become bytes, and bytes become levels.
 
-A row of head_dim codes at b bits is stored as uint8 [head_dim/8, b]: byte [i, p] holds bit plane p
+A row of head_dim codes at b bits is stored as uint8 [b, head_dim/8]: byte [p, i] holds bit plane p
 (0 the most significant) of dims 8i..8i+7, dim 8i+j in bit j. Codes are nested (the b-bit code is the
 first b bits of the 8-bit code), so narrowing a row is leaving out its last planes and widening it is
 appending the missing ones. Width 16 is not a code but the row's own half-precision values, in the same
-[head_dim/8, 16] bytes.
+[16, head_dim/8] bytes.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ def pack(codes: torch.Tensor, first: int, last: int) -> torch.Tensor:
     Args:
         codes: uint8 [n, head_dim].
     Returns:
-        uint8 [n, head_dim/8, last-first].
+        uint8 [n, last-first, head_dim/8].
     """
     octets = codes.view(codes.shape[0], codes.shape[1] // 8, 8)
     place = torch.arange(8, dtype=torch.uint8, device=codes.device)
     planes = [(((octets >> (7 - p)) & 1) << place).sum(-1, dtype=torch.uint8) for p in range(first, last)]
     if not planes:
-        return octets.new_empty(octets.shape[0], octets.shape[1], 0)
-    return torch.stack(planes, -1)
+        return octets.new_empty(octets.shape[0], 0, octets.shape[1])
+    return torch.stack(planes, 1)
 
 
 def pack_half(rows: torch.Tensor) -> torch.Tensor:
-    """Half-precision rows [n, head_dim] as uint8 [n, head_dim/8, 16]."""
-    return rows.to(torch.float16).contiguous().view(torch.uint8).view(rows.shape[0], rows.shape[1] // 8, HALF)
+    """Half-precision rows [n, head_dim] as uint8 [n, 16, head_dim/8]."""
+    return rows.to(torch.float16).contiguous().view(torch.uint8).view(rows.shape[0], HALF, rows.shape[1] // 8)
 
 
 class LevelTable:
@@ -78,7 +78,7 @@ class LevelTable:
         self.dims = {1: 8, 2: 4, 3: 4}.get(self.bits, 2)
         self._levels = levels[self._codes(levels.device)]
         self._spread = self._spread_planes(levels.device)
-        self._plane = torch.arange(self.bits, device=levels.device) << 8
+        self._plane = (torch.arange(self.bits, device=levels.device) << 8).unsqueeze(-1)
 
     def _codes(self, device: torch.device) -> torch.Tensor:
         """int64 [2^(k·b), k]: the codes of the dims of every index."""
@@ -102,16 +102,16 @@ class LevelTable:
         return torch.cat(planes)
 
     def unpack(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes levels float [n, head_dim] of rows uint8 [n, head_dim/8, b]."""
+        """Writes levels float [n, head_dim] of rows uint8 [n, b, head_dim/8]."""
         if self.bits == 1:
             index = rows.to(torch.int32)
         else:
-            spread = self._spread.take(rows.view(-1, self.bits) + self._plane)
+            spread = self._spread.take(rows + self._plane)
             fields = spread.sum(1).view(torch.uint16).view(-1, 4)
             index = fields[:, : 8 // self.dims].to(torch.int32)
         torch.index_select(self._levels, 0, index.reshape(-1), out=out.view(-1, self.dims))
 
 
 def unpack_half(rows: torch.Tensor) -> torch.Tensor:
-    """float32 [n, head_dim] of half-precision rows uint8 [n, head_dim/8, 16]."""
+    """float32 [n, head_dim] of half-precision rows uint8 [n, 16, head_dim/8]."""
     return rows.flatten(1).view(torch.float16).float()

@@ -17,7 +17,7 @@ class Pool:
     """Packed rows of a block.
 
     Attributes:
-        rows: width -> uint8 [n, head_dim/8, width]; width 0 has none.
+        rows: width -> uint8 [n, width, head_dim/8]; width 0 has none.
     """
 
     def __init__(self, weaver: Weaver, octets: int) -> None:
@@ -61,6 +61,6 @@ class Pool:
         self._addresses = None
 
     def take(self, tags: torch.Tensor, side: int, index: torch.Tensor, width: int) -> torch.Tensor:
-        """Rows at flat indices [n] that all have that width: uint8 [n, head_dim/8, width]."""
+        """Rows at flat indices [n] that all have that width: uint8 [n, width, head_dim/8]."""
         rank = (width_index(tags, side).reshape(-1) == WIDTHS.index(width)).cumsum(0) - 1
         return self.rows[width][rank[index]]

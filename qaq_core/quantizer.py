@@ -64,7 +64,7 @@ class Quantizer:
         Args:
             rows: float32 [n, head_dim]. meta: uint8 [n, meta_bytes].
         Returns:
-            uint8 [n, head_dim/8, planes].
+            uint8 [n, planes, head_dim/8].
         """
         scale, offset = self.codec.affine(meta)
         units = (rows if offset is None else rows - offset.unsqueeze(-1)) / scale.unsqueeze(-1)

@@ -16,7 +16,7 @@ from qaq_core.native.weave import NativeWeaver
 from qaq_core.packing import WIDTHS, width_index, widths_of
 
 Rows = dict[int, torch.Tensor]
-"""width -> uint8 [n, head_dim/8, width], ordered by (layer, head, token); width 0 has none."""
+"""width -> uint8 [n, width, head_dim/8], ordered by (layer, head, token); width 0 has none."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Moves:
         index: int64 [n], ascending, flat in the tags [layers, kv_heads, tokens] as they are afterwards.
         have, want: uint8 [n], widths before (0 for rows that come) and afterwards.
         keep: uint8 [n], planes that stay of the row held before, the first of it.
-        planes: uint8, the other planes of each row that has some, [head_dim/8, want - keep].
+        planes: uint8, the other planes of each row that has some, [want - keep, head_dim/8].
         offsets: int64 [n], where a row's begin.
     """
 
@@ -85,7 +85,7 @@ class TorchWeaver:
                     rows[width] = held[width]
                 continue
             here = new == width
-            woven = torch.empty(int(here.sum()), octets, width, dtype=torch.uint8, device=new.device)
+            woven = torch.empty(int(here.sum()), width, octets, dtype=torch.uint8, device=new.device)
             if not len(woven):
                 continue
             coming = moved[here]
@@ -107,15 +107,15 @@ def _moved(
     width: int,
 ) -> torch.Tensor:
     """The moves `mine`, which all want that width, as rows in their order."""
-    rows = torch.empty(len(mine), octets, width, dtype=torch.uint8, device=old.device)
+    rows = torch.empty(len(mine), width, octets, dtype=torch.uint8, device=old.device)
     kinds = torch.stack([moves.have[mine], moves.keep[mine]], 1)
     for have, keep in kinds.unique(dim=0).tolist():
         where = torch.nonzero((kinds[:, 0] == have) & (kinds[:, 1] == keep)).squeeze(1)
         pick = mine[where]
         if keep:
             rank = (old.reshape(-1) == have).cumsum(0) - 1
-            rows[where, :, :keep] = held[have][rank[source[pick]], :, :keep]
+            rows[where, :keep] = held[have][rank[source[pick]], :keep]
         if width > keep:
             reach = moves.offsets[pick][:, None] + torch.arange(octets * (width - keep), device=old.device)
-            rows[where, :, keep:] = moves.planes[reach].view(len(where), octets, -1)
+            rows[where, keep:] = moves.planes[reach].view(len(where), -1, octets)
     return rows

@@ -58,7 +58,7 @@ class NativeWeaver:
         rows, fresh = {}, {}
         for width, count in zip(WIDTHS[1:], counts[1:], strict=True):
             if count and touched[width]:
-                rows[width] = fresh[width] = torch.empty(count, octets, width, dtype=torch.uint8)
+                rows[width] = fresh[width] = torch.empty(count, width, octets, dtype=torch.uint8)
             elif count:
                 rows[width] = held[width]
         index, keep, planes, offsets = (

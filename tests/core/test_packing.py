@@ -27,14 +27,14 @@ def table_of(bits: int) -> LevelTable:
     return LevelTable(levels_of(bits))
 
 
-def test_plane_p_of_dim_8i_plus_j_is_bit_j_of_byte_i_p() -> None:
+def test_plane_p_of_dim_8i_plus_j_is_bit_j_of_byte_p_i() -> None:
     codes = torch.zeros(1, 16, dtype=torch.uint8)
     codes[0, 0] = 0b1000_0001  # planes 0 and 7 of dim 0: bit 0 of byte 0
     codes[0, 11] = 0b0100_0000  # plane 1 of dim 11: bit 3 of byte 1
     packed = pack(codes, 0, 8)
-    assert packed.shape == (1, 2, 8)
-    assert packed[0, 0].tolist() == [1, 0, 0, 0, 0, 0, 0, 1]
-    assert packed[0, 1].tolist() == [0, 8, 0, 0, 0, 0, 0, 0]
+    assert packed.shape == (1, 8, 2)
+    assert packed[0, :, 0].tolist() == [1, 0, 0, 0, 0, 0, 0, 1]
+    assert packed[0, :, 1].tolist() == [0, 8, 0, 0, 0, 0, 0, 0]
 
 
 @given(
@@ -45,8 +45,8 @@ def test_planes_are_nested(seed: int, dim: int, have: int, more: int) -> None:
     want = min(8, have + more)
     codes = codes_of(seed, 5, dim)
     wide = pack(codes, 0, want)
-    assert torch.equal(pack(codes, 0, have), wide[..., :have])
-    assert torch.equal(torch.cat([pack(codes, 0, have), pack(codes, have, want)], -1), wide)
+    assert torch.equal(pack(codes, 0, have), wide[:, :have])
+    assert torch.equal(torch.cat([pack(codes, 0, have), pack(codes, have, want)], 1), wide)
 
 
 @given(seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS), rows=st.integers(0, 7))
@@ -62,5 +62,5 @@ def test_unpacking_gives_the_level_of_the_first_bits(bits: int, seed: int, dim: 
 def test_half_rows_come_back_as_half_precision(seed: int, dim: int) -> None:
     rows = torch.randn(3, dim, generator=torch.Generator().manual_seed(seed)) * 100
     packed = pack_half(rows)
-    assert packed.shape == (3, dim // 8, HALF)
+    assert packed.shape == (3, HALF, dim // 8)
     assert torch.equal(unpack_half(packed), rows.half().float())

@@ -18,14 +18,14 @@ LAYERS, HEADS = 2, 3
 KERNELS = ["reference", *(["cpu"] if native.library() else [])]
 
 Model = dict[tuple[int, int, int], torch.Tensor]
-"""Rows [head_dim/8, width] by (layer, head, token)."""
+"""Rows [width, head_dim/8] by (layer, head, token)."""
 
 
 def grouped(model: Model) -> Rows:
     """Rows per width in (layer, head, token) order, without width 0."""
     rows: Rows = {}
     for width in WIDTHS[1:]:
-        mine = [model[key] for key in sorted(model) if model[key].shape[1] == width]
+        mine = [model[key] for key in sorted(model) if len(model[key]) == width]
         if mine:
             rows[width] = torch.stack(mine)
     return rows
@@ -35,7 +35,7 @@ def tags(model: Model, tokens: int, side: int) -> torch.Tensor:
     """Tags as a block's: a view of a longer run of tags."""
     widths = torch.zeros(LAYERS, HEADS, tokens + 5, dtype=torch.uint8)
     for key, row in model.items():
-        widths[key] = row.shape[1]
+        widths[key] = len(row)
     other = torch.full_like(widths, 3)
     return (tags_of(other, widths) if side else tags_of(widths, other))[:, :, :tokens]
 
@@ -45,10 +45,10 @@ def moves(before: Model, after: Model, tokens: int, keep: dict[tuple[int, int, i
     index, have, want, kept, planes, offsets, size = [], [], [], [], [], [], 0
     for layer, head, token in sorted(keep):
         key = layer, head, token
-        rest = after[key][:, keep[key] :].reshape(-1)
+        rest = after[key][keep[key] :].reshape(-1)
         index.append((layer * HEADS + head) * tokens + token)
-        have.append(before[key].shape[1] if key in before else 0)
-        want.append(after[key].shape[1])
+        have.append(len(before[key]) if key in before else 0)
+        want.append(len(after[key]))
         kept.append(keep[key])
         planes.append(rest)
         offsets.append(size)
@@ -65,7 +65,7 @@ def agrees(pool: Pool, model: Model, tokens: int, side: int) -> None:
         assert torch.equal(pool.rows[width], rows)
         starts = pool.addresses()[:, WIDTHS.index(width)]
         for layer in range(LAYERS):
-            part = {key: row for key, row in model.items() if key[0] == layer and row.shape[1] == width}
+            part = {key: row for key, row in model.items() if key[0] == layer and len(row) == width}
             held = pool.layer(width, layer)
             assert len(held) == len(part)
             assert int(starts[layer]) == (held.data_ptr() if part else 0)
@@ -75,7 +75,7 @@ def agrees(pool: Pool, model: Model, tokens: int, side: int) -> None:
             [
                 (layer * HEADS + head) * tokens + token
                 for layer, head, token in sorted(model)
-                if model[layer, head, token].shape[1] == width
+                if len(model[layer, head, token]) == width
             ]
         ).flip(0)
         assert torch.equal(pool.take(held_tags, side, index, width), rows.flip(0))
@@ -90,9 +90,9 @@ def test_appends_and_changes_agree_with_a_dictionary(
     generator = torch.Generator().manual_seed(seed)
 
     def row(width: int, start: torch.Tensor | None = None) -> torch.Tensor:
-        fresh = torch.randint(0, 256, (dim // 8, width), dtype=torch.uint8, generator=generator)
+        fresh = torch.randint(0, 256, (width, dim // 8), dtype=torch.uint8, generator=generator)
         if start is not None:
-            fresh[:, : start.shape[1]] = start
+            fresh[: len(start)] = start
         return fresh
 
     side = data.draw(st.sampled_from((KEY, VALUE)))
@@ -110,8 +110,8 @@ def test_appends_and_changes_agree_with_a_dictionary(
             for key in data.draw(st.sets(st.sampled_from(sorted(model)), min_size=1)):
                 width = data.draw(some_width)
                 held = model[key]
-                keep[key] = data.draw(st.integers(0, min(width, held.shape[1])))
-                model[key] = row(width, held[:, : keep[key]])
+                keep[key] = data.draw(st.integers(0, min(width, len(held))))
+                model[key] = row(width, held[: keep[key]])
         after = tags(model, tokens, side)
         pool.weave(tags(before, had, side), after, side, moves(before, model, tokens, keep))
         agrees(pool, model, tokens, side)
@@ -121,7 +121,7 @@ def test_appends_and_changes_agree_with_a_dictionary(
 def test_widths_that_nothing_comes_to_or_leaves_are_not_copied(kernel: str) -> None:
     pool = Pool(weaving.make(torch.device("cpu"), kernel), 1)
     model: Model = {
-        (i, j, t): torch.full((1, 1 + t), t, dtype=torch.uint8)
+        (i, j, t): torch.full((1 + t, 1), t, dtype=torch.uint8)
         for i in range(LAYERS)
         for j in range(HEADS)
         for t in range(3)

@@ -7,7 +7,7 @@
 
 extern "C" {
 
-enum { QAQ_INTERFACE = 2 };  // changes whenever something here or in weave.h does
+enum { QAQ_INTERFACE = 3 };  // changes whenever something here or in weave.h does
 
 enum { QAQ_WIDTHS = 10 };  // 0..8 and 16 bits, in this order; a tag's nibble is an index into it
 

@@ -48,11 +48,9 @@ struct Weaver {
         flush(want);
         const int width = BITS[want], keep = job.keep[i], rest = width - keep;
         const uint8_t* planes = rest ? job.planes + job.offsets[i] : nullptr;
-        for (int o = 0; o < job.octets; ++o) {
-            std::memcpy(out[want], row + o * BITS[have], keep);
-            if (rest) std::memcpy(out[want] + keep, planes + o * rest, rest);
-            out[want] += width;
-        }
+        if (keep) std::memcpy(out[want], row, int64_t(keep) * job.octets);
+        if (rest) std::memcpy(out[want] + keep * job.octets, planes, int64_t(rest) * job.octets);
+        out[want] += bytes(want);
     }
 
     // A row that comes.

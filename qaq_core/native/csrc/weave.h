@@ -19,7 +19,7 @@ struct QaqWeave {
     int64_t moves;
     const int64_t* index;    // [moves], ascending, flat in [runs][after]
     const uint8_t* keep;     // [moves], planes that stay of the row held before
-    const uint8_t* planes;   // the other planes of each row that has some, [octets][width - keep]
+    const uint8_t* planes;   // the other planes of each row that has some, [width - keep][octets]
     const int64_t* offsets;  // [moves], where they begin
 };
 
