@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qaq_core import calibration as calibrations
+from qaq_core.home import cache_dir
 from qaq_core.cache import QAQCache
 from qaq_core.errors import ConfigError
 from qaq_core.evaluation import (
@@ -269,4 +269,4 @@ def test_targets() -> None:
     assert Config.parse("balanced@2.2").settings == {"target_bits": 2.2}
     assert Config.parse("paper@8x").settings == {"target_compression": 8.0}
     assert Config.parse("balanced-norequant@3").settings == {"target_bits": 3.0, "exceptions": False}
-    assert calibrations.cache_dir().is_dir()
+    assert cache_dir().is_dir()
