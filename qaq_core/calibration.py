@@ -46,7 +46,7 @@ class Calibration:
     """Means [layers, kv_heads, head_dim]; sensitivities and query norm [layers, kv_heads]; all float32.
 
     Attributes:
-        source: how sensitivities were measured, "gradients" or, where there was no memory for those, "disturbance".
+        source: how sensitivities were measured: "gradients", or "disturbance" where those had no memory.
     """
 
     key_mean: torch.Tensor
@@ -101,8 +101,8 @@ def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> 
     calibration = Calibration.load(cached) if cached.is_file() else _measured_once(model, shape, cached)
     if calibration.source != GRADIENTS:
         log.warning(
-            "the calibration of %s was measured by %s, for want of memory for gradients; more memory and deleting %s "
-            "give the better one",
+            "the calibration of %s was measured by %s, for want of memory for gradients; "
+            "more memory and deleting %s give the better one",
             type(model).__name__,
             calibration.source,
             cached,
@@ -162,7 +162,7 @@ def measure(
             try:
                 return _by_gradients(model, shape, text, generator, report)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not sensitivity.is_out_of_memory(error):
                     raise
                 log.warning("no memory for gradients (%s): measuring sensitivities by disturbance", error)
         return _by_disturbance(model, shape, text, generator, report)
@@ -211,11 +211,6 @@ def _affordable(model: Any, tokens: int, device: torch.device) -> str:
         free / 1e9,
     )
     return DISTURBANCE
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def evaluate(
         float, typer.Option(min=0.0, max=1.0, help="Where in the text they begin, 0 to 1.")
     ] = 0.0,
     configs: Annotated[
-        str, typer.Option(help="Presets or rivals, by comma; a target after @: balanced@2.2, balanced@8x.")
+        str, typer.Option(help="Presets or rivals, by comma: balanced, balanced@2.2, paper[window=3]@4x.")
     ] = CONFIGS,
     recall: Annotated[
         bool, typer.Option("--recall", help="Decode a passage of the prompt, word for word.")
@@ -53,8 +53,8 @@ def evaluate(
     from qaq_core import evaluation
     from qaq_core.loading import load_model
 
-    chosen = list(dict.fromkeys(name.strip() for name in configs.split(",") if name.strip()))
-    parsed = [evaluation.Config.parse(name) for name in chosen]
+    parsed = evaluation.Config.parse_all(configs)
+    chosen = [config.text for config in parsed]
     source, written = _text(text)
     with progress_line() as report:
         loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
