@@ -1,8 +1,7 @@
 """Calibration: what the method has to know of a model, measured once on text the model samples itself.
 
 key_mean, value_mean    mean of a head's keys before RoPE, and of its values
-key_, value_sensitivity trace(E[g gᵀ])/head_dim, g the gradient of the loss on model-sampled labels
-                        with respect to a vector: how much an error in it costs
+key_, value_sensitivity how much an error in a vector costs, see `sensitivity`
 query_norm              upper 10% quantile of ‖q‖² of a KV head's queries (the paper's key formula)
 """
 
@@ -10,76 +9,121 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
-from safetensors.torch import load_file, save_file
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qaq_core import sensitivity
 from qaq_core.errors import UnsupportedModelError
+from qaq_core.home import cache_dir
+from qaq_core.sensitivity import Seen
 from qaq_core.shape import ModelShape
 
 SEQUENCES, TOKENS = 6, 1024
+DISTURBED_TOKENS = 256
+GRADIENTS, DISTURBANCE = "gradients", "disturbance"
 Progress = Callable[[str, float], None]
 
 log = logging.getLogger(__name__)
+_shown: ContextVar[Progress | None] = ContextVar("progress of a calibration", default=None)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Means [layers, kv_heads, head_dim]; sensitivities and query norm [layers, kv_heads]; all float32."""
+    """Means [layers, kv_heads, head_dim]; sensitivities and query norm [layers, kv_heads]; all float32.
+
+    Attributes:
+        source: how sensitivities were measured: "gradients", or "disturbance" where those had no memory.
+    """
 
     key_mean: torch.Tensor
     value_mean: torch.Tensor
     key_sensitivity: torch.Tensor
     value_sensitivity: torch.Tensor
     query_norm: torch.Tensor
+    source: str = GRADIENTS
+
+    @property
+    def tables(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def to(self, device: torch.device) -> Calibration:
-        return Calibration(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return Calibration(**{name: table.to(device) for name, table in self.tables.items()}, source=self.source)
 
     def save(self, path: Path) -> None:
         """Writes safetensors, all at once."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({f.name: getattr(self, f.name).cpu().contiguous() for f in fields(self)}, part)
+        tables = {name: table.cpu().contiguous() for name, table in self.tables.items()}
+        save_file(tables, part, {"source": self.source})
         part.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        return cls(**load_file(path))
+        with safe_open(path, "pt") as file:
+            source = (file.metadata() or {}).get("source", GRADIENTS)
+            return cls(**{name: file.get_tensor(name) for name in file.keys()}, source=source)  # noqa: SIM118
 
 
-def calibrate(
-    model: Any, shape: ModelShape, fingerprint: str | None = None, progress: Progress | None = None
-) -> Calibration:
+@contextmanager
+def shown(progress: Progress) -> Iterator[None]:
+    """While this lasts, a model that has to be calibrated reports (what is done, share done) to `progress`."""
+    token = _shown.set(progress)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> Calibration:
     """The model's calibration: shipped, cached from before, or measured now and cached.
 
     Cached under $QAQ_CACHE_DIR (default ~/.cache/qaq), by the fingerprint of the weights.
     """
     name = f"{fingerprint or weights_fingerprint(model)}.safetensors"
-    shipped = resources.files("qaq_core") / "tables" / name
-    with resources.as_file(shipped) as path:
+    with resources.as_file(resources.files("qaq_core") / "tables" / name) as path:
         if path.is_file():
             return Calibration.load(path)
     cached = cache_dir() / "calibration" / name
-    if cached.is_file():
-        return Calibration.load(cached)
-    log.info("calibrating %s once, on text it samples itself", type(model).__name__)
-    calibration = measure(model, shape, progress=progress)
-    calibration.save(cached)
+    calibration = Calibration.load(cached) if cached.is_file() else _measured_once(model, shape, cached)
+    if calibration.source != GRADIENTS:
+        log.warning(
+            "the calibration of %s was measured by %s, for want of memory for gradients; "
+            "more memory and deleting %s give the better one",
+            type(model).__name__,
+            calibration.source,
+            cached,
+        )
     return calibration
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("QAQ_CACHE_DIR", Path.home() / ".cache" / "qaq"))
+def _measured_once(model: Any, shape: ModelShape, path: Path) -> Calibration:
+    """Measured by this process, or by another that was at it already."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if path.is_file():
+                return Calibration.load(path)
+            log.info("calibrating %s once, on text it samples itself", type(model).__name__)
+            calibration = measure(model, shape)
+            calibration.save(path)
+            return calibration
+    except OSError as error:
+        log.warning("calibrating without keeping it: %s cannot be written (%s)", path, error)
+        return measure(model, shape)
 
 
 def weights_fingerprint(model: Any) -> str:
@@ -98,74 +142,109 @@ def measure(
     tokens: int = TOKENS,
     progress: Progress | None = None,
     seed: int = 0,
+    source: str | None = None,
 ) -> Calibration:
-    """Samples text from the model and differentiates its loss with respect to keys and values.
+    """Samples text from the model and measures keys, values and queries on it.
 
     Takes about one backward pass a sequence; for a 135M model and 6 x 1,024 tokens minutes on one core.
+
+    Args:
+        source: how to measure sensitivities; None takes gradients if their memory is there, else disturbance.
     """
+    report = progress or _shown.get() or (lambda what, share: None)
     tokens = min(tokens, model.config.get_text_config(decoder=True).max_position_embeddings)
-    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with _prepared(model):
+        source = source or _affordable(model, tokens, device)
+        text = _sample(model, sequences, tokens, generator, report)
+        if source == GRADIENTS:
+            try:
+                return _by_gradients(model, shape, text, generator, report)
+            except (MemoryError, RuntimeError) as error:
+                if not sensitivity.is_out_of_memory(error):
+                    raise
+                log.warning("no memory for gradients (%s): measuring sensitivities by disturbance", error)
+        return _by_disturbance(model, shape, text, generator, report)
+
+
+def _by_gradients(
+    model: Any, shape: ModelShape, text: torch.Tensor, generator: torch.Generator, report: Progress
+) -> Calibration:
+    means = _Means(shape, text.device)
+    squares = torch.zeros(2, shape.layers, shape.kv_heads, dtype=torch.float64, device=text.device)
+    for i, row in enumerate(text):
+        with _QueryNorms(model, means.norms, shape):
+            found, seen = sensitivity.by_gradients(model, shape, row[None], generator)
+        squares += found
+        means.add(seen)
+        report("calibrating", (i + 1) / len(text))
+    return means.result(squares / text.numel(), GRADIENTS)
+
+
+def _by_disturbance(
+    model: Any, shape: ModelShape, text: torch.Tensor, generator: torch.Generator, report: Progress
+) -> Calibration:
+    means = _Means(shape, text.device)
+    for row in text:
+        with torch.no_grad(), _QueryNorms(model, means.norms, shape):
+            seen = Seen()
+            model(input_ids=row[None], past_key_values=seen, use_cache=True, logits_to_keep=1)
+        means.add(seen)
+    text = text[:1, :DISTURBED_TOKENS]
+    layers = []
+    for found in sensitivity.by_disturbance(model, shape, text, generator):
+        layers.append(found)
+        report("calibrating without gradients", len(layers) / shape.layers)
+    return means.result(torch.stack(layers, 1) / text.numel(), DISTURBANCE)
+
+
+def _affordable(model: Any, tokens: int, device: torch.device) -> str:
+    """Which way of measuring sensitivities fits in the memory that is free."""
+    need, free = sensitivity.gradient_bytes(model, tokens), sensitivity.free_bytes(device)
+    if need <= free:
+        return GRADIENTS
+    log.warning(
+        "gradients of %s would take %.1f GB and %.1f GB are free: measuring sensitivities by disturbance",
+        type(model).__name__,
+        need / 1e9,
+        free / 1e9,
+    )
+    return DISTURBANCE
+
+
+@contextmanager
+def _prepared(model: Any) -> Iterator[None]:
+    """No gradients for weights, and transformers' own attention, while this lasts."""
     was = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
     requires = [parameter.requires_grad for parameter in model.parameters()]
+    model.set_attn_implementation("sdpa")
     model.requires_grad_(False)
-    sums = _Sums(shape, next(model.parameters()).device)
     try:
-        text = _sample(model, sequences, tokens, generator, progress)
-        for i, row in enumerate(text):
-            sums.add(model, row[None], generator)
-            if progress:
-                progress("calibrating", (i + 1) / sequences)
+        yield
     finally:
         for parameter, required in zip(model.parameters(), requires, strict=True):
             parameter.requires_grad_(required)
         model.set_attn_implementation(was)
-    return sums.result()
 
 
-class _CapturingCache(DynamicCache):
-    """Keeps the keys and values it is given as leaves of the gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        pair = (key_states, value_states)
-        for tensor in pair:
-            tensor.requires_grad_() if tensor.is_leaf else tensor.retain_grad()
-        self.seen[layer_idx] = pair
-        return pair
-
-
-class _Sums:
+class _Means:
     """Running sums over calibration sequences."""
 
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
         self._shape = shape
-        self._means = torch.zeros(
+        self._sums = torch.zeros(
             2, shape.layers, shape.kv_heads, shape.head_dim, dtype=torch.float64, device=device
         )
-        self._squares = torch.zeros(2, shape.layers, shape.kv_heads, dtype=torch.float64, device=device)
-        self._norms: list[list[torch.Tensor]] = [[] for _ in range(shape.layers)]
+        self.norms: list[list[torch.Tensor]] = [[] for _ in range(shape.layers)]
         self._tokens = 0
 
-    def add(self, model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
-        cache = _CapturingCache()
-        with torch.enable_grad(), _QueryNorms(model, self._norms, self._shape):
-            embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-            logits = model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).logits[0].float()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        for layer, pair in cache.seen.items():
-            for side, tensor in enumerate(pair):
-                assert tensor.grad is not None
-                self._squares[side, layer] += tensor.grad[0].double().square().mean(-1).sum(-1)
-                vectors = self._unrotated(layer, tensor.detach()[0]) if side == 0 else tensor.detach()[0]
-                self._means[side, layer] += vectors.double().sum(1)
-        self._tokens += ids.shape[1]
+    def add(self, seen: Seen) -> None:
+        for layer, (keys, values) in seen.pairs.items():
+            plain = self._unrotated(layer, keys.detach()[0])
+            self._sums[0, layer] += plain.double().sum(1)
+            self._sums[1, layer] += values.detach()[0].double().sum(1)
+        self._tokens += plain.shape[1]
 
     def _unrotated(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         frequencies = self._shape.frequencies[self._shape.kind[layer]].to(keys.device)
@@ -174,10 +253,10 @@ class _Sums:
         first, second = keys.float().chunk(2, -1)
         return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
 
-    def result(self) -> Calibration:
-        means, squares = (self._means / self._tokens).float(), (self._squares / self._tokens).float()
-        norms = torch.stack([torch.cat(part, -1).quantile(0.9, dim=-1) for part in self._norms])
-        return Calibration(means[0], means[1], squares[0], squares[1], norms.float())
+    def result(self, sensitivities: torch.Tensor, source: str) -> Calibration:
+        means, costs = (self._sums / self._tokens).float(), sensitivities.float()
+        norms = torch.stack([torch.cat(part, -1).quantile(0.9, dim=-1) for part in self.norms])
+        return Calibration(means[0], means[1], costs[0], costs[1], norms.float(), source)
 
 
 class _QueryNorms:
@@ -203,21 +282,18 @@ class _QueryNorms:
 
 
 @torch.no_grad()
-def _sample(
-    model: Any, sequences: int, tokens: int, generator: torch.Generator, progress: Progress | None
-) -> torch.Tensor:
+def _sample(model: Any, sequences: int, tokens: int, generator: torch.Generator, report: Progress) -> torch.Tensor:
     """[sequences, tokens] sampled at temperature 1 from the beginning-of-sequence token."""
     config = model.config.get_text_config(decoder=True)
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     first = first[0] if isinstance(first, list) else first
     if first is None:
         raise UnsupportedModelError("the model has neither a BOS nor an EOS token to sample from")
-    device = next(model.parameters()).device
-    ids = torch.full((sequences, 1), first, device=device)
+    ids = torch.full((sequences, 1), first, device=generator.device)
     cache = DynamicCache()
     for step in range(tokens - 1):
         logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
         ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
-        if progress and step % 32 == 0:
-            progress("sampling", step / tokens)
+        if step % 32 == 0:
+            report("sampling text to calibrate on", step / tokens)
     return ids

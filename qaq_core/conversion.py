@@ -8,7 +8,7 @@ by an atomic rename, so a reader never sees half of one. They may be deleted at 
 from __future__ import annotations
 
 import functools
-import os
+import math
 import shutil
 import struct
 import tempfile
@@ -22,16 +22,12 @@ import torch
 from filelock import FileLock
 
 from qaq_core.errors import ModelLoadError
+from qaq_core.home import cache_dir
 
 Progress = Callable[[str, float], None]
 
 # Part of the copy's name: raise it when the conversion itself changes.
 _LAYOUT = 1
-
-
-def cache_root() -> Path:
-    """Directory of everything QAQ keeps between runs."""
-    return Path(os.environ.get("QAQ_CACHE_DIR") or Path.home() / ".cache" / "qaq")
 
 
 def check_gguf(path: Path) -> None:
@@ -40,16 +36,27 @@ def check_gguf(path: Path) -> None:
     Raises:
         ModelLoadError
     """
-    from transformers.integrations.gguf.reader import GgufHeader
+    # transformers' public header class refuses types that its older loader, and gguf, can read (such as Q5_0).
+    from gguf import GGML_QUANT_SIZES
+    from transformers.integrations.gguf import reader
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelLoadError(f"{path} is not a GGUF file; give a .gguf file or a directory with config.json")
     try:
-        header = GgufHeader.from_file(str(path))
+        blob = reader._mapped(str(path))
+        metadata, count, position = reader._read_metadata(blob, str(path))
+        tensors, position = reader._read_tensor_table(blob, count, position)
+        ends = [0]
+        for _name, shape, kind, offset in tensors:
+            numbers, block = GGML_QUANT_SIZES[kind]
+            ends.append(offset + math.prod(shape) // numbers * block)
+    except KeyError as error:
+        raise ModelLoadError(f"{path} holds tensors of type {error}, which is not known here") from error
     except (ValueError, struct.error, IndexError, MemoryError) as error:
         raise ModelLoadError(f"{path} is truncated or damaged; download it again ({error})") from error
-    end = header.data_start + max((tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
+    alignment = metadata.get("general.alignment", 32)
+    end = -(-position // alignment) * alignment + max(ends)
     size = path.stat().st_size
     if size < end:
         raise ModelLoadError(f"{path} is truncated: {size} bytes of {end}; download it again")
@@ -96,7 +103,7 @@ def converted_model(path: Path, fingerprint: str, dtype: torch.dtype, progress: 
 
 def _once(source: Path, fingerprint: str, name: str, convert: Callable[[Path], None]) -> Path:
     """The directory `name` of this file's copy; `convert` fills it if no process has done so yet."""
-    home = cache_root() / "models" / f"{fingerprint[:32]}-{_LAYOUT}"
+    home = cache_dir() / "models" / f"{fingerprint[:32]}-{_LAYOUT}"
     done = home / name
     if done.is_dir():
         return done

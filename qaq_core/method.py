@@ -26,16 +26,29 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """What a sequence should hold after its prompt: mean code bits per element, or resident compression."""
+    """What a sequence should hold after its prompt. One of them; compression wins over bits, error over both.
+
+    Attributes:
+        bits: mean code bits per element.
+        compression: resident, against fp16.
+        error: predicted KL from full precision, in nats per decoded token.
+    """
 
     bits: float | None = None
     compression: float | None = None
+    error: float | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 0 < self.bits <= 16:
             raise ConfigError(f"target_bits must be over 0 and at most 16, not {self.bits}")
         if self.compression is not None and not 1 <= self.compression <= 32:
             raise ConfigError(f"target_compression must be from 1 to 32, not {self.compression}")
+        if self.error is not None and not 0 < self.error <= 10:
+            raise ConfigError(f"target_error must be over 0 and at most 10 nats, not {self.error}")
+
+    @property
+    def given(self) -> bool:
+        return any(value is not None for value in (self.bits, self.compression, self.error))
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,8 @@ class Method:
 
         Args:
             fingerprint: of the model's weights; finds its calibration without hashing them.
-            settings: of the preset, see `presets`; and target_bits, target_compression, page_tokens, kernel.
+            settings: of the preset, see `presets`; and target_bits, target_compression, target_error,
+                page_tokens, kernel.
         Raises:
             UnsupportedModelError, ConfigError.
         """

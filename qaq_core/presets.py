@@ -21,7 +21,7 @@ from qaq_core.errors import ConfigError
 from qaq_core.frames import PlainFrame, RotatedFrame, random_signs
 from qaq_core.method import Method, Target
 from qaq_core.pages import PAGE_TOKENS
-from qaq_core.policies import BalancedPolicy, FixedPolicy, PaperPolicy
+from qaq_core.policies import BalancedPolicy, ErrorPolicy, FixedPolicy, PaperPolicy
 from qaq_core.quantizer import Quantizer
 from qaq_core.shape import ModelShape
 from qaq_core.window import DecayWindow, MaxWindow
@@ -36,12 +36,14 @@ def build(model: Any, fingerprint: str | None, preset: str, **settings: Any) -> 
         known = ", ".join([*PRESETS, *rivals.NAMES])
         raise ConfigError(f"no preset is called {preset!r}; there are {known}")
     shape = ModelShape.of(model)
-    target = Target(settings.pop("target_bits", None), settings.pop("target_compression", None))
+    target = Target(**{name: settings.pop(f"target_{name}", None) for name in ("bits", "compression", "error")})
     common = {"page_tokens": settings.pop("page_tokens", PAGE_TOKENS), "kernel": settings.pop("kernel", None)}
     try:
         parts = make(model, shape, fingerprint, target, **settings)
     except TypeError as error:
         raise ConfigError(f"preset {preset!r} does not take these settings: {error}") from error
+    if target.error is not None and not isinstance(parts["policy"], ErrorPolicy):
+        raise ConfigError(f"{preset} does not predict its error: give it target_bits or target_compression")
     weight = next(model.parameters())
     kind: type[Method] = parts.pop("kind", Method)
     return kind(preset=preset, shape=shape, dtype=model.dtype, device=weight.device, **common, **parts)
@@ -66,7 +68,7 @@ def balanced(
         random_signs(shape.head_dim).to(device),
     )
     codec = GaussianCodec()
-    wanted = target if target.bits or target.compression else Target(bits=BALANCED_BITS)
+    wanted = target if target.given else Target(bits=BALANCED_BITS)
     return {
         "quantizer": Quantizer(frame, codec),
         "policy": BalancedPolicy(codec, (known.key_sensitivity, known.value_sensitivity), exceptions),
@@ -112,7 +114,7 @@ def paper(
 
 def exact(model: Any, shape: ModelShape, fingerprint: str | None, target: Target) -> dict[str, Any]:
     """Half precision for every vector, through the same packed path."""
-    if target.bits or target.compression:
+    if target.given:
         raise ConfigError("the exact preset takes no target: it holds 16 bits an element")
     return {
         "quantizer": Quantizer(PlainFrame(), GaussianCodec()),

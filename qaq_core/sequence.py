@@ -21,8 +21,8 @@ from qaq_core.originals import InProcessOriginals, Originals
 from qaq_core.outliers import Outliers
 from qaq_core.packed import PackedTokens
 from qaq_core.pages import KEY, VALUE
-from qaq_core.policies import View
-from qaq_core.policies.base import solve_price
+from qaq_core.policies import ErrorPolicy, View
+from qaq_core.policies.base import solve_error, solve_price
 from qaq_core.staging import Staging
 from qaq_core.window import PromptWatch, Reduction
 
@@ -279,10 +279,13 @@ class SequenceCache:
             held = self._view().scales
             scales = [torch.cat([old, new], 2) for old, new in zip(held, coming.scales, strict=True)]
             view = View(coming.importance, self.packed.start, (scales[KEY], scales[VALUE]))
+        demand = method.policy.demand(view)
+        if method.target.error is not None:
+            assert isinstance(method.policy, ErrorPolicy)
+            per_element = method.target.error / method.shape.head_dim
+            return solve_error(method.policy, demand, per_element * self.length)
         target = method.target_bits(self.length, view.shape[2], coming_bytes)
-        if target is None:
-            return method.policy.price
-        return solve_price(method.policy, method.policy.demand(view), target)
+        return method.policy.price if target is None else solve_price(method.policy, demand, target)
 
     def _fixed_bytes(
         self, tokens: int, metas: tuple[torch.Tensor, ...], outliers: tuple[Outliers | None, ...]

@@ -7,6 +7,7 @@ tokens, so its distribution after each can be held against full precision's.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,15 +25,18 @@ from qaq_core.originals import InProcessOriginals
 from qaq_core.sequence import SequenceCache
 
 Progress = Callable[[str, float], None]
-_TARGET = re.compile(r"(?P<name>[^@]+)(@(?P<number>\d+(\.\d+)?)(?P<times>x)?)?")
+_CONFIG = re.compile(
+    r"(?P<name>[^@\[\]]+)(\[(?P<settings>[^\[\]]*)\])?(@(?P<error>e)?(?P<number>\d+(\.\d+)?)(?P<times>x)?)?"
+)
 _WITHOUT = "-norequant"
 
 
 @dataclass(frozen=True)
 class Config:
-    """One configuration: a preset or rival, `-norequant` for no exceptions, and a target.
+    """One configuration: a preset or rival, `-norequant` for no exceptions, settings, and a target.
 
-    `balanced@2.2` holds 2.2 code bits an element after the prompt, `balanced@8x` is 8 times smaller than fp16.
+    `balanced@2.2` holds 2.2 code bits an element after the prompt, `balanced@8x` is 8 times smaller than fp16,
+    `balanced@e0.01` is predicted to cost 0.01 nats a token. `paper[window=3]` is given a setting of the preset.
     """
 
     text: str
@@ -41,23 +45,48 @@ class Config:
 
     @classmethod
     def parse(cls, text: str) -> Config:
-        found = _TARGET.fullmatch(text)
-        if found is None:
+        found = _CONFIG.fullmatch(text)
+        if found is None or (found["error"] and found["times"]):
             raise ConfigError(
                 f"{text!r} is no configuration: write a preset or rival, and a target after @, "
-                "as in balanced@2.2 (bits) or balanced@8x (times smaller)"
+                "as in balanced@2.2 (bits), balanced@8x (times smaller) or balanced@e0.01 (nats), "
+                "and settings in brackets: paper[window=3]@4x"
             )
-        settings: dict[str, Any] = {}
+        settings = _settings(found["settings"] or "")
         if found["number"]:
-            settings["target_compression" if found["times"] else "target_bits"] = float(found["number"])
+            kind = "error" if found["error"] else "compression" if found["times"] else "bits"
+            settings[f"target_{kind}"] = float(found["number"])
         name = found["name"]
         if name.endswith(_WITHOUT):
             name, settings["exceptions"] = name.removesuffix(_WITHOUT), False
         return cls(text, name, settings)
 
+    @classmethod
+    def parse_all(cls, text: str) -> list[Config]:
+        """Several, by comma, each once."""
+        names = (name.strip() for name in re.split(r",(?![^\[]*\])", text))
+        return [cls.parse(name) for name in dict.fromkeys(names) if name]
+
     def method(self, model: Any, fingerprint: str | None) -> Method:
         """The configuration's method; the model is switched to QAQ's attention."""
         return Method.for_model(model, fingerprint, self.preset, **self.settings)
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """Settings as keyword arguments are written, words without quotes: `window=3, group=head, bits=(2, 6)`."""
+    try:
+        call = ast.parse(f"settings({text})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args or None in {part.arg for part in call.keywords}:
+            raise ValueError("every setting needs its name")
+        return {
+            str(part.arg): part.value.id if isinstance(part.value, ast.Name) else ast.literal_eval(part.value)
+            for part in call.keywords
+        }
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"[{text}] are no settings ({error}): write them as in [window=3, group=head]"
+        ) from error
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ class BalancedPolicy:
     ) -> None:
         self.exceptions = exceptions
         self._weights = [(kappa * m).unsqueeze(-1) for kappa, m in zip(KAPPA, sensitivity, strict=True)]
+        self._distortion = torch.tensor([codec.distortion(bits) for bits in range(9)], device=sensitivity[0].device)
         self._choices = [_Choice(codec, widths) for widths in (KEY_WIDTHS, VALUE_WIDTHS)]
 
     def demand(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +58,11 @@ class BalancedPolicy:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (choice(worth, price / need) for choice, worth in zip(self._choices, demand, strict=True))
         return keys, values
+
+    def error(self, demand: tuple[torch.Tensor, torch.Tensor], widths: tuple[torch.Tensor, torch.Tensor]) -> float:
+        """½ · Σ κ · m · w · D(b) · scale²: m is a trace of the Fisher information, see `sensitivity`."""
+        lost = (worth * self._distortion[width.int()] for worth, width in zip(demand, widths, strict=True))
+        return sum(float(side.sum(dtype=torch.float64)) for side in lost) / 2
 
 
 class _Choice:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -68,14 +69,40 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class ErrorPolicy(Policy, Protocol):
+    """A policy that predicts what its widths cost."""
+
+    def error(self, demand: Demand, widths: tuple[torch.Tensor, torch.Tensor]) -> float:
+        """Predicted KL, summed over layers, heads, keys and values and the view's tokens; per element, in nats.
+
+        Times head_dim and divided by the tokens of the sequence it is the KL of one decoded token.
+        """
+        ...
+
+
 def solve_price(policy: Policy, demand: Demand, target_bits: float) -> float:
-    """The price at which keys and values hold `target_bits` on average: bisection on its logarithm."""
+    """The lowest price at which keys and values hold at most `target_bits` on average."""
+
+    def is_enough(price: float) -> bool:
+        keys, values = policy.widths(demand, price)
+        return float(keys.float().mean() + values.float().mean()) / 2 <= target_bits
+
+    return _turn(is_enough)[1]
+
+
+def solve_error(policy: ErrorPolicy, demand: Demand, tolerated: float) -> float:
+    """The highest price at which `ErrorPolicy.error` is at most `tolerated`, or the lowest there is."""
+    return _turn(lambda price: policy.error(demand, policy.widths(demand, price)) > tolerated)[0]
+
+
+def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
+    """Prices just below and just above the one from which on something holds: bisection on their logarithm."""
     low, high = -60.0, 60.0
     for _ in range(40):
         middle = (low + high) / 2
-        keys, values = policy.widths(demand, 2.0**middle)
-        if float(keys.float().mean() + values.float().mean()) / 2 > target_bits:
-            low = middle
-        else:
+        if holds(2.0**middle):
             high = middle
-    return 2.0**high
+        else:
+            low = middle
+    return 2.0**low, 2.0**high

@@ -36,12 +36,13 @@ def decode(
     """Decodes from each cache in turn, one step at a time, and from transformers' DynamicCache."""
     import torch
 
+    from qaq_core import calibration
     from qaq_core.errors import ConfigError
     from qaq_core.evaluation import builtin_text, decode_speed
     from qaq_core.loading import load_model
 
     names = [name.strip() for name in caches.split(",") if name.strip()]
-    with progress_line() as report:
+    with progress_line() as report, calibration.shown(report):
         loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
         ids = loaded.tokenizer(builtin_text(), return_tensors="pt").input_ids[:, : context + steps]
         if ids.shape[1] < context + steps:

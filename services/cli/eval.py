@@ -37,7 +37,7 @@ def evaluate(
         float, typer.Option(min=0.0, max=1.0, help="Where in the text they begin, 0 to 1.")
     ] = 0.0,
     configs: Annotated[
-        str, typer.Option(help="Presets or rivals, by comma; a target after @: balanced@2.2, balanced@8x.")
+        str, typer.Option(help="Presets or rivals, by comma: balanced, balanced@2.2, paper[window=3]@4x.")
     ] = CONFIGS,
     recall: Annotated[
         bool, typer.Option("--recall", help="Decode a passage of the prompt, word for word.")
@@ -50,13 +50,13 @@ def evaluate(
 
     With --json, finished parts are kept beside the file, and a run that was stopped goes on where it was.
     """
-    from qaq_core import evaluation
+    from qaq_core import calibration, evaluation
     from qaq_core.loading import load_model
 
-    chosen = list(dict.fromkeys(name.strip() for name in configs.split(",") if name.strip()))
-    parsed = [evaluation.Config.parse(name) for name in chosen]
-    source, written = _text(text)
-    with progress_line() as report:
+    parsed = evaluation.Config.parse_all(configs)
+    chosen = [config.text for config in parsed]
+    source, written = named_text(text)
+    with progress_line() as report, calibration.shown(report):
         loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
         cut = evaluation.cut(written, loaded.tokenizer, context, decode, documents, offset_fraction)
         cut = [evaluation.with_recall(document) for document in cut] if recall else cut
@@ -74,17 +74,17 @@ def evaluate(
             "documents": documents,
             "offset_fraction": offset_fraction,
         }
-        log = evaluation.PartLog(evaluation.run_name(about, cut), json_path and _beside(json_path))
+        log = evaluation.PartLog(evaluation.run_name(about, cut), json_path and beside(json_path))
         for part in evaluation.evaluate(loaded.model, loaded.fingerprint, cut, parsed, log.has, report):
             log.add(part)
     parts = log.select(range(documents), chosen)
     rows = [evaluation.summarize(parts, name, context) for name in chosen]
-    screen.print(_table(rows), highlight=False)
+    screen.print(table(rows), highlight=False)
     if json_path is not None:
         json_path.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
-def _text(text: str) -> tuple[str, str]:
+def named_text(text: str) -> tuple[str, str]:
     """A name for the text, and the text."""
     from qaq_core.errors import ConfigError
     from qaq_core.evaluation import builtin_text
@@ -97,19 +97,20 @@ def _text(text: str) -> tuple[str, str]:
         raise ConfigError(f"{text} is not UTF-8 text ({error.reason}); give a text file, or 'builtin'") from error
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
     """The file of finished parts."""
     return path.with_name(f"{path.name}.parts.jsonl")
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table(title="Against full precision", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("config", no_wrap=True)
-    for name in ("smaller", "bits K/V", "ΔNLL", "KL", "top-1", "B/tok"):
-        table.add_column(name, justify="right", no_wrap=True)
+def table(rows: list[Row]) -> Table:
+    shown = Table(title="Against full precision", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    shown.add_column("config", no_wrap=True)
+    for name in ("context", "smaller", "bits K/V", "ΔNLL", "KL", "top-1", "B/tok"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(
+        shown.add_row(
             row.config,
+            str(row.context),
             f"{row.compression:.2f}x",
             f"{row.bits_key:.2f}/{row.bits_value:.2f}",
             f"{row.delta_nll:+.4f}±{row.delta_nll_se:.3f}",
@@ -117,4 +118,4 @@ def _table(rows: list[Row]) -> Table:
             f"{row.top1_agreement:.3f}",
             f"{row.requantize_bytes_per_token:.0f}",
         )
-    return table
+    return shown

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 import structlog
 from qaq.v1 import worker_pb2_grpc
 
+from qaq_core import calibration
 from qaq_core.loading import LoadedModel, load_model
 from services.common import log, metrics
 from services.common.redis import check, connect
@@ -78,7 +79,8 @@ class WorkerServer:
         # The engine's thread keeps the interpreter busy; by default the event loop waits 5 ms for its turn.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._note("preparing the cache", 0.0)
-        engine = Engine(loaded, originals, settings, loop)
+        with calibration.shown(self._note):
+            engine = Engine(loaded, originals, settings, loop)
         self._note("ready", 1.0)
         return loaded, engine
 

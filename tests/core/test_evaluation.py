@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from qaq_core import calibration as calibrations
 from qaq_core.cache import QAQCache
 from qaq_core.errors import ConfigError
 from qaq_core.evaluation import (
@@ -244,7 +243,10 @@ def test_the_builtin_text_is_long_enough() -> None:
     assert len(builtin_text()) > 400_000
 
 
-@pytest.mark.parametrize("text", ["", "@2", "balanced@", "balanced@x", "balanced@2y", "balanced@-1"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "@2", "balanced@", "balanced@x", "balanced@2y", "balanced@-1", "paper[", "paper[]]", "balanced@e2x"],
+)
 def test_what_is_no_configuration_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is no configuration"):
         Config.parse(text)
@@ -258,6 +260,9 @@ def test_what_is_no_configuration_is_refused(text: str) -> None:
         ("uniform-9", "widths 9/9"),
         ("kivi-9", "1 to 8 bits"),
         ("exact-norequant", "does not take these settings"),
+        ("paper@e0.1", "does not predict its error"),
+        ("uniform-3@e0.1", "does not predict its error"),
+        ("balanced@e11", "at most 10 nats"),
     ],
 )
 def test_a_wrong_configuration_says_what_is_wrong(text: str, message: str) -> None:
@@ -268,5 +273,27 @@ def test_a_wrong_configuration_says_what_is_wrong(text: str, message: str) -> No
 def test_targets() -> None:
     assert Config.parse("balanced@2.2").settings == {"target_bits": 2.2}
     assert Config.parse("paper@8x").settings == {"target_compression": 8.0}
+    assert Config.parse("balanced@e0.01").settings == {"target_error": 0.01}
     assert Config.parse("balanced-norequant@3").settings == {"target_bits": 3.0, "exceptions": False}
-    assert calibrations.cache_dir().is_dir()
+
+
+def test_settings() -> None:
+    found = Config.parse("paper[window=3, group=head, bits=(2, 6), exceptions=False]@4x")
+    assert found.preset == "paper"
+    assert found.settings == {
+        "window": 3,
+        "group": "head",
+        "bits": (2, 6),
+        "exceptions": False,
+        "target_compression": 4.0,
+    }
+    several = Config.parse_all("paper[window=3,bits=(2, 6)], uniform-2,,paper[window=3,bits=(2, 6)],balanced@8x")
+    assert [config.text for config in several] == ["paper[window=3,bits=(2, 6)]", "uniform-2", "balanced@8x"]
+
+
+@pytest.mark.parametrize(
+    "text", ["paper[3]", "paper[window=]", "paper[window=1+x]", "paper[**{}]", "paper[a=b.c]"]
+)
+def test_settings_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="are no settings"):
+        Config.parse(text)
