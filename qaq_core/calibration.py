@@ -1,8 +1,9 @@
 """Calibration: what the method has to know of a model, measured once on text the model samples itself.
 
-key_mean, value_mean    mean of a head's keys before RoPE, and of its values
-key_, value_sensitivity how much an error in a vector costs, see `sensitivity`
-query_norm              upper 10% quantile of ‖q‖² of a KV head's queries (the paper's key formula)
+key_mean, value_mean      mean of a head's keys before RoPE, and of its values
+key_matrix, value_matrix  the frame in which they are quantized, see `shaping`
+key_costs, value_costs    what an error in an octet of a vector in that frame costs, see `sensitivity`
+query_norm                upper 10% quantile of ‖q‖² of a KV head's queries (the paper's key formula)
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from transformers.masking_utils import sdpa_mask
 
 from qaq_core import sensitivity
 from qaq_core.errors import UnsupportedModelError
+from qaq_core.frames import rotate_pairs
 from qaq_core.home import cache_dir
-from qaq_core.sensitivity import Seen
 from qaq_core.shape import ModelShape
+from qaq_core.shaping import shaped
 
 SEQUENCES, TOKENS = 6, 1024
 DISTURBED_TOKENS = 256
+SINKS = 4
+"""First tokens of a text, which are like no others and stay exact."""
+
 GRADIENTS, DISTURBANCE = "gradients", "disturbance"
 Progress = Callable[[str, float], None]
 
@@ -43,16 +48,22 @@ _shown: ContextVar[Progress | None] = ContextVar("progress of a calibration", de
 
 @dataclass(frozen=True)
 class Calibration:
-    """Means [layers, kv_heads, head_dim]; sensitivities and query norm [layers, kv_heads]; all float32.
+    """What the presets need.
 
     Attributes:
-        source: how sensitivities were measured: "gradients", or "disturbance" where those had no memory.
+        key_matrix, value_matrix: float16 [layers, kv_heads, head_dim, head_dim].
+        key_mean, value_mean: float32 [layers, kv_heads, head_dim].
+        key_costs, value_costs: float32 [layers, kv_heads, head_dim/8].
+        query_norm: float32 [layers, kv_heads].
+        source: how costs were measured: "gradients", or "disturbance" where those had no memory.
     """
 
+    key_matrix: torch.Tensor
+    value_matrix: torch.Tensor
     key_mean: torch.Tensor
     value_mean: torch.Tensor
-    key_sensitivity: torch.Tensor
-    value_sensitivity: torch.Tensor
+    key_costs: torch.Tensor
+    value_costs: torch.Tensor
     query_norm: torch.Tensor
     source: str = GRADIENTS
 
@@ -157,46 +168,56 @@ def measure(
     generator = torch.Generator(device=device).manual_seed(seed)
     with _prepared(model):
         source = source or _affordable(model, tokens, device)
-        text = _sample(model, sequences, tokens, generator, report)
+        with _QueryNorms(model, shape) as queries:
+            text, cache = _sample(model, sequences, tokens, generator, report)
+        means, covariances = _moments(shape, cache)
+        del cache
+        fisher = None
         if source == GRADIENTS:
             try:
-                return _by_gradients(model, shape, text, generator, report)
+                fisher = _fisher_by_gradients(model, shape, text, generator, report)
             except (MemoryError, RuntimeError) as error:
                 if not sensitivity.is_out_of_memory(error):
                     raise
                 log.warning("no memory for gradients (%s): measuring sensitivities by disturbance", error)
-        return _by_disturbance(model, shape, text, generator, report)
+        if fisher is None:
+            source = DISTURBANCE
+            fisher = _fisher_by_disturbance(model, shape, text, generator, report)
+    matrices, costs = shaped(covariances, fisher)
+    return Calibration(
+        key_matrix=matrices[0],
+        value_matrix=matrices[1],
+        key_mean=means[0].float(),
+        value_mean=means[1].float(),
+        key_costs=costs[0],
+        value_costs=costs[1],
+        query_norm=queries.norm,
+        source=source,
+    )
 
 
-def _by_gradients(
+def _fisher_by_gradients(
     model: Any, shape: ModelShape, text: torch.Tensor, generator: torch.Generator, report: Progress
-) -> Calibration:
-    means = _Means(shape, text.device)
-    squares = torch.zeros(2, shape.layers, shape.kv_heads, dtype=torch.float64, device=text.device)
+) -> torch.Tensor:
+    """F of keys and of values, float64 [2, layers, kv_heads, head_dim, head_dim]."""
+    products = torch.zeros((), dtype=torch.float64, device=text.device)
     for i, row in enumerate(text):
-        with _QueryNorms(model, means.norms, shape):
-            found, seen = sensitivity.by_gradients(model, shape, row[None], generator)
-        squares += found
-        means.add(seen)
+        products = products + sensitivity.by_gradients(model, shape, row[None], generator)
         report("calibrating", (i + 1) / len(text))
-    return means.result(squares / text.numel(), GRADIENTS)
+    return products / text.numel()
 
 
-def _by_disturbance(
+def _fisher_by_disturbance(
     model: Any, shape: ModelShape, text: torch.Tensor, generator: torch.Generator, report: Progress
-) -> Calibration:
-    means = _Means(shape, text.device)
-    for row in text:
-        with torch.no_grad(), _QueryNorms(model, means.norms, shape):
-            seen = Seen()
-            model(input_ids=row[None], past_key_values=seen, use_cache=True, logits_to_keep=1)
-        means.add(seen)
+) -> torch.Tensor:
+    """As if all directions of a head cost the same."""
     text = text[:1, :DISTURBED_TOKENS]
     layers = []
     for found in sensitivity.by_disturbance(model, shape, text, generator):
         layers.append(found)
         report("calibrating without gradients", len(layers) / shape.layers)
-    return means.result(torch.stack(layers, 1) / text.numel(), DISTURBANCE)
+    means = torch.stack(layers, 1) / text.numel()
+    return means[..., None, None] * torch.eye(shape.head_dim, dtype=torch.float64, device=text.device)
 
 
 def _affordable(model: Any, tokens: int, device: torch.device) -> str:
@@ -228,62 +249,70 @@ def _prepared(model: Any) -> Iterator[None]:
         model.set_attn_implementation(was)
 
 
-class _Means:
-    """Running sums over calibration sequences."""
+def _moments(shape: ModelShape, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of keys before RoPE and of values, and covariances of what centering leaves of them.
 
-    def __init__(self, shape: ModelShape, device: torch.device) -> None:
-        self._shape = shape
-        self._sums = torch.zeros(
-            2, shape.layers, shape.kv_heads, shape.head_dim, dtype=torch.float64, device=device
-        )
-        self.norms: list[list[torch.Tensor]] = [[] for _ in range(shape.layers)]
-        self._tokens = 0
+    Args:
+        cache: keys after RoPE and values of the sampled text.
+    Returns:
+        [2, layers, kv_heads, head_dim]; [2, layers, kv_heads, head_dim, head_dim]; both float64.
+    """
+    means: list[torch.Tensor] = []
+    covariances: list[torch.Tensor] = []
+    for layer, held in enumerate(cache.layers):
+        keys, values = held.keys.transpose(0, 1).double(), held.values.transpose(0, 1).double()  # heads first
+        angles = torch.arange(keys.shape[2], device=keys.device, dtype=torch.float64)[:, None]
+        angles = angles * shape.frequencies[shape.kind[layer]].to(keys.device)
+        cos, sin = angles.cos(), angles.sin()
+        plain = rotate_pairs(keys, torch.cat([cos, -sin], -1))
+        mean = (plain.mean((1, 2)), values.mean((1, 2)))
+        centers = (rotate_pairs(mean[0][:, None, None], torch.cat([cos, sin], -1)), mean[1][:, None, None])
+        for side, center in zip((keys, values), centers, strict=True):
+            rows = (side - center)[:, :, SINKS:].flatten(1, 2)
+            covariances.append(rows.mT @ rows / rows.shape[1])
+        means.extend(mean)
+    return _by_side(means), _by_side(covariances)
 
-    def add(self, seen: Seen) -> None:
-        for layer, (keys, values) in seen.pairs.items():
-            plain = self._unrotated(layer, keys.detach()[0])
-            self._sums[0, layer] += plain.double().sum(1)
-            self._sums[1, layer] += values.detach()[0].double().sum(1)
-        self._tokens += plain.shape[1]
 
-    def _unrotated(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
-        frequencies = self._shape.frequencies[self._shape.kind[layer]].to(keys.device)
-        angle = torch.arange(keys.shape[1], device=keys.device, dtype=torch.float64)[:, None] * frequencies
-        cos, sin = angle.cos().float(), angle.sin().float()
-        first, second = keys.float().chunk(2, -1)
-        return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
-
-    def result(self, sensitivities: torch.Tensor, source: str) -> Calibration:
-        means, costs = (self._sums / self._tokens).float(), sensitivities.float()
-        norms = torch.stack([torch.cat(part, -1).quantile(0.9, dim=-1) for part in self.norms])
-        return Calibration(means[0], means[1], costs[0], costs[1], norms.float(), source)
+def _by_side(tables: list[torch.Tensor]) -> torch.Tensor:
+    """Keys' and values' tables of layer after layer as [2, layers, …]."""
+    return torch.stack([torch.stack(tables[0::2]), torch.stack(tables[1::2])])
 
 
 class _QueryNorms:
     """Collects ‖q‖² of every KV head's queries, as attention sees them."""
 
-    def __init__(self, model: Any, norms: list[list[torch.Tensor]], shape: ModelShape) -> None:
-        self._model, self._norms, self._shape = model, norms, shape
+    def __init__(self, model: Any, shape: ModelShape) -> None:
+        self._model, self._shape = model, shape
+        self._norms: list[list[torch.Tensor]] = [[] for _ in range(shape.layers)]
 
-    def __enter__(self) -> None:
+    @property
+    def norm(self) -> torch.Tensor:
+        """Upper 10% quantile, float32 [layers, kv_heads]."""
+        return torch.stack([torch.cat(part, -1).quantile(0.9, dim=-1) for part in self._norms]).float()
+
+    def __enter__(self) -> _QueryNorms:
         norms, heads = self._norms, self._shape.kv_heads
 
         def watching(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            squared = query.detach()[0].float().square().sum(-1).view(heads, -1)
-            norms[module.layer_idx].append(squared)
+            squared = query.detach().float().square().sum(-1)  # [sequences, query heads, tokens]
+            norms[module.layer_idx].append(squared.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1))
             return sdpa_attention_forward(module, query, *args, **kwargs)
 
         AttentionInterface.register("qaq-calibration", watching)
         AttentionMaskInterface.register("qaq-calibration", sdpa_mask)
         self._model.set_attn_implementation("qaq-calibration")
+        return self
 
     def __exit__(self, *exc: object) -> None:
         self._model.set_attn_implementation("sdpa")
 
 
 @torch.no_grad()
-def _sample(model: Any, sequences: int, tokens: int, generator: torch.Generator, report: Progress) -> torch.Tensor:
-    """[sequences, tokens] sampled at temperature 1 from the beginning-of-sequence token."""
+def _sample(
+    model: Any, sequences: int, tokens: int, generator: torch.Generator, report: Progress
+) -> tuple[torch.Tensor, DynamicCache]:
+    """[sequences, tokens] sampled at temperature 1 from the beginning-of-sequence token, and their cache."""
     config = model.config.get_text_config(decoder=True)
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     first = first[0] if isinstance(first, list) else first
@@ -296,4 +325,4 @@ def _sample(model: Any, sequences: int, tokens: int, generator: torch.Generator,
         ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
         if step % 32 == 0:
             report("sampling text to calibrate on", step / tokens)
-    return ids
+    return ids, cache

@@ -18,7 +18,7 @@ from qaq_core.quantizer import Quantizer
 from qaq_core.shape import ModelShape
 from qaq_core.window import Window
 
-GROUP = 16
+GROUP = 8
 """Tokens leave the recent window this many at a time, and this many always stay."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]

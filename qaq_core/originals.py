@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 import torch
 
+from qaq_core.packing import HALF
 from qaq_core.pages import Page, PageShape
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class RowRequest:
         page_ids: ids that `page` indexes.
         page: int32 [n]. layer, head, token: int16 [n]; `token` is the place inside the page.
         side: uint8 [n], 0 key, 1 value. position: int32 [n], absolute.
-        have, want: uint8 [n], planes held and planes wanted; a want of 16 asks for half precision.
+        have, want: uint8 [n], width held and width wanted, see `packing`; HALF asks for all of a row.
         meta: uint8 [n, meta_bytes], the scale bytes the row was quantized with.
     """
 
@@ -58,8 +59,8 @@ class RowRequest:
 
     def payload_bytes(self) -> np.ndarray:
         """int64 [n]: bytes of each row in the answer."""
-        planes = np.where(self.want == 16, 16, self.want.astype(np.int64) - self.have)
-        return planes * (self.shape.head_dim // 8)
+        widths = np.where(self.want == HALF, HALF, self.want.astype(np.int64) - self.have)
+        return widths * self.shape.head_dim // 16
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class RowReply:
 
     Attributes:
         found: bool [n].
-        planes: uint8 bytes of the found rows, one after another, each [planes][head_dim/8].
+        planes: uint8, the bytes that the found rows lacked, one row after another.
     """
 
     found: np.ndarray

@@ -43,28 +43,20 @@ class Outliers:
         """Tokens first..last-1."""
         return Outliers(self.index[:, :, first:last].clone(), self.value[:, :, first:last].clone(), self.group)
 
-    def apply(
-        self,
-        units: torch.Tensor,
-        layer: int,
-        first: int,
-        scale: torch.Tensor,
-        offset: torch.Tensor | None,
-    ) -> None:
+    def apply(self, rows: torch.Tensor, layer: int, first: int) -> None:
         """Writes the outliers into a layer's rows.
 
         Args:
-            units: float32 [kv_heads, tokens, head_dim], rows in units of their scale, changed in place.
-            first: the first token of `units`, counted as in `index`.
-            scale, offset: [kv_heads or 1, tokens].
+            rows: float32 [kv_heads, tokens, head_dim], changed in place.
+            first: the first token of `rows`, counted as in `index`.
         """
-        heads, tokens, dim = units.shape
+        heads, tokens, dim = rows.shape
         span = slice(first, first + tokens)
         index, value = self.index[:, :, span].long(), self.value[:, :, span].float()
         where = min(layer, index.shape[0] - 1)
         index, value = index[where], value[where]  # [heads', tokens, n]
         if self.group == "head":
-            head = torch.arange(heads, device=units.device)[:, None, None].expand_as(index)
+            head = torch.arange(heads, device=rows.device)[:, None, None].expand_as(index)
             mine = torch.ones_like(index, dtype=torch.bool)
         else:
             mine = (
@@ -73,11 +65,8 @@ class Outliers:
                 else torch.ones_like(index, dtype=torch.bool)
             )
             head = (index // dim) % heads
-        token = torch.arange(tokens, device=units.device)[None, :, None].expand_as(index)
-        head, token, dims, kept = head[mine], token[mine], (index % dim)[mine], value[mine]
-        scales = scale.expand(heads, tokens)[head, token]
-        offsets = 0.0 if offset is None else offset.expand(heads, tokens)[head, token]
-        units[head, token, dims] = (kept - offsets) / scales
+        token = torch.arange(tokens, device=rows.device)[None, :, None].expand_as(index)
+        rows[head[mine], token[mine], (index % dim)[mine]] = value[mine]
 
 
 def split_outliers(rows: torch.Tensor, ratio: float, group: str) -> tuple[Outliers, torch.Tensor]:

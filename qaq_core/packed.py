@@ -14,7 +14,7 @@ import torch
 
 from qaq_core import weaving
 from qaq_core.outliers import Outliers
-from qaq_core.packing import HALF, WIDTHS, pack, retagged, tags_of, unpack_half, width_index, widths_of
+from qaq_core.packing import HALF, WIDTHS, retagged, tags_of, unpack_half, width_index, widths_of
 from qaq_core.pages import KEY, VALUE
 from qaq_core.pool import Pool
 from qaq_core.quantizer import Quantizer
@@ -81,13 +81,13 @@ class PackedTokens:
         return total
 
     def widths(self, side: int) -> torch.Tensor:
-        """uint8 [layers, kv_heads, tokens]: bits each vector holds."""
+        """uint8 [layers, kv_heads, tokens]: the width of each vector."""
         return widths_of(self.tags, side)
 
-    def histogram(self, side: int) -> dict[int, int]:
-        """Vectors per width."""
+    def histogram(self, side: int) -> dict[float, int]:
+        """Vectors per bits an element."""
         counts = torch.bincount(width_index(self.tags, side).reshape(-1), minlength=len(WIDTHS)).tolist()
-        return {width: count for width, count in zip(WIDTHS, counts, strict=True) if count}
+        return {width / 2: count for width, count in zip(WIDTHS, counts, strict=False) if count}
 
     def append(
         self,
@@ -116,10 +116,10 @@ class PackedTokens:
                 begin = block * BLOCK_TOKENS
                 first, last = max(held, begin), min(held + added, begin + BLOCK_TOKENS)
                 if block == len(mine.pools):
-                    mine.pools.append(Pool(self._weaver, self.head_dim // 8))
+                    mine.pools.append(Pool(self._weaver, self.head_dim // 16))
                 part = slice(first - held, last - held)
                 coming = self._coming(
-                    rows[side][:, :, part], metas[side][:, :, part], widths[side][:, :, part], first - begin
+                    side, rows[side][:, :, part], metas[side][:, :, part], widths[side][:, :, part], first - begin
                 )
                 mine.pools[block].weave(self.tags[:, :, begin:first], tags[:, :, begin:last], side, coming)
             mine.meta = torch.cat([mine.meta, metas[side]], 2)
@@ -127,13 +127,15 @@ class PackedTokens:
                 mine.outliers = mine.outliers.cat(outliers[side])
         self.tags = tags
 
-    def _coming(self, rows: torch.Tensor, meta: torch.Tensor, widths: torch.Tensor, first: int) -> Moves:
+    def _coming(
+        self, side: int, rows: torch.Tensor, meta: torch.Tensor, widths: torch.Tensor, first: int
+    ) -> Moves:
         """Rows [layers, kv_heads, n, head_dim] quantized to their widths, after the `first` tokens of a block."""
         full_meta = meta.expand(*rows.shape[:3], meta.shape[-1])
         want = widths.reshape(-1)
         nothing = torch.zeros_like(want)
         planes, offsets = self.quantizer.encode_each(
-            rows.reshape(-1, self.head_dim), full_meta.reshape(len(want), -1), nothing, want
+            side, rows.reshape(-1, self.head_dim), full_meta.reshape(len(want), -1), nothing, want
         )
         runs, count = widths.shape[0] * widths.shape[1], widths.shape[2]
         place = torch.arange(first, first + count, device=self.device)
@@ -154,10 +156,10 @@ class PackedTokens:
         Args:
             index: int64 [n], ascending, flat in [layers, kv_heads, tokens].
             widths: uint8 [n].
-            planes: uint8 bytes of the planes that rows lack, as in `RowReply`.
+            planes: uint8, the bytes that rows lack, as in `RowReply`.
             offsets: int64 [n], where a row's bytes begin; not looked at where a row lacks none.
-            keep: uint8 [n], the planes that a row keeps of those it has; all it can if not given. A row that keeps
-                none is given anew.
+            keep: uint8 [n], the width up to which a row keeps what it has; all it can if not given. A row that
+                keeps none is given anew.
         """
         tokens = len(self)
         old = self.tags.view(-1)[index]
@@ -182,19 +184,19 @@ class PackedTokens:
         if not len(halves):
             return moves
         units = unpack_half(pool.take(tags, side, moves.index[halves], HALF))
-        codes = self.quantizer.codec.codes(units)
+        codes, layout = self.quantizer.codec.codes(units), self.quantizer.layout(side, self.head_dim)
         keep, offsets, parts = moves.keep.clone(), moves.offsets.clone(), [moves.planes]
         keep[halves] = 0
         size = len(moves.planes)
         for width in moves.want[halves].unique().tolist():
             mine = moves.want[halves] == width
-            made = pack(codes[mine], 0, width).view(-1)
-            offsets[halves[mine]] = torch.arange(size, size + len(made), self.head_dim // 8 * width)
+            made = layout.pack(codes[mine], 0, layout.row_bytes(width)).view(-1)
+            offsets[halves[mine]] = torch.arange(size, size + len(made), layout.row_bytes(width))
             parts.append(made)
             size += len(made)
         return replace(moves, keep=keep, planes=torch.cat(parts), offsets=offsets)
 
     def affine(self, side: int, layer: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and offset [kv_heads or 1, last-first] of a layer's rows."""
+        """Scales [kv_heads or 1, last-first, 1 or 2] and offset [kv_heads or 1, last-first] of a layer's rows."""
         meta = self.sides[side].meta
         return self.quantizer.codec.affine(meta[min(layer, meta.shape[0] - 1), :, first:last])

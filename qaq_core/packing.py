@@ -1,18 +1,19 @@
-"""Bit planes: how codes become bytes, and bytes become levels.
+"""Rows: how codes become bytes, and bytes become levels.
 
-A row of head_dim codes at b bits is stored as uint8 [b, head_dim/8]: byte [p, i] holds bit plane p
-(0 the most significant) of dims 8i..8i+7, dim 8i+j in bit j. Codes are nested (the b-bit code is the
-first b bits of the 8-bit code), so narrowing a row is leaving out its last planes and widening it is
-appending the missing ones. Width 16 is not a code but the row's own half-precision values, in the same
-[16, head_dim/8] bytes.
+The head_dim codes of a row are cut into octets of 8 dims. A unit is one bit plane of one octet, one byte: dim j
+of the octet is bit j of it. Octets differ in how much they matter, so a row is a sequence of units in an order
+that is the same for all rows of a side, and a width is how much of the sequence is held: a narrower row is a
+prefix of a wider one. Widths are counted in half bits an element; a row of width w takes w · head_dim/16 bytes.
+Width HALF is not a code but the row's own half-precision numbers.
 """
 
 from __future__ import annotations
 
 import torch
 
-HALF = 16
-WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, HALF)
+HALF = 32
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, HALF)
+"""Half bits an element."""
 
 _WIDTH = torch.tensor(WIDTHS, dtype=torch.uint8)
 _INDEX = torch.zeros(HALF + 1, dtype=torch.uint8)
@@ -43,75 +44,87 @@ def _lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return table.to(index.device).index_select(0, index.reshape(-1).int()).view(index.shape)
 
 
-def pack(codes: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """Planes first..last-1 of 8-bit codes.
+def round_robin(head_dim: int) -> torch.Tensor:
+    """The order of units that treats all octets alike: uint8 [head_dim]."""
+    return torch.arange(head_dim // 8, dtype=torch.uint8).repeat(8)
+
+
+class RowLayout:
+    """Which plane of which octet each byte of a row holds.
 
     Args:
-        codes: uint8 [n, head_dim].
-    Returns:
-        uint8 [n, last-first, head_dim/8].
+        order: uint8 [head_dim], the octet of each unit; the k-th unit of an octet is its plane k, 0 the most
+            significant.
     """
-    octets = codes.view(codes.shape[0], codes.shape[1] // 8, 8)
-    place = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    planes = [(((octets >> (7 - p)) & 1) << place).sum(-1, dtype=torch.uint8) for p in range(first, last)]
-    if not planes:
-        return octets.new_empty(octets.shape[0], 0, octets.shape[1])
-    return torch.stack(planes, 1)
 
+    def __init__(self, order: torch.Tensor) -> None:
+        self.order = order.cpu()
+        self.octets = len(order) // 8
+        seen = torch.nn.functional.one_hot(self.order.long(), self.octets).cumsum(0)
+        plane = seen.gather(1, self.order.long()[:, None]).squeeze(1) - 1
+        self._place = self.order.long() * 8 + plane
+        self.planes = torch.stack([self._held(width) for width in range(HALF // 2 + 1)])
+        """uint8 [17, octets]: planes of each octet at each width up to 8 bits."""
 
-def pack_half(rows: torch.Tensor) -> torch.Tensor:
-    """Half-precision rows [n, head_dim] as uint8 [n, 16, head_dim/8]."""
-    return rows.to(torch.float16).contiguous().view(torch.uint8).view(rows.shape[0], HALF, rows.shape[1] // 8)
+    def _held(self, width: int) -> torch.Tensor:
+        return torch.bincount(self.order[: self.row_bytes(width)].int(), minlength=self.octets).to(torch.uint8)
+
+    def row_bytes(self, width: int) -> int:
+        return width * self.octets // 2
+
+    def pack(self, codes: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Bytes first..last-1 of rows.
+
+        Args:
+            codes: uint8 [n, head_dim].
+        Returns:
+            uint8 [n, last-first].
+        """
+        planes = _transpose(codes.contiguous().view(torch.int64)).view(torch.uint8)  # byte i: bit i of 8 codes
+        place = self._place[first:last].to(codes.device)
+        return planes.index_select(1, place ^ 7)
+
+    def unpack(self, rows: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [n, head_dim] of rows uint8 [n, bytes]; bits that are not held are 0."""
+        planes = torch.zeros(len(rows), 8 * self.octets, dtype=torch.uint8, device=rows.device)
+        planes[:, self._place[: rows.shape[1]].to(rows.device) ^ 7] = rows
+        return _transpose(planes.view(torch.int64)).view(torch.uint8)
 
 
 class LevelTable:
-    """Turns packed rows of one width into levels, a few dims a lookup.
+    """Turns packed rows into levels.
 
     Args:
-        levels: float [2^b], the level of each b-bit code, 1 <= b <= 8.
+        levels: of 1 to 8 bits, float [2^b] each.
     """
 
-    def __init__(self, levels: torch.Tensor) -> None:
-        self.bits = levels.numel().bit_length() - 1
-        # Index bit p·k + j is plane p of dim j of the k dims. Tables stay small: a model's weights
-        # flush the caches between one layer's rows and the next's.
-        self.dims = {1: 8, 2: 4, 3: 4}.get(self.bits, 2)
-        self._levels = levels[self._codes(levels.device)]
-        self._spread = self._spread_planes(levels.device)
-        self._plane = (torch.arange(self.bits, device=levels.device) << 8).unsqueeze(-1)
+    def __init__(self, levels: list[torch.Tensor], layout: RowLayout, device: torch.device) -> None:
+        self._layout = layout
+        table = torch.zeros(9, 256)
+        for bits, some in enumerate(levels, 1):
+            table[bits] = some.repeat_interleave(256 >> bits)
+        self._table = table.view(-1).to(device)
+        self._part = (layout.planes.int() * 256).repeat_interleave(8, 1).to(device)
 
-    def _codes(self, device: torch.device) -> torch.Tensor:
-        """int64 [2^(k·b), k]: the codes of the dims of every index."""
-        index = torch.arange(1 << (self.dims * self.bits), device=device)
-        codes = torch.zeros(len(index), self.dims, dtype=torch.long, device=device)
-        for j in range(self.dims):
-            for p in range(self.bits):
-                codes[:, j] |= ((index >> (p * self.dims + j)) & 1) << (self.bits - 1 - p)
-        return codes
+    def unpack(self, rows: torch.Tensor, width: int, out: torch.Tensor) -> None:
+        """Writes levels float [n, head_dim] of rows uint8 [n, bytes] of one width."""
+        index = self._layout.unpack(rows).int() + self._part[width]
+        torch.index_select(self._table, 0, index.view(-1), out=out.view(-1))
 
-    def _spread_planes(self, device: torch.device) -> torch.Tensor:
-        """int64 [b·256]: what byte v of plane p adds to the 16-bit indices of its 8 dims, side by side."""
-        byte = torch.arange(256, device=device)
-        planes = []
-        for p in range(self.bits):
-            spread = torch.zeros_like(byte)
-            for part in range(8 // self.dims):
-                field = (byte >> (part * self.dims)) & ((1 << self.dims) - 1)
-                spread |= field << (16 * part + p * self.dims)
-            planes.append(spread)
-        return torch.cat(planes)
 
-    def unpack(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes levels float [n, head_dim] of rows uint8 [n, b, head_dim/8]."""
-        if self.bits == 1:
-            index = rows.to(torch.int32)
-        else:
-            spread = self._spread.take(rows + self._plane)
-            fields = spread.sum(1).view(torch.uint16).view(-1, 4)
-            index = fields[:, : 8 // self.dims].to(torch.int32)
-        torch.index_select(self._levels, 0, index.reshape(-1), out=out.view(-1, self.dims))
+def _transpose(bits: torch.Tensor) -> torch.Tensor:
+    """Each int64 as a matrix of 8 bytes of 8 bits, transposed (Warren, Hacker's Delight, 7-3)."""
+    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+        swap = (bits ^ (bits >> shift)) & mask
+        bits = bits ^ swap ^ (swap << shift)
+    return bits
+
+
+def pack_half(rows: torch.Tensor) -> torch.Tensor:
+    """Half-precision rows [n, head_dim] as uint8 [n, 2·head_dim]."""
+    return rows.to(torch.float16).contiguous().view(torch.uint8)
 
 
 def unpack_half(rows: torch.Tensor) -> torch.Tensor:
-    """float32 [n, head_dim] of half-precision rows uint8 [n, 16, head_dim/8]."""
-    return rows.flatten(1).view(torch.float16).float()
+    """float32 [n, head_dim] of half-precision rows uint8 [n, 2·head_dim]."""
+    return rows.contiguous().view(torch.float16).float()

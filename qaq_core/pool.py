@@ -17,12 +17,12 @@ class Pool:
     """Packed rows of a block.
 
     Attributes:
-        rows: width -> uint8 [n, width, head_dim/8]; width 0 has none.
+        rows: width -> uint8 [n, width · head_dim/16]; width 0 has none.
     """
 
-    def __init__(self, weaver: Weaver, octets: int) -> None:
+    def __init__(self, weaver: Weaver, half_bit: int) -> None:
         self.rows: Rows = {}
-        self._weaver, self._octets = weaver, octets
+        self._weaver, self._half_bit = weaver, half_bit
         self._starts: list[list[int]] = []
         self._addresses: torch.Tensor | None = None
 
@@ -55,12 +55,12 @@ class Pool:
         Args:
             before, after: the block's tags [layers, kv_heads, tokens]; `after` may have more tokens.
         """
-        self.rows = self._weaver.weave(self.rows, self._octets, before, after, side, moves)
+        self.rows = self._weaver.weave(self.rows, self._half_bit, before, after, side, moves)
         counts = self._weaver.count(after, side)
         self._starts = torch.nn.functional.pad(counts.cumsum(0), (0, 0, 1, 0)).T.tolist()
         self._addresses = None
 
     def take(self, tags: torch.Tensor, side: int, index: torch.Tensor, width: int) -> torch.Tensor:
-        """Rows at flat indices [n] that all have that width: uint8 [n, width, head_dim/8]."""
+        """Rows at flat indices [n] that all have that width: uint8 [n, bytes]."""
         rank = (width_index(tags, side).reshape(-1) == WIDTHS.index(width)).cumsum(0) - 1
         return self.rows[width][rank[index]]

@@ -1,6 +1,6 @@
 """Presets: which frame, codec, policy and window make up a method.
 
-balanced  centered and rotated rows, embedded Gaussian codes, sensitivity-weighted bits (the default)
+balanced  centered and shaped rows, progressive Gaussian codes, cost-weighted bits (the default)
 paper     QAQ as published: groups, outliers, both bit formulas, attention window
 exact     half precision for everything: the reference that quantization is measured against
 
@@ -17,8 +17,9 @@ import torch
 from qaq_core import codecs, rivals
 from qaq_core.calibration import Calibration, calibrate
 from qaq_core.codecs import GaussianCodec, GroupedCodec
+from qaq_core.codecs.progressive import ProgressiveCodec, greedy_order
 from qaq_core.errors import ConfigError
-from qaq_core.frames import PlainFrame, RotatedFrame, random_signs
+from qaq_core.frames import LinearFrame, PlainFrame
 from qaq_core.method import Method, Target
 from qaq_core.pages import PAGE_TOKENS
 from qaq_core.policies import BalancedPolicy, ErrorPolicy, FixedPolicy, PaperPolicy
@@ -60,18 +61,20 @@ def balanced(
     """The default. Without a target it holds 2.2 code bits an element after the prompt."""
     known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
     device = known.key_mean.device
-    frame = RotatedFrame(
+    costs = (known.key_costs, known.value_costs)
+    frame = LinearFrame(
+        known.key_matrix,
+        known.value_matrix,
         known.key_mean,
         known.value_mean,
         shape.frequencies.to(device),
         torch.tensor(shape.kind, device=device),
-        random_signs(shape.head_dim).to(device),
     )
-    codec = GaussianCodec()
+    quantizer = Quantizer(frame, ProgressiveCodec([greedy_order(side) for side in costs]))
     wanted = target if target.given else Target(bits=BALANCED_BITS)
     return {
-        "quantizer": Quantizer(frame, codec),
-        "policy": BalancedPolicy(codec, (known.key_sensitivity, known.value_sensitivity), exceptions),
+        "quantizer": quantizer,
+        "policy": BalancedPolicy(quantizer, costs, exceptions),
         "window": DecayWindow(),
         "target": wanted,
     }

@@ -1,10 +1,10 @@
-"""How much an error in a head's keys or values costs: trace(F)/head_dim, F the Fisher information of a vector.
+"""How much an error in a head's keys or values costs: F, the Fisher information of a vector.
 
 F = E[g gᵀ], g the gradient of the loss on labels the model samples itself, summed over all later positions. For a
 small error δ the model's predictions move by a KL of ½ δᵀ F δ. Two ways to measure it:
 
 by gradients      exact up to sampling; needs the activations of a text in memory
-by disturbance    adds a little noise to one head's vectors and measures that KL; forward passes only
+by disturbance    adds a little noise to one head's vectors and measures that KL: F's trace, by forward passes only
 """
 
 from __future__ import annotations
@@ -66,10 +66,8 @@ class Seen(DynamicCache):
         return tensor
 
 
-def by_gradients(
-    model: Any, shape: ModelShape, ids: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, Seen]:
-    """Σ over positions of mean g² [2, layers, kv_heads] for ids [1, n], and what was seen."""
+def by_gradients(model: Any, shape: ModelShape, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Σ over positions of g gᵀ [2, layers, kv_heads, head_dim, head_dim] for ids [1, n]."""
     seen = Seen(differentiate=True)
     with torch.enable_grad():
         embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -80,19 +78,21 @@ def by_gradients(
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         hidden.backward(leaf.grad)
-    squares = torch.zeros(2, shape.layers, shape.kv_heads, dtype=torch.float64, device=ids.device)
+    dims = (2, shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
+    products = torch.zeros(dims, dtype=torch.float64, device=ids.device)
     for layer, pair in seen.pairs.items():
         for side, tensor in enumerate(pair):
             assert tensor.grad is not None
-            squares[side, layer] = tensor.grad[0].double().square().mean(-1).sum(-1)
-    return squares, seen
+            gradient = tensor.grad[0].double()
+            products[side, layer] = gradient.mT @ gradient
+    return products
 
 
 @torch.no_grad()
 def by_disturbance(
     model: Any, shape: ModelShape, ids: torch.Tensor, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """The same sums, a layer's [2, kv_heads] after the other, without a gradient."""
+    """Σ over positions of trace(F)/head_dim, a layer's [2, kv_heads] after the other, without a gradient."""
     embeddings = model.get_input_embeddings()(ids)
     seen = Seen()
     clean = _body(model, embeddings, seen)

@@ -38,8 +38,8 @@ class CacheStatistics:
     kv_bytes: int
     kv_bytes_fp16: int
     staging_bytes: int
-    key_bits: dict[int, int]
-    value_bits: dict[int, int]
+    key_bits: dict[float, int]
+    value_bits: dict[float, int]
     exceptions: int
     rows_requantized: int
     requantize_bytes: int

@@ -48,8 +48,8 @@ class ModelShape:
             raise UnsupportedModelError(f"{name} has layers that are not softmax attention: {sorted(kinds)}")
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if head_dim % 8:
-            raise UnsupportedModelError(f"{name} has head_dim {head_dim}, which is not a multiple of 8")
+        if head_dim % 16:
+            raise UnsupportedModelError(f"{name} has head_dim {head_dim}, which is not a multiple of 16")
         frequencies, kind = _frequencies(model, config, head_dim)
         return cls(
             layers=config.num_hidden_layers,

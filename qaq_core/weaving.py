@@ -16,7 +16,7 @@ from qaq_core.native.weave import NativeWeaver
 from qaq_core.packing import WIDTHS, width_index, widths_of
 
 Rows = dict[int, torch.Tensor]
-"""width -> uint8 [n, width, head_dim/8], ordered by (layer, head, token); width 0 has none."""
+"""width -> uint8 [n, width · head_dim/16], ordered by (layer, head, token); width 0 has none."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Moves:
     Attributes:
         index: int64 [n], ascending, flat in the tags [layers, kv_heads, tokens] as they are afterwards.
         have, want: uint8 [n], widths before (0 for rows that come) and afterwards.
-        keep: uint8 [n], planes that stay of the row held before, the first of it.
-        planes: uint8, the other planes of each row that has some, [want - keep, head_dim/8].
+        keep: uint8 [n], the width up to which the row held before stays.
+        planes: uint8, the other bytes of each row that has some.
         offsets: int64 [n], where a row's begin.
     """
 
@@ -45,11 +45,12 @@ class Weaver(Protocol):
         ...
 
     def weave(
-        self, held: Rows, octets: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
+        self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
     ) -> Rows:
         """Rows after the moves; widths that no move comes to or leaves are the very same tensors.
 
         Args:
+            half_bit: bytes that half a bit an element takes, head_dim/16.
             before, after: tags [layers, kv_heads, tokens]; `after` may have more tokens, and those come.
         """
         ...
@@ -69,7 +70,7 @@ class TorchWeaver:
         return torch.bincount(place.reshape(-1), minlength=layers * len(WIDTHS)).view(layers, -1)
 
     def weave(
-        self, held: Rows, octets: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
+        self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
     ) -> Rows:
         old, new = widths_of(before, side), widths_of(after, side)
         moved = torch.zeros(new.shape, dtype=torch.bool, device=new.device)
@@ -85,21 +86,21 @@ class TorchWeaver:
                     rows[width] = held[width]
                 continue
             here = new == width
-            woven = torch.empty(int(here.sum()), width, octets, dtype=torch.uint8, device=new.device)
+            woven = torch.empty(int(here.sum()), width * half_bit, dtype=torch.uint8, device=new.device)
             if not len(woven):
                 continue
             coming = moved[here]
             if width in held:
                 woven[~coming] = held[width][stays[old == width]]
             mine = torch.nonzero(moves.want == width).squeeze(1)
-            woven[coming] = _moved(held, octets, old, source, moves, mine, width)
+            woven[coming] = _moved(held, half_bit, old, source, moves, mine, width)
             rows[width] = woven
         return rows
 
 
 def _moved(
     held: Rows,
-    octets: int,
+    half_bit: int,
     old: torch.Tensor,
     source: torch.Tensor,
     moves: Moves,
@@ -107,15 +108,15 @@ def _moved(
     width: int,
 ) -> torch.Tensor:
     """The moves `mine`, which all want that width, as rows in their order."""
-    rows = torch.empty(len(mine), width, octets, dtype=torch.uint8, device=old.device)
+    rows = torch.empty(len(mine), width * half_bit, dtype=torch.uint8, device=old.device)
     kinds = torch.stack([moves.have[mine], moves.keep[mine]], 1)
     for have, keep in kinds.unique(dim=0).tolist():
         where = torch.nonzero((kinds[:, 0] == have) & (kinds[:, 1] == keep)).squeeze(1)
         pick = mine[where]
         if keep:
             rank = (old.reshape(-1) == have).cumsum(0) - 1
-            rows[where, :keep] = held[have][rank[source[pick]], :keep]
+            rows[where, : keep * half_bit] = held[have][rank[source[pick]], : keep * half_bit]
         if width > keep:
-            reach = moves.offsets[pick][:, None] + torch.arange(octets * (width - keep), device=old.device)
-            rows[where, keep:] = moves.planes[reach].view(len(where), -1, octets)
+            reach = moves.offsets[pick][:, None] + torch.arange(half_bit * (width - keep), device=old.device)
+            rows[where, keep * half_bit :] = moves.planes[reach]
     return rows

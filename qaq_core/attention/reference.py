@@ -14,7 +14,7 @@ import torch
 
 from qaq_core.codecs import Codec
 from qaq_core.packed import PackedTokens
-from qaq_core.packing import HALF, WIDTHS, LevelTable, unpack_half
+from qaq_core.packing import HALF, LevelTable, RowLayout, unpack_half, width_index
 from qaq_core.pages import KEY, VALUE
 
 QUERY_CHUNK = 256
@@ -54,7 +54,8 @@ class ReferenceAttention:
     name = "reference"
 
     def __init__(self, codec: Codec, device: torch.device) -> None:
-        self._tables = {w: LevelTable(codec.levels(w).to(device)) for w in WIDTHS if 0 < w < HALF}
+        self._levels = [codec.levels(bits) for bits in range(1, 9)]
+        self._tables: dict[RowLayout, LevelTable] = {}
         self._scratch = torch.empty(2, 0, device=device)
 
     def __call__(
@@ -108,15 +109,7 @@ class ReferenceAttention:
     def _packed_scores(self, query: torch.Tensor, packed: PackedTokens, layer: int) -> torch.Tensor:
         frame = packed.quantizer.frame
         framed = frame.query(layer, query)
-        parts = []
-        for block in range(packed.blocks):
-            first, last = packed.block_range(block)
-            scale, offset = packed.affine(KEY, layer, first, last)
-            units = self._units(packed, KEY, block, layer, scale, offset)
-            scores = _scores(framed, units) * _per_query_head(scale, query.shape[0])
-            if offset is not None:
-                scores += framed.sum(-1, keepdim=True) * _per_query_head(offset, query.shape[0])
-            parts.append(scores)
+        parts = [_scores(framed, self._rows(packed, KEY, block, layer)) for block in range(packed.blocks)]
         scores = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         center = frame.center_scores(layer, query, packed.start, packed.stop)
         return scores if center is None else scores.add_(center)
@@ -131,53 +124,51 @@ class ReferenceAttention:
         total: torch.Tensor | None = None
         for block in range(packed.blocks):
             first, last = packed.block_range(block)
-            scale, offset = packed.affine(VALUE, tokens.layer, first, last)
-            units = self._units(packed, VALUE, block, tokens.layer, scale, offset)
-            part = middle[..., first:last]
-            summed = _weighted(part * _per_query_head(scale, part.shape[0]), units)
-            if offset is not None:
-                summed += (part * _per_query_head(offset, part.shape[0])).sum(-1, keepdim=True)
+            summed = _weighted(middle[..., first:last], self._rows(packed, VALUE, block, tokens.layer))
             total = summed if total is None else total.add_(summed)
         assert total is not None
         restored = packed.quantizer.frame.restore(tokens.layer, total, middle.sum(-1))
         return restored + _weighted(exact, tokens.values.float())
 
-    def _units(
-        self,
-        packed: PackedTokens,
-        side: int,
-        block: int,
-        layer: int,
-        scale: torch.Tensor,
-        offset: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Levels [kv_heads, tokens, head_dim] of one block of one layer, in units of each row's scale."""
+    def _rows(self, packed: PackedTokens, side: int, block: int, layer: int) -> torch.Tensor:
+        """Rows [kv_heads, tokens, head_dim] of one block of one layer; good until the next call."""
         first, last = packed.block_range(block)
         shape = (packed.heads, last - first, packed.head_dim)
         size = shape[0] * shape[1] * shape[2]
         if self._scratch.shape[1] < size:
             self._scratch = torch.empty(2, size, device=packed.device)
-        units, levels = self._scratch[:, :size].view(2, -1, packed.head_dim)
-        which = ((packed.tags[layer, :, first:last] >> (4 * side)) & 15).reshape(-1)
-        pool = packed.sides[side].pools[block]
+        rows, levels = self._scratch[:, :size].view(2, -1, packed.head_dim)
+        which = width_index(packed.tags[layer, :, first:last], side).reshape(-1)
+        pool, table = packed.sides[side].pools[block], self._table(packed, side)
         done = len(which) - sum(len(pool.layer(width, layer)) for width in pool.rows)
         levels[:done] = 0.0  # width 0
         for width in pool.rows:
-            rows = pool.layer(width, layer)
-            span = levels[done : done + len(rows)]
+            held = pool.layer(width, layer)
+            span = levels[done : done + len(held)]
             if width == HALF:
-                span.copy_(unpack_half(rows))
-            elif len(rows):
-                self._tables[width].unpack(rows, span)
-            done += len(rows)
+                span.copy_(unpack_half(held))
+            elif len(held):
+                table.unpack(held, width, span)
+            done += len(held)
         # Rows stand by width, then position: the place of a token's row is its rank by (tag, position).
         rank = torch.empty_like(which, dtype=torch.int32)
         rank[which.argsort(stable=True)] = torch.arange(len(which), dtype=torch.int32, device=which.device)
-        torch.index_select(levels, 0, rank, out=units)
+        torch.index_select(levels, 0, rank, out=rows)
+        rows = rows.view(shape)
+        scale, offset = packed.affine(side, layer, first, last)
+        rows.mul_(packed.quantizer.spread(scale, packed.head_dim))
+        if offset is not None:
+            rows.add_(offset.unsqueeze(-1))
         outliers = packed.sides[side].outliers
         if outliers is not None:
-            outliers.apply(units.view(shape), layer, first, scale, offset)
-        return units.view(shape)
+            outliers.apply(rows, layer, first)
+        return rows
+
+    def _table(self, packed: PackedTokens, side: int) -> LevelTable:
+        layout = packed.quantizer.layout(side, packed.head_dim)
+        if layout not in self._tables:
+            self._tables[layout] = LevelTable(self._levels, layout, packed.device)
+        return self._tables[layout]
 
 
 def _scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -191,10 +182,3 @@ def _weighted(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Σ w·v of weights [query_heads, n, m] with their group's values [kv_heads, m, d]: [query_heads, n, d]."""
     heads, n = values.shape[0], weights.shape[1]
     return (weights.reshape(heads, -1, weights.shape[-1]) @ values).view(-1, n, values.shape[-1])
-
-
-def _per_query_head(row: torch.Tensor, query_heads: int) -> torch.Tensor:
-    """[kv_heads or 1, m] as [query_heads or 1, 1, m]."""
-    if row.shape[0] > 1:
-        row = row.repeat_interleave(query_heads // row.shape[0], 0)
-    return row.unsqueeze(1)

@@ -7,11 +7,12 @@ from typing import Any
 from qaq_core.codecs.base import Codec
 from qaq_core.codecs.gaussian import GaussianCodec
 from qaq_core.codecs.grouped import GroupedCodec, NormalCodec, UniformCodec
+from qaq_core.codecs.progressive import ProgressiveCodec
 from qaq_core.errors import ConfigError
 
-_CODECS: dict[str, Any] = {cls.name: cls for cls in (GaussianCodec, UniformCodec, NormalCodec)}
+_CODECS: dict[str, Any] = {cls.name: cls for cls in (GaussianCodec, ProgressiveCodec, UniformCodec, NormalCodec)}
 
-__all__ = ["Codec", "GaussianCodec", "GroupedCodec", "NormalCodec", "UniformCodec", "make"]
+__all__ = ["Codec", "GaussianCodec", "GroupedCodec", "NormalCodec", "ProgressiveCodec", "UniformCodec", "make"]
 
 
 def make(name: str, **settings: Any) -> Codec:

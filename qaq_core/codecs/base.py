@@ -11,12 +11,18 @@ class Codec(Protocol):
     """Turns rows into 8-bit codes whose first b bits are the b-bit code.
 
     A row is reconstructed as `offset + scale · level`: scale and offset come from the row's (or its
-    group's) meta bytes, which never change once measured; the level from a table per width. So one
+    group's) meta bytes, which never change once measured; the level from a table per number of bits. So one
     attention kernel serves every codec.
     """
 
     name: str
     meta_bytes: int
+    split: int
+    """Octets that a row's first scale is for, the second is for the others; 0 where a row has one scale."""
+
+    def order(self, side: int, head_dim: int) -> torch.Tensor:
+        """uint8 [head_dim]: the octet of each unit of a row, see `packing.RowLayout`."""
+        ...
 
     def measure(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
         """Meta bytes of rows.
@@ -32,7 +38,11 @@ class Codec(Protocol):
         ...
 
     def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and offset (None where it is always 0), float32 [...], of meta uint8 [..., meta_bytes]."""
+        """Scales and offset of meta uint8 [..., meta_bytes].
+
+        Returns:
+            float32 [..., 1 or 2], see `split`; float32 [...], or None where it is always 0.
+        """
         ...
 
     def codes(self, units: torch.Tensor) -> torch.Tensor:

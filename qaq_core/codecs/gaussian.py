@@ -13,6 +13,7 @@ import torch
 
 from qaq_core.codecs.base import normal_cells
 from qaq_core.errors import QuantizationError
+from qaq_core.packing import round_robin
 
 COMPANDER = 1.57
 LOG2_MIN, LOG2_MAX = -16.0, 12.0
@@ -24,11 +25,15 @@ class GaussianCodec:
 
     name = "gaussian"
     meta_bytes = 1
+    split = 0
 
     def __init__(self) -> None:
         steps = torch.arange(256, dtype=torch.float64)
         self._scales = torch.exp2(LOG2_MIN + _STEP * steps).float()
         self._edges = _edges(8).float()
+
+    def order(self, side: int, head_dim: int) -> torch.Tensor:
+        return round_robin(head_dim)
 
     def measure(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
         rms = rows.square().mean(-1).sqrt()
@@ -39,16 +44,16 @@ class GaussianCodec:
         return code.to(torch.uint8).unsqueeze(-1)
 
     def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._scales.to(meta.device)[meta[..., 0].long()], None
+        return self._scales.to(meta.device)[meta.long()], None
 
     def codes(self, units: torch.Tensor) -> torch.Tensor:
         return torch.bucketize(units, self._edges.to(units.device), out_int32=True).to(torch.uint8)
 
     def levels(self, bits: int) -> torch.Tensor:
-        return _cells(bits)[0].float()
+        return cells(bits)[0].float()
 
     def distortion(self, bits: int) -> float:
-        return _cells(bits)[1]
+        return cells(bits)[1]
 
     def settings(self) -> dict[str, object]:
         return {"name": self.name}
@@ -59,7 +64,7 @@ def _edges(bits: int) -> torch.Tensor:
 
 
 @cache
-def _cells(bits: int) -> tuple[torch.Tensor, float]:
+def cells(bits: int) -> tuple[torch.Tensor, float]:
     """Levels and distortion at b bits; half precision counts as exact."""
     if bits >= 16:
         return torch.empty(0, dtype=torch.float64), 0.0

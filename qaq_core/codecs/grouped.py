@@ -12,6 +12,7 @@ import torch
 
 from qaq_core.codecs.base import normal_cells
 from qaq_core.errors import ConfigError, QuantizationError
+from qaq_core.packing import round_robin
 
 GROUPS = {"head": (-1,), "layer": (-3, -1), "token": (-4, -3, -1)}
 
@@ -21,6 +22,7 @@ class GroupedCodec:
 
     name = ""
     meta_bytes = 4
+    split = 0
 
     def __init__(self, group: str = "layer") -> None:
         if group not in GROUPS:
@@ -32,12 +34,15 @@ class GroupedCodec:
         """Dims of [layers, kv_heads, tokens, head_dim] that one group spans."""
         return GROUPS[self.group]
 
+    def order(self, side: int, head_dim: int) -> torch.Tensor:
+        return round_robin(head_dim)
+
     def settings(self) -> dict[str, object]:
         return {"name": self.name, "group": self.group}
 
     def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         pair = meta.contiguous().view(torch.float16).float()
-        return pair[..., 1], pair[..., 0]
+        return pair[..., 1:], pair[..., 0]
 
     def _store(self, offset: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         pair = torch.stack([offset, scale], -1).squeeze(-2)

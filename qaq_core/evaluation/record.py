@@ -13,7 +13,6 @@ from blake3 import blake3
 
 from qaq_core.errors import ConfigError
 from qaq_core.evaluation.documents import Document
-from qaq_core.packing import HALF
 from qaq_core.sequence import SequenceCache
 
 
@@ -120,10 +119,10 @@ class Measure:
         )
 
 
-def mean_bits(histogram: dict[int, int]) -> float:
+def mean_bits(histogram: dict[float, int]) -> float:
     """Code bits an element; what is not packed is in half precision."""
     total = sum(histogram.values())
-    return sum(width * count for width, count in histogram.items()) / total if total else float(HALF)
+    return sum(width * count for width, count in histogram.items()) / total if total else 16.0
 
 
 def summarize(parts: Sequence[Part], config: str, context: int) -> Row:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qaq_core.packing import WIDTHS
+from qaq_core.packing import HALF, WIDTHS
 
 if TYPE_CHECKING:
     from qaq_core.weaving import Moves, Rows
@@ -50,15 +50,15 @@ class NativeWeaver:
         return counts
 
     def weave(
-        self, held: Rows, octets: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
+        self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
     ) -> Rows:
         """See `Weaver`."""
         counts = self.count(after, side).sum(0).tolist()
-        touched = (torch.bincount(moves.have, minlength=17) + torch.bincount(moves.want, minlength=17)).tolist()
+        touched = torch.bincount(torch.cat([moves.have, moves.want]), minlength=HALF + 1).tolist()
         rows, fresh = {}, {}
         for width, count in zip(WIDTHS[1:], counts[1:], strict=True):
             if count and touched[width]:
-                rows[width] = fresh[width] = torch.empty(count, width, octets, dtype=torch.uint8)
+                rows[width] = fresh[width] = torch.empty(count, width * half_bit, dtype=torch.uint8)
             elif count:
                 rows[width] = held[width]
         index, keep, planes, offsets = (
@@ -72,7 +72,7 @@ class NativeWeaver:
             runs=before.shape[0] * before.shape[1],
             before=before.shape[2],
             after=after.shape[2],
-            octets=octets,
+            octets=half_bit,
             shift=4 * side,
             tags_before=before.data_ptr(),
             before_stride=_run_stride(before),

@@ -1,35 +1,51 @@
-"""The balanced policy: every vector gets the bits at which the next bit is worth its price.
+"""The balanced policy: every vector gets the bits at which the next step up is worth its price.
 
-    b* = argmin_b  κ · m · w_t · D(b) · scale² + λ · b
+    b* = argmin_b  w_t · mean_o c_o · D(b_o) · scale² + λ · b
 
-m is the model's sensitivity to errors in that layer and head (calibrated once per model), w_t the token's
-predicted attention relative to its head's mean, D(b) the codec's distortion at b bits, λ the price. Since
-D is convex in b, b* only depends on u = κ·m·w·scale²/λ, by thresholds.
+c_o is what an error in octet o of that layer and head costs (calibrated once per model), b_o the planes the octet
+has in a row of b bits, D the codec's distortion, w_t the token's predicted attention relative to its head's mean,
+λ the price. A row grows step by step, one width after the other; what a step gains is an entry of a table per
+layer and head, times scale² and w_t.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 
-from qaq_core.codecs import Codec
+from qaq_core.packing import HALF, WIDTHS, RowLayout
+from qaq_core.pages import KEY, VALUE
 from qaq_core.policies.base import View
+from qaq_core.quantizer import Quantizer
 
-KEY_WIDTHS = (1, 2, 3, 4, 5, 6, 8)
-VALUE_WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)
-KAPPA = (1.5, 1.0)
+CODED = tuple(width for width in WIDTHS if width < HALF)
+"""Widths that hold codes, from 0."""
 FLOOR = 0.002
 REACH = 16
 SINKS = 4
+
+
+@dataclass(frozen=True)
+class Gains:
+    """What one side's tokens cost at width 0, and what each step up takes from it.
+
+    Attributes:
+        base: float32 [layers, kv_heads, n].
+        steps: float32 [steps, layers, kv_heads, n], of each step from one of CODED to the next.
+    """
+
+    base: torch.Tensor
+    steps: torch.Tensor
 
 
 class BalancedPolicy:
     """Sensitivity-weighted allocation with one price.
 
     Args:
-        codec: gives D(b).
-        sensitivity: for keys and values, float32 [layers, kv_heads].
+        quantizer: its codec gives D(b) and the planes of each octet at each width.
+        costs: for keys and values, float32 [layers, kv_heads, octets].
     """
 
     hysteresis = 2.0
@@ -38,51 +54,73 @@ class BalancedPolicy:
     price = 1e-9
 
     def __init__(
-        self, codec: Codec, sensitivity: tuple[torch.Tensor, torch.Tensor], exceptions: bool = True
+        self, quantizer: Quantizer, costs: tuple[torch.Tensor, torch.Tensor], exceptions: bool = True
     ) -> None:
         self.exceptions = exceptions
-        self._weights = [(kappa * m).unsqueeze(-1) for kappa, m in zip(KAPPA, sensitivity, strict=True)]
-        self._distortion = torch.tensor([codec.distortion(bits) for bits in range(9)], device=sensitivity[0].device)
-        self._choices = [_Choice(codec, widths) for widths in (KEY_WIDTHS, VALUE_WIDTHS)]
-
-    def demand(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
-        """κ · m · w · scale² of keys and of values."""
-        weight = token_weights(view.importance)[:, :, view.first : view.first + view.shape[2]]
-        keys, values = (
-            side * scale.square() * weight for side, scale in zip(self._weights, view.scales, strict=True)
+        head_dim = 8 * costs[KEY].shape[-1]
+        distortion = torch.tensor(
+            [quantizer.codec.distortion(bits) for bits in range(9)], device=costs[KEY].device
         )
+        self._tables = [
+            _Table(costs[side], quantizer.layout(side, head_dim), distortion, quantizer.codec.split)
+            for side in (KEY, VALUE)
+        ]
+
+    def demand(self, view: View) -> tuple[Gains, Gains]:
+        """What keys and values gain by each step."""
+        weight = token_weights(view.importance)[:, :, view.first : view.first + view.shape[2]]
+        keys, values = (table(scale, weight) for table, scale in zip(self._tables, view.scales, strict=True))
         return keys, values
 
     def widths(
-        self, demand: tuple[torch.Tensor, torch.Tensor], price: float, *, need: float = 1.0
+        self, demand: tuple[Gains, Gains], price: float, *, need: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (choice(worth, price / need) for choice, worth in zip(self._choices, demand, strict=True))
+        keys, values = (_climb(gains, price / need) for gains in demand)
         return keys, values
 
-    def error(self, demand: tuple[torch.Tensor, torch.Tensor], widths: tuple[torch.Tensor, torch.Tensor]) -> float:
-        """½ · Σ κ · m · w · D(b) · scale²: m is a trace of the Fisher information, see `sensitivity`."""
-        lost = (worth * self._distortion[width.int()] for worth, width in zip(demand, widths, strict=True))
-        return sum(float(side.sum(dtype=torch.float64)) for side in lost) / 2
+    def error(self, demand: tuple[Gains, Gains], widths: tuple[torch.Tensor, torch.Tensor]) -> float:
+        """½ · Σ w · c · D(b) · scale²: c are traces of the Fisher information, see `sensitivity`."""
+        lost = 0.0
+        for gains, width in zip(demand, widths, strict=True):
+            lost += float(gains.base.sum(dtype=torch.float64))
+            for step, reached in zip(gains.steps, CODED[1:], strict=True):
+                lost -= float((step * (width >= reached)).sum(dtype=torch.float64))
+        return lost / 2
 
 
-class _Choice:
-    """Width by u: b_i gives way to b_{i+1} where u passes (b_{i+1} - b_i) / (D(b_i) - D(b_{i+1}))."""
+class _Table:
+    """Cost of each width of one side, per part of the row that has a scale of its own."""
 
-    def __init__(self, codec: Codec, widths: tuple[int, ...]) -> None:
-        steps = [
-            (after - before) / (codec.distortion(before) - codec.distortion(after))
-            for before, after in itertools.pairwise(widths)
-        ]
-        self._thresholds = steps
-        self._steps = [(after - before) for before, after in itertools.pairwise(widths)]
-        self._least = widths[0]
+    def __init__(self, costs: torch.Tensor, layout: RowLayout, distortion: torch.Tensor, split: int) -> None:
+        planes = layout.planes[list(CODED)].long().to(costs.device)
+        lost = costs.unsqueeze(-2) * distortion[planes] / costs.shape[-1]  # [layers, kv_heads, widths, octets]
+        parts = (lost[..., :split], lost[..., split:]) if split else (lost,)
+        costs_of = torch.stack([part.sum(-1) for part in parts], -1)  # [layers, kv_heads, widths, parts]
+        self._base = costs_of[:, :, 0]
+        self._steps = (costs_of[:, :, :-1] - costs_of[:, :, 1:]).permute(2, 0, 1, 3)
 
-    def __call__(self, worth: torch.Tensor, price: float) -> torch.Tensor:
-        out = torch.full(worth.shape, self._least, dtype=torch.uint8, device=worth.device)
-        for threshold, step in zip(self._thresholds, self._steps, strict=True):
-            passed = (worth > threshold * price).view(torch.uint8)
-            out += passed if step == 1 else passed * step
-        return out
+    def __call__(self, scale: torch.Tensor, weight: torch.Tensor) -> Gains:
+        """Gains of tokens of scales [layers, kv_heads, n, parts] and weights [layers, kv_heads, n]."""
+        worth = (scale.square() * weight.unsqueeze(-1)).unbind(-1)
+        steps = torch.empty(len(self._steps), *weight.shape, device=weight.device)
+        base = torch.zeros_like(weight)
+        for part, power in enumerate(worth):
+            base += self._base[:, :, part, None] * power
+            for out, gain in zip(steps, self._steps[..., part], strict=True):
+                if part:
+                    out.addcmul_(gain.unsqueeze(-1), power)
+                else:
+                    torch.mul(gain.unsqueeze(-1), power, out=out)
+        return Gains(base, steps)
+
+
+def _climb(gains: Gains, price: float) -> torch.Tensor:
+    """The last width whose step gains more than its half bits cost: uint8 [layers, kv_heads, n]."""
+    out = torch.zeros(gains.base.shape, dtype=torch.uint8, device=gains.base.device)
+    for gain, (before, after) in zip(gains.steps, itertools.pairwise(CODED), strict=True):
+        taken = (gain > price * (after - before) / 2).view(torch.uint8)
+        torch.maximum(out, taken.mul_(after), out=out)
+    return out
 
 
 def token_weights(importance: torch.Tensor) -> torch.Tensor:

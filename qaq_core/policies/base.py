@@ -16,7 +16,7 @@ class View:
     Attributes:
         importance: float32 [layers, kv_heads, length], predicted attention of all tokens, by position.
         first: position of the first of the n tokens that get bits.
-        scales: for keys and values, float32 [layers or 1, kv_heads or 1, n], see `Codec.affine`.
+        scales: for keys and values, float32 [layers or 1, kv_heads or 1, n, 1 or 2], see `Codec.affine`.
     """
 
     importance: torch.Tensor
@@ -54,7 +54,7 @@ class Policy(Protocol):
             price: the one knob between bytes and error; higher gives fewer bits.
             need: factor on the importance, for hysteresis.
         Returns:
-            two uint8 [layers, kv_heads, n] of widths that `packing.WIDTHS` has.
+            two uint8 [layers, kv_heads, n] of widths among `packing.WIDTHS`, in half bits.
         """
         ...
 
@@ -86,7 +86,7 @@ def solve_price(policy: Policy, demand: Demand, target_bits: float) -> float:
 
     def is_enough(price: float) -> bool:
         keys, values = policy.widths(demand, price)
-        return float(keys.float().mean() + values.float().mean()) / 2 <= target_bits
+        return float(keys.float().mean() + values.float().mean()) / 4 <= target_bits
 
     return _turn(is_enough)[1]
 

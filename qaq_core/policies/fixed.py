@@ -17,10 +17,11 @@ class FixedPolicy:
     hysteresis = 1.0
     price = 1.0
 
-    def __init__(self, key_bits: int, value_bits: int) -> None:
-        if key_bits not in WIDTHS or value_bits not in WIDTHS or key_bits == 0:
-            raise ConfigError(f"widths {key_bits}/{value_bits} are not among {WIDTHS} (keys: not 0)")
-        self.key_bits, self.value_bits = key_bits, value_bits
+    def __init__(self, key_bits: float, value_bits: float) -> None:
+        known = [width / 2 for width in WIDTHS]
+        if key_bits not in known or value_bits not in known or key_bits == 0:
+            raise ConfigError(f"{key_bits}/{value_bits} bits are not among {known} (keys: not 0)")
+        self.key_width, self.value_width = int(2 * key_bits), int(2 * value_bits)
 
     def demand(self, view: View) -> torch.Tensor:
         return view.importance.new_empty(view.shape, dtype=torch.uint8)
@@ -28,4 +29,4 @@ class FixedPolicy:
     def widths(
         self, demand: torch.Tensor, price: float, *, need: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.full_like(demand, self.key_bits), torch.full_like(demand, self.value_bits)
+        return torch.full_like(demand, self.key_width), torch.full_like(demand, self.value_width)

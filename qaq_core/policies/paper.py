@@ -59,8 +59,8 @@ class PaperPolicy:
         norms = self.query_norm.unsqueeze(-1)
         if self.dims:
             attention, norms = attention.amax(self.dims, keepdim=True), norms.amax(self.dims, keepdim=True)
-        keys = self.bits_of(view.scales[0], key_deviation(tokens, self.sigma_s * price, norms))
-        values = self.bits_of(view.scales[1], value_deviation(tokens, self.sigma_x * price, attention))
+        keys = 2 * self.bits_of(view.scales[0][..., 0], key_deviation(tokens, self.sigma_s * price, norms))
+        values = 2 * self.bits_of(view.scales[1][..., 0], value_deviation(tokens, self.sigma_x * price, attention))
         return keys.expand(view.shape).contiguous(), values.expand(view.shape).contiguous()
 
     def bits_of(self, scale: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qaq_core.codecs import UniformCodec
-from qaq_core.frames import RotatedFrame, random_signs
+from qaq_core.frames import LinearFrame, hadamard
 from qaq_core.quantizer import Quantizer
 from qaq_core.rivals import uniform
 from qaq_core.shape import ModelShape
@@ -18,11 +18,13 @@ NAME, PATTERN = "hadamard-<bits>", r"hadamard-(\d+)"
 def parts(model: Any, shape: ModelShape, bits: int) -> dict[str, Any]:
     device = next(model.parameters()).device
     no_mean = torch.zeros(shape.layers, shape.kv_heads, shape.head_dim, device=device)
-    frame = RotatedFrame(
+    rotation = hadamard(shape.head_dim).float().to(device).expand(shape.layers, shape.kv_heads, -1, -1)
+    frame = LinearFrame(
+        rotation,
+        rotation,
         no_mean,
-        no_mean.clone(),
+        no_mean,
         shape.frequencies.to(device),
         torch.tensor(shape.kind, device=device),
-        random_signs(shape.head_dim).to(device),
     )
     return {**uniform.parts(model, shape, bits), "quantizer": Quantizer(frame, UniformCodec("head"))}

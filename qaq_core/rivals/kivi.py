@@ -56,7 +56,7 @@ class UnitCodec(UniformCodec):
         return torch.empty(1, 1, rows.shape[2], 0, dtype=torch.uint8, device=rows.device)
 
     def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.ones(meta.shape[:-1], device=meta.device), None
+        return torch.ones(*meta.shape[:-1], 1, device=meta.device), None
 
     def codes(self, units: torch.Tensor) -> torch.Tensor:
         top = 2**self.bits - 1
@@ -107,16 +107,14 @@ class Groups(Outliers):
         low, span = self._spread(self.index, rows.shape), self._spread(self.value, rows.shape)
         return (rows - low) / span
 
-    def apply(
-        self, units: torch.Tensor, layer: int, first: int, scale: torch.Tensor, offset: torch.Tensor | None
-    ) -> None:
+    def apply(self, rows: torch.Tensor, layer: int, first: int) -> None:
         """Brings a layer's unpacked levels [kv_heads, tokens, head_dim] back, in place."""
-        tokens = units.shape[1]
+        tokens = rows.shape[1]
         step = GROUP if self.group == "channel" else 1
         span = slice(first // step, -(-(first + tokens) // step))
-        shape = units.shape
-        units.mul_(self._spread(self.value[layer, :, span], shape))
-        units.add_(self._spread(self.index[layer, :, span], shape))
+        shape = rows.shape
+        rows.mul_(self._spread(self.value[layer, :, span], shape))
+        rows.add_(self._spread(self.index[layer, :, span], shape))
 
     def narrow(self, first: int, last: int) -> Groups:
         step = GROUP if self.group == "channel" else 1

@@ -138,7 +138,7 @@ def _result(generation: Generation, stored: int, redis: str) -> DemoResult:
 
 
 def _histogram(counts: object) -> dict[str, int]:
-    return {str(bits): count for bits, count in sorted(dict(counts).items())}  # type: ignore[call-overload]
+    return {f"{width / 2:g}": count for width, count in sorted(dict(counts).items())}  # type: ignore[call-overload]
 
 
 def _table(result: DemoResult) -> Table:

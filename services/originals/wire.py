@@ -8,7 +8,7 @@ import numpy as np
 from qaq.v1 import originals_pb2 as pb
 
 from qaq_core.originals import RowRequest
-from qaq_core.packing import HALF
+from qaq_core.packing import HALF, WIDTHS
 from qaq_core.pages import Page, PageShape
 from services.common.errors import InvalidArgument
 
@@ -52,8 +52,8 @@ def shape_of(message: pb.PageShape) -> PageShape:
         # int16 arrays index layers, heads and tokens.
         if not 1 <= getattr(message, name) < 1 << 15:
             raise InvalidArgument(f"shape.{name} is {getattr(message, name)} and must be between 1 and 32767")
-    if message.head_dim % 8:
-        raise InvalidArgument(f"shape.head_dim is {message.head_dim} and must be a multiple of 8")
+    if message.head_dim % 16:
+        raise InvalidArgument(f"shape.head_dim is {message.head_dim} and must be a multiple of 16")
     shape = PageShape(message.layers, message.kv_heads, message.tokens, message.head_dim, message.dtype)
     if shape.nbytes > MAX_PAGE_BYTES:
         raise InvalidArgument(
@@ -163,8 +163,8 @@ def rows_of(message: pb.RequantizeRequest, meta_bytes: int) -> RowRequest:
         if rows and not (int(arrays[name].min()) >= 0 and int(arrays[name].max()) < limit):
             raise InvalidArgument(f"{name} must be at least 0 and below {limit} in every row")
     have, want = arrays["have"], arrays["want"]
-    if not bool((((want <= 8) & (want > have)) | (want == HALF)).all()):
-        raise InvalidArgument(f"want must be above have and at most 8, or {HALF}, in every row")
+    if not bool((np.isin(want, WIDTHS) & ((want > have) | (want == HALF))).all()):
+        raise InvalidArgument(f"want must be above have, and one of {WIDTHS[1:]} (half bits), in every row")
     meta = np.frombuffer(message.meta, np.uint8).reshape(rows, meta_bytes)
     request = RowRequest(shape, ids, meta=meta, **arrays)
     answer = int(request.payload_bytes().sum())

@@ -96,11 +96,16 @@ def cache_stats(statistics: CacheStatistics) -> common_pb2.CacheStats:
         kv_bytes=statistics.kv_bytes,
         kv_bytes_fp16=statistics.kv_bytes_fp16,
         staging_bytes=statistics.staging_bytes,
-        key_bits_histogram=statistics.key_bits,
-        value_bits_histogram=statistics.value_bits,
+        key_bits_histogram=_half_bits(statistics.key_bits),
+        value_bits_histogram=_half_bits(statistics.value_bits),
         exceptions=statistics.exceptions,
         rows_requantized=statistics.rows_requantized,
         requantize_bytes=statistics.requantize_bytes,
         rows_narrowed=statistics.rows_narrowed,
         originals_missing=statistics.originals_missing,
     )
+
+
+def _half_bits(histogram: dict[float, int]) -> dict[int, int]:
+    """Widths come in half bits, and a map's keys are whole numbers."""
+    return {round(2 * bits): vectors for bits, vectors in histogram.items()}
