@@ -115,12 +115,17 @@ class QAQCache(Cache):
         batch, _, n, _ = query.shape
         if layer == 0:
             self._begin(batch, n, position_ids)
-        out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-        for i, (sequence, fresh) in enumerate(zip(self.sequences, self._fresh, strict=True)):
-            own = slice(n - fresh, n)
-            out[i, :, own] = sequence.attend(
-                layer, query[i, :, own], keys[i, :, own], values[i, :, own], scaling, sliding_window
-            )
+        if n == 1 and all(sequence.method is self.method for sequence in self.sequences):
+            taken = [s.take(layer, keys[i], values[i]) for i, s in enumerate(self.sequences)]
+            tokens, observers = zip(*taken, strict=True)
+            out = self.method.attention.batch(query, tokens, scaling, sliding_window, observers)
+        else:
+            out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+            for i, (sequence, fresh) in enumerate(zip(self.sequences, self._fresh, strict=True)):
+                own = slice(n - fresh, n)
+                out[i, :, own] = sequence.attend(
+                    layer, query[i, :, own], keys[i, :, own], values[i, :, own], scaling, sliding_window
+                )
         if layer == self.method.shape.layers - 1:
             for sequence in self.sequences:
                 sequence.commit()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qaq_core.attention.reference import LayerTokens
+from qaq_core.attention.reference import LayerTokens, Observer
 from qaq_core.errors import ConfigError
 from qaq_core.exact import ExactTokens
 from qaq_core.exceptions import Exceptions
@@ -115,16 +115,20 @@ class SequenceCache:
         scaling: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
-        """Stores the next n tokens' keys and values of a layer and attends to everything so far.
+        """Takes the next n tokens' keys and values of a layer and attends to everything so far.
 
         Args:
             query: [query_heads, n, head_dim]. keys, values: [kv_heads, n, head_dim], after RoPE.
         Returns:
             float32 [query_heads, n, head_dim].
         """
-        n = keys.shape[1]
+        tokens, observe = self.take(layer, keys, values)
+        return self.method.attention(query, tokens, scaling, sliding_window, observe)
+
+    def take(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[LayerTokens, Observer | None]:
+        """Takes the next tokens' keys and values of a layer; what to attend to, and who watches."""
         if layer == 0:
-            self._begin_step(n)
+            self._begin_step(keys.shape[1])
         exact_keys, exact_values = self.exact.write(layer, keys, values)
         tokens = LayerTokens(
             layer,
@@ -133,7 +137,7 @@ class SequenceCache:
             min(self.method.sinks, exact_keys.shape[1]),
             self.packed if len(self.packed) else None,
         )
-        return self.method.attention(query, tokens, scaling, sliding_window, self._observer(layer))
+        return tokens, self._observer(layer)
 
     def adopt(self, originals: torch.Tensor, watch: PromptWatch) -> None:
         """Takes a prompt that was computed elsewhere, as if its forward pass had just ended.

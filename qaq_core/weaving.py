@@ -41,7 +41,7 @@ class Moves:
 
 class Weaver(Protocol):
     def count(self, tags: torch.Tensor, side: int) -> torch.Tensor:
-        """Rows of each of WIDTHS in each layer: int64 [layers, widths], of tags [layers, kv_heads, tokens]."""
+        """Rows of each of WIDTHS: int64 [layers, kv_heads, widths], of tags [layers, kv_heads, tokens]."""
         ...
 
     def weave(
@@ -64,10 +64,11 @@ def make(device: torch.device, kernel: str | None = None) -> Weaver:
 
 class TorchWeaver:
     def count(self, tags: torch.Tensor, side: int) -> torch.Tensor:
-        layers = tags.shape[0]
-        first = torch.arange(layers, device=tags.device)[:, None, None] * len(WIDTHS)
+        layers, heads, _ = tags.shape
+        first = torch.arange(layers * heads, device=tags.device).view(layers, heads, 1) * len(WIDTHS)
         place = width_index(tags, side) + first
-        return torch.bincount(place.reshape(-1), minlength=layers * len(WIDTHS)).view(layers, -1)
+        counts = torch.bincount(place.reshape(-1), minlength=layers * heads * len(WIDTHS))
+        return counts.view(layers, heads, -1).cpu()
 
     def weave(
         self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
@@ -34,6 +35,17 @@ class Attention(Protocol):
         observe: Observer | None = None,
     ) -> torch.Tensor:
         """See `ReferenceAttention`, which defines what is computed."""
+        ...
+
+    def batch(
+        self,
+        query: torch.Tensor,
+        tokens: Sequence[LayerTokens],
+        scaling: float,
+        sliding_window: int | None,
+        observers: Sequence[Observer | None],
+    ) -> torch.Tensor:
+        """The same for several sequences, query and result [batch, query_heads, n, head_dim]."""
         ...
 
 

@@ -7,7 +7,7 @@ sequences share, so a dequantized copy of the cache never exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,18 @@ class ReferenceAttention:
                 observe(probabilities.view(heads, -1, *probabilities.shape[1:]), first)
             outputs.append(self._output(probabilities, tokens))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def batch(
+        self,
+        query: torch.Tensor,
+        tokens: Sequence[LayerTokens],
+        scaling: float,
+        sliding_window: int | None,
+        observers: Sequence[Observer | None],
+    ) -> torch.Tensor:
+        """See `Attention`."""
+        each = zip(query, tokens, observers, strict=True)
+        return torch.stack([self(one, mine, scaling, sliding_window, observe) for one, mine, observe in each])
 
     def _probabilities(
         self, query: torch.Tensor, tokens: LayerTokens, from_end: int, sliding_window: int | None

@@ -37,14 +37,13 @@ class NativeWeaver:
     def count(self, tags: torch.Tensor, side: int) -> torch.Tensor:
         """See `Weaver`."""
         layers, heads, tokens = tags.shape
-        counts = torch.empty(layers, len(WIDTHS), dtype=torch.int64)
+        counts = torch.empty(layers, heads, len(WIDTHS), dtype=torch.int64)
         self._library.qaq_count(
             c_void_p(tags.data_ptr()),
             c_int64(_run_stride(tags)),
             c_int32(layers * heads),
             c_int32(tokens),
             c_int32(4 * side),
-            c_int32(heads),
             c_void_p(counts.data_ptr()),
         )
         return counts
@@ -53,7 +52,7 @@ class NativeWeaver:
         self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
     ) -> Rows:
         """See `Weaver`."""
-        counts = self.count(after, side).sum(0).tolist()
+        counts = self.count(after, side).sum((0, 1)).tolist()
         touched = torch.bincount(torch.cat([moves.have, moves.want]), minlength=HALF + 1).tolist()
         rows, fresh = {}, {}
         for width, count in zip(WIDTHS[1:], counts[1:], strict=True):

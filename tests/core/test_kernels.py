@@ -11,7 +11,7 @@ import torch
 
 from qaq_core import attention, codecs, native
 from qaq_core import packed as packed_module
-from qaq_core.attention import Attention, CpuAttention, LayerTokens, ReferenceAttention
+from qaq_core.attention import Attention, CpuAttention, LayerTokens, ReferenceAttention, cpu
 from qaq_core.codecs import Codec, GaussianCodec
 from qaq_core.errors import ConfigError
 from qaq_core.frames import RotatedFrame, _rotate_pairs
@@ -212,6 +212,25 @@ def test_rows_that_moved(kernel: str) -> None:
     assert relative(one(query, subject.tokens(1), 0.1), expected.double()) < 1e-5
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_is_each_sequence_by_itself(kernel: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = quantizers(2, 2, 64)["balanced"]
+    one, before = make(kernel, quantizer.codec), torch.get_num_threads()
+    monkeypatch.setattr(cpu, "_ALONE", 0)
+    layers = [Subject(quantizer, 64, packed).tokens(1) for packed in (0, 131, 48, 7, 300)]
+    query = normal(3, len(layers), 6, 1, 64)
+    seen = [torch.full((2, tokens.length), torch.nan) for tokens in layers]
+    torch.set_num_threads(threads)
+    try:
+        out = one.batch(query, layers, 0.1, 60, [Reduction("mean_square", into) for into in seen])
+    finally:
+        torch.set_num_threads(before)
+    for i, tokens in enumerate(layers):
+        alone = torch.full_like(seen[i], torch.nan)
+        assert relative(out[i], one(query[i], tokens, 0.1, 60, Reduction("mean_square", alone)).double()) < 1e-5
+        assert torch.equal(seen[i], alone)
+
+
 def test_nan_is_not_hidden(kernel: str) -> None:
     quantizer = quantizers(2, 2, 32)["balanced"]
     subject = Subject(quantizer, 32, 60)
@@ -235,6 +254,9 @@ def test_what_the_library_does_not_do_goes_to_the_reference(kernel: str) -> None
     for side in subject.packed.sides:
         side.outliers = split_outliers(rows, 0.1, "head")[0]
     assert torch.equal(one(query[:, :1], tokens, 0.1), reference(query[:, :1], tokens, 0.1))
+    if isinstance(one, CpuAttention):
+        assert one.handed_over["outliers"] >= 1
+        assert one.handed_over["a prompt"] >= 2
 
 
 def test_the_kernel_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

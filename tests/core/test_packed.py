@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaq_core import packed as packed_module
+from qaq_core import packing
 from qaq_core.outliers import split_outliers
 from qaq_core.packed import PackedTokens
 from qaq_core.packing import HALF
@@ -94,7 +95,8 @@ class Subject:
         """Bytes by the sum of what must be there."""
         octets = self.originals.shape[-1] // 8
         metas = sum(side.meta.numel() for side in self.packed.sides)
-        return int(self.widths.long().sum()) * octets + self.packed.tags.numel() + metas
+        pools = sum(4 * pool.first.numel() for side in self.packed.sides for pool in side.pools)
+        return int(self.widths.long().sum()) * octets + self.packed.tags.numel() + metas + pools
 
 
 @given(data=st.data(), dim=st.sampled_from(HEAD_DIMS), seed=st.integers(0, 1 << 30))
@@ -171,6 +173,7 @@ def test_outliers_are_counted_and_grow_with_the_tokens() -> None:
             (kept[0], kept[1]),
         )
     codes = 2 * LAYERS * HEADS * 6 * 8 * 2
+    codes += 2 * 4 * LAYERS * HEADS * len(packing.WIDTHS)  # where each head's rows begin
     expected = codes + LAYERS * HEADS * 6 + sum(meta.numel() for meta in metas) + sum(o.nbytes for o, _ in split)
     assert subject.packed.nbytes == expected
     held = subject.packed.sides[KEY].outliers

@@ -63,12 +63,15 @@ def agrees(pool: Pool, model: Model, tokens: int, side: int) -> None:
     held_tags = tags(model, tokens, side)
     for width, rows in expected.items():
         assert torch.equal(pool.rows[width], rows)
-        starts = pool.addresses()[:, WIDTHS.index(width)]
+        first = pool.first[:, :, WIDTHS.index(width)]
+        before = 0
         for layer in range(LAYERS):
             part = {key: row for key, row in model.items() if key[0] == layer and len(row) == width}
             held = pool.layer(width, layer)
             assert len(held) == len(part)
-            assert int(starts[layer]) == (held.data_ptr() if part else 0)
+            for head in range(HEADS):
+                assert int(first[layer, head]) == before
+                before += sum(key[1] == head for key in part)
             if part:
                 assert torch.equal(held, grouped(part)[width])
         index = torch.tensor(
@@ -79,7 +82,7 @@ def agrees(pool: Pool, model: Model, tokens: int, side: int) -> None:
             ]
         ).flip(0)
         assert torch.equal(pool.take(held_tags, side, index, width), rows.flip(0))
-    assert pool.nbytes == sum(rows.numel() for rows in expected.values())
+    assert pool.nbytes == sum(rows.numel() for rows in expected.values()) + pool.first.numel() * 4
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -146,4 +149,4 @@ def test_a_pool_holds_no_more_than_its_rows() -> None:
             torch.zeros(1, dtype=torch.long), nothing, one.view(1), nothing, whole, torch.zeros(1).long()
         )
         pool.weave(one[:, :, :0], tags_of(one, one), KEY, coming)
-        assert pool.nbytes == 8
+        assert pool.nbytes == 8 + 4 * len(WIDTHS)

@@ -10,14 +10,15 @@
 #include <vector>
 
 #include "attention.inc"
+#include "threads.h"
 
 #if defined(__x86_64__)
-int qaq_attend_avx2(const QaqLayer& layer);  // attention_avx2.cpp
+void qaq_attend_avx2(const QaqLayer& layer, int head);  // attention_avx2.cpp
 static bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #else
-static int qaq_attend_avx2(const QaqLayer& layer) { return attend(layer); }
+static void qaq_attend_avx2(const QaqLayer& layer, int head) { attend(layer, head); }
 static bool has_avx2() { return false; }
 #endif
 
@@ -34,4 +35,19 @@ int qaq_use(const char* isa) {
     return 0;
 }
 
-int qaq_attend(const QaqLayer* layer) { return use_avx2 ? qaq_attend_avx2(*layer) : attend(*layer); }
+int qaq_attend(const QaqLayer* layers, int32_t count, int32_t threads) {
+    const auto head_of = use_avx2 ? qaq_attend_avx2 : static_cast<void (*)(const QaqLayer&, int)>(attend);
+    int heads = 0;
+    for (int i = 0; i < count; ++i) heads += layers[i].kv_heads;
+    std::atomic<bool> failed{false};
+    in_parallel(threads, heads, [&](int task) {
+        int i = 0;
+        for (; task >= layers[i].kv_heads; ++i) task -= layers[i].kv_heads;
+        try {
+            head_of(layers[i], task);
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+    });
+    return failed ? -1 : 0;
+}

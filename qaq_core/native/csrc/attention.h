@@ -7,18 +7,24 @@
 
 extern "C" {
 
-enum { QAQ_INTERFACE = 3 };  // changes whenever something here or in weave.h does
+enum { QAQ_INTERFACE = 4 };  // changes whenever something here or in weave.h does
 
 enum { QAQ_WIDTHS = 10 };  // 0..8 and 16 bits, in this order; a tag's nibble is an index into it
 
 enum QaqType : int32_t { QAQ_HALF = 0, QAQ_BFLOAT16 = 1, QAQ_FLOAT = 2 };
 enum QaqStatistic : int32_t { QAQ_NONE = 0, QAQ_MAX = 1, QAQ_MEAN_SQUARE = 2 };
 
+// The pool of one block.
+struct QaqRows {
+    const uint8_t* const* base;  // [QAQ_WIDTHS] rows of all layers and heads of that width
+    const int32_t* first;        // [kv_heads][QAQ_WIDTHS], the place among them of the layer's heads' first rows
+};
+
 // Keys or values.
 struct QaqSide {
     const void* exact;  // [kv_heads][sinks + recent][dim] of QaqType
     int64_t exact_head_stride;
-    const uint8_t* const* const* rows;  // [blocks] -> [QAQ_WIDTHS] -> the layer's rows of that width, by (head, token)
+    const QaqRows* rows;  // [blocks]
     const uint8_t* meta;                // [kv_heads or 1][tokens] indices into `scales`, or null: see `scale`
     const float* scales;                // [256]
     const float* scale;                 // [kv_heads or 1][tokens], where meta is null
@@ -31,8 +37,9 @@ struct QaqLayer {
     int32_t start;  // position of the first packed token
     int32_t first;  // first token that the query sees
     int32_t exact_type, statistic;
-    const float* query;   // [kv_heads * group][dim], scaled
+    const float* query;   // [kv_heads * group][dim], scaled; rows here and below stand `stride` floats apart
     const float* framed;  // the same as it meets packed keys
+    int64_t stride;
     const float* mean;    // [kv_heads][dim], keys' mean before RoPE, or null for 0
     const float* angles;  // [positions][dim] RoPE's cosines and sines from position 0, where there is a mean
     const uint8_t* tags;  // [kv_heads][packed]
@@ -41,7 +48,8 @@ struct QaqLayer {
     QaqSide key, value;
     float* out_exact;   // [kv_heads * group][dim], over sinks and recent tokens
     float* out_packed;  // [kv_heads * group][dim], over packed values in their frame
-    float* mass;        // [kv_heads * group], total weight of the packed tokens
+    float* mass;        // [kv_heads * group], `mass_stride` floats apart: total weight of the packed tokens
+    int64_t mass_stride;
     float* seen;        // [kv_heads][tokens], the statistic, where one is asked for
 };
 
@@ -53,6 +61,7 @@ const char* qaq_isa(void);
 // Uses the named instruction set from now on; 0 if this machine has it, else -1 and nothing changes.
 int qaq_use(const char* isa);
 
-// 0, or -1 if memory for the scratch could not be had.
-int qaq_attend(const QaqLayer* layer);
+// Attends in every one of `count` layers (one of each of several sequences), on up to `threads` threads, the caller
+// being one of them. 0, or -1 if memory for the scratch could not be had.
+int qaq_attend(const QaqLayer* layers, int32_t count, int32_t threads);
 }

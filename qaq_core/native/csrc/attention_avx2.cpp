@@ -21,7 +21,7 @@
 #define QAQ_AVX2
 #include "attention.inc"
 
-int qaq_attend_avx2(const QaqLayer& layer) { return attend(layer); }
+void qaq_attend_avx2(const QaqLayer& layer, int head) { attend(layer, head); }
 
 #if defined(__clang__)
 #pragma clang attribute pop

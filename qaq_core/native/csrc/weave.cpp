@@ -84,12 +84,11 @@ struct Weaver {
 
 }  // namespace
 
-void qaq_count(const uint8_t* tags, int64_t stride, int32_t runs, int32_t n, int32_t shift, int32_t together,
-               int64_t* counts) {
-    for (int r = 0; r < runs; r += together) {
+void qaq_count(const uint8_t* tags, int64_t stride, int32_t runs, int32_t n, int32_t shift, int64_t* counts) {
+    for (int r = 0; r < runs; ++r) {
         int64_t found[16] = {};
-        for (int i = r; i < r + together; ++i) count(tags + i * stride, n, shift, found);
-        std::memcpy(counts + int64_t(r / together) * QAQ_WIDTHS, found, QAQ_WIDTHS * sizeof(int64_t));
+        count(tags + r * stride, n, shift, found);
+        std::memcpy(counts + int64_t(r) * QAQ_WIDTHS, found, QAQ_WIDTHS * sizeof(int64_t));
     }
 }
 

@@ -23,10 +23,8 @@ struct QaqWeave {
     const int64_t* offsets;  // [moves], where they begin
 };
 
-// Counts how many of `n` tags of each of `runs` runs name each width: counts [runs / together][QAQ_WIDTHS], the tokens
-// of `together` runs summed.
-void qaq_count(const uint8_t* tags, int64_t stride, int32_t runs, int32_t n, int32_t shift, int32_t together,
-               int64_t* counts);
+// Counts how many of the `n` tags of each of `runs` runs name each width: counts [runs][QAQ_WIDTHS].
+void qaq_count(const uint8_t* tags, int64_t stride, int32_t runs, int32_t n, int32_t shift, int64_t* counts);
 
 void qaq_weave(const QaqWeave* weave);
 }
