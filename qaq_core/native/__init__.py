@@ -18,7 +18,7 @@ import torch
 from qaq_core.errors import ConfigError
 
 KERNELS = ("auto", "cpu", "reference")
-INTERFACE = 4
+INTERFACE = 5
 """QAQ_INTERFACE of csrc/attention.h; a library that was built from another is not used."""
 
 

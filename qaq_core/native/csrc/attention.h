@@ -7,9 +7,9 @@
 
 extern "C" {
 
-enum { QAQ_INTERFACE = 4 };  // changes whenever something here or in weave.h does
+enum { QAQ_INTERFACE = 5 };  // changes whenever something here or in weave.h does
 
-enum { QAQ_WIDTHS = 10 };  // 0..8 and 16 bits, in this order; a tag's nibble is an index into it
+enum { QAQ_WIDTHS = 14 };  // 0..8, 10, 12, 14, 16 and 32 half bits, in this order; a tag's nibble is an index into it
 
 enum QaqType : int32_t { QAQ_HALF = 0, QAQ_BFLOAT16 = 1, QAQ_FLOAT = 2 };
 enum QaqStatistic : int32_t { QAQ_NONE = 0, QAQ_MAX = 1, QAQ_MEAN_SQUARE = 2 };
@@ -25,11 +25,13 @@ struct QaqSide {
     const void* exact;  // [kv_heads][sinks + recent][dim] of QaqType
     int64_t exact_head_stride;
     const QaqRows* rows;  // [blocks]
-    const uint8_t* meta;                // [kv_heads or 1][tokens] indices into `scales`, or null: see `scale`
-    const float* scales;                // [256]
-    const float* scale;                 // [kv_heads or 1][tokens], where meta is null
-    const float* offset;                // [kv_heads or 1][tokens] or null for 0
-    int64_t affine_head_stride;         // of meta, scale and offset; 0 where all heads share a row
+    const uint8_t* order;   // [dim], the octet of each unit of a row
+    int32_t split, parts;   // octets of the first scale; scales of a row, 1 or 2
+    const uint8_t* meta;    // [kv_heads or 1][tokens] indices into `scales`, or null: see `scale`
+    const float* scales;    // [256][parts]
+    const float* scale;     // [kv_heads or 1][tokens][parts], where meta is null
+    const float* offset;    // [kv_heads or 1][tokens] or null for 0
+    int64_t affine_head_stride;  // in tokens, of meta, scale and offset; 0 where all heads share a row
 };
 
 struct QaqLayer {
@@ -44,7 +46,7 @@ struct QaqLayer {
     const float* angles;  // [positions][dim] RoPE's cosines and sines from position 0, where there is a mean
     const uint8_t* tags;  // [kv_heads][packed]
     int64_t tags_head_stride;
-    const float* levels;  // [QAQ_WIDTHS][256]
+    const float* levels;  // [9][256], of b bits at 256·b
     QaqSide key, value;
     float* out_exact;   // [kv_heads * group][dim], over sinks and recent tokens
     float* out_packed;  // [kv_heads * group][dim], over packed values in their frame

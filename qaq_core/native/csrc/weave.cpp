@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int BITS[QAQ_WIDTHS] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 16};
+constexpr int HALF_BITS[QAQ_WIDTHS] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 32};
 
 // Adds how often each nibble occurs to counts [16]. Four tables, so that equal neighbours do not wait for each other.
 void count(const uint8_t* tags, int n, int shift, int64_t* counts) {
@@ -28,7 +28,7 @@ struct Weaver {
         for (int w = 0; w < QAQ_WIDTHS; ++w) out[w] = job.rows[w];
     }
 
-    int64_t bytes(int w) const { return int64_t(job.octets) * BITS[w]; }
+    int64_t bytes(int w) const { return int64_t(job.half_bit) * HALF_BITS[w]; }
 
     // Copies the rows of a width that have been passed and stay.
     void flush(int w) {
@@ -46,10 +46,9 @@ struct Weaver {
         copied[have] = ++seen[have];  // left out
         if (want == 0) return;
         flush(want);
-        const int width = BITS[want], keep = job.keep[i], rest = width - keep;
-        const uint8_t* planes = rest ? job.planes + job.offsets[i] : nullptr;
-        if (keep) std::memcpy(out[want], row, int64_t(keep) * job.octets);
-        if (rest) std::memcpy(out[want] + keep * job.octets, planes, int64_t(rest) * job.octets);
+        const int64_t keep = int64_t(job.keep[i]) * job.half_bit, rest = bytes(want) - keep;
+        if (keep) std::memcpy(out[want], row, keep);
+        if (rest) std::memcpy(out[want] + keep, job.planes + job.offsets[i], rest);
         out[want] += bytes(want);
     }
 

@@ -9,7 +9,8 @@ extern "C" {
 struct QaqWeave {
     int32_t runs;           // layers * kv_heads
     int32_t before, after;  // tokens of each run
-    int32_t octets, shift;  // head_dim / 8; 0 for keys, 4 for values
+    int32_t half_bit;       // bytes that half a bit an element takes
+    int32_t shift;          // 0 for keys, 4 for values
     const uint8_t* tags_before;
     int64_t before_stride;  // bytes from run to run
     const uint8_t* tags_after;
@@ -18,8 +19,8 @@ struct QaqWeave {
     uint8_t* const* rows;        // [QAQ_WIDTHS] where they go; null for widths that nothing comes to or leaves
     int64_t moves;
     const int64_t* index;    // [moves], ascending, flat in [runs][after]
-    const uint8_t* keep;     // [moves], planes that stay of the row held before
-    const uint8_t* planes;   // the other planes of each row that has some, [width - keep][octets]
+    const uint8_t* keep;     // [moves], the width up to which the row held before stays
+    const uint8_t* planes;   // the other bytes of each row that has some
     const int64_t* offsets;  // [moves], where they begin
 };
 
