@@ -21,7 +21,7 @@ from qaq_core.attention.reference import LayerTokens, Observer, ReferenceAttenti
 from qaq_core.codecs import Codec
 from qaq_core.native import library
 from qaq_core.packed import PackedTokens
-from qaq_core.packing import HALF, WIDTHS
+from qaq_core.packing import WIDTHS
 from qaq_core.pages import KEY, VALUE
 from qaq_core.pool import Pool
 from qaq_core.window import Reduction
@@ -45,6 +45,9 @@ class _Side(ctypes.Structure):
         ("exact", c_void_p),
         ("exact_head_stride", c_int64),
         ("rows", c_void_p),
+        ("order", c_void_p),
+        ("split", c_int32),
+        ("parts", c_int32),
         ("meta", c_void_p),
         ("scales", c_void_p),
         ("scale", c_void_p),
@@ -84,10 +87,9 @@ class CpuAttention:
         self._library = loaded
         self._reference = ReferenceAttention(codec, torch.device("cpu"))
         self.handed_over: Counter[str] = Counter()
-        self._levels = torch.zeros(len(WIDTHS), 256)
-        for index, width in enumerate(WIDTHS):
-            if 0 < width < HALF:
-                self._levels[index, : 1 << width] = codec.levels(width)
+        self._levels = torch.zeros(9, 256)
+        for bits in range(1, 9):
+            self._levels[bits, : 1 << bits] = codec.levels(bits)
         # With one meta byte a row, scales are looked up; other codecs' parameters are passed as numbers.
         self._scales = None
         if codec.meta_bytes == 1:
@@ -211,16 +213,20 @@ class CpuAttention:
         for row, base, pool in zip(rows, bases, mine.pools, strict=True):
             row.base, row.first = ctypes.addressof(base), _part(pool.first, layer)
         side.rows = ctypes.addressof(rows)
+        order = packed.quantizer.layout(index, packed.head_dim).order
+        side.order, side.split = order.data_ptr(), packed.quantizer.codec.split or packed.head_dim // 8
         if self._scales is not None:
             meta = mine.meta
             side.meta, side.scales = _part(meta, min(layer, meta.shape[0] - 1)), self._scales.data_ptr()
+            side.parts = self._scales.shape[1]
             side.affine_head_stride = meta.stride(1) if meta.shape[1] > 1 else 0
-            return rows, bases
+            return rows, bases, order
         scale, offset = packed.affine(index, layer, 0, len(packed))
         scale, offset = scale.contiguous(), None if offset is None else offset.contiguous()
         side.scale, side.offset = scale.data_ptr(), None if offset is None else offset.data_ptr()
-        side.affine_head_stride = scale.stride(0) if scale.shape[0] > 1 else 0
-        return rows, bases, scale, offset
+        side.parts = scale.shape[2]
+        side.affine_head_stride = scale.shape[1] if scale.shape[0] > 1 else 0
+        return rows, bases, order, scale, offset
 
     def _hand_over(self, reason: str) -> None:
         self.handed_over[reason] += 1

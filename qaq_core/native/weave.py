@@ -18,7 +18,7 @@ _Pointers = c_void_p * len(WIDTHS)
 
 class _Weave(ctypes.Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("runs", "before", "after", "octets", "shift")),
+        *((name, c_int32) for name in ("runs", "before", "after", "half_bit", "shift")),
         ("tags_before", c_void_p),
         ("before_stride", c_int64),
         ("tags_after", c_void_p),
@@ -71,7 +71,7 @@ class NativeWeaver:
             runs=before.shape[0] * before.shape[1],
             before=before.shape[2],
             after=after.shape[2],
-            octets=half_bit,
+            half_bit=half_bit,
             shift=4 * side,
             tags_before=before.data_ptr(),
             before_stride=_run_stride(before),

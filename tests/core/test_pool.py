@@ -18,7 +18,7 @@ LAYERS, HEADS = 2, 3
 KERNELS = ["reference", *(["cpu"] if native.library() else [])]
 
 Model = dict[tuple[int, int, int], torch.Tensor]
-"""Rows [width, head_dim/8] by (layer, head, token)."""
+"""Rows [width, bytes of half a bit] by (layer, head, token)."""
 
 
 def grouped(model: Model) -> Rows:
@@ -27,7 +27,7 @@ def grouped(model: Model) -> Rows:
     for width in WIDTHS[1:]:
         mine = [model[key] for key in sorted(model) if len(model[key]) == width]
         if mine:
-            rows[width] = torch.stack(mine)
+            rows[width] = torch.stack(mine).flatten(1)
     return rows
 
 
@@ -93,13 +93,13 @@ def test_appends_and_changes_agree_with_a_dictionary(
     generator = torch.Generator().manual_seed(seed)
 
     def row(width: int, start: torch.Tensor | None = None) -> torch.Tensor:
-        fresh = torch.randint(0, 256, (width, dim // 8), dtype=torch.uint8, generator=generator)
+        fresh = torch.randint(0, 256, (width, dim // 16), dtype=torch.uint8, generator=generator)
         if start is not None:
             fresh[: len(start)] = start
         return fresh
 
     side = data.draw(st.sampled_from((KEY, VALUE)))
-    pool = Pool(weaving.make(torch.device("cpu"), kernel), dim // 8)
+    pool = Pool(weaving.make(torch.device("cpu"), kernel), dim // 16)
     model, tokens = Model(), 0
     some_width = st.sampled_from(WIDTHS)
     for _ in range(data.draw(st.integers(1, 6))):
