@@ -135,7 +135,7 @@ class QAQCache(Cache):
     def _begin(self, batch: int, n: int, position_ids: torch.Tensor | None) -> None:
         """Finds how many of the n columns are real tokens of each sequence: the last ones."""
         if not self.sequences:
-            self.sequences = [SequenceCache(self.method, self._originals) for _ in range(batch)]
+            self.sequences = [self.method.sequence(self._originals) for _ in range(batch)]
         if batch != len(self.sequences):
             raise ConfigError(f"the cache holds {len(self.sequences)} sequences, the batch has {batch}")
         if position_ids is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,10 @@ from qaq_core.policies.balanced import SINKS
 from qaq_core.quantizer import Quantizer
 from qaq_core.shape import ModelShape
 from qaq_core.window import Window
+
+if TYPE_CHECKING:
+    from qaq_core.originals import Originals
+    from qaq_core.sequence import SequenceCache
 
 GROUP = 8
 """Tokens leave the recent window this many at a time, and this many always stay."""
@@ -101,6 +106,17 @@ class Method:
         method = build(model, fingerprint, preset, **settings)
         use_qaq_attention(model)
         return method
+
+    def sequence(
+        self,
+        originals: Originals | None = None,
+        page_name: Callable[[int], bytes] | None = None,
+        wait: bool = False,
+    ) -> SequenceCache:
+        """An empty sequence, see `SequenceCache`."""
+        from qaq_core.sequence import SequenceCache
+
+        return SequenceCache(self, originals, page_name, wait)
 
     @property
     def window_dtype(self) -> torch.dtype:

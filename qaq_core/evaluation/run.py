@@ -139,7 +139,7 @@ def _adopted(document: Document, computed: Computed, methods: dict[str, Method])
         def name(page: int, text: str = text, shared: int = shared) -> bytes:
             return f"{page} {'prompt' if page < shared else text}".encode()
 
-        sequences[text] = SequenceCache(method, originals, name)
+        sequences[text] = method.sequence(originals, name)
         sequences[text].adopt(computed.originals, computed.watch(method.window))
     return sequences
 

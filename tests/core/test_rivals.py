@@ -13,13 +13,15 @@ from tests.core.models import tiny
 from tests.core.rows import normal
 
 
-@pytest.mark.parametrize("name", ["uniform-3", "hadamard-2", "k4v2", "kivi-2"])
+@pytest.mark.parametrize("name", ["uniform-3", "hadamard-2", "k4v2", "kivi-2", "h2o-0.2", "scissorhands-.5"])
 def test_names(name: str) -> None:
     assert rivals.find(name) is not None
     assert Method.for_model(tiny("llama-gqa"), "tiny", name).preset == name
 
 
-@pytest.mark.parametrize("name", ["uniform", "uniform-", "uniform-x", "k4", "hadamard-3-", "kivi-2.5"])
+@pytest.mark.parametrize(
+    "name", ["uniform", "uniform-", "uniform-x", "k4", "hadamard-3-", "kivi-2.5", "h2o-x", "h2o-1.2.3"]
+)
 def test_other_names(name: str) -> None:
     assert rivals.find(name) is None
 
