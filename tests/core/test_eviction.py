@@ -104,7 +104,7 @@ def test_it_keeps_what_the_rule_keeps(rival: str, share: float) -> None:
 @pytest.mark.parametrize("chunk", [1, 150])
 def test_counts_go_back_one_history_at_most(chunk: int) -> None:
     generator = torch.Generator().manual_seed(2)
-    p = torch.rand(1, 1, 650, 700, generator=generator).tril_(49)  # the first query is the 51st token's
+    p = torch.rand(1, 1, 650, 700, generator=generator).tril_(50)  # the first query is the 51st token's
     p /= p.sum(-1, keepdim=True)
     pivotal = p[0, 0] * torch.arange(51, 701)[:, None] > 1
     counts = PivotCounts()
