@@ -20,6 +20,7 @@ from qaq_core.method import Method
 from qaq_core.originals import InProcessOriginals, Originals
 from qaq_core.outliers import Outliers
 from qaq_core.packed import PackedTokens
+from qaq_core.packing import HALF
 from qaq_core.pages import KEY, VALUE
 from qaq_core.policies import ErrorPolicy, View
 from qaq_core.policies.base import solve_error, solve_price
@@ -186,6 +187,14 @@ class SequenceCache:
     def staging_bytes(self) -> int:
         """Host bytes of originals that the store has not acknowledged."""
         return self.staging.nbytes
+
+    def bits(self, side: int) -> torch.Tensor:
+        """uint8 [layers, kv_heads, length]: bits an element of each vector, by position; exact ones have 16."""
+        shape = self.method.shape
+        held = torch.full((shape.layers, shape.kv_heads, self.length), HALF, dtype=torch.uint8)
+        if len(self.packed):
+            held[:, :, self.packed.start : self.packed.stop] = self.packed.widths(side).cpu()
+        return held
 
     def stats(self) -> CacheStatistics:
         shape, counts = self.method.shape, self.exceptions.counts

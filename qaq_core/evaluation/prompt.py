@@ -1,4 +1,4 @@
-"""A document in full precision: the baseline, and the prompt that all configurations start from."""
+"""A prompt in full precision: the baseline, and what all configurations start from."""
 
 from __future__ import annotations
 
@@ -49,20 +49,47 @@ class _Seen:
         return self._state
 
 
-class _Recording:
-    """A sequence in full precision that windows watch; to `QAQCache` it is a sequence like any other."""
+class Baseline:
+    """A sequence in full precision, its prompt watched by windows; to `QAQCache` a sequence like any other.
 
-    def __init__(self, method: Method, document: Document, windows: Iterable[Window]) -> None:
-        shape, tokens = method.shape, len(document.ids) - 1
-        self.method, self.length, self._context, self._arriving = method, 0, document.context, 0
-        dims = (shape.layers, 2, shape.kv_heads, tokens, shape.head_dim)
-        self.originals = torch.empty(dims, dtype=method.dtype, device=method.device)
-        self.watches = {
+    Args:
+        prompt: int64 [n].
+        room: tokens that may follow the prompt.
+    """
+
+    def __init__(
+        self, model: Any, method: Method, prompt: torch.Tensor, windows: Iterable[Window], room: int
+    ) -> None:
+        shape, self._context = method.shape, len(prompt)
+        self.method, self.length, self._arriving, self._model = method, 0, 0, model
+        dims = (shape.layers, 2, shape.kv_heads, len(prompt) + room, shape.head_dim)
+        self._rows = torch.empty(dims, dtype=method.dtype, device=method.device)
+        self._watches = {
             window_key(window): window.prompt(
-                shape.layers, shape.kv_heads, document.context, document.context, method.device
+                shape.layers, shape.kv_heads, self._context, self._context, method.device
             )
             for window in windows
         }
+        for first in range(0, self._context, CHUNK):
+            self._forward(prompt[first : first + CHUNK], keep=1)
+
+    def extend(self, ids: torch.Tensor) -> torch.Tensor:
+        """Takes in the next tokens; log probabilities float32 [n, vocabulary] of the token after each."""
+        parts = [self._forward(ids[first : first + CHUNK], keep=CHUNK) for first in range(0, len(ids), CHUNK)]
+        return torch.cat(parts).float().log_softmax(-1)
+
+    def append(self, ids: torch.Tensor) -> None:
+        """Takes in the next tokens; what they predict is not asked for."""
+        for first in range(0, len(ids), CHUNK):
+            self._forward(ids[first : first + CHUNK], keep=1)
+
+    def rewind(self) -> None:
+        """Forgets what followed the prompt."""
+        self.length = self._context
+
+    def computed(self, log_probabilities: torch.Tensor) -> Computed:
+        """The prompt, and what has been predicted after it."""
+        return Computed(self._rows[:, :, :, : self._context], log_probabilities, self._watches)
 
     def attend(
         self,
@@ -75,14 +102,12 @@ class _Recording:
     ) -> torch.Tensor:
         held, stop = self.length, self.length + keys.shape[1]
         self._arriving = keys.shape[1]
-        self.originals[layer, KEY, :, held:stop] = keys
-        self.originals[layer, VALUE, :, held:stop] = values
-        tokens = LayerTokens(
-            layer, self.originals[layer, KEY, :, :stop], self.originals[layer, VALUE, :, :stop], 0, None
-        )
+        self._rows[layer, KEY, :, held:stop] = keys
+        self._rows[layer, VALUE, :, held:stop] = values
+        tokens = LayerTokens(layer, self._rows[layer, KEY, :, :stop], self._rows[layer, VALUE, :, :stop], 0, None)
 
         def observe(probabilities: torch.Tensor, first: int) -> None:
-            for watch in self.watches.values():
+            for watch in self._watches.values():
                 watch(layer, probabilities, held + first)
 
         watching = observe if stop <= self._context else None
@@ -91,28 +116,22 @@ class _Recording:
     def commit(self) -> None:
         self.length += self._arriving
 
-
-@torch.no_grad()
-def compute(model: Any, method: Method, document: Document, windows: Iterable[Window]) -> Computed:
-    """Runs a document through the model, once, with nothing quantized."""
-    recording = _Recording(method, document, windows)
-    cache = QAQCache([recording], method)  # type: ignore[list-item]
-    ids = document.ids[None, :-1].to(method.device)
-    ends = [*range(CHUNK, document.context, CHUNK), document.context, ids.shape[1]]
-    logits, start = None, 0
-    for end in ends:
-        keep = end - start if end > document.context else 1
-        logits = model(
-            input_ids=ids[:, start:end],
-            position_ids=torch.arange(start, end, device=method.device)[None],
-            past_key_values=cache,
+    @torch.no_grad()
+    def _forward(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
+        device = self.method.device
+        logits: torch.Tensor = self._model(
+            input_ids=ids[None].to(device),
+            position_ids=torch.arange(self.length, self.length + len(ids), device=device)[None],
+            past_key_values=QAQCache([self], self.method),  # type: ignore[list-item]
             logits_to_keep=keep,
         ).logits[0]
-        start = end
-    assert logits is not None
-    return Computed(
-        recording.originals[:, :, :, : document.context], logits.float().log_softmax(-1), recording.watches
-    )
+        return logits
+
+
+def compute(model: Any, method: Method, document: Document, windows: Iterable[Window]) -> Computed:
+    """Runs a document through the model, once, with nothing quantized."""
+    baseline = Baseline(model, method, document.ids[: document.context], windows, document.decode)
+    return baseline.computed(baseline.extend(document.ids[document.context : -1]))
 
 
 def window_key(window: Window) -> str:

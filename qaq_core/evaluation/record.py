@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 
 from qaq_core.errors import ConfigError
 from qaq_core.evaluation.documents import Document
+from qaq_core.evaluation.journal import Journal, name_of
+from qaq_core.method import Method
+from qaq_core.pages import KEY, VALUE
 from qaq_core.sequence import SequenceCache
+
+MAP_BINS = 32
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,10 @@ class Part:
         resident, plain: bytes held, and bytes of the same tokens in fp16.
         packed_resident, packed_plain: the same without sinks and recent tokens.
         bits_key, bits_value: mean code bits an element at the end.
+        turn: of a session, from 1 on; 0 if there are no turns.
+        exceptions_at: exceptions of each step.
+        map_key, map_value: mean bits at the end by layer and by position, in `MAP_BINS` equal parts of the
+            sequence; exact tokens count 16.
     """
 
     document: int
@@ -41,6 +49,10 @@ class Part:
     bits_value: float
     exceptions: int
     requantize_bytes: int
+    turn: int = 0
+    exceptions_at: list[int] = field(default_factory=list)
+    map_key: list[list[float]] = field(default_factory=list)
+    map_value: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -73,8 +85,10 @@ class Row:
 class Measure:
     """Gathers a part while its sequence decodes."""
 
-    def __init__(self, document: int, config: str, sequence: SequenceCache) -> None:
-        self._document, self._config, self.sequence = document, config, sequence
+    def __init__(self, document: int, config: str, sequence: SequenceCache, turn: int = 0) -> None:
+        self._document, self._config, self.sequence, self._turn = document, config, sequence, turn
+        self._before = sequence.stats()
+        self._exceptions = [self._before.exceptions]
         self._nll: tuple[list[float], list[float]] = ([], [])
         self._kl: list[float] = []
         self._agreed = 0
@@ -87,16 +101,9 @@ class Measure:
         # Rounding may leave a tiny negative sum.
         self._kl.append(max(0.0, float((exact.exp() * (exact - got)).double().sum())))
         self._agreed += int(exact.argmax() == got.argmax())
-        for i, count in enumerate(self._held()):
+        self._exceptions.append(self.sequence.exceptions.counts.exceptions)
+        for i, count in enumerate(held_bytes(self.sequence)):
             self._bytes[i] += count
-
-    def _held(self) -> tuple[int, int, int, int]:
-        sequence, shape = self.sequence, self.sequence.method.shape
-        token = shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
-        packed = len(sequence.packed)
-        window = packed * shape.layers * shape.kv_heads * sequence.method.window.bytes_per_token
-        resident = sequence.packed.nbytes + window if packed else 0
-        return sequence.nbytes, sequence.length * token, resident, packed * token
 
     def part(self) -> Part:
         stats = self.sequence.stats()
@@ -114,9 +121,34 @@ class Measure:
             packed_plain=packed_plain,
             bits_key=mean_bits(stats.key_bits),
             bits_value=mean_bits(stats.value_bits),
-            exceptions=stats.exceptions,
-            requantize_bytes=stats.requantize_bytes,
+            exceptions=stats.exceptions - self._before.exceptions,
+            requantize_bytes=stats.requantize_bytes - self._before.requantize_bytes,
+            turn=self._turn,
+            exceptions_at=[after - before for before, after in pairwise(self._exceptions)],
+            map_key=bits_map(self.sequence, KEY),
+            map_value=bits_map(self.sequence, VALUE),
         )
+
+
+def bits_map(sequence: SequenceCache, side: int) -> list[list[float]]:
+    """Mean bits by layer and part of the sequence, see `Part`."""
+    bits = sequence.bits(side).float().mean(1)
+    pooled = torch.nn.functional.adaptive_avg_pool1d(bits, min(MAP_BINS, bits.shape[1]))
+    return [[round(x, 2) for x in row] for row in pooled.tolist()]
+
+
+def held_bytes(sequence: SequenceCache) -> tuple[int, int, int, int]:
+    """Bytes held and the same tokens' in fp16; then both without sinks and recent tokens."""
+    method, packed = sequence.method, len(sequence.packed)
+    window = packed * method.shape.layers * method.shape.kv_heads * method.window.bytes_per_token
+    resident = sequence.packed.nbytes + window if packed else 0
+    token = token_bytes(method)
+    return sequence.nbytes, sequence.length * token, resident, packed * token
+
+
+def token_bytes(method: Method) -> int:
+    """A token's keys and values in fp16."""
+    return method.shape.layers * 2 * method.shape.kv_heads * method.shape.head_dim * 2
 
 
 def mean_bits(histogram: dict[float, int]) -> float:
@@ -160,48 +192,32 @@ def summarize(parts: Sequence[Part], config: str, context: int) -> Row:
 
 def run_name(about: dict[str, object], documents: Sequence[Document]) -> str:
     """Names what parts are of: the model, the settings (but not how many documents), and the tokens."""
-    digest = blake3(json.dumps({**about, "documents": None}, sort_keys=True).encode())
     # Documents of one text and one setting begin with the same first.
-    digest.update(documents[0].ids.numpy().tobytes())
-    return digest.hexdigest(16)
+    return name_of(about, documents[0].ids.numpy().tobytes())
 
 
 class PartLog:
-    """Parts in a file of JSON lines, so that a run that was stopped goes on where it was.
+    """Parts of one run, kept in a `Journal`.
 
     Args:
-        run: what the parts are of (model, text, lengths); parts of another run are left alone.
-        path: of the file, or None to keep parts in memory only.
+        run: what the parts are of (model, text, lengths), see `run_name`.
+        path: of the journal, or None to keep parts in memory only.
     """
 
     def __init__(self, run: str, path: Path | None) -> None:
-        self._run, self._path = run, path
-        self.parts: dict[tuple[int, str], Part] = {}
-        if path is not None and path.exists():
-            for line in path.read_text().splitlines():
-                self._read(line)
+        self._journal = Journal(run, path)
+        names = {each.name for each in fields(Part)}
+        told = (Part(**entry) for entry in self._journal if set(entry) == names)
+        self.parts = {(part.document, part.config, part.turn): part for part in told}
 
-    def _read(self, line: str) -> None:
-        names = {field.name for field in fields(Part)}
-        try:
-            told = json.loads(line)
-        except ValueError:
-            return  # the last line of a run that was killed while it wrote
-        if isinstance(told, dict) and told.pop("run", None) == self._run and set(told) == names:
-            part = Part(**told)
-            self.parts[part.document, part.config] = part
-
-    def has(self, document: int, config: str) -> bool:
-        return (document, config) in self.parts
+    def has(self, document: int, config: str, turn: int = 0) -> bool:
+        return (document, config, turn) in self.parts
 
     def add(self, part: Part) -> None:
-        self.parts[part.document, part.config] = part
-        if self._path is not None:
-            whole = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
-            with self._path.open("a") as file:
-                file.write(("" if whole else "\n") + json.dumps({"run": self._run, **asdict(part)}) + "\n")
+        self.parts[part.document, part.config, part.turn] = part
+        self._journal.add(asdict(part))
 
-    def select(self, documents: Iterable[int], configs: Iterable[str]) -> list[Part]:
-        """Parts of these documents and configurations."""
+    def select(self, documents: Iterable[int], configs: Iterable[str], turn: int = 0) -> list[Part]:
+        """Parts of these documents and configurations, and of that turn."""
         wanted = set(configs)
-        return [self.parts[i, config] for i in documents for config in wanted if self.has(i, config)]
+        return [self.parts[i, config, turn] for i in documents for config in wanted if self.has(i, config, turn)]

@@ -117,24 +117,24 @@ def evaluate(
         computed = compute(model, next(iter(pending.values())), document, [m.window for m in pending.values()])
         measures = [
             Measure(document.index, text, sequence)
-            for text, sequence in _adopted(document, computed, pending).items()
+            for text, sequence in adopted(document.context, computed, pending).items()
         ]
         for step in range(document.decode):
             if step % 8 == 0:
                 report(f"document {i + 1} of {total}: decode", (i + step / document.decode) / total)
-            _decode(model, document, computed, step, measures)
+            decode_step(model, document.ids, document.context + step, computed.log_probabilities[step], measures)
         for measure in measures:
             yield measure.part()
             measure.sequence.close()
     report("done", 1.0)
 
 
-def _adopted(document: Document, computed: Computed, methods: dict[str, Method]) -> dict[str, SequenceCache]:
+def adopted(context: int, computed: Computed, methods: dict[str, Method]) -> dict[str, SequenceCache]:
     """A sequence per method that has just ended the prompt. They share the prompt's originals."""
     originals = InProcessOriginals()
     sequences = {}
     for text, method in methods.items():
-        shared = document.context // method.page_tokens
+        shared = context // method.page_tokens
 
         def name(page: int, text: str = text, shared: int = shared) -> bytes:
             return f"{page} {'prompt' if page < shared else text}".encode()
@@ -144,14 +144,17 @@ def _adopted(document: Document, computed: Computed, methods: dict[str, Method])
     return sequences
 
 
-def _decode(model: Any, document: Document, computed: Computed, step: int, measures: Sequence[Measure]) -> None:
-    """Decodes one token with every sequence, and measures what each predicts after it."""
-    at, count = document.context + step, len(measures)
-    device = computed.log_probabilities.device
+def decode_step(model: Any, ids: torch.Tensor, at: int, exact: torch.Tensor, measures: Sequence[Measure]) -> None:
+    """Decodes the token at a position with every sequence, and measures what each predicts after it.
+
+    Args:
+        exact: full precision's log probabilities [vocabulary] of the token after it.
+    """
+    count = len(measures)
     logits = model(
-        input_ids=document.ids[at].to(device).expand(count, 1),
-        position_ids=torch.full((count, 1), at, device=device),
+        input_ids=ids[at].to(exact.device).expand(count, 1),
+        position_ids=torch.full((count, 1), at, device=exact.device),
         past_key_values=QAQCache([measure.sequence for measure in measures]),
     ).logits[:, -1]
     for got, measure in zip(logits.float().log_softmax(-1), measures, strict=True):
-        measure.add(computed.log_probabilities[step], got, int(document.ids[at + 1]))
+        measure.add(exact, got, int(ids[at + 1]))

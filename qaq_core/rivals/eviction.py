@@ -188,9 +188,13 @@ class EvictingCache(SequenceCache):
         """int32 [layers, kv_heads, kept], of the tokens that are kept, in no order."""
         return self._positions[:, :, : self._held]
 
-    def stats(self) -> CacheStatistics:
+    def bits(self, side: int) -> torch.Tensor:
         shape = self.method.shape
-        heads = shape.layers * shape.kv_heads
+        held = torch.zeros(shape.layers, shape.kv_heads, self.length, dtype=torch.uint8)
+        return held.scatter_(2, self.positions.cpu().long(), HALF)
+
+    def stats(self) -> CacheStatistics:
+        heads = self.method.shape.layers * self.method.shape.kv_heads
         bits = {0: heads * (self.length - self._held), HALF: heads * self._held}
         held = {width: count for width, count in bits.items() if count}
         return replace(super().stats(), key_bits=held, value_bits=dict(held))
