@@ -15,7 +15,7 @@ import torch
 from qaq_core.cache import QAQCache
 from qaq_core.evaluation.documents import Document, cut
 from qaq_core.evaluation.prompt import CHUNK, Baseline
-from qaq_core.evaluation.record import Measure, Part, Row
+from qaq_core.evaluation.record import Measure, Part, Row, summarize
 from qaq_core.evaluation.run import Config, Progress, adopted, decode_step
 
 
@@ -31,6 +31,11 @@ def cut_sessions(
 ) -> list[Document]:
     """Documents of `turns` times a prompt of `context` tokens and a decode of `decode`."""
     return cut(text, tokenizer, turns * (context + decode) - decode, decode, sessions, offset_fraction)
+
+
+def turn_rows(parts: Sequence[Part], configs: Sequence[str], context: int, turn: int) -> list[TurnRow]:
+    """Rows of one turn, of its parts."""
+    return [TurnRow(**vars(summarize(parts, config, context)), turn=turn) for config in configs]
 
 
 @torch.no_grad()

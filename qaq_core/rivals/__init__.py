@@ -46,7 +46,7 @@ def _parts(
     if getattr(rival, "TARGETED", False):
         made: dict[str, Any] = rival.parts(model, shape, target, *numbers)
         return made
-    if target.bits or target.compression:
+    if target.given:
         raise ConfigError(f"{name} holds the widths of its name; it takes no target")
     made = rival.parts(model, shape, *numbers)
     return made

@@ -50,7 +50,7 @@ def parts(
         share: of tokens kept, over 0 and at most 1; None to meet the target.
         recent: how many of so many kept tokens are the most recent ones.
     """
-    if target.bits or (share is None) == (target.compression is None):
+    if (share is None) == (target.compression is None) or target.bits or target.error:
         raise ConfigError("eviction takes a share of tokens to keep (h2o-0.2) or a compression (h2o@8x)")
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"the share of tokens to keep must be over 0 and at most 1, not {share}")

@@ -1,0 +1,64 @@
+"""Decoding real text, or a passage of the prompt again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from services.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text
+
+if TYPE_CHECKING:
+    from qaq_core.evaluation import Config, Row
+    from qaq_core.loading import LoadedModel
+
+
+def run(loaded: LoadedModel, configs: list[Config], asked: Asked, report: Report) -> Outcome:
+    from qaq_core import evaluation
+
+    source, written = named_text(asked.text)
+    cut = evaluation.cut(
+        written, loaded.tokenizer, asked.context, asked.decode, asked.documents, asked.offset_fraction
+    )
+    cut = [evaluation.with_recall(document) for document in cut] if asked.recall else cut
+    fits(loaded, asked.context + asked.decode)
+    said = {
+        **about(loaded, "recall" if asked.recall else "text"),
+        "text": source,
+        "context": asked.context,
+        "decode": asked.decode,
+        "documents": asked.documents,
+        "offset_fraction": asked.offset_fraction,
+    }
+    log = evaluation.PartLog(evaluation.run_name(said, cut), asked.journal)
+    for part in evaluation.evaluate(loaded.model, loaded.fingerprint, cut, configs, log.has, report):
+        log.add(part)
+    names = [config.text for config in configs]
+    parts = log.select(range(asked.documents), names)
+    rows = [evaluation.summarize(parts, name, asked.context) for name in names]
+    page = None
+    if asked.html_path is not None:
+        from qaq_core.evaluation.page import text_page
+
+        page = text_page(said, rows, parts)
+    return Outcome({**said, "rows": [asdict(row) for row in rows]}, table(rows), page)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    shown = empty_table(
+        "Against full precision", "config", "context", "smaller", "bits K/V", "ΔNLL", "KL", "top-1", "B/tok"
+    )
+    for row in rows:
+        shown.add_row(
+            row.config,
+            str(row.context),
+            f"{row.compression:.2f}x",
+            f"{row.bits_key:.2f}/{row.bits_value:.2f}",
+            f"{row.delta_nll:+.4f}±{row.delta_nll_se:.3f}",
+            f"{row.kl_mean:.4f}",
+            f"{row.top1_agreement:.3f}",
+            f"{row.requantize_bytes_per_token:.0f}",
+        )
+    return shown
