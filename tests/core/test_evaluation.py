@@ -24,6 +24,7 @@ from qaq_core.evaluation import (
     with_recall,
 )
 from qaq_core.evaluation.prompt import compute
+from qaq_core.evaluation.record import MAP_BINS
 from qaq_core.method import Method
 from qaq_core.pages import KEY, VALUE
 from qaq_core.sequence import SequenceCache
@@ -154,6 +155,19 @@ def test_a_prompt_that_was_computed_elsewhere_is_the_same_prompt() -> None:
             assert float(same.float().mean()) > 0.99
 
 
+def test_parts_say_when_and_where(parts: list[Part]) -> None:
+    for part in parts:
+        assert len(part.exceptions_at) == DECODE
+        assert sum(part.exceptions_at) == part.exceptions
+        for side, bits in ((part.map_key, part.bits_key), (part.map_value, part.bits_value)):
+            assert [len(row) for row in side] == [MAP_BINS] * 3
+            # Sinks stand in the first part, recent tokens in the last ones; none but packed tokens in the middle.
+            assert all(row[-1] == 16 for row in side)
+            if part.config.startswith(("uniform", "hadamard", "kivi", "k4v2")):
+                assert all(x == bits for row in side for x in row[1:20])
+    assert any(part.exceptions_at[-1] for part in parts if part.config == "paper")
+
+
 def test_documents_decode_alone_as_they_do_beside_others(parts: list[Part]) -> None:
     alone = run(["uniform-2"], documents()[1:])[0]
     beside = next(part for part in parts if part.document == 1 and part.config == "uniform-2")
@@ -261,7 +275,7 @@ def test_what_is_no_configuration_is_refused(text: str) -> None:
         ("kivi-9", "1 to 8 bits"),
         ("exact-norequant", "does not take these settings"),
         ("paper@e0.1", "does not predict its error"),
-        ("uniform-3@e0.1", "does not predict its error"),
+        ("uniform-3@e0.1", "takes no target"),
         ("balanced@e11", "at most 10 nats"),
     ],
 )
