@@ -20,7 +20,6 @@ from qaq_core.method import Method
 from qaq_core.originals import InProcessOriginals, Originals
 from qaq_core.outliers import Outliers
 from qaq_core.packed import PackedTokens
-from qaq_core.packing import HALF
 from qaq_core.pages import KEY, VALUE
 from qaq_core.policies import ErrorPolicy, View
 from qaq_core.policies.base import solve_error, solve_price
@@ -190,8 +189,8 @@ class SequenceCache:
 
     def bits(self, side: int) -> torch.Tensor:
         """uint8 [layers, kv_heads, length]: bits an element of each vector, by position; exact ones have 16."""
-        shape = self.method.shape
-        held = torch.full((shape.layers, shape.kv_heads, self.length), HALF, dtype=torch.uint8)
+        shape, exact = self.method.shape, 8 * self.method.window_dtype.itemsize
+        held = torch.full((shape.layers, shape.kv_heads, self.length), exact, dtype=torch.uint8)
         if len(self.packed):
             held[:, :, self.packed.start : self.packed.stop] = self.packed.widths(side).cpu()
         return held

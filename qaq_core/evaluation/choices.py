@@ -109,7 +109,7 @@ class Examiner:
     ) -> None:
         self._model, self._journal = model, journal
         self._methods = {config.text: narrowed(config.method(model, fingerprint), window) for config in configs}
-        self._known = {(a.question, a.config): a for a in (Answered(**entry) for entry in journal)}
+        self._known = {(a.question, a.config): a for a in journal.entries(Answered)}
 
     def answer(
         self, questions: Sequence[Question], progress: Callable[[float], None]

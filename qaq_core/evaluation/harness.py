@@ -98,7 +98,8 @@ def run_task(
                 bootstrap_iters=0,
             )
         except (KeyError, ValueError, OSError) as error:
-            raise ConfigError(f"lm-eval cannot run {task}: {error}") from error
+            hint = "" if file else "; questions of a local file need no hub (--task-file)"
+            raise ConfigError(f"lm-eval cannot run {task}: {error}{hint}") from error
         assert found is not None
         outcomes[config] = _Outcome(found["samples"][task], list(model.answered))
     return [_row(task, config, shots, outcomes[config], outcomes[FULL]) for config in configs]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blake3 import blake3
+
+_Entry = TypeVar("_Entry", bound=Any)
 
 
 def name_of(about: dict[str, object], *tokens: bytes) -> str:
@@ -39,6 +42,11 @@ class Journal:
                 continue  # the last line of a run that was killed while it wrote
             if isinstance(told, dict) and told.pop("run", None) == self._run:
                 yield told
+
+    def entries(self, kind: type[_Entry]) -> list[_Entry]:
+        """Lines as objects of a dataclass; those with other fields are of an earlier version."""
+        names = {each.name for each in fields(kind)}
+        return [kind(**told) for told in self if set(told) == names]
 
     def add(self, entry: dict[str, Any]) -> None:
         if self._path is None:

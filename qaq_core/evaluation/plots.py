@@ -11,7 +11,6 @@ import torch
 
 from qaq_core.errors import ConfigError
 from qaq_core.evaluation.record import Part, Row
-from qaq_core.packing import HALF
 
 try:
     from matplotlib.figure import Figure
@@ -20,6 +19,10 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from qaq_core.evaluation.turns import TurnRow
+
+
+EXACT = 16
+"""Bits of exact tokens: a colour for them would leave none for the others."""
 
 
 def losses(rows: Sequence[Row]) -> str:
@@ -50,8 +53,9 @@ def bits(parts: Sequence[Part], config: str) -> str | None:
         return None
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     grid = figure.subplots(1, 2)
-    packed = torch.stack(mean)
-    top = float(packed[packed < HALF / 2].max()) if bool((packed < HALF / 2).any()) else float(HALF)
+    both = torch.stack(mean)
+    packed = both[both < EXACT / 2]
+    top = float(packed.max()) if len(packed) else float(EXACT)
     for axes, side, name in zip(grid, mean, ("keys", "values"), strict=True):
         image = axes.imshow(
             side.numpy(), aspect="auto", origin="lower", vmin=0, vmax=top, extent=(0, 100, 0, len(side))

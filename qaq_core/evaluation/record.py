@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -206,9 +206,7 @@ class PartLog:
 
     def __init__(self, run: str, path: Path | None) -> None:
         self._journal = Journal(run, path)
-        names = {each.name for each in fields(Part)}
-        told = (Part(**entry) for entry in self._journal if set(entry) == names)
-        self.parts = {(part.document, part.config, part.turn): part for part in told}
+        self.parts = {(part.document, part.config, part.turn): part for part in self._journal.entries(Part)}
 
     def has(self, document: int, config: str, turn: int = 0) -> bool:
         return (document, config, turn) in self.parts

@@ -19,7 +19,6 @@ from qaq_core.errors import ConfigError
 from qaq_core.frames import PlainFrame
 from qaq_core.method import Method, Target
 from qaq_core.originals import Originals
-from qaq_core.packing import HALF
 from qaq_core.pages import KEY, VALUE
 from qaq_core.policies import FixedPolicy
 from qaq_core.quantizer import Quantizer
@@ -191,11 +190,12 @@ class EvictingCache(SequenceCache):
     def bits(self, side: int) -> torch.Tensor:
         shape = self.method.shape
         held = torch.zeros(shape.layers, shape.kv_heads, self.length, dtype=torch.uint8)
-        return held.scatter_(2, self.positions.cpu().long(), HALF)
+        return held.scatter_(2, self.positions.cpu().long(), 8 * self.method.window_dtype.itemsize)
 
     def stats(self) -> CacheStatistics:
         heads = self.method.shape.layers * self.method.shape.kv_heads
-        bits = {0: heads * (self.length - self._held), HALF: heads * self._held}
+        kept = 8 * self.method.window_dtype.itemsize
+        bits = {0: heads * (self.length - self._held), kept: heads * self._held}
         held = {width: count for width, count in bits.items() if count}
         return replace(super().stats(), key_bits=held, value_bits=dict(held))
 

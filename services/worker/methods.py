@@ -7,8 +7,9 @@ import functools
 import torch
 from qaq.v1 import common_pb2
 
-from qaq_core import Method
+from qaq_core import ConfigError, Method
 from qaq_core.loading import LoadedModel
+from qaq_core.presets import PRESETS
 from services.common.settings import WorkerSettings
 
 _KEPT = 32
@@ -39,6 +40,9 @@ class Methods:
         return self._make(preset, bits, compression)
 
     def _new(self, preset: str, bits: float | None, compression: float | None) -> Method:
+        if preset not in PRESETS:
+            # Rivals are for evaluation: they need not keep originals, nor be resumed.
+            raise ConfigError(f"preset {preset[:50]!r} is not served; use one of {', '.join(PRESETS)}")
         # A first use may calibrate the model, which needs gradients.
         with torch.inference_mode(False), torch.enable_grad():
             return Method.for_model(

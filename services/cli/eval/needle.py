@@ -26,7 +26,7 @@ def run(loaded: LoadedModel, configs: list[Config], asked: Asked, report: Report
         "offset_fraction": asked.offset_fraction,
     }
     journal = Journal(name_of(said, haystacks[0].ids.numpy().tobytes()), asked.journal)
-    known = [needle.Found(**entry) for entry in journal]
+    known = journal.entries(needle.Found)
     done = {(found.trial, found.depth, found.config) for found in known}
 
     def has(haystack: needle.Haystack, config: str) -> bool:
