@@ -20,7 +20,7 @@ from qaq_core.errors import ConfigError
 from qaq_core.evaluation.journal import Journal
 from qaq_core.evaluation.prompt import Baseline
 from qaq_core.evaluation.record import held_bytes, token_bytes
-from qaq_core.evaluation.run import Config
+from qaq_core.evaluation.run import Config, adopted
 from qaq_core.method import Method
 from qaq_core.sequence import SequenceCache
 
@@ -142,14 +142,9 @@ class Examiner:
                 baseline.rewind()
             plain = len(prompt) * token_bytes(any_method)
             self._keep(question.name, FULL, results, len(prompt), (plain, plain, 0, 0))
-        computed = baseline.computed(torch.empty(0))
-        branches = []
-        for text, method in methods.items():
-            for ids in said:
-                sequence = method.sequence()
-                sequence.adopt(computed.originals, computed.watch(method.window))
-                branches.append(Branch(question.name, text, ids, sequence))
-        return branches
+        each = {(text, i): method for text, method in methods.items() for i in range(len(said))}
+        sequences = adopted(len(prompt), baseline.computed(torch.empty(0)), each)
+        return [Branch(question.name, text, said[i], sequence) for (text, i), sequence in sequences.items()]
 
     @torch.no_grad()
     def _decode(self, branches: Sequence[Branch]) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -129,18 +129,21 @@ def evaluate(
     report("done", 1.0)
 
 
-def adopted(context: int, computed: Computed, methods: dict[str, Method]) -> dict[str, SequenceCache]:
-    """A sequence per method that has just ended the prompt. They share the prompt's originals."""
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+def adopted(context: int, computed: Computed, methods: Mapping[_Key, Method]) -> dict[_Key, SequenceCache]:
+    """A sequence per key, of its method, that has just ended the prompt. They share the prompt's originals."""
     originals = InProcessOriginals()
     sequences = {}
-    for text, method in methods.items():
+    for key, method in methods.items():
         shared = context // method.page_tokens
 
-        def name(page: int, text: str = text, shared: int = shared) -> bytes:
-            return f"{page} {'prompt' if page < shared else text}".encode()
+        def name(page: int, key: _Key = key, shared: int = shared) -> bytes:
+            return f"{page} {'prompt' if page < shared else key}".encode()
 
-        sequences[text] = method.sequence(originals, name)
-        sequences[text].adopt(computed.originals, computed.watch(method.window))
+        sequences[key] = method.sequence(originals, name)
+        sequences[key].adopt(computed.originals, computed.watch(method.window))
     return sequences
 
 

@@ -13,13 +13,13 @@ from services.worker.methods import Methods
 
 @pytest.mark.parametrize("preset", ["h2o-0.2", "uniform-3", "nothing"])
 def test_only_presets_are_served(smollm2: LoadedModel, preset: str) -> None:
-    methods = Methods(smollm2, WorkerSettings())
+    methods = Methods(smollm2, WorkerSettings(model="smollm2"))
     with pytest.raises(ConfigError, match=f"preset '{preset}' is not served; use one of balanced, paper, exact"):
         methods.get(common_pb2.CacheParams(preset=preset))
 
 
 def test_a_method_is_made_once(smollm2: LoadedModel) -> None:
-    methods = Methods(smollm2, WorkerSettings(preset="exact"))
+    methods = Methods(smollm2, WorkerSettings(model="smollm2", preset="exact"))
     made = methods.get(common_pb2.CacheParams())
     assert made.preset == "exact"
     assert methods.get(common_pb2.CacheParams(preset="exact")) is made
