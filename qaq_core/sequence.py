@@ -188,11 +188,11 @@ class SequenceCache:
         return self.staging.nbytes
 
     def bits(self, side: int) -> torch.Tensor:
-        """uint8 [layers, kv_heads, length]: bits an element of each vector, by position; exact ones have 16."""
-        shape, exact = self.method.shape, 8 * self.method.window_dtype.itemsize
-        held = torch.full((shape.layers, shape.kv_heads, self.length), exact, dtype=torch.uint8)
+        """float32 [layers, kv_heads, length]: bits an element of each vector, by position; exact ones have 16."""
+        shape, exact = self.method.shape, 8.0 * self.method.window_dtype.itemsize
+        held = torch.full((shape.layers, shape.kv_heads, self.length), exact)
         if len(self.packed):
-            held[:, :, self.packed.start : self.packed.stop] = self.packed.widths(side).cpu()
+            held[:, :, self.packed.start : self.packed.stop] = self.packed.widths(side).cpu() / 2
         return held
 
     def stats(self) -> CacheStatistics:

@@ -132,7 +132,7 @@ class Measure:
 
 def bits_map(sequence: SequenceCache, side: int) -> list[list[float]]:
     """Mean bits by layer and part of the sequence, see `Part`."""
-    bits = sequence.bits(side).float().mean(1)
+    bits = sequence.bits(side).mean(1)
     pooled = torch.nn.functional.adaptive_avg_pool1d(bits, min(MAP_BINS, bits.shape[1]))
     return [[round(x, 2) for x in row] for row in pooled.tolist()]
 

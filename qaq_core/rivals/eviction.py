@@ -189,13 +189,13 @@ class EvictingCache(SequenceCache):
 
     def bits(self, side: int) -> torch.Tensor:
         shape = self.method.shape
-        held = torch.zeros(shape.layers, shape.kv_heads, self.length, dtype=torch.uint8)
+        held = torch.zeros(shape.layers, shape.kv_heads, self.length)
         return held.scatter_(2, self.positions.cpu().long(), 8 * self.method.window_dtype.itemsize)
 
     def stats(self) -> CacheStatistics:
         heads = self.method.shape.layers * self.method.shape.kv_heads
         kept = 8 * self.method.window_dtype.itemsize
-        bits = {0: heads * (self.length - self._held), kept: heads * self._held}
+        bits = {0.0: heads * (self.length - self._held), float(kept): heads * self._held}
         held = {width: count for width, count in bits.items() if count}
         return replace(super().stats(), key_bits=held, value_bits=dict(held))
 
