@@ -115,7 +115,8 @@ class QAQCache(Cache):
         batch, _, n, _ = query.shape
         if layer == 0:
             self._begin(batch, n, position_ids)
-        if n == 1 and all(sequence.method is self.method for sequence in self.sequences):
+        # Sequences of another kind (evicting ones, a full-precision baseline) attend by themselves.
+        if n == 1 and all(type(s) is SequenceCache and s.method is self.method for s in self.sequences):
             taken = [s.take(layer, keys[i], values[i]) for i, s in enumerate(self.sequences)]
             tokens, observers = zip(*taken, strict=True)
             out = self.method.attention.batch(query, tokens, scaling, sliding_window, observers)
