@@ -1,4 +1,4 @@
-"""`qaq paper` as a user runs it."""
+"""`qaq paper`, run in this process."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from pathlib import Path
 
 import jsonschema
 from referencing import Registry, Resource
+from typer.testing import CliRunner, Result
 
-from .command import ROOT, qaq
+from services.cli import app
+from tests.e2e.command import ROOT
 
 SCHEMAS = ROOT / "services" / "schemas"
 SMALL = ("--context", "120", "--decode", "4", "--documents", "1")
+
+
+def paper(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["paper", *map(str, arguments)])
 
 
 def checked(path: Path) -> dict:
@@ -24,9 +30,9 @@ def checked(path: Path) -> dict:
 
 def test_keys_are_more_sensitive_than_values(tmp_path: Path) -> None:
     path = tmp_path / "fig2a.json"
-    shown = qaq("paper", "fig2a", *SMALL, "--json", path)
-    assert shown.returncode == 0, shown.stderr
-    assert "Keys against values" in shown.stdout
+    shown = paper("fig2a", *SMALL, "--json", path)
+    assert shown.exit_code == 0, shown.output
+    assert "Keys against values" in shown.output
     kl = {row["config"]: row["kl_mean"] for row in checked(path)["rows"]}
     assert len(kl) == 16
     assert kl["k1v16"] > kl["k16v1"]
@@ -36,8 +42,8 @@ def test_keys_are_more_sensitive_than_values(tmp_path: Path) -> None:
 
 def test_keys_have_outliers_in_few_channels(tmp_path: Path) -> None:
     path = tmp_path / "fig2c.json"
-    shown = qaq("paper", "fig2c", *SMALL, "--json", path)
-    assert shown.returncode == 0, shown.stderr
+    shown = paper("fig2c", *SMALL, "--json", path)
+    assert shown.exit_code == 0, shown.output
     rows = checked(path)["rows"]
     assert len(rows) == 2 * 30
     keys, values = ([row["beyond"]["4"] for row in rows if row["side"] == side] for side in ("key", "value"))
@@ -45,6 +51,6 @@ def test_keys_have_outliers_in_few_channels(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told() -> None:
-    shown = qaq("paper", "fig9")
-    assert shown.returncode == 2
-    assert "there are fig2a, fig2c" in " ".join(shown.stderr.replace("│", " ").split())
+    shown = paper("fig9")
+    assert shown.exit_code == 2
+    assert "there are fig2a, fig2c" in " ".join(shown.output.replace("│", " ").split())
