@@ -40,9 +40,9 @@ def test_the_policy_serves_a_model_and_narrows_what_ages(written: dict[str, Any]
     assert bits == pytest.approx(4.0, abs=0.2)
     assert after.rows_narrowed > 0
     assert after.rows_requantized == 0
-    widths = cache.sequences[0].packed.widths(0)[0, 0].tolist()
-    assert sorted(widths) == widths  # the older, the fewer
-    assert widths[0] < widths[-1]
+    widths = cache.sequences[0].packed.widths(0)[0, 0].float()
+    old, middle, young = (part.mean() for part in widths.chunk(3))
+    assert old < middle < young
 
 
 def test_it_is_a_configuration_to_measure(written: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def test_the_codec_codes(written: dict[str, Any]) -> None:
     rows = torch.randn(1, 2, 5, 64, generator=torch.Generator().manual_seed(0))
     codec = written["ClippedCodec"]("head")
     scale, offset = codec.affine(codec.measure(rows, None))
-    units = (rows - offset.unsqueeze(-1)) / scale.unsqueeze(-1)
+    units = (rows - offset.unsqueeze(-1)) / scale
     levels = codec.levels(8)[codec.codes(units).long()]
     inside = (units > 0) & (units < 1)
     assert bool(inside.float().mean() > 0.98)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -14,7 +13,7 @@ from qaq_core.codecs import GaussianCodec, NormalCodec, UniformCodec
 from qaq_core.errors import ConfigError
 from qaq_core.policies import BalancedPolicy, FixedPolicy, PaperPolicy, View
 from qaq_core.policies.balanced import KAPPA, KEY_WIDTHS, VALUE_WIDTHS, box_mean, token_weights
-from qaq_core.policies.base import solve_error, solve_price
+from qaq_core.policies.base import solve_price
 from qaq_core.policies.paper import bits_for, key_deviation, value_deviation
 from tests.core.rows import GROUPS
 
@@ -206,31 +205,3 @@ def test_fixed_widths_are_fixed() -> None:
 def test_widths_that_do_not_exist_are_refused(pair: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="widths"):
         FixedPolicy(*pair)
-
-
-def test_a_predicted_error_by_hand() -> None:
-    seen = view(5)
-    policy = BalancedPolicy(GaussianCodec(), (torch.full((LAYERS, HEADS), 2.0), torch.full((LAYERS, HEADS), 3.0)))
-    keys, values = torch.full(seen.shape, 2, dtype=torch.uint8), torch.full(seen.shape, 0, dtype=torch.uint8)
-    weight = token_weights(seen.importance)[:, :, FIRST : FIRST + N]
-    codec = GaussianCodec()
-    expected = 0.0
-    for layer, head, token in itertools.product(range(LAYERS), range(HEADS), range(N)):
-        w = float(weight[layer, head, token])
-        scale_k, scale_v = (float(scale[layer, head, token]) for scale in seen.scales)
-        expected += KAPPA[0] * 2.0 * w * codec.distortion(2) * scale_k**2 / 2
-        expected += KAPPA[1] * 3.0 * w * codec.distortion(0) * scale_v**2 / 2
-    assert policy.error(policy.demand(seen), (keys, values)) == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_price_of_a_tolerated_error() -> None:
-    seen = view(6, length=400, first=4, n=380)
-    policy = BalancedPolicy(GaussianCodec(), (torch.rand(LAYERS, HEADS) + 0.1, torch.rand(LAYERS, HEADS) + 0.1))
-    demand = policy.demand(seen)
-    least = policy.error(demand, policy.widths(demand, 2.0**-60))
-    for times in (2.0, 10.0, 100.0):
-        price = solve_error(policy, demand, least * times)
-        assert 0.9 * least * times < policy.error(demand, policy.widths(demand, price)) <= least * times
-    # What no bits can meet gets all there are.
-    keys, values = policy.widths(demand, solve_error(policy, demand, least / 2))
-    assert set(keys.unique().tolist()) == set(values.unique().tolist()) == {8}

@@ -41,18 +41,17 @@ def test_the_pieces_of_the_loss_add_up(kind: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kind", ["llama-gqa", "gemma3", "qwen2"])
-def test_disturbing_measures_what_gradients_do(kind: str) -> None:
-    model = tiny(kind)
+def test_disturbing_measures_the_trace_that_gradients_do(kind: str) -> None:
+    model, generator = tiny(kind), torch.Generator().manual_seed(0)
     shape = ModelShape.of(model)
-    exact, near = (
-        measure(model, shape, sequences=4, tokens=64, source=source) for source in ("gradients", "disturbance")
-    )
-    assert (exact.source, near.source) == ("gradients", "disturbance")
-    for side in ("key_sensitivity", "value_sensitivity"):
-        ratio = (getattr(near, side) / getattr(exact, side)).log2()
-        assert float(ratio.abs().median()) < 1
-    for side in ("key_mean", "value_mean", "query_norm"):
-        assert torch.allclose(getattr(near, side), getattr(exact, side), atol=1e-3, rtol=1e-3)
+    texts = [token_ids(64, seed=seed) for seed in range(4)]
+    with room._prepared(model):
+        exact = sum(sensitivity.by_gradients(model, shape, ids, generator) for ids in texts)
+        near = sum(torch.stack(list(sensitivity.by_disturbance(model, shape, ids, generator)), 1) for ids in texts)
+    assert isinstance(exact, torch.Tensor)
+    ratio = (near / exact.diagonal(dim1=-2, dim2=-1).mean(-1)).log2()
+    assert ratio.shape == (2, shape.layers, shape.kv_heads)
+    assert float(ratio.abs().median()) < 0.8
 
 
 @pytest.mark.parametrize("kind", KINDS)
