@@ -28,9 +28,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qaq_core import sensitivity
-from qaq_core.errors import UnsupportedModelError
 from qaq_core.frames import rotate_pairs
 from qaq_core.home import cache_dir
+from qaq_core.own_text import sample
 from qaq_core.shape import ModelShape
 from qaq_core.shaping import shaped
 
@@ -104,12 +104,11 @@ def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> 
 
     Cached under $QAQ_CACHE_DIR (default ~/.cache/qaq), by the fingerprint of the weights.
     """
-    name = f"{fingerprint or weights_fingerprint(model)}.safetensors"
-    with resources.as_file(resources.files("qaq_core") / "tables" / name) as path:
+    cached = cached_at(fingerprint or weights_fingerprint(model))
+    with resources.as_file(resources.files("qaq_core") / "tables" / cached.name) as path:
         if path.is_file():
             return Calibration.load(path)
-    cached = cache_dir() / "calibration" / name
-    calibration = Calibration.load(cached) if cached.is_file() else _measured_once(model, shape, cached)
+    calibration = _kept(cached) or _measured_once(model, shape, cached)
     if calibration.source != GRADIENTS:
         log.warning(
             "the calibration of %s was measured by %s, for want of memory for gradients; "
@@ -121,13 +120,28 @@ def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> 
     return calibration
 
 
+def cached_at(fingerprint: str) -> Path:
+    """Where a model's calibration is kept."""
+    return cache_dir() / "calibration" / f"{fingerprint}.safetensors"
+
+
+def _kept(path: Path) -> Calibration | None:
+    """What was measured before, unless it was by a version that measured other things."""
+    try:
+        return Calibration.load(path) if path.is_file() else None
+    except TypeError:
+        log.info("%s has not the tables that are needed now", path)
+        return None
+
+
 def _measured_once(model: Any, shape: ModelShape, path: Path) -> Calibration:
     """Measured by this process, or by another that was at it already."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if path.is_file():
-                return Calibration.load(path)
+            kept = _kept(path)
+            if kept is not None:
+                return kept
             log.info("calibrating %s once, on text it samples itself", type(model).__name__)
             calibration = measure(model, shape)
             calibration.save(path)
@@ -169,7 +183,7 @@ def measure(
     with _prepared(model):
         source = source or _affordable(model, tokens, device)
         with _QueryNorms(model, shape) as queries:
-            text, cache = _sample(model, sequences, tokens, generator, report)
+            text, cache = sample(model, sequences, tokens, generator, report)
         means, covariances = _moments(shape, cache)
         del cache
         fisher = None
@@ -306,23 +320,3 @@ class _QueryNorms:
 
     def __exit__(self, *exc: object) -> None:
         self._model.set_attn_implementation("sdpa")
-
-
-@torch.no_grad()
-def _sample(
-    model: Any, sequences: int, tokens: int, generator: torch.Generator, report: Progress
-) -> tuple[torch.Tensor, DynamicCache]:
-    """[sequences, tokens] sampled at temperature 1 from the beginning-of-sequence token, and their cache."""
-    config = model.config.get_text_config(decoder=True)
-    first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
-    first = first[0] if isinstance(first, list) else first
-    if first is None:
-        raise UnsupportedModelError("the model has neither a BOS nor an EOS token to sample from")
-    ids = torch.full((sequences, 1), first, device=generator.device)
-    cache = DynamicCache()
-    for step in range(tokens - 1):
-        logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
-        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
-        if step % 32 == 0:
-            report("sampling text to calibrate on", step / tokens)
-    return ids, cache

@@ -119,8 +119,8 @@ def gradient_bytes(model: Any, tokens: int) -> int:
     counts = [_saved_bytes(model, n) for n in (short, longer)]
     square = max(0.0, (counts[1] / longer - counts[0] / short) / (longer - short))
     linear = counts[0] / short - square * short
-    # Backward needs as much again for a few layers at a time; logits, their softmax and two gradients.
-    return round(1.25 * (linear * tokens + square * tokens**2)) + 4 * 4 * LOGITS
+    # Twice, for what backward makes and the allocator holds on to; logits, their softmax and two gradients.
+    return round(2 * (linear * tokens + square * tokens**2)) + 4 * 4 * LOGITS
 
 
 def free_bytes(device: torch.device) -> int:

@@ -23,7 +23,7 @@ def parts(model: Any, shape: ModelShape, bits: int) -> dict[str, Any]:
         rotation,
         rotation,
         no_mean,
-        no_mean,
+        no_mean.clone(),
         shape.frequencies.to(device),
         torch.tensor(shape.kind, device=device),
     )

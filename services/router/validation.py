@@ -110,6 +110,7 @@ def cache(params: common_pb2.CacheParams) -> None:
         raise InvalidArgument(f'cache.preset "{params.preset[:50]}" is unknown; use one of {", ".join(PRESETS)}')
     _range(params, "cache", "target_bits", 0, 16, open_low=True)
     _range(params, "cache", "target_compression", 1, 32)
+    _range(params, "cache", "target_error", 0, 10, open_low=True)
 
 
 def _text_size(field: str, size: int, limits: Limits) -> None:

@@ -33,13 +33,16 @@ class Methods:
         preset = params.preset if params.HasField("preset") else self._settings.preset
         bits = params.target_bits if params.HasField("target_bits") else None
         compression = params.target_compression if params.HasField("target_compression") else None
-        if compression is not None:
+        error = params.target_error if params.HasField("target_error") else None
+        if error is not None:
+            bits = compression = None
+        elif compression is not None:
             bits = None
         elif bits is None and preset == self._settings.preset:
             bits = self._settings.target_bits
-        return self._make(preset, bits, compression)
+        return self._make(preset, bits, compression, error)
 
-    def _new(self, preset: str, bits: float | None, compression: float | None) -> Method:
+    def _new(self, preset: str, bits: float | None, compression: float | None, error: float | None) -> Method:
         if preset not in PRESETS:
             # Rivals are for evaluation: they need not keep originals, nor be resumed.
             raise ConfigError(f"preset {preset[:50]!r} is not served; use one of {', '.join(PRESETS)}")
@@ -51,5 +54,6 @@ class Methods:
                 preset=preset,
                 target_bits=bits,
                 target_compression=compression,
+                target_error=error,
                 page_tokens=self._settings.page_tokens,
             )

@@ -9,6 +9,7 @@ import torch
 
 from qaq_core.cache import QAQCache
 from qaq_core.errors import UnsupportedModelError
+from qaq_core.packing import HALF
 from qaq_core.pages import KEY, VALUE
 from tests.core.models import KINDS, SLIDING, calibration, capped, teacher_forced, tiny, token_ids
 
@@ -58,7 +59,7 @@ def test_what_has_slid_out_of_the_window_does_not_count(kind: str) -> None:
         for side in (KEY, VALUE):
             pool = sequence.packed.sides[side].pools[0]
             for layer in layers:
-                rows = pool.layer(16, layer).view(sequence.packed.heads, len(sequence.packed), -1)
+                rows = pool.layer(HALF, layer).view(sequence.packed.heads, len(sequence.packed), -1)
                 rows[:, :gone] = 0x3C  # finite half-precision numbers about 1
         with torch.no_grad():
             return torch.stack(
@@ -69,6 +70,21 @@ def test_what_has_slid_out_of_the_window_does_not_count(kind: str) -> None:
     assert torch.equal(run("sliding_attention"), clean)
     if kind == "gemma3":
         assert not torch.allclose(run("full_attention"), clean, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3", "mistral-sliding"])
+def test_generate_says_the_same_from_either_cache(kind: str) -> None:
+    """Greedy text from packed half precision, past the sliding window, against transformers' own cache."""
+    model, ids = tiny(kind), token_ids(70, seed=3)
+    cache = QAQCache.for_model(model, preset="exact")
+    got = model.generate(ids, past_key_values=cache, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+    assert len(cache.sequences[0].packed) >= 64
+    logits = teacher_forced(model, got[:, :-1], 70)
+    logits[:, model.config.eos_token_id] = float("-inf")
+    chosen = logits.gather(1, got[0, 70:, None])[:, 0]
+    assert len(chosen) == 40
+    # Rounding to half precision may decide between two that are as good.
+    assert float((logits.amax(1) - chosen).max()) < 4e-3
 
 
 def test_capped_logits_are_refused() -> None:

@@ -21,8 +21,13 @@ def test_a_quick_measurement_gives_finite_tables(kind: str) -> None:
     for side in (known.key_mean, known.value_mean):
         assert side.shape == (shape.layers, shape.kv_heads, shape.head_dim)
         assert bool(torch.isfinite(side).all())
-    for table in (known.key_sensitivity, known.value_sensitivity, known.query_norm):
-        assert table.shape == (shape.layers, shape.kv_heads)
+    heads = (shape.layers, shape.kv_heads)
+    for matrix in (known.key_matrix, known.value_matrix):
+        assert matrix.shape == (*heads, shape.head_dim, shape.head_dim)
+        assert bool(torch.isfinite(matrix).all())
+    octets = (*heads, shape.head_dim // 8)
+    for table, dims in ((known.key_costs, octets), (known.value_costs, octets), (known.query_norm, heads)):
+        assert table.shape == dims
         assert bool(torch.isfinite(table).all())
         assert bool((table > 0).all())
 
@@ -31,11 +36,11 @@ def test_a_quick_measurement_gives_finite_tables(kind: str) -> None:
 def test_means_are_those_of_the_projections_before_rope(kind: str) -> None:
     model = tiny(kind)
     shape = ModelShape.of(model)
-    seen: dict[tuple[int, str], torch.Tensor] = {}
+    seen: dict[tuple[int, str], list[torch.Tensor]] = {}
 
     def watch(layer: int, name: str, out: torch.Tensor) -> None:
-        if out.shape[1] == 16:  # the whole text, not the sampling of it
-            seen[layer, name] = out.detach()[0].view(16, shape.kv_heads, shape.head_dim).mean(0)
+        if out.shape[1] == 1:  # a sampled token, not what comes after
+            seen.setdefault((layer, name), []).append(out.detach()[0, 0].view(shape.kv_heads, shape.head_dim))
 
     for layer, block in enumerate(model.model.layers):
         for name in ("k_proj", "v_proj"):
@@ -43,8 +48,8 @@ def test_means_are_those_of_the_projections_before_rope(kind: str) -> None:
             module.register_forward_hook(lambda m, a, out, layer=layer, name=name: watch(layer, name, out))
     known = measure(model, shape, sequences=1, tokens=16)
     for layer in range(shape.layers):
-        assert torch.allclose(known.key_mean[layer], seen[layer, "k_proj"], atol=1e-4)
-        assert torch.allclose(known.value_mean[layer], seen[layer, "v_proj"], atol=1e-4)
+        for name, table in (("k_proj", known.key_mean), ("v_proj", known.value_mean)):
+            assert torch.allclose(table[layer], torch.stack(seen[layer, name]).mean(0), atol=1e-4)
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:

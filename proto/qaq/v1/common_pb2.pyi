@@ -45,14 +45,16 @@ class StopParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class CacheParams(_message.Message):
-    __slots__ = ("preset", "target_bits", "target_compression")
+    __slots__ = ("preset", "target_bits", "target_compression", "target_error")
     PRESET_FIELD_NUMBER: _ClassVar[int]
     TARGET_BITS_FIELD_NUMBER: _ClassVar[int]
     TARGET_COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ERROR_FIELD_NUMBER: _ClassVar[int]
     preset: str
     target_bits: float
     target_compression: float
-    def __init__(self, preset: _Optional[str] = ..., target_bits: _Optional[float] = ..., target_compression: _Optional[float] = ...) -> None: ...
+    target_error: float
+    def __init__(self, preset: _Optional[str] = ..., target_bits: _Optional[float] = ..., target_compression: _Optional[float] = ..., target_error: _Optional[float] = ...) -> None: ...
 
 class CacheStats(_message.Message):
     __slots__ = ("tokens", "kv_bytes", "kv_bytes_fp16", "staging_bytes", "key_bits_histogram", "value_bits_histogram", "exceptions", "rows_requantized", "requantize_bytes", "rows_narrowed", "originals_missing")

@@ -53,6 +53,7 @@ def test_accepts_the_edges(changes: dict) -> None:
         ({"cache": {"preset": "best"}}, 'preset "best" is unknown; use one of balanced, paper, exact'),
         ({"cache": {"target_bits": 0}}, "target_bits is 0"),
         ({"cache": {"target_compression": 0.5}}, "target_compression is 0.5"),
+        ({"cache": {"target_error": 0}}, "target_error is 0"),
         ({"session_id": "x" * 129}, "session_id is over 128 bytes"),
         ({"session_id": "x", "cache": {"preset": "paper"}}, "cache is fixed when a session opens"),
     ],

@@ -332,7 +332,9 @@ async def test_bad_requests(make_engine: MakeEngine, fields: dict[str, Any], sen
             engine.submit(request(fields.pop("tokens"), fields.pop("new", 1), **fields))
 
 
-@pytest.mark.parametrize("cache", [{"preset": "zip"}, {"target_bits": 99}, {"target_compression": 0.5}])
+@pytest.mark.parametrize(
+    "cache", [{"preset": "zip"}, {"target_bits": 99}, {"target_compression": 0.5}, {"target_error": 11}]
+)
 async def test_bad_cache_parameters_end_that_request(
     make_engine: MakeEngine, ids: Ids, cache: dict[str, Any]
 ) -> None:
