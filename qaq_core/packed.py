@@ -80,6 +80,20 @@ class PackedTokens:
             total += side.outliers.nbytes if side.outliers else 0
         return total
 
+    def copy(self) -> PackedTokens:
+        """The same tokens in memory of their own."""
+        other = PackedTokens(self.quantizer, (self.layers, self.heads, self.head_dim), self.start, self.device)
+        other.tags = self.tags.clone()
+        other.sides = [
+            Side(
+                side.meta.clone(),
+                side.outliers and side.outliers.narrow(0, len(self)),
+                [pool.copy() for pool in side.pools],
+            )
+            for side in self.sides
+        ]
+        return other
+
     def widths(self, side: int) -> torch.Tensor:
         """uint8 [layers, kv_heads, tokens]: the width of each vector."""
         return widths_of(self.tags, side)

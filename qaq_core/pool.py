@@ -31,6 +31,13 @@ class Pool:
     def nbytes(self) -> int:
         return self.first.nbytes + sum(rows.untyped_storage().nbytes() for rows in self.rows.values())
 
+    def copy(self) -> Pool:
+        """The same rows in memory of their own."""
+        other = Pool()
+        other.rows = {width: rows.clone() for width, rows in self.rows.items()}
+        other._starts = {width: list(starts) for width, starts in self._starts.items()}
+        return other
+
     def layer(self, width: int, layer: int) -> torch.Tensor:
         """Rows of that width in one layer, ordered by (head, token)."""
         starts = self._starts[WIDTHS.index(width)]

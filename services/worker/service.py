@@ -25,14 +25,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.RunReply]:
         generation = self._engine.submit(request)
+        going_on = max(1, request.choices)
         try:
-            while True:
+            while going_on:
                 reply = await generation.replies.get()
                 if isinstance(reply, Exception):
                     raise reply
                 yield reply
-                if reply.HasField("done"):
-                    return
+                going_on -= reply.HasField("done")
         finally:
             self._engine.cancel(generation)
 
