@@ -99,7 +99,7 @@ class Originals(Protocol):
         ...
 
     def hold(self, page_ids: Sequence[bytes]) -> None:
-        """One more sequence of the caller needs these, which were put or fetched here: each is forgotten once more."""
+        """One more sequence needs these, which the caller put or fetched: each will be forgotten once more."""
         ...
 
     def forget(self, page_ids: Sequence[bytes]) -> None:

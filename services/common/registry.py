@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from services.common import metrics
 from services.common.log import once
 
-Kind = Literal["router", "worker", "originals"]
+Kind = Literal["router", "worker", "originals", "gateway"]
 Info = Mapping[str, Any]
 
 TTL_S = 6

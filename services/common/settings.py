@@ -42,6 +42,14 @@ class RouterSettings(CommonSettings):
     session_ttl_s: int = Field(default=3600, ge=1)
 
 
+class GatewaySettings(CommonSettings):
+    """router: host:port of the one to talk to; None takes those that are registered."""
+
+    port: int = Field(default=8000, ge=0, le=65535)
+    router: str | None = None
+    request_timeout_s: float = Field(default=600.0, gt=0)
+
+
 class WorkerSettings(CommonSettings):
     """Attributes:
     model: local directory, GGUF file, hub id or installed wheel.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import grpc
@@ -45,6 +46,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         validation.generate(request, self._limits(request.model))
 
         async def encode(held: list[int]) -> list[int]:
+            if request.prompt_token_ids:
+                return list(request.prompt_token_ids)
             return await self._prompts.text(request.prompt, begins=not held)
 
         async with contextlib.aclosing(self._turn(request, encode, context)) as replies:
@@ -81,8 +84,11 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: generate_pb2.OpenSessionRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.OpenSessionReply:
         model = self._model(request.model)
-        validation.cache(request.cache)
-        session = await self._sessions.open(model.name, request.cache, kept=True)
+        validation.session(request)
+        if request.branch_of:
+            session = await self._sessions.branch(request.branch_of)
+        else:
+            session = await self._sessions.open(model.name, request.cache, kept=True)
         return generate_pb2.OpenSessionReply(session_id=session.id)
 
     async def CloseSession(
@@ -126,14 +132,18 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 held = await self._sessions.tokens(session.id)
                 prompt = await encode(held)
                 context_length = self._pool.model.context_length
-                validation.fits(len(held), len(prompt), request.stop.max_new_tokens, context_length)
+                validation.fits(len(held), len(prompt), request.stop, context_length)
                 run = worker_pb2.RunRequest(
                     session_id=session.id,
                     token_ids=[*held, *prompt],
-                    sampling=request.sampling,
+                    sampling=_seeded(request.sampling),
                     stop=request.stop,
                     cache=session.cache,
                     keep=session.kept,
+                    choices=request.choices,
+                    output=request.output,
+                    held=len(held),
+                    branch_of=session.branch_of,
                 )
                 turn = self._turns[session.id] = Turn(self._sessions, self._pool, session, run, len(held))
                 try:
@@ -185,10 +195,20 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         return model
 
     def _limits(self, name: str) -> validation.Limits:
-        return validation.Limits(self._settings.max_prompt_bytes, self._model(name).context_length)
+        model = self._model(name)
+        return validation.Limits(self._settings.max_prompt_bytes, model.context_length, model.vocab_size)
 
     def _deadline(self, context: grpc.aio.ServicerContext) -> float:
         """Seconds the worker is given: what the client has left, and never without end."""
         remaining = context.time_remaining()
         limit = self._settings.request_timeout_s
         return limit if remaining is None else min(remaining, limit)
+
+
+def _seeded(params: common_pb2.SamplingParams) -> common_pb2.SamplingParams:
+    """The same with a seed, so that the generation would go on alike on another worker."""
+    seeded = common_pb2.SamplingParams()
+    seeded.CopyFrom(params)
+    if not seeded.HasField("seed"):
+        seeded.seed = secrets.randbits(64)
+    return seeded

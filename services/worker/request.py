@@ -55,7 +55,9 @@ class Checker:
         self._choices(request)
         for name, part in (("held", request.held), ("generated", request.generated)):
             if not 0 <= part < len(tokens):
-                raise InvalidArgument(f"{name} is {part}; send 0 to {len(tokens) - 1}, with {len(tokens)} token_ids")
+                raise InvalidArgument(
+                    f"{name} is {part}; send 0 to {len(tokens) - 1}, with {len(tokens)} token_ids"
+                )
         for name, ids in (("stop.stop_token_ids", request.stop.stop_token_ids), ("sampling.logit_bias", bias)):
             if ids and (min(ids) < 0 or max(ids) >= self._vocabulary):
                 raise InvalidArgument(f"{name} must name tokens from 0 to {self._vocabulary - 1}")
@@ -80,8 +82,8 @@ class Checker:
         """Checks how many continuations are wanted."""
         if not 0 <= request.choices <= self._settings.max_sequences:
             raise InvalidArgument(
-                f"choices is {request.choices}, and this worker decodes {self._settings.max_sequences} sequences at "
-                "a time; send fewer"
+                f"choices is {request.choices}, and this worker decodes at most {self._settings.max_sequences} "
+                "sequences at a time; send fewer"
             )
         if request.choices > 1 and (request.keep or request.generated):
             raise InvalidArgument("a session that is kept goes on with one text; send choices 1")

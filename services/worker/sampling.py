@@ -111,12 +111,15 @@ class Sampler:
             if not bool(torch.isfinite(scores[best])):
                 raise RuntimeError("the model's logits are not finite")
             return int(best)
-        cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        if not bool(torch.isfinite(cumulative[-1])):
-            raise RuntimeError("the model's logits are not finite")
+        # A race of exponentials, as in torch.multinomial but several times faster. Unlike a search in the
+        # cumulative sum it chooses the same token when rounding moves all probabilities a little.
         self._generator.manual_seed(_mixed(self._seed, self._choice, len(tokens)))
-        drawn = torch.rand(1, generator=self._generator, device=logits.device, dtype=torch.float64)
-        return int(torch.searchsorted(cumulative, drawn * cumulative[-1], right=True))
+        drawn = torch.rand(scores.shape, generator=self._generator, device=logits.device)
+        speed = scores.softmax(-1) / drawn.log_().neg_()
+        winner = speed.argmax(-1)
+        if not bool(torch.isfinite(speed[winner])):
+            raise RuntimeError("the model's logits are not finite")
+        return int(winner)
 
 
 class CountPenalty(LogitsProcessor):

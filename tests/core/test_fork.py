@@ -43,7 +43,8 @@ def test_both_go_on_as_one_alone(preset: str, settings: dict[str, object]) -> No
     # Waiting for re-quantized rows keeps what happens in step.
     alone = [SequenceCache(method, wait=True) for _ in range(2)]
     expected = [
-        teacher_forced(model, which, PROMPT, QAQCache([twin])) for which, twin in zip((ids, twisted), alone, strict=True)
+        teacher_forced(model, which, PROMPT, QAQCache([twin]))
+        for which, twin in zip((ids, twisted), alone, strict=True)
     ]
 
     first = SequenceCache(method, wait=True)

@@ -61,7 +61,9 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DescribeReply:
-        model = common_pb2.ModelInfo(name="counting", source="/models/counting", context_length=CONTEXT)
+        model = common_pb2.ModelInfo(
+            name="counting", source="/models/counting", context_length=CONTEXT, vocab_size=49152
+        )
         return worker_pb2.DescribeReply(model=model)
 
 

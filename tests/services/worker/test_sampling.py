@@ -83,9 +83,7 @@ def test_no_seed_differs_from_run_to_run() -> None:
 
 def test_a_token_depends_on_seed_choice_and_place_alone() -> None:
     def run(choice: int, places: Iterable[int]) -> list[int]:
-        sampler = Sampler(
-            SamplingParams(temperature=5, seed=3), GenerationConfig(), torch.device("cpu"), choice
-        )
+        sampler = Sampler(SamplingParams(temperature=5, seed=3), GenerationConfig(), torch.device("cpu"), choice)
         return [sampler.choose(LOGITS, range(place)) for place in places]
 
     assert run(0, range(20, 40)) == run(0, range(40))[20:]
