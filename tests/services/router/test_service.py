@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import grpc
@@ -70,6 +71,40 @@ async def test_a_later_turn_sends_the_whole_log(client: Stub, worker: CountingWo
     assert (listed.tokens, listed.worker, listed.running) == (n + 3 + len(second) + 3, worker.address, False)
     await client.CloseSession(generate_pb2.CloseSessionRequest(session_id=session))
     assert worker.dropped == [session]
+
+
+async def test_a_branch_sends_its_origins_log(client: Stub, worker: CountingWorker) -> None:
+    origin = (await client.OpenSession(generate_pb2.OpenSessionRequest(cache={"target_bits": 3}))).session_id
+    await replies(client.Generate(request("Once upon a time", 2, session_id=origin)))
+    branch = (await client.OpenSession(generate_pb2.OpenSessionRequest(branch_of=origin))).session_id
+    await replies(client.Generate(request(" and then", 2, session_id=branch)))
+    first, second = worker.asked
+    log = [*first.token_ids, len(first.token_ids), len(first.token_ids) + 1]
+    assert second.token_ids[: len(log)] == log
+    assert (second.held, second.branch_of, second.cache.target_bits) == (len(log), origin, 3)
+    with pytest.raises(grpc.aio.AioRpcError, match="has the cache parameters of its origin"):
+        await client.OpenSession(generate_pb2.OpenSessionRequest(branch_of=origin, cache={"target_bits": 3}))
+
+
+async def test_parameters_reach_the_worker_and_a_seed_is_drawn(client: Stub, worker: CountingWorker) -> None:
+    fields = {
+        "sampling": {"temperature": 2, "frequency_penalty": 0.5, "logit_bias": {7: -3}},
+        "stop": {"stop_token_ids": [9]},
+        "output": {"logprobs": True, "top_logprobs": 2, "echo": True},
+        "choices": 3,
+    }
+    asked = generate_pb2.GenerateRequest(prompt_token_ids=[5, 6], **fields)
+    with contextlib.suppress(grpc.aio.AioRpcError):  # this worker has one choice
+        await replies(client.Generate(asked))
+    (sent,) = worker.asked
+    assert list(sent.token_ids) == [5, 6]
+    assert (sent.stop, sent.output, sent.choices, sent.held) == (asked.stop, asked.output, 3, 0)
+    assert sent.sampling.HasField("seed")
+    sent.sampling.ClearField("seed")
+    assert sent.sampling == asked.sampling
+    chosen = generate_pb2.GenerateRequest(prompt="x", sampling={"seed": 4}, stop={"max_new_tokens": 1})
+    await replies(client.Generate(chosen))
+    assert worker.asked[1].sampling.seed == 4
 
 
 async def test_chat_uses_the_template(client: Stub, worker: CountingWorker) -> None:
