@@ -32,7 +32,7 @@ class CommonSettings(BaseSettings):
 
 
 class RouterSettings(CommonSettings):
-    """`model` is the name that requests may use; max_queue bounds the generations under way."""
+    """`model` is the name that requests may use; max_queue bounds the generations that wait."""
 
     port: int = Field(default=7700, ge=0, le=65535)
     model: str = Field(min_length=1)

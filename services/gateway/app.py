@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
 
+from services.common.errors import InvalidArgument
 from services.gateway import errors, requests
 from services.gateway.calls import ClientGone, events, merged, while_connected
 from services.gateway.replies import Answer, Chat, Completion, Json, Replies
@@ -18,6 +19,8 @@ from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.schema import Request as Body
 
 SHORT_DEADLINE_S = 30.0
+TENANT_HEADER = "x-qaq-tenant"
+MAX_TENANT = 128
 CLIENT_CLOSED_REQUEST = 499  # for the access log; its reader is gone
 
 Asked = generate_pb2.GenerateRequest | generate_pb2.ChatRequest
@@ -70,7 +73,7 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
         async def running() -> AsyncIterator[tuple[Answer, Replies]]:
             async with routers.stub() as stub:
                 answer = Answer(shape, (await _model(stub, body.model)).name, asked[0].choices, echo)
-                calls = [_call(stub, each, timeout_s) for each in asked]
+                calls = [_call(stub, each)(each, timeout=timeout_s, metadata=metadata) for each in asked]
                 async with contextlib.aclosing(merged(calls)) as replies:
                     yield answer, replies
 
@@ -83,6 +86,7 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
                 async for chunk in answer.chunks(replies, len(asked), body.usage_wanted):
                     yield chunk
 
+        metadata = _tenant(request)
         try:
             if body.stream:
                 return await while_connected(request, events(parts()))
@@ -93,10 +97,23 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
     return app
 
 
-def _call(stub: generate_pb2_grpc.InferenceStub, request: Asked, timeout_s: float) -> Any:
-    if isinstance(request, generate_pb2.ChatRequest):
-        return stub.Chat(request, timeout=timeout_s)
-    return stub.Generate(request, timeout=timeout_s)
+def _call(stub: generate_pb2_grpc.InferenceStub, request: Asked) -> Any:
+    """The method that takes it."""
+    return stub.Chat if isinstance(request, generate_pb2.ChatRequest) else stub.Generate
+
+
+def _tenant(request: Request) -> tuple[tuple[str, str], ...]:
+    """The header `x-qaq-tenant` as the router's metadata.
+
+    Raises:
+        InvalidArgument: it has other characters than printable ASCII, or too many.
+    """
+    name = request.headers.get(TENANT_HEADER, "")
+    if not name:
+        return ()
+    if len(name) > MAX_TENANT or not (name.isascii() and name.isprintable()):
+        raise InvalidArgument(f"{TENANT_HEADER} is not {MAX_TENANT} or fewer printable ASCII characters")
+    return (("qaq-tenant", name),)
 
 
 async def _model(stub: generate_pb2_grpc.InferenceStub, name: str = "") -> common_pb2.ModelInfo:

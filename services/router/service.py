@@ -11,13 +11,13 @@ import structlog
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc, worker_pb2
 from redis.exceptions import RedisError
 
-from services.common.errors import ResourceExhausted
 from services.common.settings import RouterSettings
 from services.router import validation
+from services.router.admission import Admission
 from services.router.prompts import Prompts
 from services.router.sessions import Session, SessionDirectory
 from services.router.turns import Turn
-from services.router.workers import RETRY_AFTER_MS, WorkerPool
+from services.router.workers import WorkerPool
 
 DROP_DEADLINE_S = 5.0
 
@@ -38,7 +38,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self._pool = pool
         self._prompts = prompts
         self._turns: dict[str, Turn] = {}
-        self._admitted = 0
+        self._admission = Admission(settings.max_queue, lambda: pool.capacity)
+        pool.refreshed = self._admission.wake
 
     async def Generate(
         self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -121,7 +122,9 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: Request, encode: Encode, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
         """One generation of a session, from its place in the directory to its last message."""
-        async with self._admission(), self._session(request) as session:
+        tenant = _tenant(context)
+        self._admission.check(tenant)
+        async with self._session(request) as session:
             turn: Turn | None = None
 
             def lost() -> None:
@@ -147,24 +150,15 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 )
                 turn = self._turns[session.id] = Turn(self._sessions, self._pool, session, run, len(held))
                 try:
-                    async with contextlib.aclosing(turn.replies(self._deadline(context))) as replies:
+                    slots = max(1, request.choices)
+                    async with (
+                        self._admission.place(tenant, slots, self._deadline(context)),
+                        contextlib.aclosing(turn.replies(self._deadline(context))) as replies,
+                    ):
                         async for reply in replies:
                             yield reply
                 finally:
                     del self._turns[session.id]
-
-    @contextlib.asynccontextmanager
-    async def _admission(self) -> AsyncIterator[None]:
-        if self._admitted >= self._settings.max_queue:
-            raise ResourceExhausted(
-                f"{self._admitted} generations are under way, the most this router takes; try again later",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
-        self._admitted += 1
-        try:
-            yield
-        finally:
-            self._admitted -= 1
 
     @contextlib.asynccontextmanager
     async def _session(self, request: Request) -> AsyncIterator[Session]:
@@ -203,6 +197,12 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         remaining = context.time_remaining()
         limit = self._settings.request_timeout_s
         return limit if remaining is None else min(remaining, limit)
+
+
+def _tenant(context: grpc.aio.ServicerContext) -> str:
+    """Whom a call counts for in the queue: its metadata `qaq-tenant`. Callers without one share a turn."""
+    metadata = dict(context.invocation_metadata() or ())
+    return str(metadata.get("qaq-tenant", ""))
 
 
 def _seeded(params: common_pb2.SamplingParams) -> common_pb2.SamplingParams:
