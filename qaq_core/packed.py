@@ -8,6 +8,7 @@ other.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,13 +83,14 @@ class PackedTokens:
 
     def copy(self) -> PackedTokens:
         """The same tokens in memory of their own."""
-        other = PackedTokens(self.quantizer, (self.layers, self.heads, self.head_dim), self.start, self.device)
+        other = copy.copy(self)
         other.tags = self.tags.clone()
         other.sides = [
-            Side(
-                side.meta.clone(),
-                side.outliers and side.outliers.narrow(0, len(self)),
-                [pool.copy() for pool in side.pools],
+            replace(
+                side,
+                meta=side.meta.clone(),
+                outliers=side.outliers and side.outliers.narrow(0, len(self)),
+                pools=[pool.copy() for pool in side.pools],
             )
             for side in self.sides
         ]

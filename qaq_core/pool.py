@@ -7,6 +7,8 @@ that changes is woven again, see `weaving`.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from qaq_core.packing import WIDTHS, width_index
@@ -33,9 +35,9 @@ class Pool:
 
     def copy(self) -> Pool:
         """The same rows in memory of their own."""
-        other = Pool()
+        other = copy.copy(self)
         other.rows = {width: rows.clone() for width, rows in self.rows.items()}
-        other._starts = {width: list(starts) for width, starts in self._starts.items()}
+        other._addresses = None
         return other
 
     def layer(self, width: int, layer: int) -> torch.Tensor:
