@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qaq_core.errors import ConfigError
 
 SHARED_TOKENS = 256
+_DECK = ("conversation", "short", "short", "long")
 
 
 class Arrival(BaseModel):
@@ -47,15 +48,16 @@ Script = Sequence[Arrival]
 
 
 def mix(requests: int, seed: int) -> list[Script]:
-    """Conversations under a few system prompts, short questions and long documents; `requests` in all.
+    """Conversations under two system prompts, short questions and long documents; `requests` in all.
 
-    Of the requests about half are turns of conversations, a third short and the rest long.
+    Of six requests three are the turns of a conversation, two are short and one is long.
     """
     chance = random.Random(seed)
     scripts: list[Script] = []
-    left = requests
+    left, deck = requests, list[str]()
     while left:
-        kind = chance.choices(("conversation", "short", "long"), (3, 6, 3))[0]
+        deck = deck or chance.sample(_DECK, len(_DECK))
+        kind = deck.pop()
         if kind == "conversation":
             name, shared = f"s{len(scripts)}", f"system-{chance.randrange(2)}"
             turns = [

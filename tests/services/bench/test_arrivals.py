@@ -12,7 +12,7 @@ def test_a_mix_has_conversations_short_and_long_requests_and_repeats() -> None:
     scripts = mix(200, seed=1)
     assert sum(map(len, scripts)) == 200
     conversations = [script for script in scripts if len(script) > 1]
-    assert 60 < sum(map(len, conversations)) < 140
+    assert 96 <= sum(map(len, conversations)) <= 102
     assert {script[0].shared for script in conversations} == {"system-0", "system-1"}
     for script in conversations:
         assert len({turn.session for turn in script}) == 1
