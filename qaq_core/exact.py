@@ -92,6 +92,12 @@ class ExactTokens:
         self.held -= last - first
         self._buffer[:, :, :, first : self.held] = tail
 
+    def copy(self) -> ExactTokens:
+        """The same tokens in memory of their own; between steps only."""
+        other = ExactTokens(self._dims, self.capacity, self.dtype, self.window_dtype, self._device)
+        other.held, other._buffer = self.held, self._buffer.clone()
+        return other
+
     def close(self) -> None:
         self.held, self._step = 0, None
         self._buffer = self._new(0, self.window_dtype)

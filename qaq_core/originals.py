@@ -98,6 +98,10 @@ class Originals(Protocol):
         """Pages in the order asked for; None where one is missing."""
         ...
 
+    def hold(self, page_ids: Sequence[bytes]) -> None:
+        """One more sequence needs these, which the caller put or fetched: each will be forgotten once more."""
+        ...
+
     def forget(self, page_ids: Sequence[bytes]) -> None:
         """The caller will not ask for these again; a shared store may keep them."""
         ...
@@ -128,6 +132,9 @@ class InProcessOriginals:
 
     def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
         return _done([self._pages.get(pid) for pid in page_ids])
+
+    def hold(self, page_ids: Sequence[bytes]) -> None:
+        self._holders.update(page_ids)
 
     def forget(self, page_ids: Sequence[bytes]) -> None:
         for pid in page_ids:

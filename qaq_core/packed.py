@@ -8,6 +8,7 @@ other.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,6 +80,21 @@ class PackedTokens:
             total += side.meta.untyped_storage().nbytes() + sum(pool.nbytes for pool in side.pools)
             total += side.outliers.nbytes if side.outliers else 0
         return total
+
+    def copy(self) -> PackedTokens:
+        """The same tokens in memory of their own."""
+        other = copy.copy(self)
+        other.tags = self.tags.clone()
+        other.sides = [
+            replace(
+                side,
+                meta=side.meta.clone(),
+                outliers=side.outliers and side.outliers.narrow(0, len(self)),
+                pools=[pool.copy() for pool in side.pools],
+            )
+            for side in self.sides
+        ]
+        return other
 
     def widths(self, side: int) -> torch.Tensor:
         """uint8 [layers, kv_heads, tokens]: the width of each vector."""

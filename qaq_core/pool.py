@@ -7,6 +7,8 @@ that changes is woven again, see `weaving`.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from qaq_core.packing import WIDTHS, width_index
@@ -30,6 +32,13 @@ class Pool:
     @property
     def nbytes(self) -> int:
         return self.first.nbytes + sum(rows.untyped_storage().nbytes() for rows in self.rows.values())
+
+    def copy(self) -> Pool:
+        """The same rows in memory of their own."""
+        other = copy.copy(self)
+        other.rows = {width: rows.clone() for width, rows in self.rows.items()}
+        other.first = self.first.clone()
+        return other
 
     def layer(self, width: int, layer: int) -> torch.Tensor:
         """Rows of that width in one layer, ordered by (head, token)."""

@@ -72,9 +72,7 @@ class SequenceCache:
         self.method = method
         self.length = 0
         self.price: float | None = None
-        unique = uuid.uuid4().bytes
-        name = page_name or (lambda index: unique + index.to_bytes(16, "little"))
-        self.staging = Staging(method.page_shape, originals or InProcessOriginals(), name)
+        self.staging = Staging(method.page_shape, originals or InProcessOriginals(), page_name or _unique_names())
         shape = method.shape
         self.packed = PackedTokens(
             method.quantizer,
@@ -174,6 +172,28 @@ class SequenceCache:
         if policy.exceptions and len(self.packed) and self._steps % policy.every == 0:
             assert self.price is not None
             self.exceptions.review(self._view(), self.price, self._steps % policy.narrow_every == 0)
+
+    def fork(self, page_name: Callable[[int], bytes] | None = None) -> SequenceCache:
+        """A sequence that holds the same tokens and goes on by itself; its counts begin at 0.
+
+        Its device memory is its own, its complete pages are shared.
+
+        Args:
+            page_name: as for a new sequence; asked for the pages that are not complete yet.
+        Raises:
+            ConfigError: a prompt is still arriving.
+        """
+        if self._expected:
+            raise ConfigError("a prompt is still arriving; fork when it is complete")
+        other = SequenceCache(self.method, self.staging.originals, wait=self.exceptions.wait)
+        other.length, other.price = self.length, self.price
+        other.staging = self.staging.fork(page_name or _unique_names())
+        other.packed, other.exact = self.packed.copy(), self.exact.copy()
+        other.exceptions = Exceptions(other.packed, other.staging, self.method.policy, self.exceptions.wait)
+        other.exceptions.rounded_from = self.exceptions.rounded_from
+        other._importance = self._importance.clone()
+        other._steps, other._settling = self._steps, self._settling
+        return other
 
     # -- measures --------------------------------------------------------------------------------------
 
@@ -329,3 +349,9 @@ class SequenceCache:
         grown = self._importance_buffer(tokens)
         grown[:, :, : self._importance.shape[2]] = self._importance
         self._importance = grown
+
+
+def _unique_names() -> Callable[[int], bytes]:
+    """Page ids that no other sequence has."""
+    unique = uuid.uuid4().bytes
+    return lambda index: unique + index.to_bytes(16, "little")

@@ -104,6 +104,15 @@ class Staging:
             parts.append((index, answer))
         return parts
 
+    def fork(self, page_name: Callable[[int], bytes]) -> Staging:
+        """Staging of a sequence that begins with the same tokens: it shares the complete pages."""
+        other = Staging(self.shape, self.originals, page_name)
+        other.names, other.tokens = list(self.names), self.tokens
+        other._growing = None if self._growing is None else self._growing.clone()
+        other._staged, other._under_way = dict(self._staged), dict(self._under_way)
+        self.originals.hold(self.names)
+        return other
+
     def close(self) -> None:
         """Forgets the sequence's pages; pages under way still arrive."""
         self.originals.forget(self.names)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from services.cli.bench_serve import serve
 from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
 from services.cli.terminal import progress_line, screen, size
 
@@ -21,6 +22,7 @@ CACHES = "balanced,balanced/reference"
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
     bench.command()(decode)
+    bench.command()(serve)
     app.add_typer(bench, name="bench")
 
 

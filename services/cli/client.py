@@ -109,12 +109,17 @@ def tokenize(text: str, plain: bool = False, router: Router = None) -> None:
 
 
 def health(
-    address: Annotated[str, typer.Argument(help="host:port of any of the servers.")],
+    address: Annotated[
+        str, typer.Argument(help="host:port of any of the servers; http://host:port of a gateway.")
+    ],
 ) -> None:
     """Asks a server whether it serves; the exit code says so."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    if address.startswith("http://"):
+        _http_health(address)
+        return
     with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
@@ -126,6 +131,17 @@ def health(
     screen.out(f"{address}: {name}")
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
         raise typer.Exit(1)
+
+
+def _http_health(url: str) -> None:
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            screen.out(f"{url}: {answer.read().decode()}")
+    except OSError as error:
+        screen.out(f"{url}: {error}")
+        raise typer.Exit(1) from error
 
 
 @contextlib.contextmanager

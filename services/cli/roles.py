@@ -1,4 +1,4 @@
-"""The three roles as plain processes. What has no option here is set by the environment (`QAQ_…`)."""
+"""The roles as plain processes. What has no option here is set by the environment (`QAQ_…`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Model = Annotated[str | None, typer.Option(help="Local directory, GGUF file or h
 
 
 def register(app: typer.Typer) -> None:
-    for command in (router, worker, originals):
+    for command in (router, worker, originals, gateway):
         app.command(rich_help_panel="Roles")(command)
 
 
@@ -70,6 +70,22 @@ def originals(
     from services.originals.server import serve
 
     asyncio.run(serve(OriginalsSettings(**_common(host, port, advertise_host, metrics_port, log_level))))
+
+
+def gateway(
+    host: Host = None,
+    port: Port = None,
+    advertise_host: AdvertiseHost = None,
+    router: Annotated[str | None, typer.Option(help="host:port; else those that are registered.")] = None,
+    metrics_port: MetricsPort = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Runs an OpenAI-compatible HTTP server until it is told to stop."""
+    from services.common.settings import GatewaySettings
+    from services.gateway.server import serve
+
+    own: dict[str, Any] = {} if router is None else {"router": router}
+    asyncio.run(serve(GatewaySettings(**_common(host, port, advertise_host, metrics_port, log_level), **own)))
 
 
 def _common(

@@ -39,6 +39,9 @@ def up(
     workers: Workers = 1,
     originals: Annotated[int, typer.Option(min=1, help="How many cache services.")] = 1,
     port: Annotated[int, typer.Option(help="The router's port; 0 takes any free one.")] = 7700,
+    http_port: Annotated[
+        int | None, typer.Option(help="Serve OpenAI's API there, too; 0 takes any free port.")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     preset: Preset = "balanced",
@@ -57,6 +60,7 @@ def up(
             "workers": workers,
             "originals": originals,
             "port": port,
+            "http_port": http_port,
             "device": device,
             "dtype": dtype,
             "preset": preset,
@@ -66,6 +70,8 @@ def up(
     with starting() as report:
         running = control.up(settings, report)
     screen.print(f"The router is at [bold]{running.router}[/]. Try: qaq chat", highlight=False)
+    if running.gateway is not None:
+        screen.print(f"OpenAI's API is at [bold]http://{running.gateway}/v1[/].", highlight=False)
 
 
 def status(
@@ -142,6 +148,8 @@ def _table(running: StackState, seen: Survey) -> Table:
         table.add_column(column)
     for address in seen.routers:
         table.add_row("router", address, "serves")
+    if running.gateway is not None:
+        table.add_row("gateway", running.gateway, "")
     for address, worker in seen.workers.items():
         busy = (
             f"{worker.running} running, {worker.waiting} waiting, {worker.sessions} sessions, "

@@ -1,4 +1,4 @@
-"""The three roles as Ray actors. An actor only hosts its role's server: the data goes over gRPC."""
+"""The roles as Ray actors. An actor only hosts its role's server: the data goes over gRPC."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import ray
 import structlog
 
 from services.common.server import Role
-from services.common.settings import CommonSettings, OriginalsSettings, RouterSettings, WorkerSettings
+from services.common.settings import (
+    CommonSettings,
+    GatewaySettings,
+    OriginalsSettings,
+    RouterSettings,
+    WorkerSettings,
+)
 
 NAMESPACE = "qaq"
 RESTART_PAUSE_S = 2.0
@@ -81,6 +87,13 @@ class OriginalsHost(Host[OriginalsSettings]):
         from services.originals.server import OriginalsServer
 
         return OriginalsServer(settings)
+
+
+class GatewayHost(Host[GatewaySettings]):
+    def _make(self, settings: GatewaySettings) -> Role:
+        from services.gateway.server import GatewayServer
+
+        return GatewayServer(settings)
 
 
 def launch(name: str, host: type[Host[S]], settings: S, *, gpus: float = 0) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 import ray
 from pydantic import SecretStr
 
-from services.cluster.actors import NAMESPACE, OriginalsHost, RouterHost, WorkerHost, launch
+from services.cluster.actors import NAMESPACE, GatewayHost, OriginalsHost, RouterHost, WorkerHost, launch
 from services.cluster.state import StackError, StackSettings
-from services.common.settings import OriginalsSettings, RouterSettings, WorkerSettings
+from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
@@ -33,8 +33,8 @@ class Members:
         self._redis_url = SecretStr(redis_url)
         self._report = report
 
-    def start_all(self) -> str:
-        """Starts every role at once, because their imports take longest. Returns the router's address.
+    def start_all(self) -> dict[str, str]:
+        """Starts every role at once, because their imports take longest. Returns addresses by name.
 
         Raises:
             StackError: one did not start; says which and why.
@@ -47,7 +47,10 @@ class Members:
             RouterHost,
             RouterSettings(redis_url=self._redis_url, model=settings.model, port=settings.port),
         )
-        return self._wait(started)["router"]
+        if settings.http_port is not None:
+            http = GatewaySettings(redis_url=self._redis_url, port=settings.http_port)
+            started["gateway"] = launch("gateway", GatewayHost, http)
+        return self._wait(started)
 
     def scale(self, workers: int) -> None:
         """Starts or stops workers until there are that many.

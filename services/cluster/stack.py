@@ -46,14 +46,16 @@ class LocalStack:
             StackError, RedisStartError: says what failed and what to do. Nothing is left running.
         """
         with contextlib.ExitStack() as stack:
-            _check_port(self._settings.port)
+            _check_port(self._settings.port, "--port")
+            _check_port(self._settings.http_port or 0, "--http-port")
             redis = self._redis(stack)
             directory, address = self._ray(stack)
             from services.cluster.members import Members  # only now: Ray reads the environment when imported
 
             members = Members(self._settings, redis.url, self._report)
             stack.callback(lambda: members.stop(members.names()))
-            router = members.start_all()
+            addresses = members.start_all()
+            router = addresses["router"]
             self._wait_until_ready(router)
             self._report("router", f"serves at {router}", 1.0)
             self._stack = stack.pop_all()
@@ -62,6 +64,7 @@ class LocalStack:
             pid=os.getpid(),
             born=psutil.Process().create_time(),
             router=router,
+            gateway=addresses.get("gateway"),
             ray_address=address,
             ray_directory=directory,
             redis=redis.state(),
@@ -148,11 +151,13 @@ def python_path() -> str:
     return os.pathsep.join(dict.fromkeys(path for path in [*packages, *known] if path))
 
 
-def _check_port(port: int) -> None:
+def _check_port(port: int, option: str) -> None:
     """Fails before anything is started, rather than when the router binds."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise StackError(f"port {port} is taken; choose another with --port (0 takes any free one)") from error
+            raise StackError(
+                f"port {port} is taken; choose another with {option} (0 takes any free one)"
+            ) from error

@@ -20,12 +20,17 @@ class StackError(QAQError):
 
 
 class StackSettings(BaseModel):
-    """What `qaq up` and `qaq demo` start. Everything else comes from the environment (`QAQ_…`)."""
+    """What `qaq up` and `qaq demo` start. Everything else comes from the environment (`QAQ_…`).
+
+    Attributes:
+        http_port: of the gateway; None starts none.
+    """
 
     model: str = Field(min_length=1)
     workers: int = Field(default=1, ge=1, le=64)
     originals: int = Field(default=1, ge=1, le=64)
     port: int = Field(default=7700, ge=0, le=65535)
+    http_port: int | None = Field(default=None, ge=0, le=65535)
     device: str = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     preset: str = "balanced"
@@ -38,6 +43,7 @@ class StackState(BaseModel):
 
     Attributes:
         pid, born: of the process that owns it; `born` tells it from a later one with the same pid.
+        gateway: its address, host:port; None without one.
         redis: as `EmbeddedRedis.attach` takes it.
     """
 
@@ -45,6 +51,7 @@ class StackState(BaseModel):
     pid: int
     born: float
     router: str
+    gateway: str | None = None
     ray_address: str
     ray_directory: Path
     redis: dict[str, Any]

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import psutil
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -20,22 +21,35 @@ from redis.exceptions import RedisError
 from services.common import metrics
 from services.common.log import once
 
-Kind = Literal["router", "worker", "originals"]
+Kind = Literal["router", "worker", "originals", "gateway"]
 Info = Mapping[str, Any]
 
 TTL_S = 6
 HEARTBEAT_S = 2.0
+_RSS = "rss_bytes"
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class Member:
-    """One running server. `address` is host:port; `info` is whatever it announced."""
+    """One running server.
+
+    Attributes:
+        address: host:port.
+        info: whatever it announced.
+        rss_bytes: resident memory of its process at its last heartbeat.
+    """
 
     kind: str
     address: str
     info: dict[str, Any]
+    rss_bytes: int = field(default=0, compare=False)
+
+    @classmethod
+    def parse(cls, kind: str, address: str, raw: bytes | str) -> Member:
+        info = json.loads(raw)
+        return cls(kind, address, info, info.pop(_RSS, 0))
 
 
 class Registry:
@@ -73,10 +87,10 @@ class Registry:
         if gone:
             await self._redis.srem(_set_key(kind), *gone)
         pairs = zip(addresses, values, strict=True)
-        return [Member(kind, address, json.loads(value)) for address, value in pairs if value is not None]
+        return [Member.parse(kind, address, value) for address, value in pairs if value is not None]
 
     async def _beat(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> None:
-        facts = info() if callable(info) else info
+        facts = {**(info() if callable(info) else info), _RSS: psutil.Process().memory_info().rss}
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.set(_key(kind, address), json.dumps(dict(facts)), ex=TTL_S)
             pipe.sadd(_set_key(kind), address)

@@ -99,7 +99,7 @@ class GrpcServer:
         self._server = server
         for name in names:
             await self._health.set(name, _SERVING)
-        return _join(self._reachable_host(), port)
+        return reachable(self._host, port, self._advertise_host)
 
     async def stop(self, grace: float = 2.0) -> None:
         """Reports NOT_SERVING, lets running calls end for `grace` seconds, then cancels them."""
@@ -108,10 +108,12 @@ class GrpcServer:
             await self._server.stop(grace)
             self._server = None
 
-    def _reachable_host(self) -> str:
-        if self._advertise_host:
-            return self._advertise_host
-        return socket.gethostname() if self._host in ("0.0.0.0", "::") else self._host
+
+def reachable(host: str, port: int, advertise_host: str | None) -> str:
+    """The address by which others reach what is bound to host:port."""
+    if not advertise_host and host in ("0.0.0.0", "::"):
+        advertise_host = socket.gethostname()
+    return _join(advertise_host or host, port)
 
 
 class Role(Protocol):

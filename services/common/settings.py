@@ -32,7 +32,7 @@ class CommonSettings(BaseSettings):
 
 
 class RouterSettings(CommonSettings):
-    """`model` is the name that requests may use; max_queue bounds the generations under way."""
+    """`model` is the name that requests may use; max_queue bounds the generations that wait."""
 
     port: int = Field(default=7700, ge=0, le=65535)
     model: str = Field(min_length=1)
@@ -40,6 +40,14 @@ class RouterSettings(CommonSettings):
     max_queue: int = Field(default=256, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0)
     session_ttl_s: int = Field(default=3600, ge=1)
+
+
+class GatewaySettings(CommonSettings):
+    """router: host:port of the one to talk to; None takes those that are registered."""
+
+    port: int = Field(default=8000, ge=0, le=65535)
+    router: str | None = None
+    request_timeout_s: float = Field(default=600.0, gt=0)
 
 
 class WorkerSettings(CommonSettings):

@@ -108,6 +108,10 @@ class RemoteOriginals:
     def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
         return self._background.submit(self._fetch(list(page_ids), shape))
 
+    def hold(self, page_ids: Sequence[bytes]) -> None:
+        """One more sequence has these, which were put or fetched here."""
+        self._background.submit(self._hold(list(page_ids)))
+
     def forget(self, page_ids: Sequence[bytes]) -> None:
         """Their lives are no longer prolonged, once everybody who put or fetched them here has forgotten them."""
         self._background.submit(self._forget(list(page_ids)))
@@ -260,6 +264,9 @@ class RemoteOriginals:
         except OriginalsError as error:
             if once("touch"):
                 log.warning("the lives of pages could not be prolonged; trying on", error=str(error))
+
+    async def _hold(self, page_ids: list[bytes]) -> None:
+        self._held.update(page_ids)
 
     async def _forget(self, page_ids: list[bytes]) -> None:
         for page_id in page_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import grpc
@@ -10,13 +11,13 @@ import structlog
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc, worker_pb2
 from redis.exceptions import RedisError
 
-from services.common.errors import ResourceExhausted
 from services.common.settings import RouterSettings
 from services.router import validation
+from services.router.admission import Admission
 from services.router.prompts import Prompts
 from services.router.sessions import Session, SessionDirectory
 from services.router.turns import Turn
-from services.router.workers import RETRY_AFTER_MS, WorkerPool
+from services.router.workers import WorkerPool
 
 DROP_DEADLINE_S = 5.0
 
@@ -37,7 +38,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self._pool = pool
         self._prompts = prompts
         self._turns: dict[str, Turn] = {}
-        self._admitted = 0
+        self._admission = Admission(settings.max_queue, lambda: pool.capacity)
+        pool.refreshed = self._admission.wake
 
     async def Generate(
         self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -45,6 +47,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         validation.generate(request, self._limits(request.model))
 
         async def encode(held: list[int]) -> list[int]:
+            if request.prompt_token_ids:
+                return list(request.prompt_token_ids)
             return await self._prompts.text(request.prompt, begins=not held)
 
         async with contextlib.aclosing(self._turn(request, encode, context)) as replies:
@@ -81,8 +85,11 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: generate_pb2.OpenSessionRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.OpenSessionReply:
         model = self._model(request.model)
-        validation.cache(request.cache)
-        session = await self._sessions.open(model.name, request.cache, kept=True)
+        validation.session(request)
+        if request.branch_of:
+            session = await self._sessions.branch(request.branch_of)
+        else:
+            session = await self._sessions.open(model.name, request.cache, kept=True)
         return generate_pb2.OpenSessionReply(session_id=session.id)
 
     async def CloseSession(
@@ -115,7 +122,9 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: Request, encode: Encode, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
         """One generation of a session, from its place in the directory to its last message."""
-        async with self._admission(), self._session(request) as session:
+        tenant = _tenant(context)
+        self._admission.check(tenant)
+        async with self._session(request) as session:
             turn: Turn | None = None
 
             def lost() -> None:
@@ -126,35 +135,30 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 held = await self._sessions.tokens(session.id)
                 prompt = await encode(held)
                 context_length = self._pool.model.context_length
-                validation.fits(len(held), len(prompt), request.stop.max_new_tokens, context_length)
+                validation.fits(len(held), len(prompt), request.stop, context_length)
                 run = worker_pb2.RunRequest(
                     session_id=session.id,
                     token_ids=[*held, *prompt],
-                    sampling=request.sampling,
+                    sampling=_seeded(request.sampling),
                     stop=request.stop,
                     cache=session.cache,
                     keep=session.kept,
+                    choices=request.choices,
+                    output=request.output,
+                    held=len(held),
+                    branch_of=session.branch_of,
                 )
                 turn = self._turns[session.id] = Turn(self._sessions, self._pool, session, run, len(held))
                 try:
-                    async with contextlib.aclosing(turn.replies(self._deadline(context))) as replies:
+                    slots = max(1, request.choices)
+                    async with (
+                        self._admission.place(tenant, slots, self._deadline(context)),
+                        contextlib.aclosing(turn.replies(self._deadline(context))) as replies,
+                    ):
                         async for reply in replies:
                             yield reply
                 finally:
                     del self._turns[session.id]
-
-    @contextlib.asynccontextmanager
-    async def _admission(self) -> AsyncIterator[None]:
-        if self._admitted >= self._settings.max_queue:
-            raise ResourceExhausted(
-                f"{self._admitted} generations are under way, the most this router takes; try again later",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
-        self._admitted += 1
-        try:
-            yield
-        finally:
-            self._admitted -= 1
 
     @contextlib.asynccontextmanager
     async def _session(self, request: Request) -> AsyncIterator[Session]:
@@ -185,10 +189,26 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         return model
 
     def _limits(self, name: str) -> validation.Limits:
-        return validation.Limits(self._settings.max_prompt_bytes, self._model(name).context_length)
+        model = self._model(name)
+        return validation.Limits(self._settings.max_prompt_bytes, model.context_length, model.vocab_size)
 
     def _deadline(self, context: grpc.aio.ServicerContext) -> float:
         """Seconds the worker is given: what the client has left, and never without end."""
         remaining = context.time_remaining()
         limit = self._settings.request_timeout_s
         return limit if remaining is None else min(remaining, limit)
+
+
+def _tenant(context: grpc.aio.ServicerContext) -> str:
+    """Whom a call counts for in the queue: its metadata `qaq-tenant`. Callers without one share a turn."""
+    metadata = dict(context.invocation_metadata() or ())
+    return str(metadata.get("qaq-tenant", ""))
+
+
+def _seeded(params: common_pb2.SamplingParams) -> common_pb2.SamplingParams:
+    """The same with a seed, so that the generation would go on alike on another worker."""
+    seeded = common_pb2.SamplingParams()
+    seeded.CopyFrom(params)
+    if not seeded.HasField("seed"):
+        seeded.seed = secrets.randbits(64)
+    return seeded

@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class Session:
         kept: it was opened by the client and lives on after a generation.
         worker: address of the worker that holds its cache, or "".
         opened_at: seconds since the epoch.
+        branch_of: the session that it began as a copy of, or "".
     """
 
     id: str
@@ -64,6 +65,7 @@ class Session:
     kept: bool
     worker: str
     opened_at: float
+    branch_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,43 @@ class SessionDirectory:
     async def open(self, model: str, cache: common_pb2.CacheParams, *, kept: bool) -> Session:
         """Makes a session with an empty log."""
         session = Session(secrets.token_urlsafe(16), model, cache, kept, "", time.time())
-        facts: dict[Any, Any] = {
-            "model": model,
-            "cache": cache.SerializeToString(),
-            "kept": int(kept),
-            "worker": "",
-            "opened_at": repr(session.opened_at),
-        }
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(_key(session.id), mapping=facts)
-            pipe.expire(_key(session.id), self._ttl_s)
-            pipe.zadd(INDEX, {session.id: session.opened_at})
+            self._add(pipe, session)
             await pipe.execute()
         return session
+
+    async def branch(self, identifier: str) -> Session:
+        """Makes a kept session that begins as a copy of another.
+
+        Raises:
+            NotFound: there is no such session.
+            FailedPrecondition: it is generating.
+        """
+        async with self.running(identifier, lambda: None):
+            origin = await self.get(identifier)
+            branch = replace(
+                origin, id=secrets.token_urlsafe(16), kept=True, opened_at=time.time(), branch_of=identifier
+            )
+            async with self._redis.pipeline(transaction=True) as pipe:
+                self._add(pipe, branch)
+                pipe.copy(_tokens_key(identifier), _tokens_key(branch.id))
+                pipe.expire(_tokens_key(branch.id), self._ttl_s)
+                await pipe.execute()
+        return branch
+
+    def _add(self, pipe: Any, session: Session) -> None:
+        """Lists a session and writes its facts down."""
+        facts: dict[Any, Any] = {
+            "model": session.model,
+            "cache": session.cache.SerializeToString(),
+            "kept": int(session.kept),
+            "worker": session.worker,
+            "opened_at": repr(session.opened_at),
+            "branch_of": session.branch_of,
+        }
+        pipe.hset(_key(session.id), mapping=facts)
+        pipe.expire(_key(session.id), self._ttl_s)
+        pipe.zadd(INDEX, {session.id: session.opened_at})
 
     async def get(self, identifier: str) -> Session:
         """Raises:
@@ -206,6 +232,7 @@ def _session(identifier: str, facts: Any) -> Session:
         facts[b"kept"] == b"1",
         facts[b"worker"].decode(),
         float(facts[b"opened_at"]),
+        facts.get(b"branch_of", b"").decode(),
     )
 
 

@@ -47,7 +47,7 @@ class Turn:
         self._session = session
         self._request = request
         self._log = LogWriter(sessions, session.id, held, request.token_ids[held:], self.end)
-        self._clock = TokenClock()
+        self._clocks = [TokenClock() for _ in range(max(1, request.choices))]
         self._call: Any = None
         self._ended = False
 
@@ -85,16 +85,22 @@ class Turn:
         reply = generate_pb2.GenerateReply(session_id=self._session.id)
         match message.WhichOneof("event"):
             case "token":
-                self._log.add(message.token.token_id)
-                reply.token.token_id = message.token.token_id
-                reply.token.text = message.token.text
-                reply.token.index = self._clock.tick()
+                token = message.token
+                if token.choice == 0:
+                    self._log.add(token.token_id)
+                reply.token.token_id = token.token_id
+                reply.token.text = token.text
+                reply.token.choice = token.choice
+                reply.token.index = self._clocks[token.choice].tick()
+                reply.token.chosen_at = token.chosen_at
+                if token.HasField("info"):
+                    reply.token.info.CopyFrom(token.info)
             case "done":
                 # The session's next turn may start as soon as the client has this: the log must be whole.
                 await self._log.flush()
-                reply.finished.reason = message.done.reason
-                reply.finished.usage.CopyFrom(message.done.usage)
-                reply.finished.text = message.done.text
+                _finished(message.done, reply.finished)
+            case "prompt":
+                reply.prompt.CopyFrom(message.prompt)
             case _:
                 reply.prefill.tokens_done = message.progress.tokens_done
                 reply.prefill.tokens_total = message.progress.tokens_total
@@ -148,6 +154,17 @@ class TokenClock:
         metric.observe(now - self._last)
         self._last, self._count = now, self._count + 1
         return self._count - 1
+
+
+def _finished(done: worker_pb2.RunReply.Done, finished: generate_pb2.Finished) -> None:
+    """A choice's last message as the client gets it."""
+    finished.reason, finished.text, finished.choice = done.reason, done.text, done.choice
+    finished.usage.CopyFrom(done.usage)
+    match done.WhichOneof("found"):
+        case "stop_string":
+            finished.stop_string = done.stop_string
+        case "stop_token_id":
+            finished.stop_token_id = done.stop_token_id
 
 
 def _told(error: grpc.aio.AioRpcError, begun: bool) -> StatusError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qaq.v1 import common_pb2, generate_pb2
@@ -12,6 +12,10 @@ from services.common.errors import InvalidArgument, NotFound
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
+MAX_STOP_TOKENS = 64
+MAX_BIASED_TOKENS = 1024
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
 MAX_SESSION_ID_BYTES = 128
 MAX_MESSAGES = 4096
 MAX_TEMPERATURE = 100.0
@@ -24,6 +28,7 @@ class Limits:
 
     prompt_bytes: int
     context: int
+    vocabulary: int
 
 
 def generate(request: generate_pb2.GenerateRequest, limits: Limits) -> None:
@@ -32,7 +37,11 @@ def generate(request: generate_pb2.GenerateRequest, limits: Limits) -> None:
     Raises:
         InvalidArgument: naming the field and its range.
     """
-    if not request.prompt:
+    if request.prompt_token_ids:
+        if request.prompt:
+            raise InvalidArgument("both prompt and prompt_token_ids are set; send one of them")
+        _token_ids("prompt_token_ids", request.prompt_token_ids, limits)
+    elif not request.prompt:
         raise InvalidArgument("prompt is empty; send at least one character")
     _text_size("prompt", len(request.prompt.encode()), limits)
     _parameters(request, limits)
@@ -76,7 +85,7 @@ def session_id(identifier: str) -> None:
         raise InvalidArgument(f"session_id is over {MAX_SESSION_ID_BYTES} bytes; send what OpenSession answered")
 
 
-def fits(held: int, prompt: int, max_new_tokens: int, context: int) -> None:
+def fits(held: int, prompt: int, stop: common_pb2.StopParams, context: int) -> None:
     """Checks that a prompt and what it may grow by fit the model's context.
 
     Args:
@@ -95,11 +104,20 @@ def fits(held: int, prompt: int, max_new_tokens: int, context: int) -> None:
             f"{max(room, 0)}; shorten it" + (" or open a new session" if held else "")
         )
     allowed = context - held - prompt
-    if max_new_tokens > allowed:
+    if stop.max_new_tokens > allowed:
         raise InvalidArgument(
-            f"max_new_tokens is {max_new_tokens}, but with a prompt of {prompt} tokens{earlier} the model's "
+            f"max_new_tokens is {stop.max_new_tokens}, but with a prompt of {prompt} tokens{earlier} the model's "
             f"context of {context} allows {allowed}; lower it or shorten the prompt"
         )
+
+
+def session(request: generate_pb2.OpenSessionRequest) -> None:
+    """Checks what a new session is to be."""
+    if request.branch_of:
+        session_id(request.branch_of)
+        if request.HasField("cache"):
+            raise InvalidArgument("a branch has the cache parameters of its origin; leave cache unset")
+    cache(request.cache)
 
 
 def cache(params: common_pb2.CacheParams) -> None:
@@ -126,27 +144,62 @@ def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest
         session_id(request.session_id)
         if request.HasField("cache"):
             raise InvalidArgument("cache is fixed when a session opens; leave it unset, or pass it to OpenSession")
-    _sampling(request.sampling)
-    _stop(request.stop.max_new_tokens, request.stop.stop, limits)
+        if request.choices > 1:
+            raise InvalidArgument(
+                f"choices is {request.choices}, but a session goes on with one text; send 1, or branch the session"
+            )
+    if not 0 <= request.choices <= MAX_CHOICES:
+        raise InvalidArgument(f"choices is {request.choices}; send 1 to {MAX_CHOICES}")
+    _sampling(request.sampling, limits)
+    _stop(request.stop, limits)
+    _output(request.output)
     cache(request.cache)
 
 
-def _sampling(params: common_pb2.SamplingParams) -> None:
+def _sampling(params: common_pb2.SamplingParams, limits: Limits) -> None:
     _range(params, "sampling", "temperature", 0, MAX_TEMPERATURE)
     _range(params, "sampling", "top_p", 0, 1, open_low=True)
     _range(params, "sampling", "min_p", 0, 1)
     _range(params, "sampling", "repetition_penalty", 0, math.inf, open_low=True)
     if params.HasField("top_k") and params.top_k < 0:
         raise InvalidArgument(f"sampling.top_k is {params.top_k}; send 0 to keep all tokens, or more")
+    _range(params, "sampling", "frequency_penalty", -2, 2)
+    _range(params, "sampling", "presence_penalty", -2, 2)
+    bias = params.logit_bias
+    if len(bias) > MAX_BIASED_TOKENS:
+        raise InvalidArgument(f"sampling.logit_bias has {len(bias)} tokens; send at most {MAX_BIASED_TOKENS}")
+    _token_ids("sampling.logit_bias", bias, limits)
+    for token, value in bias.items():
+        if not -100 <= value <= 100:
+            raise InvalidArgument(f"sampling.logit_bias[{token}] is {value:g}; send a number from -100 to 100")
 
 
-def _stop(max_new_tokens: int, strings: Sequence[str], limits: Limits) -> None:
-    if max_new_tokens < 1:
-        raise InvalidArgument(f"stop.max_new_tokens is {max_new_tokens}; send at least 1")
-    if max_new_tokens > limits.context:
+def _output(params: common_pb2.OutputParams) -> None:
+    if not 0 <= params.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise InvalidArgument(f"output.top_logprobs is {params.top_logprobs}; send 0 to {MAX_TOP_LOGPROBS}")
+    if params.top_logprobs and not params.logprobs:
+        raise InvalidArgument("output.top_logprobs needs output.logprobs; set it, or send 0")
+
+
+def _token_ids(field: str, ids: Iterable[int], limits: Limits) -> None:
+    wrong = next((token for token in ids if not 0 <= token < limits.vocabulary), None)
+    if wrong is not None:
+        raise InvalidArgument(f"{field} names token {wrong}; the model's tokens are 0 to {limits.vocabulary - 1}")
+
+
+def _stop(stop: common_pb2.StopParams, limits: Limits) -> None:
+    new, strings = stop.max_new_tokens, stop.stop
+    if stop.HasField("max_new_tokens") and new < 1:
+        raise InvalidArgument(f"stop.max_new_tokens is {new}; send at least 1, or leave it unset")
+    if new > limits.context:
         raise InvalidArgument(
-            f"stop.max_new_tokens is {max_new_tokens}; the model's context is {limits.context} tokens, send less"
+            f"stop.max_new_tokens is {new}; the model's context is {limits.context} tokens, send less"
         )
+    if len(stop.stop_token_ids) > MAX_STOP_TOKENS:
+        raise InvalidArgument(
+            f"stop.stop_token_ids has {len(stop.stop_token_ids)} tokens; send at most {MAX_STOP_TOKENS}"
+        )
+    _token_ids("stop.stop_token_ids", stop.stop_token_ids, limits)
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidArgument(f"stop.stop has {len(strings)} strings; send at most {MAX_STOP_STRINGS}")
     for place, text in enumerate(strings):

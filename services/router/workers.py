@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 import grpc
 import structlog
@@ -61,7 +62,11 @@ class WorkerLink:
 
 
 class WorkerPool:
-    """Follows the registry. A worker that left it gets no new generations; those it runs go on."""
+    """Follows the registry. A worker that left it gets no new generations; those it runs go on.
+
+    Attributes:
+        refreshed: called whenever the list and the facts are up to date.
+    """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -69,11 +74,17 @@ class WorkerPool:
         self._retired: list[WorkerLink] = []
         self._model: common_pb2.ModelInfo | None = None
         self._task: asyncio.Task[None] | None = None
+        self.refreshed: Callable[[], None] = lambda: None
 
     @property
     def ready(self) -> list[WorkerLink]:
         """Those that can be given work."""
         return [link for link in self._links.values() if link.facts is not None]
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that the ready workers decode at once."""
+        return sum(link.facts.max_sequences for link in self._links.values() if link.facts)
 
     @property
     def model(self) -> common_pb2.ModelInfo:
@@ -118,6 +129,7 @@ class WorkerPool:
         await self._close_idle()
         await asyncio.gather(*(link.refresh() for link in self._links.values()))
         self._model = next((link.facts.model for link in self._links.values() if link.facts), self._model)
+        self.refreshed()
 
     async def _close_idle(self) -> None:
         idle = [link for link in self._retired if link.calls == 0]

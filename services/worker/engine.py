@@ -97,7 +97,7 @@ class Engine:
     def cancel(self, generation: Generation) -> None:
         """Frees it within one step. Does nothing if it has ended."""
         with self._wake:
-            generation.cancelled = True
+            generation.listener.cancelled = True
             self._wake.notify()
 
     def drop(self, session_id: str) -> Future[bool]:
@@ -118,7 +118,12 @@ class Engine:
     @property
     def _free(self) -> int:
         """Places that those who wait now will take."""
-        return max(0, self._settings.max_sequences - len(self._running))
+        return max(0, self._settings.max_sequences - self._taken)
+
+    @property
+    def _taken(self) -> int:
+        """Sequences that run, and those that will once their prompt is computed."""
+        return sum(generation.slots for generation in self._running)
 
     # -- the thread ------------------------------------------------------------------------------------
 
@@ -164,11 +169,11 @@ class Engine:
 
     def _admit(self) -> None:
         """Moves generations from the queue to those that run, in order, as far as there is room."""
-        while len(self._running) < self._settings.max_sequences:
+        while self._free:
             busy = {g.request.session_id for g in self._running} - {""}
             with self._wake:
                 candidate = next((g for g in self._waiting if g.request.session_id not in busy), None)
-                if candidate is None:
+                if candidate is None or candidate.slots > self._free:
                     return
                 need = self._check.prompt_bytes(len(candidate.tokens))
                 # When nothing runs there is room: `submit` refused what is over the whole budget.
@@ -180,19 +185,30 @@ class Engine:
             except Exception as error:
                 self._outbox.append((candidate, error))
                 continue
+            if candidate.scores_prompt and candidate.session.sequence.length >= max(1, candidate.request.held):
+                candidate.session.rebuild()
+            self._outbox += [(candidate, reply) for reply in candidate.echo()]
             self._running.append(candidate)
 
     def _prefill(self, generation: Generation) -> None:
         session = _session(generation)
         torch.set_num_threads(self._threads)
+        start = session.sequence.length
         try:
-            logits = self._forward([session], [session.next_chunk(self._settings.prefill_chunk)])
+            chunk = session.next_chunk(generation.chunk(self._settings.prefill_chunk))
+            logits = self._forward([session], [chunk], len(chunk) if generation.scores_prompt else 1)[0]
+            self._outbox.append((generation, generation.progress(session.sequence.length)))
+            if generation.scores_prompt:
+                self._outbox += [(generation, reply) for reply in generation.echo_chunk(start, logits)]
+            if session.lacking:
+                return
+            others = list(generation.branches())
         except Exception as error:
             self._fail(generation, error)
             return
-        self._outbox.append((generation, generation.progress(session.sequence.length)))
-        if session.lacking == 0:
-            self._advance(generation, logits[0])
+        self._running += others
+        for choice in (generation, *others):
+            self._advance(choice, logits[-1])
 
     def _decode(self, generations: Sequence[Generation]) -> None:
         """One token for each. If the pass fails, each is tried alone, so that only the faulty one ends."""
@@ -213,10 +229,14 @@ class Engine:
                     session.rebuild()  # its step was done, but the logits are lost
             return
         for generation, row in zip(generations, logits, strict=True):
-            self._advance(generation, row)
+            self._advance(generation, row[-1])
 
-    def _forward(self, sessions: Sequence[Session], chunks: Sequence[list[int]]) -> torch.Tensor:
-        """Computes the next tokens of each session, equally many. Returns logits [sessions, vocabulary]."""
+    def _forward(self, sessions: Sequence[Session], chunks: Sequence[list[int]], keep: int = 1) -> torch.Tensor:
+        """Computes the next tokens of each session, equally many.
+
+        Returns:
+            logits [sessions, keep, vocabulary] of the last tokens.
+        """
         starts = [session.sequence.length for session in sessions]
         positions = [list(range(at, at + len(chunk))) for at, chunk in zip(starts, chunks, strict=True)]
         output = self._loaded.model(
@@ -224,21 +244,21 @@ class Engine:
             position_ids=torch.tensor(positions, device=self._device),
             past_key_values=QAQCache([session.sequence for session in sessions]),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: torch.Tensor = output.logits
         return logits
 
     def _advance(self, generation: Generation, logits: torch.Tensor) -> None:
         """Chooses the next token and ends the generation if it was the last."""
         session = _session(generation)
         try:
-            token = generation.sampler.choose(logits, session.tokens)
-            session.tokens.append(token)
-            reply, reason = generation.accept(token)
-            self._outbox.append((generation, reply))
-            if reason != _GOING_ON:
-                self._outbox.append((generation, generation.done(reason, session.sequence.stats())))
+            if generation.reason == _GOING_ON:  # else it had ended before it came here
+                token = generation.sampler.choose(logits, session.tokens)
+                session.tokens.append(token)
+                self._outbox.append((generation, generation.accept(token, logits)))
+            if generation.reason != _GOING_ON:
+                self._outbox.append((generation, generation.done(session.sequence.stats())))
                 self._release(generation)
         except Exception as error:
             self._fail(generation, error)

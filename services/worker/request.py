@@ -8,7 +8,8 @@ from qaq_core.loading import LoadedModel
 from qaq_core.shape import ModelShape
 from services.common.errors import InvalidArgument, ResourceExhausted
 from services.common.settings import WorkerSettings
-from services.worker.generation import Generation
+from services.worker.generation import Generation, Voice
+from services.worker.logprobs import Likelihood
 from services.worker.sampling import Sampler
 from services.worker.text import TextStream, backend_of
 
@@ -37,7 +38,7 @@ class Checker:
         InvalidArgument: says which field to change and to what.
         ResourceExhausted: the prompt alone is more than the worker's budget.
         """
-        tokens, context = request.token_ids, self._loaded.context_length
+        tokens, bias, context = request.token_ids, request.sampling.logit_bias, self._loaded.context_length
         if not tokens:
             raise InvalidArgument("token_ids is empty; send at least one token")
         if min(tokens) < 0 or max(tokens) >= self._vocabulary:
@@ -47,16 +48,44 @@ class Checker:
                 f"token_ids has {len(tokens)} tokens and the model's context of {context} has room for "
                 f"{context - 1}; shorten the prompt"
             )
-        if request.stop.max_new_tokens < 1:
+        if request.stop.HasField("max_new_tokens") and request.stop.max_new_tokens < 1:
             raise InvalidArgument(f"stop.max_new_tokens is {request.stop.max_new_tokens}; send at least 1")
         if not all(request.stop.stop):
             raise InvalidArgument("stop.stop holds an empty string; leave it out")
+        self._choices(request)
+        for name, part in (("held", request.held), ("generated", request.generated)):
+            if not 0 <= part < len(tokens):
+                raise InvalidArgument(
+                    f"{name} is {part}; send 0 to {len(tokens) - 1}, with {len(tokens)} token_ids"
+                )
+        for name, ids in (("stop.stop_token_ids", request.stop.stop_token_ids), ("sampling.logit_bias", bias)):
+            if ids and (min(ids) < 0 or max(ids) >= self._vocabulary):
+                raise InvalidArgument(f"{name} must name tokens from 0 to {self._vocabulary - 1}")
         budget = self._settings.kv_budget_bytes
         if budget is not None and self.prompt_bytes(len(tokens)) > budget:
             raise ResourceExhausted(
                 f"a prompt of {len(tokens)} tokens takes {self.prompt_bytes(len(tokens)):,} bytes while it is "
                 f"computed and this worker has {budget:,}; shorten it, or raise QAQ_KV_BUDGET_BYTES"
             )
-        sampler = Sampler(request.sampling, self._loaded.model.generation_config, self._device)
-        text = TextStream(self._backend, tokens, request.stop.stop)
-        return Generation(request, sampler, text, self._loaded.eos_token_ids, context)
+        defaults, prompt = self._loaded.model.generation_config, len(tokens) - request.generated
+        voices = [
+            Voice(
+                Sampler(request.sampling, defaults, self._device, choice, prompt),
+                TextStream(self._backend, tokens[:prompt], request.stop.stop),
+            )
+            for choice in range(max(1, request.choices))
+        ]
+        likelihood = Likelihood(request.output, self._backend)
+        return Generation(request, voices, likelihood, self._loaded.eos_token_ids, context)
+
+    def _choices(self, request: worker_pb2.RunRequest) -> None:
+        """Checks how many continuations are wanted."""
+        if not 0 <= request.choices <= self._settings.max_sequences:
+            raise InvalidArgument(
+                f"choices is {request.choices}, and this worker decodes at most {self._settings.max_sequences} "
+                "sequences at a time; send fewer"
+            )
+        if request.choices > 1 and (request.keep or request.generated):
+            raise InvalidArgument("a session that is kept goes on with one text; send choices 1")
+        if request.output.top_logprobs < 0:
+            raise InvalidArgument(f"output.top_logprobs is {request.output.top_logprobs}; send at least 0")

@@ -61,7 +61,8 @@ class WorkerServer:
             stack.push_async_callback(asyncio.to_thread, engine.stop)
             server = GrpcServer(settings.host, settings.port, advertise_host=settings.advertise_host)
             info = model_info(loaded)
-            server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, WorkerService(engine, info))
+            service = WorkerService(engine, info, settings.max_sequences)
+            server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)
             address = await server.start()
             stack.push_async_callback(server.stop)
             facts = {"pid": os.getpid(), "model": loaded.name, "fingerprint": loaded.fingerprint}

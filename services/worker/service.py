@@ -17,22 +17,22 @@ from services.worker.engine import Engine
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Passes requests to the engine and its replies back."""
 
-    def __init__(self, engine: Engine, model: common_pb2.ModelInfo) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, model: common_pb2.ModelInfo, max_sequences: int) -> None:
+        self._engine, self._max_sequences = engine, max_sequences
         self._model = model
 
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.RunReply]:
         generation = self._engine.submit(request)
+        going_on = max(1, request.choices)
         try:
-            while True:
+            while going_on:
                 reply = await generation.replies.get()
                 if isinstance(reply, Exception):
                     raise reply
                 yield reply
-                if reply.HasField("done"):
-                    return
+                going_on -= reply.HasField("done")
         finally:
             self._engine.cancel(generation)
 
@@ -52,6 +52,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             waiting=state.waiting,
             sessions=state.sessions,
             kv_bytes=state.kv_bytes,
+            max_sequences=self._max_sequences,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from qaq_core import Method, Originals, PageShape, SequenceCache, page_id
@@ -94,6 +95,14 @@ class Session:
         self._prompt_left = max(0, self._prompt_left - len(chunk))
         return chunk
 
+    def fork(self) -> Session:
+        """A session with the same log and a copy of the cache, where no prompt may be arriving."""
+        other = copy.copy(self)
+        other.tokens = list(self.tokens)
+        other.sequence = self.sequence.fork(other._names())
+        other.counted = {"exceptions": 0, "originals_missing": 0}
+        return other
+
     def rebuild(self) -> None:
         """Throws the cache away; all of the log will be computed anew."""
         self.close()
@@ -104,7 +113,9 @@ class Session:
         self.sequence.close()
 
     def _open(self) -> None:
-        names = PageNames(self._fingerprint, self.method.page_shape, self._salt, self.tokens)
-        self.sequence = SequenceCache(self.method, self._originals, names, self._wait)
+        self.sequence = SequenceCache(self.method, self._originals, self._names(), self._wait)
         self._prompt_left = 0
         self.counted = {"exceptions": 0, "originals_missing": 0}
+
+    def _names(self) -> PageNames:
+        return PageNames(self._fingerprint, self.method.page_shape, self._salt, self.tokens)

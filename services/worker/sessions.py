@@ -41,6 +41,11 @@ class Sessions:
                 session.resume(tokens)
                 return session
             session.close()
+        origin = self.shelf.look(request.branch_of)
+        if origin is not None and origin.continues_in(tokens, method):
+            branch = origin.fork()
+            branch.resume(tokens)
+            return branch
         salt = self._settings.tenant_salt.get_secret_value().encode()
         return Session(method, self._originals, self._fingerprint, tokens, salt, self._settings.requantize_wait)
 

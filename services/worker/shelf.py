@@ -27,6 +27,10 @@ class Shelf:
         while len(self._sessions) > self._most:
             self.evict()
 
+    def look(self, session_id: str) -> Session | None:
+        """The session, which stays on the shelf."""
+        return self._sessions.get(session_id)
+
     def take(self, session_id: str) -> Session | None:
         """The session, no longer on the shelf; None if it is not there."""
         return self._sessions.pop(session_id, None)

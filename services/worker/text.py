@@ -34,7 +34,7 @@ class TextStream:
         stop: strings that end it; their text and what follows is never given out.
 
     Attributes:
-        stopped: a stop string has appeared.
+        found: the stop string that has appeared, or None.
     """
 
     def __init__(self, backend: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
@@ -43,11 +43,11 @@ class TextStream:
         self._undecoded: list[int] = []
         self._held = ""
         self._stop = tuple(stop)
-        self.stopped = False
+        self.found: str | None = None
 
     def push(self, token: int) -> str:
         """Text that became certain with this token; may be empty."""
-        if self.stopped:
+        if self.found is not None:
             return ""
         text = self._decoder.step(self._backend, token)
         if text is None:
@@ -58,7 +58,7 @@ class TextStream:
 
     def finish(self) -> str:
         """What was held back until the end was certain."""
-        if self.stopped:
+        if self.found is not None:
             return ""
         rest = self._backend.decode(self._undecoded, skip_special_tokens=True)
         text = self._filter(rest)
@@ -68,10 +68,11 @@ class TextStream:
     def _filter(self, text: str) -> str:
         """Adds text to what is held back, and lets go of what belongs to no stop string."""
         text = self._held + text
-        found = min((at for at in map(text.find, self._stop) if at >= 0), default=-1)
-        if found >= 0:
-            self.stopped, self._held = True, ""
-            return text[:found]
+        places = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if places:
+            at, self.found = min(places)
+            self._held = ""
+            return text[:at]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -22,7 +22,7 @@ def test_no_command_and_no_environment_holds_a_secret() -> None:
 
 
 async def test_its_commands_answer_a_request(composed: Composed, client: generate_pb2_grpc.InferenceStub) -> None:
-    assert set(composed.addresses) == {"originals", "worker", "router"}
+    assert set(composed.addresses) == {"originals", "worker", "router", "gateway"}
     request = generate_pb2.GenerateRequest(
         prompt="The capital of France is", sampling={"temperature": 0}, stop={"max_new_tokens": 8}
     )

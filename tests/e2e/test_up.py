@@ -26,9 +26,11 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tmp_path: Path) -> None:
     try:
-        up = qaq("up", "--port", "0")
+        up = qaq("up", "--port", "0", "--http-port", "0")
         assert up.returncode == 0, up.stderr
         assert "The router is at 127.0.0.1:" in up.stdout
+        url = up.stdout.split("OpenAI's API is at ")[1].split("/v1")[0]
+        assert qaq("health", url).returncode == 0
         again = qaq("up", "--port", "0")
         assert (again.returncode, "a stack is running already" in again.stderr) == (1, True)
         said = qaq("generate", "The capital of France is", "--max-new-tokens", "8", "--temperature", "0")

@@ -24,33 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13qaq/v1/common.proto\x12\x06qaq.v1\"\xe8\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"F\n\nStopParams\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\x05\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\"\xbb\x01\n\x0b\x43\x61\x63heParams\x12\x13\n\x06preset\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0btarget_bits\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x1f\n\x12target_compression\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x19\n\x0ctarget_error\x18\x04 \x01(\x02H\x03\x88\x01\x01\x42\t\n\x07_presetB\x0e\n\x0c_target_bitsB\x15\n\x13_target_compressionB\x0f\n\r_target_error\"\xda\x03\n\nCacheStats\x12\x0e\n\x06tokens\x18\x01 \x01(\x03\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x03\x12\x15\n\rkv_bytes_fp16\x18\x03 \x01(\x03\x12\x15\n\rstaging_bytes\x18\x04 \x01(\x03\x12\x44\n\x12key_bits_histogram\x18\x05 \x03(\x0b\x32(.qaq.v1.CacheStats.KeyBitsHistogramEntry\x12H\n\x14value_bits_histogram\x18\x06 \x03(\x0b\x32*.qaq.v1.CacheStats.ValueBitsHistogramEntry\x12\x12\n\nexceptions\x18\x07 \x01(\x03\x12\x18\n\x10rows_requantized\x18\x08 \x01(\x03\x12\x18\n\x10requantize_bytes\x18\t \x01(\x03\x12\x15\n\rrows_narrowed\x18\n \x01(\x03\x12\x19\n\x11originals_missing\x18\x0b \x01(\x03\x1a\x37\n\x15KeyBitsHistogramEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x39\n\x17ValueBitsHistogramEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x7f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x05\x12\x0f\n\x07ttft_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12!\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x12.qaq.v1.CacheStats\"\xf4\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x0e\n\x06layers\x18\x04 \x01(\x05\x12\x13\n\x0bquery_heads\x18\x05 \x01(\x05\x12\x10\n\x08kv_heads\x18\x06 \x01(\x05\x12\x10\n\x08head_dim\x18\x07 \x01(\x05\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x12\n\nvocab_size\x18\t \x01(\x05\x12\x15\n\reos_token_ids\x18\n \x03(\x05\x12\x19\n\x11has_chat_template\x18\x0b \x01(\x08\x12\x0e\n\x06source\x18\x0c \x01(\t*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13qaq/v1/common.proto\x12\x06qaq.v1\"\xbf\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x39\n\nlogit_bias\x18\t \x03(\x0b\x32%.qaq.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penalty\"D\n\x0cOutputParams\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\x05\x12\x0c\n\x04\x65\x63ho\x18\x03 \x01(\x08\"m\n\tTokenInfo\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x1e\n\x03top\x18\x04 \x03(\x0b\x32\x11.qaq.v1.TokenInfoB\n\n\x08_logprob\"1\n\x0cPromptTokens\x12!\n\x06tokens\x18\x01 \x03(\x0b\x32\x11.qaq.v1.TokenInfo\"v\n\nStopParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x05\x42\x11\n\x0f_max_new_tokens\"\xbb\x01\n\x0b\x43\x61\x63heParams\x12\x13\n\x06preset\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0btarget_bits\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x1f\n\x12target_compression\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x19\n\x0ctarget_error\x18\x04 \x01(\x02H\x03\x88\x01\x01\x42\t\n\x07_presetB\x0e\n\x0c_target_bitsB\x15\n\x13_target_compressionB\x0f\n\r_target_error\"\xda\x03\n\nCacheStats\x12\x0e\n\x06tokens\x18\x01 \x01(\x03\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x03\x12\x15\n\rkv_bytes_fp16\x18\x03 \x01(\x03\x12\x15\n\rstaging_bytes\x18\x04 \x01(\x03\x12\x44\n\x12key_bits_histogram\x18\x05 \x03(\x0b\x32(.qaq.v1.CacheStats.KeyBitsHistogramEntry\x12H\n\x14value_bits_histogram\x18\x06 \x03(\x0b\x32*.qaq.v1.CacheStats.ValueBitsHistogramEntry\x12\x12\n\nexceptions\x18\x07 \x01(\x03\x12\x18\n\x10rows_requantized\x18\x08 \x01(\x03\x12\x18\n\x10requantize_bytes\x18\t \x01(\x03\x12\x15\n\rrows_narrowed\x18\n \x01(\x03\x12\x19\n\x11originals_missing\x18\x0b \x01(\x03\x1a\x37\n\x15KeyBitsHistogramEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x39\n\x17ValueBitsHistogramEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x7f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x05\x12\x0f\n\x07ttft_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12!\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x12.qaq.v1.CacheStats\"\xf4\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x0e\n\x06layers\x18\x04 \x01(\x05\x12\x13\n\x0bquery_heads\x18\x05 \x01(\x05\x12\x10\n\x08kv_heads\x18\x06 \x01(\x05\x12\x10\n\x08head_dim\x18\x07 \x01(\x05\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x12\n\nvocab_size\x18\t \x01(\x05\x12\x15\n\reos_token_ids\x18\n \x03(\x05\x12\x19\n\x11has_chat_template\x18\x0b \x01(\x08\x12\x0e\n\x06source\x18\x0c \x01(\t*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'qaq.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_CACHESTATS_KEYBITSHISTOGRAMENTRY']._loaded_options = None
   _globals['_CACHESTATS_KEYBITSHISTOGRAMENTRY']._serialized_options = b'8\001'
   _globals['_CACHESTATS_VALUEBITSHISTOGRAMENTRY']._loaded_options = None
   _globals['_CACHESTATS_VALUEBITSHISTOGRAMENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1381
-  _globals['_FINISHREASON']._serialized_end=1499
+  _globals['_FINISHREASON']._serialized_start=1876
+  _globals['_FINISHREASON']._serialized_end=1994
   _globals['_SAMPLINGPARAMS']._serialized_start=32
-  _globals['_SAMPLINGPARAMS']._serialized_end=264
-  _globals['_STOPPARAMS']._serialized_start=266
-  _globals['_STOPPARAMS']._serialized_end=336
-  _globals['_CACHEPARAMS']._serialized_start=339
-  _globals['_CACHEPARAMS']._serialized_end=526
-  _globals['_CACHESTATS']._serialized_start=529
-  _globals['_CACHESTATS']._serialized_end=1003
-  _globals['_CACHESTATS_KEYBITSHISTOGRAMENTRY']._serialized_start=889
-  _globals['_CACHESTATS_KEYBITSHISTOGRAMENTRY']._serialized_end=944
-  _globals['_CACHESTATS_VALUEBITSHISTOGRAMENTRY']._serialized_start=946
-  _globals['_CACHESTATS_VALUEBITSHISTOGRAMENTRY']._serialized_end=1003
-  _globals['_USAGE']._serialized_start=1005
-  _globals['_USAGE']._serialized_end=1132
-  _globals['_MODELINFO']._serialized_start=1135
-  _globals['_MODELINFO']._serialized_end=1379
+  _globals['_SAMPLINGPARAMS']._serialized_end=479
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=310
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=358
+  _globals['_OUTPUTPARAMS']._serialized_start=481
+  _globals['_OUTPUTPARAMS']._serialized_end=549
+  _globals['_TOKENINFO']._serialized_start=551
+  _globals['_TOKENINFO']._serialized_end=660
+  _globals['_PROMPTTOKENS']._serialized_start=662
+  _globals['_PROMPTTOKENS']._serialized_end=711
+  _globals['_STOPPARAMS']._serialized_start=713
+  _globals['_STOPPARAMS']._serialized_end=831
+  _globals['_CACHEPARAMS']._serialized_start=834
+  _globals['_CACHEPARAMS']._serialized_end=1021
+  _globals['_CACHESTATS']._serialized_start=1024
+  _globals['_CACHESTATS']._serialized_end=1498
+  _globals['_CACHESTATS_KEYBITSHISTOGRAMENTRY']._serialized_start=1384
+  _globals['_CACHESTATS_KEYBITSHISTOGRAMENTRY']._serialized_end=1439
+  _globals['_CACHESTATS_VALUEBITSHISTOGRAMENTRY']._serialized_start=1441
+  _globals['_CACHESTATS_VALUEBITSHISTOGRAMENTRY']._serialized_end=1498
+  _globals['_USAGE']._serialized_start=1500
+  _globals['_USAGE']._serialized_end=1627
+  _globals['_MODELINFO']._serialized_start=1630
+  _globals['_MODELINFO']._serialized_end=1874
 # @@protoc_insertion_point(module_scope)

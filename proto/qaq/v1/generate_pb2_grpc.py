@@ -103,7 +103,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OpenSession(self, request, context):
-        """Makes a session that keeps its cache between calls.
+        """Makes a session that keeps its cache between calls, empty or as a branch of another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -32,6 +32,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
     ended: list[str] = field(default_factory=list)
     refuse: grpc.StatusCode | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    max_sequences: int = 8
 
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
@@ -61,8 +62,10 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DescribeReply:
-        model = common_pb2.ModelInfo(name="counting", source="/models/counting", context_length=CONTEXT)
-        return worker_pb2.DescribeReply(model=model)
+        model = common_pb2.ModelInfo(
+            name="counting", source="/models/counting", context_length=CONTEXT, vocab_size=49152
+        )
+        return worker_pb2.DescribeReply(model=model, max_sequences=self.max_sequences)
 
 
 @contextlib.asynccontextmanager

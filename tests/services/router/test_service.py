@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 from redis.asyncio import Redis
 
+from qaq_core.loading import load_tokenizer
 from services.common.settings import RouterSettings
 
 from .conftest import CONTEXT, CountingWorker, running_router, running_worker
@@ -70,6 +73,40 @@ async def test_a_later_turn_sends_the_whole_log(client: Stub, worker: CountingWo
     assert (listed.tokens, listed.worker, listed.running) == (n + 3 + len(second) + 3, worker.address, False)
     await client.CloseSession(generate_pb2.CloseSessionRequest(session_id=session))
     assert worker.dropped == [session]
+
+
+async def test_a_branch_sends_its_origins_log(client: Stub, worker: CountingWorker) -> None:
+    origin = (await client.OpenSession(generate_pb2.OpenSessionRequest(cache={"target_bits": 3}))).session_id
+    await replies(client.Generate(request("Once upon a time", 2, session_id=origin)))
+    branch = (await client.OpenSession(generate_pb2.OpenSessionRequest(branch_of=origin))).session_id
+    await replies(client.Generate(request(" and then", 2, session_id=branch)))
+    first, second = worker.asked
+    log = [*first.token_ids, len(first.token_ids), len(first.token_ids) + 1]
+    assert second.token_ids[: len(log)] == log
+    assert (second.held, second.branch_of, second.cache.target_bits) == (len(log), origin, 3)
+    with pytest.raises(grpc.aio.AioRpcError, match="has the cache parameters of its origin"):
+        await client.OpenSession(generate_pb2.OpenSessionRequest(branch_of=origin, cache={"target_bits": 3}))
+
+
+async def test_parameters_reach_the_worker_and_a_seed_is_drawn(client: Stub, worker: CountingWorker) -> None:
+    fields = {
+        "sampling": {"temperature": 2, "frequency_penalty": 0.5, "logit_bias": {7: -3}},
+        "stop": {"stop_token_ids": [9]},
+        "output": {"logprobs": True, "top_logprobs": 2, "echo": True},
+        "choices": 3,
+    }
+    asked = generate_pb2.GenerateRequest(prompt_token_ids=[5, 6], **fields)
+    with contextlib.suppress(grpc.aio.AioRpcError):  # this worker has one choice
+        await replies(client.Generate(asked))
+    (sent,) = worker.asked
+    assert list(sent.token_ids) == [5, 6]
+    assert (sent.stop, sent.output, sent.choices, sent.held) == (asked.stop, asked.output, 3, 0)
+    assert sent.sampling.HasField("seed")
+    sent.sampling.ClearField("seed")
+    assert sent.sampling == asked.sampling
+    chosen = generate_pb2.GenerateRequest(prompt="x", sampling={"seed": 4}, stop={"max_new_tokens": 1})
+    await replies(client.Generate(chosen))
+    assert worker.asked[1].sampling.seed == 4
 
 
 async def test_chat_uses_the_template(client: Stub, worker: CountingWorker) -> None:
@@ -149,6 +186,59 @@ async def test_a_busy_worker_is_passed_over(client: Stub, worker: CountingWorker
         await until(two, "the second worker was found")
         await replies(client.Generate(request()))
         assert len(other.asked) == 1
+
+
+async def until_waiting(count: int) -> None:
+    async def waits() -> bool:
+        return REGISTRY.get_sample_value("qaq_queue_depth") == count
+
+    await until(waits, f"{count} generations wait")
+
+
+async def test_tenants_take_turns_for_the_workers_places(redis: Redis, router_settings: RouterSettings) -> None:
+    async with running_worker(redis) as worker:
+        worker.max_sequences = 1
+        worker.gate.clear()
+        async with running_router(router_settings) as client:
+
+            def send(prompt: str, tenant: str, **options: float) -> grpc.aio.UnaryStreamCall:
+                return client.Generate(request(prompt, 2), metadata=(("qaq-tenant", tenant),), **options)
+
+            first = send("zero", "a")
+            await first.read()
+            others = []
+            for prompt, tenant in (("one", "a"), ("two", "a"), ("three", "a"), ("four", "b")):
+                others.append(asyncio.create_task(replies(send(prompt, tenant))))
+                await until_waiting(len(others))
+            late = send("five", "c", timeout=0.2)
+            with pytest.raises(grpc.aio.AioRpcError) as passed:
+                await late.read()
+            assert passed.value.code() is Code.DEADLINE_EXCEEDED
+            others[1].cancel()
+            await until_waiting(3)
+            assert len(worker.asked) == 1
+            worker.gate.set()
+            await asyncio.gather(others[0], others[2], others[3])
+        tokenizer = load_tokenizer(router_settings.model)
+        expected = [tokenizer(prompt)["input_ids"] for prompt in ("zero", "one", "four", "three")]
+        assert [list(asked.token_ids) for asked in worker.asked] == expected
+
+
+async def test_a_full_queue_refuses(redis: Redis, router_settings: RouterSettings) -> None:
+    async with running_worker(redis) as worker:
+        worker.max_sequences = 1
+        worker.gate.clear()
+        async with running_router(router_settings.model_copy(update={"max_queue": 1})) as client:
+            calls = [client.Generate(request(new=2)) for _ in range(2)]
+            await asyncio.wait(
+                [asyncio.ensure_future(call.read()) for call in calls], return_when="FIRST_COMPLETED"
+            )
+            await until_waiting(1)
+            with pytest.raises(grpc.aio.AioRpcError, match="1 generations wait already") as refused:
+                await replies(client.Generate(request()))
+            assert refused.value.code() is Code.RESOURCE_EXHAUSTED
+            assert dict(refused.value.trailing_metadata() or ())["retry-after-ms"]
+            worker.gate.set()
 
 
 async def test_a_prompt_that_never_ran_is_not_in_the_log(client: Stub, worker: CountingWorker) -> None:

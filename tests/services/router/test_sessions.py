@@ -113,3 +113,34 @@ async def test_the_log_writer_repeats_what_a_lost_write_held(
     await writer.flush()
     assert await directory.tokens(session.id) == [1, 2, 3]
     assert failures == []
+
+
+async def test_a_branch_begins_as_its_origin_and_goes_its_own_way(directory: SessionDirectory) -> None:
+    cache = common_pb2.CacheParams(target_bits=2.5)
+    origin = await directory.open("m", cache, kept=True)
+    await directory.write(origin.id, 0, [1, 2, 3])
+    await directory.set_worker(origin.id, "w:1")
+    branch = await directory.branch(origin.id)
+    assert (branch.branch_of, branch.worker, branch.cache, branch.kept) == (origin.id, "w:1", cache, True)
+    assert await directory.get(branch.id) == branch
+    await directory.write(branch.id, 3, [4])
+    await directory.write(origin.id, 3, [5, 6])
+    assert await directory.tokens(branch.id) == [1, 2, 3, 4]
+    assert await directory.tokens(origin.id) == [1, 2, 3, 5, 6]
+    await directory.close(origin.id)
+    assert await directory.tokens(branch.id) == [1, 2, 3, 4]
+
+
+async def test_a_branch_of_an_empty_session_is_empty(directory: SessionDirectory) -> None:
+    origin = await directory.open("m", common_pb2.CacheParams(), kept=True)
+    assert await directory.tokens((await directory.branch(origin.id)).id) == []
+
+
+async def test_what_cannot_be_branched(directory: SessionDirectory) -> None:
+    with pytest.raises(NotFound):
+        await directory.branch("nobody")
+    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
+    async with directory.running(session.id, lambda: None):
+        with pytest.raises(FailedPrecondition, match="is generating"):
+            await directory.branch(session.id)
+    assert len(await directory.list()) == 1

@@ -4,11 +4,12 @@ import math
 
 import pytest
 from qaq.v1 import common_pb2, generate_pb2
+from qaq.v1.common_pb2 import StopParams
 
 from services.common.errors import InvalidArgument, NotFound
 from services.router import validation
 
-LIMITS = validation.Limits(prompt_bytes=100, context=50)
+LIMITS = validation.Limits(prompt_bytes=100, context=50, vocabulary=1000)
 
 
 def request(**changes: object) -> generate_pb2.GenerateRequest:
@@ -24,6 +25,11 @@ def request(**changes: object) -> generate_pb2.GenerateRequest:
         {"sampling": {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 0.1}},
         {"cache": {"preset": "paper", "target_bits": 16, "target_compression": 1}},
         {"prompt": "é" * 50},
+        {"prompt": "", "prompt_token_ids": [0, 999]},
+        {"stop": {}},
+        {"stop": {"stop_token_ids": [0, 999]}},
+        {"sampling": {"frequency_penalty": -2, "presence_penalty": 2, "logit_bias": {0: -100, 999: 100}}},
+        {"output": {"logprobs": True, "top_logprobs": 20, "echo": True}, "choices": 16},
     ],
 )
 def test_accepts_the_edges(changes: dict) -> None:
@@ -35,7 +41,7 @@ def test_accepts_the_edges(changes: dict) -> None:
     [
         ({"prompt": ""}, "prompt is empty; send at least one character"),
         ({"prompt": "é" * 51}, "prompt is 102 bytes of UTF-8; the limit is 100"),
-        ({"stop": {}}, "max_new_tokens is 0; send at least 1"),
+        ({"stop": {"max_new_tokens": 0}}, "max_new_tokens is 0; send at least 1"),
         ({"stop": {"max_new_tokens": -1}}, "max_new_tokens is -1; send at least 1"),
         ({"stop": {"max_new_tokens": 51}}, "the model's context is 50 tokens, send less"),
         ({"stop": {"max_new_tokens": 1, "stop": ["x"] * 1000}}, "has 1000 strings; send at most 16"),
@@ -54,6 +60,24 @@ def test_accepts_the_edges(changes: dict) -> None:
         ({"cache": {"target_bits": 0}}, "target_bits is 0"),
         ({"cache": {"target_compression": 0.5}}, "target_compression is 0.5"),
         ({"cache": {"target_error": 0}}, "target_error is 0"),
+        (
+            {"sampling": {"frequency_penalty": 2.1}},
+            "frequency_penalty is 2.1; send a number at least -2 and at most 2",
+        ),
+        ({"sampling": {"presence_penalty": math.nan}}, "presence_penalty is nan"),
+        ({"sampling": {"logit_bias": {1000: 1}}}, "logit_bias names token 1000; the model's tokens are 0 to 999"),
+        ({"sampling": {"logit_bias": {5: 101}}}, "logit_bias[5] is 101; send a number from -100 to 100"),
+        ({"sampling": {"logit_bias": {5: math.nan}}}, "logit_bias[5] is nan"),
+        ({"sampling": {"logit_bias": dict.fromkeys(range(1025), 0)}}, "has 1025 tokens; send at most 1024"),
+        ({"stop": {"stop_token_ids": [-1]}}, "stop.stop_token_ids names token -1"),
+        ({"stop": {"stop_token_ids": [1] * 65}}, "has 65 tokens; send at most 64"),
+        ({"output": {"top_logprobs": 2}}, "output.top_logprobs needs output.logprobs"),
+        ({"output": {"logprobs": True, "top_logprobs": 21}}, "output.top_logprobs is 21; send 0 to 20"),
+        ({"choices": 17}, "choices is 17; send 1 to 16"),
+        ({"choices": -1}, "choices is -1; send 1 to 16"),
+        ({"choices": 2, "session_id": "x"}, "a session goes on with one text"),
+        ({"prompt_token_ids": [1]}, "both prompt and prompt_token_ids are set"),
+        ({"prompt": "", "prompt_token_ids": [1000]}, "prompt_token_ids names token 1000"),
         ({"session_id": "x" * 129}, "session_id is over 128 bytes"),
         ({"session_id": "x", "cache": {"preset": "paper"}}, "cache is fixed when a session opens"),
     ],
@@ -91,13 +115,14 @@ def test_refuses_a_chat_with_what_to_change(messages: list, sentence: str) -> No
 )
 def test_prompt_and_answer_share_the_context(held: int, prompt: int, new: int, sentence: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        validation.fits(held, prompt, new, context=50)
+        validation.fits(held, prompt, StopParams(max_new_tokens=new), context=50)
     assert sentence in caught.value.message
 
 
 def test_a_prompt_may_fill_the_context_but_for_its_answer() -> None:
-    validation.fits(10, 20, 20, context=50)
-    validation.fits(0, 49, 1, context=50)
+    validation.fits(10, 20, StopParams(max_new_tokens=20), context=50)
+    validation.fits(0, 49, StopParams(max_new_tokens=1), context=50)
+    validation.fits(0, 49, StopParams(), context=50)
 
 
 def test_a_model_has_its_name_and_its_source() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def make(defaults: GenerationConfig | None = None, **params: float) -> Sampler:
 
 
 def draws(sampler: Sampler, count: int = 200) -> Counter[int]:
-    return Counter(sampler.choose(LOGITS, [0]) for _ in range(count))
+    """Tokens at `count` places of a text."""
+    return Counter(sampler.choose(LOGITS, range(place)) for place in range(count))
 
 
 def test_greedy_without_a_temperature() -> None:
@@ -65,15 +67,54 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_seed_repeats() -> None:
     def run(seed: int) -> list[int]:
         sampler = make(temperature=1.0, seed=seed)
-        return [sampler.choose(LOGITS, [0]) for _ in range(40)]
+        return [sampler.choose(LOGITS, range(place)) for place in range(40)]
 
     assert run(2**64 - 1) == run(2**64 - 1)
     assert run(1) != run(2)
 
 
 def test_no_seed_differs_from_run_to_run() -> None:
-    runs = {tuple(make(temperature=5.0).choose(LOGITS, [0]) for _ in range(60)) for _ in range(3)}
+    runs = set()
+    for _ in range(3):
+        sampler = make(temperature=5.0)
+        runs.add(tuple(sampler.choose(LOGITS, range(place)) for place in range(60)))
     assert len(runs) == 3
+
+
+def test_a_token_depends_on_seed_choice_and_place_alone() -> None:
+    def run(choice: int, places: Iterable[int]) -> list[int]:
+        sampler = Sampler(SamplingParams(temperature=5, seed=3), GenerationConfig(), torch.device("cpu"), choice)
+        return [sampler.choose(LOGITS, range(place)) for place in places]
+
+    assert run(0, range(20, 40)) == run(0, range(40))[20:]
+    assert run(0, range(40)) != run(1, range(40))
+
+
+def test_frequency_counts_and_presence_does_not() -> None:
+    # 1 is ahead of 3 by 0.1; the first two tokens are the prompt's and do not count.
+    prompt = [1, 1]
+
+    def best(generated: list[int], **params: float) -> int:
+        sampler = Sampler(SamplingParams(**params), GenerationConfig(), torch.device("cpu"), begins=2)
+        return sampler.choose(LOGITS, [*prompt, *generated])
+
+    assert best([], frequency_penalty=2, presence_penalty=2) == 1
+    assert best([1], frequency_penalty=0.06) == 1
+    assert best([1, 1], frequency_penalty=0.06) == 3
+    assert best([1, 1], presence_penalty=0.06) == 1
+    assert best([1], presence_penalty=0.2) == 3
+    assert best([3, 1], presence_penalty=-2) == 1
+    assert best([3], presence_penalty=-0.2) == 3
+
+
+def test_bias_is_added() -> None:
+    def make(bias: dict[int, float], **params: float) -> Sampler:
+        asked = SamplingParams(**params, logit_bias=bias)
+        return Sampler(asked, GenerationConfig(), torch.device("cpu"))
+
+    assert make({4: 100}).choose(LOGITS, [0]) == 4
+    assert make({1: -100, 3: -100}).choose(LOGITS, [0]) == 2
+    assert set(draws(make({1: -100}, temperature=1, seed=1))) == {0, 2, 3}
 
 
 def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:

@@ -54,7 +54,8 @@ def test_special_tokens_have_no_text(smollm2: LoadedModel) -> None:
 def test_stop_strings(smollm2: LoadedModel, text: str, stop: tuple[str, ...], shown: str) -> None:
     parts, stream = pieces(smollm2, smollm2.tokenizer.encode(text), stop)
     assert "".join(parts) == shown
-    assert stream.stopped is (shown != text)
+    assert (stream.found is not None) is (shown != text)
+    assert stream.found is None or (stream.found in stop and text.startswith(shown + stream.found))
 
 
 def test_what_may_be_a_stop_string_is_held_back(smollm2: LoadedModel) -> None:
@@ -81,7 +82,7 @@ def test_any_text_and_any_stop(smollm2: LoadedModel, text: str, stop: list[str])
     first = min((at for at in map(decoded.find, stop) if at >= 0), default=None)
     parts, stream = pieces(smollm2, tokens, tuple(stop))
     shown = "".join(parts)
-    assert stream.stopped is (first is not None)
+    assert (stream.found is None) is (first is None)
     if first is None:
         assert shown == decoded
     else:

@@ -1,0 +1,134 @@
+"""OpenAI's HTTP API over the gRPC one: no more than a translation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
+
+from services.common.errors import InvalidArgument
+from services.gateway import errors, requests
+from services.gateway.calls import ClientGone, events, merged, while_connected
+from services.gateway.replies import Answer, Chat, Completion, Json, Replies
+from services.gateway.routers import Routers
+from services.gateway.schema import ChatRequest, CompletionRequest
+from services.gateway.schema import Request as Body
+
+SHORT_DEADLINE_S = 30.0
+TENANT_HEADER = "x-qaq-tenant"
+MAX_TENANT = 128
+CLIENT_CLOSED_REQUEST = 499  # for the access log; its reader is gone
+
+Asked = generate_pb2.GenerateRequest | generate_pb2.ChatRequest
+
+
+def make_app(routers: Routers, timeout_s: float) -> FastAPI:
+    """The app.
+
+    Args:
+        timeout_s: longest that a generation may take.
+    """
+    app = FastAPI(title="QAQ", description="OpenAI's API over QAQ's", redoc_url=None)
+    errors.install(app)
+
+    @app.get("/health")
+    async def health() -> Json:
+        async with routers.stub() as stub:
+            await _model(stub)
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> Json:
+        async with routers.stub() as stub:
+            return {"object": "list", "data": [_described(await _model(stub))]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        async with routers.stub() as stub:
+            return _described(await _model(stub, name))
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        echo = [prompt if isinstance(prompt, str) else None for prompt in body.prompts] if body.echo else None
+        return await respond(body, request, requests.completions(body), Completion(), echo)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await respond(body, request, [requests.chat(body)], Chat())
+
+    async def respond(
+        body: Body,
+        request: Request,
+        asked: Sequence[Asked],
+        shape: Completion | Chat,
+        echo: Sequence[str | None] | None = None,
+    ) -> Response:
+        """Asks the router and answers as the client wants it: at once or in parts."""
+
+        @contextlib.asynccontextmanager
+        async def running() -> AsyncIterator[tuple[Answer, Replies]]:
+            async with routers.stub() as stub:
+                answer = Answer(shape, (await _model(stub, body.model)).name, asked[0].choices, echo)
+                calls = [_call(stub, each)(each, timeout=timeout_s, metadata=metadata) for each in asked]
+                async with contextlib.aclosing(merged(calls)) as replies:
+                    yield answer, replies
+
+        async def whole() -> Json:
+            async with running() as (answer, replies):
+                return await answer.collect(replies, len(asked))
+
+        async def parts() -> AsyncGenerator[Json, None]:
+            async with running() as (answer, replies):
+                async for chunk in answer.chunks(replies, len(asked), body.usage_wanted):
+                    yield chunk
+
+        metadata = _tenant(request)
+        try:
+            if body.stream:
+                return await while_connected(request, events(parts()))
+            return JSONResponse(await while_connected(request, whole()))
+        except ClientGone:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    return app
+
+
+def _call(stub: generate_pb2_grpc.InferenceStub, request: Asked) -> Any:
+    """The method that takes it."""
+    return stub.Chat if isinstance(request, generate_pb2.ChatRequest) else stub.Generate
+
+
+def _tenant(request: Request) -> tuple[tuple[str, str], ...]:
+    """The header `x-qaq-tenant` as the router's metadata.
+
+    Raises:
+        InvalidArgument: it has other characters than printable ASCII, or too many.
+    """
+    name = request.headers.get(TENANT_HEADER, "")
+    if not name:
+        return ()
+    if len(name) > MAX_TENANT or not (name.isascii() and name.isprintable()):
+        raise InvalidArgument(f"{TENANT_HEADER} is not {MAX_TENANT} or fewer printable ASCII characters")
+    return (("qaq-tenant", name),)
+
+
+async def _model(stub: generate_pb2_grpc.InferenceStub, name: str = "") -> common_pb2.ModelInfo:
+    """Raises:
+    grpc.aio.AioRpcError: NOT_FOUND if another is served.
+    """
+    reply = await stub.GetModel(generate_pb2.GetModelRequest(model=name), timeout=SHORT_DEADLINE_S)
+    return reply.model
+
+
+def _described(model: common_pb2.ModelInfo) -> Json:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "qaq",
+        "context_length": model.context_length,
+    }

@@ -1,0 +1,222 @@
+"""From the gRPC API's messages to OpenAI's objects."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from qaq.v1 import common_pb2, generate_pb2
+
+_LEAST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI's API says it this way
+_REASONS = {
+    common_pb2.FINISH_REASON_EOS: "stop",
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+Json = dict[str, Any]
+Replies = AsyncIterator[tuple[int, generate_pb2.GenerateReply]]
+
+
+@dataclass
+class Piece:
+    """What one message adds to one choice."""
+
+    text: str = ""
+    tokens: list[common_pb2.TokenInfo] = field(default_factory=list)
+    reason: str | None = None
+
+
+class Shape(Protocol):
+    """Completions or chat completions: how pieces are laid out."""
+
+    prefix: str
+    whole: str
+    part: str
+
+    def choice(self, index: int, piece: Piece) -> Json:
+        """A finished choice."""
+        ...
+
+    def delta(self, index: int, piece: Piece) -> Json:
+        """A choice of a chunk."""
+        ...
+
+    def openings(self, choices: int) -> Iterable[Json]:
+        """Choices of the chunks before the first piece."""
+        ...
+
+
+class Answer:
+    """One answer with all its choices, as it comes.
+
+    Args:
+        choices: of each prompt; the choices of prompt i begin at i · choices.
+        echo: the texts that each prompt's choices begin with (None: the echoed tokens' own), or no echo.
+    """
+
+    def __init__(self, shape: Shape, model: str, choices: int, echo: Sequence[str | None] | None = None) -> None:
+        self._shape, self._choices = shape, choices
+        self._id, self._created, self._model = f"{shape.prefix}-{uuid.uuid4().hex}", int(time.time()), model
+        self._echo = echo
+        self._begun: set[int] = set()
+        self._echoed: dict[int, list[common_pb2.TokenInfo]] = {}
+        self._finished: list[tuple[int, common_pb2.Usage]] = []
+
+    async def collect(self, replies: Replies, prompts: int) -> Json:
+        """The whole answer."""
+        whole = [Piece() for _ in range(prompts * self._choices)]
+        async for place, reply in replies:
+            for index, piece in self._pieces(place, reply):
+                whole[index].text += piece.text
+                whole[index].tokens += piece.tokens
+                whole[index].reason = piece.reason
+        choices = [self._shape.choice(index, piece) for index, piece in enumerate(whole)]
+        return self._object(self._shape.whole, choices) | {"usage": self._usage()}
+
+    async def chunks(self, replies: Replies, prompts: int, usage: bool) -> AsyncIterator[Json]:
+        """The answer in parts; the last has the usage if that is wanted."""
+        more: Json = {"usage": None} if usage else {}
+        opened = False
+        async for place, reply in replies:
+            if not opened:  # not before the router has taken the request: a refusal is no stream
+                for choice in self._shape.openings(prompts * self._choices):
+                    yield self._object(self._shape.part, [choice]) | more
+                opened = True
+            for index, piece in self._pieces(place, reply):
+                if piece != Piece():
+                    yield self._object(self._shape.part, [self._shape.delta(index, piece)]) | more
+        if usage:
+            yield self._object(self._shape.part, []) | {"usage": self._usage()}
+
+    def _pieces(self, place: int, reply: generate_pb2.GenerateReply) -> Iterable[tuple[int, Piece]]:
+        """What a message of the prompt at `place` adds."""
+        match reply.WhichOneof("event"):
+            case "prompt":
+                self._echoed.setdefault(place, []).extend(reply.prompt.tokens)
+            case "token":
+                token = reply.token
+                piece = Piece(token.text, [token.info] if token.HasField("info") else [])
+                yield self._opened(place, token.choice, piece)
+            case "finished":
+                end = reply.finished
+                self._finished.append((place, end.usage))
+                yield self._opened(place, end.choice, Piece(end.text, [], _REASONS.get(end.reason, "stop")))
+
+    def _opened(self, place: int, choice: int, piece: Piece) -> tuple[int, Piece]:
+        """The choice's index, and the piece behind the echoed prompt if it is the first."""
+        index = place * self._choices + choice
+        if self._echo is not None and index not in self._begun:
+            echoed, text = self._echoed.get(place, []), self._echo[place]
+            piece.text = ("".join(info.text for info in echoed) if text is None else text) + piece.text
+            piece.tokens = [*echoed, *piece.tokens] if piece.tokens else []
+        self._begun.add(index)
+        return index, piece
+
+    def _object(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _usage(self) -> Json:
+        """Tokens of all choices; a prompt counts once. `cache` is what QAQ adds, summed over the choices."""
+        prompt = sum({place: usage.prompt_tokens for place, usage in self._finished}.values())
+        generated = sum(usage.generated_tokens for _, usage in self._finished)
+        caches = [usage.cache for _, usage in self._finished]
+        held = {name: sum(getattr(cache, name) for cache in caches) for name in ("kv_bytes", "kv_bytes_fp16")}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "cache": held | {"exceptions": sum(cache.exceptions for cache in caches)},
+        }
+
+
+class Completion:
+    """The shape of `/v1/completions`."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self) -> None:
+        self._offsets: dict[int, int] = {}
+
+    def choice(self, index: int, piece: Piece) -> Json:
+        return {
+            "index": index,
+            "text": piece.text,
+            "logprobs": self._logprobs(index, piece.tokens),
+            "finish_reason": piece.reason,
+        }
+
+    delta = choice
+
+    def openings(self, choices: int) -> Iterable[Json]:
+        return ()
+
+    def _logprobs(self, index: int, tokens: Sequence[common_pb2.TokenInfo]) -> Json | None:
+        if not tokens:
+            return None
+        offsets = []
+        for info in tokens:
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(info.text)
+        return {
+            "tokens": [info.text for info in tokens],
+            "token_logprobs": [_logprob(info) for info in tokens],
+            "top_logprobs": [
+                {near.text: _logprob(near) for near in info.top} if info.HasField("logprob") else None
+                for info in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+
+class Chat:
+    """The shape of `/v1/chat/completions`."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, piece: Piece) -> Json:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": _content(piece.tokens),
+            "finish_reason": piece.reason,
+        }
+
+    def delta(self, index: int, piece: Piece) -> Json:
+        change = {"content": piece.text} if piece.text else {}
+        return {
+            "index": index,
+            "delta": change,
+            "logprobs": _content(piece.tokens),
+            "finish_reason": piece.reason,
+        }
+
+    def openings(self, choices: int) -> Iterable[Json]:
+        for index in range(choices):
+            delta = {"role": "assistant", "content": ""}
+            yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _content(tokens: Sequence[common_pb2.TokenInfo]) -> Json | None:
+    if not tokens:
+        return None
+    listed = [_told(info) | {"top_logprobs": [_told(near) for near in info.top]} for info in tokens]
+    return {"content": listed, "refusal": None}
+
+
+def _told(info: common_pb2.TokenInfo) -> Json:
+    return {"token": info.text, "logprob": _logprob(info), "bytes": list(info.text.encode())}
+
+
+def _logprob(info: common_pb2.TokenInfo) -> float | None:
+    return max(info.logprob, _LEAST_LOGPROB) if info.HasField("logprob") else None

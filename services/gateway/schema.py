@@ -1,0 +1,128 @@
+"""What OpenAI's clients send. A field that would change the answer and is not supported is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TokenIds = Annotated[list[int], Field(min_length=1)]
+MAX_PROMPTS = 64
+
+
+class CacheOptions(BaseModel):
+    """As CacheParams; fixed for a session's life."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    preset: str | None = None
+    target_bits: float | None = None
+    target_compression: float | None = None
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class Request(BaseModel):
+    """What completions and chat completions share. Ranges are checked by the router, which says what to change.
+
+    Attributes:
+        top_k … session_id: not of OpenAI's API; sent with `extra_body`.
+        user … service_tier: taken and not looked at.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = ""
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    stop: str | list[str] | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    cache: CacheOptions | None = None
+    session_id: str = ""
+
+    user: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    metadata: Any = None
+    store: Literal[False] | None = None
+    service_tier: Any = None
+
+    @property
+    def usage_wanted(self) -> bool:
+        """A stream ends with a chunk that has the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(Request):
+    """`/v1/completions`. max_tokens counts 16 if it is not given, as OpenAI's does."""
+
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool | None = False
+    best_of: None = None
+    suffix: None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: str
+    content: str | list[TextPart]
+    name: None = None
+    refusal: None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+
+class ChatRequest(Request):
+    """`/v1/chat/completions`. Without a limit an answer may fill the model's context."""
+
+    messages: list[Message]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none"] | None = None
+    response_format: TextFormat | None = None

@@ -1,0 +1,103 @@
+"""The gateway as a process or inside an actor."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from services.common import log, metrics
+from services.common.redis import check, connect
+from services.common.registry import Registry
+from services.common.server import PortTakenError, reachable, run_until_signal
+from services.common.settings import GatewaySettings
+from services.gateway.app import make_app
+from services.gateway.routers import Routers
+
+GRACE_S = 2
+_POLL_S = 0.01
+
+
+class GatewayServer:
+    """OpenAI's API on one port. `start` and `stop` may each be called once."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._stack = contextlib.AsyncExitStack()
+
+    async def start(self) -> str:
+        """Serves and announces itself. Returns its address.
+
+        Raises:
+            PortTakenError: the port is taken.
+            RedisUnreachableError: Redis does not answer.
+        """
+        settings = self._settings
+        async with contextlib.AsyncExitStack() as stack:
+            redis = connect(settings.redis_url)
+            stack.push_async_callback(redis.aclose)
+            await check(redis, settings.redis_url)
+            routers = Routers(redis, settings.router)
+            stack.push_async_callback(routers.close)
+            bound = _bind(settings.host, settings.port)
+            stack.callback(bound.close)
+            server = _Server(
+                uvicorn.Config(
+                    make_app(routers, settings.request_timeout_s),
+                    lifespan="off",
+                    log_config=None,
+                    access_log=False,
+                    timeout_graceful_shutdown=GRACE_S,
+                )
+            )
+            task = asyncio.create_task(server.serve(sockets=[bound]), name="http")
+
+            async def end() -> None:
+                server.should_exit = True
+                await task
+
+            stack.push_async_callback(end)
+            while not server.started and not task.done():  # noqa: ASYNC110 (uvicorn sets no event)
+                await asyncio.sleep(_POLL_S)
+            address = reachable(settings.host, bound.getsockname()[1], settings.advertise_host)
+            await stack.enter_async_context(Registry(redis).announce("gateway", address, {"pid": os.getpid()}))
+            self._stack = stack.pop_all()
+        return address
+
+    async def stop(self) -> None:
+        """Leaves the registry, lets running calls end for a moment, frees everything."""
+        await self._stack.aclose()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to whoever runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise PortTakenError(
+            f"cannot listen on {host}:{port}: the port is taken or the address is not of this machine; choose "
+            "another port (0 takes any free one) or host"
+        ) from error
+    return bound
+
+
+async def serve(settings: GatewaySettings) -> None:
+    """Runs a gateway until SIGTERM or SIGINT."""
+    log.configure(settings.log_level)
+    metrics.serve(settings.metrics_port, settings.host)
+    await run_until_signal(GatewayServer(settings))

@@ -1,0 +1,48 @@
+"""A gateway over real HTTP, in front of a real router, worker, model and Redis."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+from openai import AsyncOpenAI
+from redis.asyncio import Redis
+
+from qaq_core.default_model import default_model_path
+from qaq_core.loading import LoadedModel
+from services.common.embedded_redis import EmbeddedRedis
+from services.common.settings import GatewaySettings, RouterSettings, WorkerSettings
+from services.gateway.server import GatewayServer
+from services.router.server import RouterServer
+from services.worker.server import WorkerServer
+
+
+@dataclass
+class Served:
+    """A stack in this process: where its parts are, and its model's name."""
+
+    url: str
+    worker: str
+    model: str
+
+
+@pytest.fixture
+async def served(redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel) -> AsyncIterator[Served]:
+    common = {"redis_url": redis_server.url, "port": 0}
+    worker = WorkerServer(WorkerSettings(model="smollm2", preset="exact", **common), smollm2)
+    working = await worker.start()
+    router = RouterServer(RouterSettings(model=str(default_model_path()), **common))
+    await router.start()
+    gateway = GatewayServer(GatewaySettings(**common))
+    url = f"http://{await gateway.start()}"
+    yield Served(url, working, smollm2.name)
+    for server in (gateway, router, worker):
+        await server.stop()
+
+
+@pytest.fixture
+async def openai(served: Served) -> AsyncIterator[AsyncOpenAI]:
+    """The official client."""
+    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
