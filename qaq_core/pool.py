@@ -37,7 +37,7 @@ class Pool:
         """The same rows in memory of their own."""
         other = copy.copy(self)
         other.rows = {width: rows.clone() for width, rows in self.rows.items()}
-        other._addresses = None
+        other.first = self.first.clone()
         return other
 
     def layer(self, width: int, layer: int) -> torch.Tensor:
