@@ -50,6 +50,12 @@ class ExactTokens:
         """Makes room for a prompt in the model's dtype."""
         self._move(self.held + tokens, self.dtype)
 
+    def load(self, originals: torch.Tensor) -> None:
+        """Takes tokens of a prompt that were computed before: [layers, 2, kv_heads, n, head_dim]."""
+        stop = self.held + originals.shape[3]
+        self._buffer[:, :, :, self.held : stop] = originals
+        self.held = stop
+
     def end_prompt(self) -> None:
         """Goes back to the window's size and dtype."""
         self._move(max(self.capacity, self.held), self.window_dtype)

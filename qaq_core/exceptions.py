@@ -23,6 +23,9 @@ from qaq_core.staging import Staging
 PATIENCE = 16
 """Looks without a request after an answer that failed or lacked originals."""
 
+FEW = 1 / 64
+"""Share of vectors that may lack bits when those that a price had taken are back."""
+
 _NOWHERE = 1 << 62
 
 
@@ -66,8 +69,21 @@ class Exceptions:
     def pending(self) -> bool:
         return self._asked is not None
 
-    def review(self, view: View, price: float, narrow: bool = True) -> None:
-        """Narrows what needs less and asks for what needs more. One request is under way at a time."""
+    def settle(self, view: View, price: float) -> None:
+        """Narrows every vector to what it wants at that price, at once."""
+        want = self.policy.widths(self.policy.demand(view), price)
+        for side in (KEY, VALUE):
+            self._narrow(side, want[side], want[side])
+
+    def review(self, view: View, price: float, narrow: bool = True, most_bytes: int | None = None) -> int | None:
+        """Narrows what needs less and asks for what needs more. One request is under way at a time.
+
+        Args:
+            most_bytes: ask for all that is wanted, without slack, but for no more bytes than this: first for the
+                vectors that are looked at most.
+        Returns:
+            bytes asked for with `most_bytes`; None if few vectors lacked anything, as at any time.
+        """
         demand, slack = self.policy.demand(view), self.policy.hysteresis
         want = self.policy.widths(demand, price)
         if narrow:
@@ -77,13 +93,40 @@ class Exceptions:
         if self._patience:
             self._patience -= 1
         elif self._asked is None:
-            low = want if slack == 1.0 else self.policy.widths(demand, price, need=1 / slack)
+            strict = slack == 1.0 or most_bytes is not None
+            low = want if strict else self.policy.widths(demand, price, need=1 / slack)
             held = (self.packed.widths(KEY), self.packed.widths(VALUE))
             rising: list[tuple[int, torch.Tensor, torch.Tensor]] = []
             for side in (KEY, VALUE):
                 up = torch.nonzero((low[side] > held[side]).reshape(-1)).squeeze(1)
                 rising.append((side, up, want[side].reshape(-1)[up]))
-            self._ask(rising, held)
+            if most_bytes is None:
+                self._ask(rising, held)
+                return None
+            return self._ask_hottest(rising, held, view, most_bytes)
+        return 0
+
+    def _ask_hottest(
+        self,
+        rising: list[tuple[int, torch.Tensor, torch.Tensor]],
+        held: tuple[torch.Tensor, torch.Tensor],
+        view: View,
+        most_bytes: int,
+    ) -> int | None:
+        """Asks for as many of the vectors as fit, those of the largest importance first."""
+        lacks = sum(len(index) for _, index, _ in rising)
+        seen = view.importance[:, :, view.first : view.first + view.shape[2]].reshape(-1)
+        heat = torch.cat([seen[index] for _, index, _ in rising])
+        lacking = [width.long() - held[side].reshape(-1)[index] for side, index, width in rising]
+        size = torch.cat(lacking) * self.packed.head_dim // 16
+        order = heat.argsort(descending=True)
+        chosen = torch.zeros_like(order, dtype=torch.bool)
+        chosen[order[size[order].cumsum(0) <= most_bytes]] = True
+        parts = chosen.split([len(index) for _, index, _ in rising])
+        self._ask(
+            [(side, index[own], width[own]) for (side, index, width), own in zip(rising, parts, strict=True)], held
+        )
+        return int(size[chosen].sum()) if lacks > 2 * self.packed.tags.numel() * FEW else None
 
     def _narrow(self, side: int, most: torch.Tensor, want: torch.Tensor) -> None:
         """Takes vectors that hold more than the most they could need down to what they want."""

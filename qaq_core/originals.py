@@ -82,6 +82,11 @@ class Originals(Protocol):
     Errors inside a future are `OriginalsError`; whoever put a page keeps it until its future is done.
     """
 
+    @property
+    def pending_bytes(self) -> int:
+        """Of pages that were put here and that the store has neither acknowledged nor refused. For any thread."""
+        ...
+
     def put(self, pages: Sequence[Page]) -> Future[None]:
         """Stores pages; done when the store has acknowledged all of them."""
         ...
@@ -95,7 +100,7 @@ class Originals(Protocol):
         ...
 
     def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
-        """Pages in the order asked for; None where one is missing."""
+        """Pages in the order asked for, None where one is missing; those found are held as if put."""
         ...
 
     def hold(self, page_ids: Sequence[bytes]) -> None:
@@ -103,7 +108,7 @@ class Originals(Protocol):
         ...
 
     def forget(self, page_ids: Sequence[bytes]) -> None:
-        """The caller will not ask for these again; a shared store may keep them."""
+        """The caller, who put or fetched these, will not ask for them again; a shared store may keep them."""
         ...
 
 
@@ -113,6 +118,8 @@ class InProcessOriginals:
     def __init__(self) -> None:
         self._pages: dict[bytes, Page] = {}
         self._holders: Counter[bytes] = Counter()
+
+    pending_bytes = 0
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +138,7 @@ class InProcessOriginals:
         return _done(count)
 
     def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
+        self._holders.update(pid for pid in page_ids if pid in self._pages)
         return _done([self._pages.get(pid) for pid in page_ids])
 
     def hold(self, page_ids: Sequence[bytes]) -> None:

@@ -7,7 +7,7 @@ complete (or, in decode, when the recent window is full) the oldest are quantize
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,13 @@ from qaq_core.method import Method
 from qaq_core.originals import InProcessOriginals, Originals
 from qaq_core.outliers import Outliers
 from qaq_core.packed import PackedTokens
-from qaq_core.pages import KEY, VALUE
+from qaq_core.pages import KEY, VALUE, Page
 from qaq_core.policies import ErrorPolicy, View
 from qaq_core.policies.base import solve_error, solve_price
 from qaq_core.staging import Staging
 from qaq_core.window import PromptWatch, Reduction
 
+_UNLIMITED = 1 << 62
 SETTLED = 512
 """A price found while decoding is found again until this many tokens are packed."""
 
@@ -60,6 +61,13 @@ class SequenceCache:
         originals: store for full-precision pages; this process's memory if not given.
         page_name: gives the id of page i, called when its tokens are complete; random names if not given.
         wait: block a step until re-quantized rows have arrived.
+
+    Attributes:
+        price: what was found to meet the target; None until tokens are packed.
+        floor: least price that is asked of this sequence, see `reprice`.
+        allowance: bytes that it may still ask for to get back what a floor took from it; None for no limit.
+        faithful: first tokens whose keys and values were computed over full precision alone: those of the
+            first prompt. They depend on the tokens and nothing else; later ones on what was quantized, and when.
     """
 
     def __init__(
@@ -71,7 +79,10 @@ class SequenceCache:
     ) -> None:
         self.method = method
         self.length = 0
+        self.faithful = 0
         self.price: float | None = None
+        self.floor = 0.0
+        self.allowance: int | None = None
         self.staging = Staging(method.page_shape, originals or InProcessOriginals(), page_name or _unique_names())
         shape = method.shape
         self.packed = PackedTokens(
@@ -95,6 +106,8 @@ class SequenceCache:
         self._statistic: torch.Tensor | None = None
         self._steps = 0
         self._settling = False
+        self._first_prompt = True
+        self.recovering = False
 
     # -- what a forward pass does, layer by layer ------------------------------------------------------
 
@@ -103,6 +116,55 @@ class SequenceCache:
         if self._expected:
             raise ConfigError("a prompt is still arriving")
         self._begin_prompt(tokens)
+
+    def load(self, pages: Sequence[Page], shared: int, coming: int) -> None:
+        """Begins a prompt with stored pages in place of computing them; `coming` more tokens are computed.
+
+        What the window predicts of all of them comes from the queries of those `coming` tokens.
+
+        Args:
+            pages: the prompt's first, in order, without a gap. The sequence must be empty.
+            shared: so many of them, from the first, hold full-precision numbers, see `faithful`.
+        """
+        if self.length or self._expected:
+            raise ConfigError("pages can only be loaded into an empty sequence")
+        held = len(pages) * self.method.page_tokens
+        self.exact.begin_prompt(held + coming)
+        for page in pages:
+            self.exact.load(page.data)
+        self.staging.resume([page.id for page in pages])
+        self.length = held
+        self.faithful = shared * self.method.page_tokens
+        self._begin_prompt(coming)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether it can give way to a price."""
+        return self.method.policy.elastic
+
+    @property
+    def paid(self) -> float:
+        """The price in force: its own, or the floor if that is higher."""
+        own = self.method.policy.price if self.price is None else self.price
+        return max(own, self.floor) if self.elastic else own
+
+    def bits_at(self, floors: Sequence[float]) -> list[float]:
+        """Code bits an element of the packed tokens that each floor would leave, see `reprice`."""
+        policy, own = self.method.policy, self.method.policy.price if self.price is None else self.price
+        demand = policy.demand(self._view())
+        pairs = [policy.widths(demand, max(own, floor)) for floor in floors]
+        return [float(keys.float().mean() + values.float().mean()) / 4 for keys, values in pairs]
+
+    def reprice(self, floor: float) -> None:
+        """Sets the least price of a bit, which sequences may share.
+
+        If that is more than was paid, vectors give up what they would not pay for, at once and from what they
+        hold. If it is less they get it back from their originals while decoding, within `allowance`.
+        """
+        before, self.floor = self.paid, floor
+        if self.paid > before and len(self.packed):
+            self.exceptions.settle(self._view(), self.paid)
+        self.recovering = (self.elastic and self.paid < before) or (self.recovering and self.paid == before)
 
     def attend(
         self,
@@ -154,6 +216,8 @@ class SequenceCache:
     def commit(self) -> None:
         """Ends a forward pass: originals leave, tokens are packed, exceptions are looked for."""
         fresh = self.exact.end_step()
+        if self._first_prompt and self._expected and self.faithful == self.length:
+            self.faithful += fresh.shape[3]
         self.staging.append(fresh)
         self.length += fresh.shape[3]
         if self._expected:
@@ -170,8 +234,7 @@ class SequenceCache:
         self._steps += 1
         policy = self.method.policy
         if policy.exceptions and len(self.packed) and self._steps % policy.every == 0:
-            assert self.price is not None
-            self.exceptions.review(self._view(), self.price, self._steps % policy.narrow_every == 0)
+            self._review(self._steps % policy.narrow_every == 0)
 
     def fork(self, page_name: Callable[[int], bytes] | None = None) -> SequenceCache:
         """A sequence that holds the same tokens and goes on by itself; its counts begin at 0.
@@ -187,6 +250,8 @@ class SequenceCache:
             raise ConfigError("a prompt is still arriving; fork when it is complete")
         other = SequenceCache(self.method, self.staging.originals, wait=self.exceptions.wait)
         other.length, other.price = self.length, self.price
+        other.floor, other.recovering = self.floor, self.recovering
+        other.faithful, other._first_prompt = self.faithful, False
         other.staging = self.staging.fork(page_name or _unique_names())
         other.packed, other.exact = self.packed.copy(), self.exact.copy()
         other.exceptions = Exceptions(other.packed, other.staging, self.method.policy, self.exceptions.wait)
@@ -242,6 +307,18 @@ class SequenceCache:
 
     # -- inside ----------------------------------------------------------------------------------------
 
+    def _review(self, narrow: bool) -> None:
+        view = self._view()
+        if not self.recovering:
+            self.exceptions.review(view, self.paid, narrow)
+            return
+        most = _UNLIMITED if self.allowance is None else self.allowance
+        asked = self.exceptions.review(view, self.paid, narrow, most)
+        if asked is None:
+            self.recovering = False
+        elif self.allowance is not None:
+            self.allowance -= asked
+
     def _begin_step(self, n: int) -> None:
         if not self._expected and n > 1:
             self._begin_prompt(n)
@@ -272,6 +349,7 @@ class SequenceCache:
         # Earlier turns' tokens keep what they were worth if this prompt did not look at them.
         seen[:, :, : held.shape[2]] = torch.maximum(seen[:, :, : held.shape[2]], held)
         self._importance, self._watch = seen, None
+        self._first_prompt = False
         movable = self.exact.held - self.method.sinks
         groups = movable // self.method.group - 1
         if groups > 0:
@@ -301,7 +379,7 @@ class SequenceCache:
         if self.price is None or (self._settling and len(self.packed) < SETTLED):
             self._settling = self._steps > 0
             self.price = self._solve(view, self._fixed_bytes(tokens, metas, outliers))
-        self.packed.append(method.policy.widths(method.policy.demand(view), self.price), rows, metas, outliers)
+        self.packed.append(method.policy.widths(method.policy.demand(view), self.paid), rows, metas, outliers)
         self.exact.drop(sinks, sinks + tokens)
 
     def _solve(self, coming: View, coming_bytes: int) -> float:

@@ -7,7 +7,7 @@ store has acknowledged it, so no original is ever dropped that is not safe elsew
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -25,12 +25,15 @@ class Staging:
 
     Args:
         page_name: gives the id of page i; called once its tokens are complete.
+
+    Attributes:
+        stored: pages, from the first without a gap, that the store has acknowledged.
     """
 
     def __init__(self, shape: PageShape, originals: Originals, page_name: Callable[[int], bytes]) -> None:
         self.shape, self.originals, self._page_name = shape, originals, page_name
         self.names: list[bytes] = []
-        self.tokens = self.refused = 0
+        self.tokens = self.refused = self.stored = 0
         self._growing: torch.Tensor | None = None
         self._staged: dict[bytes, Page] = {}
         self._under_way: dict[bytes, Future[None]] = {}
@@ -40,6 +43,12 @@ class Staging:
         """Host bytes of originals that are not acknowledged."""
         growing = self.shape.nbytes if self._growing is not None else 0
         return growing + sum(page.shape.nbytes for page in self._staged.values())
+
+    def resume(self, names: Sequence[bytes]) -> None:
+        """The sequence begins with these pages, which are stored already."""
+        self.names += names
+        self.tokens += len(names) * self.shape.tokens
+        self.stored = len(self.names)
 
     def append(self, originals: torch.Tensor) -> None:
         """Takes the next tokens' originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
@@ -76,6 +85,8 @@ class Staging:
                 log.warning("the store refused a page, which stays in this process: %s", _reason(future))
             else:
                 del self._staged[name]
+        while self.stored < len(self.names) and self.names[self.stored] not in self._staged:
+            self.stored += 1
 
     def requantize(self, request: RowRequest, quantizer: Quantizer) -> list[tuple[np.ndarray, Future[RowReply]]]:
         """Answers what is staged here at once and asks the store for the rest.
@@ -107,7 +118,7 @@ class Staging:
     def fork(self, page_name: Callable[[int], bytes]) -> Staging:
         """Staging of a sequence that begins with the same tokens: it shares the complete pages."""
         other = Staging(self.shape, self.originals, page_name)
-        other.names, other.tokens = list(self.names), self.tokens
+        other.names, other.tokens, other.stored = list(self.names), self.tokens, self.stored
         other._growing = None if self._growing is None else self._growing.clone()
         other._staged, other._under_way = dict(self._staged), dict(self._under_way)
         self.originals.hold(self.names)

@@ -48,6 +48,7 @@ class BalancedPolicy:
         costs: for keys and values, float32 [layers, kv_heads, octets].
     """
 
+    elastic = True
     hysteresis = 2.0
     every = 4
     narrow_every = 16

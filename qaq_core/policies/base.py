@@ -37,6 +37,9 @@ class Policy(Protocol):
     exceptions: bool
     """Whether tokens are looked at again while decoding."""
 
+    elastic: bool
+    """Whether the price is an exchange rate of loss against bits, so that several sequences may share one."""
+
     every: int
     """Decode steps from one look to the next."""
 

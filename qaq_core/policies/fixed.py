@@ -12,7 +12,7 @@ from qaq_core.policies.base import View
 class FixedPolicy:
     """Static widths. `FixedPolicy(16, 16)` keeps half precision: the `exact` preset."""
 
-    exceptions = False
+    exceptions = elastic = False
     every = narrow_every = 1
     hysteresis = 1.0
     price = 1.0

@@ -27,6 +27,7 @@ class PaperPolicy:
         normal: the codec is the normal one, whose scale is a deviation; its range is taken as ±3 of them.
     """
 
+    elastic = False
     every = narrow_every = 1
     hysteresis = 1.0
     price = 1.0

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from services.cli.bench_elastic import elastic
+from services.cli.bench_prefix import prefix
 from services.cli.bench_serve import serve
 from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
 from services.cli.terminal import progress_line, screen, size
@@ -23,6 +25,8 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
     bench.command()(decode)
     bench.command()(serve)
+    bench.command()(elastic)
+    bench.command()(prefix)
     app.add_typer(bench, name="bench")
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from services.cluster.state import StackState
     from services.cluster.survey import Survey
 
+DRAIN_TIMEOUT_S = 60.0
+
 Model = Annotated[
     str | None,
     typer.Option(envvar="QAQ_MODEL", help="Local directory, GGUF file or hub id; default: SmolLM2-135M."),
@@ -30,7 +32,7 @@ TargetBits = Annotated[float | None, typer.Option(help="Mean bits per element of
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, status, scale, down):
+    for command in (up, status, scale, drain, down):
         app.command(rich_help_panel="Stack")(command)
 
 
@@ -102,6 +104,18 @@ def scale(workers: Annotated[int, typer.Option(min=1, max=64, help="How many wor
     running = _running()
     with starting() as report:
         control.scale(running, workers, report)
+
+
+def drain(
+    worker: Annotated[str, typer.Argument(help="Its host:port, as `qaq status` shows it.")],
+) -> None:
+    """Makes a worker hand over its sessions, so that it can be stopped without anybody noticing."""
+    import grpc
+    from qaq.v1 import worker_pb2, worker_pb2_grpc
+
+    with grpc.insecure_channel(worker) as channel, screen.status("draining"):
+        reply = worker_pb2_grpc.WorkerStub(channel).Drain(worker_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT_S)
+    screen.print(f"Handed over {reply.moved} running generations; stop the process now.")
 
 
 def down() -> None:

@@ -10,7 +10,7 @@ SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 kv_bytes = Gauge("qaq_kv_bytes", "Allocated bytes of caches", ["tier"])
 kv_compression_ratio = Gauge("qaq_kv_compression_ratio", "Bytes at 16 bits an element over resident bytes")
 kv_bits = Gauge("qaq_kv_bits", "Vectors of that many bits in the cache of the last generation", ["side", "bits"])
-kv_lambda = Gauge("qaq_lambda", "Exchange rate of bits against error in the last generation")
+kv_lambda = Gauge("qaq_lambda", "Least price of a bit that the worker asks of its caches; 0 without pressure")
 exceptions = Counter("qaq_exceptions_total", "Vectors whose predicted need rose above what they hold")
 
 # Originals: both ends.
@@ -25,11 +25,18 @@ pages_unacked = Gauge("qaq_pages_unacked", "Pages handed over that the store has
 put_retries = Counter("qaq_put_retries_total", "Times that a page was sent again")
 redis_row_reads = Counter("qaq_redis_row_reads_total", "Rows of originals read from Redis")
 
+# Worker: prompts.
+prompt_tokens = Counter(
+    "qaq_prompt_tokens_total", "Tokens of prompts, by where their keys and values came from", ["source"]
+)
+prefix_failures = Counter("qaq_prefix_failures_total", "Stored prefixes that could not be loaded whole")
+
 # Requests.
 time_to_first_token_seconds = Histogram(
     "qaq_time_to_first_token_seconds", "From a request to its first token", buckets=(*SECONDS, 60.0, 120.0)
 )
 inter_token_seconds = Histogram("qaq_inter_token_seconds", "Between one token and the next", buckets=SECONDS)
+resumed = Counter("qaq_resumed_total", "Streams that went on on another worker")
 sessions = Gauge("qaq_sessions", "Sessions that hold a cache")
 queue_depth = Gauge("qaq_queue_depth", "Requests that wait")
 registry_failures = Counter(

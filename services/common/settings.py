@@ -32,13 +32,19 @@ class CommonSettings(BaseSettings):
 
 
 class RouterSettings(CommonSettings):
-    """`model` is the name that requests may use; max_queue bounds the generations that wait."""
+    """`model` is the name that requests may use; max_queue bounds the generations that wait.
+
+    placement: names of the policies that choose a worker, in order, see services/router/placement.
+    resume_timeout_s: how long a stream whose worker went away waits for another one.
+    """
 
     port: int = Field(default=7700, ge=0, le=65535)
     model: str = Field(min_length=1)
     max_prompt_bytes: int = Field(default=4 * MIB, ge=1)
     max_queue: int = Field(default=256, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0)
+    placement: str = "affinity,prefix,load"
+    resume_timeout_s: float = Field(default=60.0, ge=0)
     session_ttl_s: int = Field(default=3600, ge=1)
 
 
@@ -56,8 +62,17 @@ class WorkerSettings(CommonSettings):
     target_bits: mean code bits per element after prefill; None takes the preset's.
     page_tokens: positions in a page of originals.
     max_kept: idle sessions whose caches stay for their next turn.
-    kv_budget_bytes: most bytes that all sessions' caches may hold; None is unbounded.
+    kv_budget_bytes: most bytes that all sessions' caches may hold, beside the one prompt that is being computed;
+        None is unbounded.
+    kv_floor_bits: mean code bits an element that pressure leaves to the caches; admission counts on it.
+    widen_bytes_per_s: of packed rows fetched to give bits back when the pressure has fallen.
+    staging_budget_bytes: originals in host memory that the store has not taken; when there are more, nothing new
+        is admitted.
     requantize_wait: decode waits for re-quantized rows, as the paper does.
+    prefix_reuse: a prompt begins with the pages of it that are stored.
+    prefix_rest: last tokens of a prompt that are computed all the same: the attention of their queries says how
+        many bits the others are worth.
+    prefix_timeout_s: seconds that loading may take; what has not come by then is computed.
     """
 
     port: int = Field(default=0, ge=0, le=65535)
@@ -72,8 +87,14 @@ class WorkerSettings(CommonSettings):
     max_waiting: int = Field(default=64, ge=0)
     max_kept: int = Field(default=32, ge=0)
     kv_budget_bytes: int | None = Field(default=None, ge=1)
+    kv_floor_bits: float = Field(default=1.5, gt=0, le=16)
+    widen_bytes_per_s: float = Field(default=8 * MIB, gt=0)
+    staging_budget_bytes: int = Field(default=2048 * MIB, ge=1)
     requantize_wait: bool = False
     tenant_salt: SecretStr = SecretStr("")
+    prefix_reuse: bool = True
+    prefix_rest: int = Field(default=128, ge=1)
+    prefix_timeout_s: float = Field(default=10.0, gt=0)
 
 
 class OriginalsSettings(CommonSettings):

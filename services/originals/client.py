@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -73,6 +74,8 @@ class RemoteOriginals:
         self._rows_timeout = rows_timeout
         self._held: Counter[bytes] = Counter()
         self._codecs: set[bytes] = set()
+        self._pending = 0
+        self._counting = threading.Lock()
         self._background = BackgroundLoop("originals", _closed)
         self._background.submit(self._open()).result()
 
@@ -97,7 +100,19 @@ class RemoteOriginals:
 
     def put(self, pages: Sequence[Page]) -> Future[None]:
         """Done when every page is acknowledged; their data must not change before."""
-        return self._background.submit(self._put_all(list(pages)))
+        size = sum(page.shape.nbytes for page in pages)
+        self._add_pending(size)
+        done = self._background.submit(self._put_all(list(pages)))
+        done.add_done_callback(lambda _: self._add_pending(-size))
+        return done
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._pending
+
+    def _add_pending(self, size: int) -> None:
+        with self._counting:
+            self._pending += size
 
     def requantize(self, request: RowRequest, quantizer: Quantizer) -> Future[RowReply]:
         return self._background.submit(self._requantize(request, quantizer))

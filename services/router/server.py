@@ -11,6 +11,7 @@ from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
 from services.common.settings import RouterSettings
+from services.router.placement import make
 from services.router.prompts import Prompts
 from services.router.service import InferenceService
 from services.router.sessions import SessionDirectory
@@ -31,6 +32,7 @@ class RouterServer:
         """Serves and announces itself. Returns its address.
 
         Raises:
+            ConfigError: a placement policy is not known.
             ModelLoadError: there is no tokenizer for the model.
             PortTakenError: the port is taken.
             RedisUnreachableError: Redis does not answer.
@@ -43,7 +45,7 @@ class RouterServer:
             registry = Registry(redis)
             prompts = await Prompts.load(settings.model)
             stack.callback(prompts.close)
-            pool = WorkerPool(registry)
+            pool = WorkerPool(registry, make(settings.placement))
             stack.push_async_callback(pool.stop)
             await pool.start()
             server = GrpcServer(

@@ -148,7 +148,9 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                     held=len(held),
                     branch_of=session.branch_of,
                 )
-                turn = self._turns[session.id] = Turn(self._sessions, self._pool, session, run, len(held))
+                turn = self._turns[session.id] = Turn(
+                    self._sessions, self._pool, session, run, len(held), self._settings.resume_timeout_s
+                )
                 try:
                     slots = max(1, request.choices)
                     async with (

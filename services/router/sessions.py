@@ -1,7 +1,8 @@
 """Sessions in Redis: the directory, and each session's token log, the source of truth for its cache.
 
-`qaq:session:<id>` is a hash of facts, `…:tokens` the log as little-endian int32, `…:run` is held while a
-generation runs, and the sorted set `qaq:sessions` lists the ids by the time they were opened.
+`qaq:session:<id>` is a hash of facts, `…:tokens` the log as little-endian int32, `…:pages` the names of the
+stored pages of its first tokens (32 bytes each), `…:run` is held while a generation runs, and the sorted set
+`qaq:sessions` lists the ids by the time they were opened.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from services.common.errors import FailedPrecondition, NotFound
 
 RUN_TTL_S = 15
 RUN_REFRESH_S = 2.0
+PAGE_ID_BYTES = 32
 INDEX = "qaq:sessions"
 
 log = structlog.get_logger()
@@ -35,6 +37,11 @@ if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('SETRANGE', KEYS[2], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
+return 1
+"""
+_WRITE_PAGES = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 return 1
 """
 _SET_IF_OPEN = """
@@ -84,6 +91,7 @@ class SessionDirectory:
         self._redis = redis
         self._ttl_s = ttl_s
         self._write = redis.register_script(_WRITE)
+        self._write_pages = redis.register_script(_WRITE_PAGES)
         self._set_if_open = redis.register_script(_SET_IF_OPEN)
         self._refresh = redis.register_script(_REFRESH)
         self._release = redis.register_script(_RELEASE)
@@ -110,8 +118,9 @@ class SessionDirectory:
             )
             async with self._redis.pipeline(transaction=True) as pipe:
                 self._add(pipe, branch)
-                pipe.copy(_tokens_key(identifier), _tokens_key(branch.id))
-                pipe.expire(_tokens_key(branch.id), self._ttl_s)
+                for key in (_tokens_key, _pages_key):
+                    pipe.copy(key(identifier), key(branch.id))
+                    pipe.expire(key(branch.id), self._ttl_s)
                 await pipe.execute()
         return branch
 
@@ -149,6 +158,16 @@ class SessionDirectory:
         keys = [_key(identifier), _tokens_key(identifier)]
         return bool(await self._write(keys=keys, args=[offset * 4, raw, self._ttl_s]))
 
+    async def pages(self, identifier: str) -> list[bytes]:
+        """Names of the stored pages of the log's first tokens."""
+        raw: Any = await self._redis.get(_pages_key(identifier)) or b""
+        return [raw[at : at + PAGE_ID_BYTES] for at in range(0, len(raw), PAGE_ID_BYTES)]
+
+    async def write_pages(self, identifier: str, names: Sequence[bytes]) -> None:
+        """Replaces them, unless the session was closed."""
+        keys = [_key(identifier), _pages_key(identifier)]
+        await self._write_pages(keys=keys, args=[b"".join(names), self._ttl_s])
+
     async def set_worker(self, identifier: str, address: str) -> None:
         """Notes which worker holds the session's cache."""
         await self._set_if_open(keys=[_key(identifier)], args=["worker", address])
@@ -166,7 +185,7 @@ class SessionDirectory:
     async def forget(self, identifier: str) -> None:
         """As `close`, also when there is none."""
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(_key(identifier), _tokens_key(identifier), _run_key(identifier))
+            pipe.delete(*(key(identifier) for key in (_key, _tokens_key, _pages_key, _run_key)))
             pipe.zrem(INDEX, identifier)
             await pipe.execute()
 
@@ -246,6 +265,10 @@ def _key(identifier: str) -> str:
 
 def _tokens_key(identifier: str) -> str:
     return f"qaq:session:{identifier}:tokens"
+
+
+def _pages_key(identifier: str) -> str:
+    return f"qaq:session:{identifier}:pages"
 
 
 def _run_key(identifier: str) -> str:

@@ -6,24 +6,17 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
 
 import grpc
-import structlog
 from qaq.v1 import generate_pb2, worker_pb2
 from redis.exceptions import RedisError
 
 from services.common import metrics
 from services.common.errors import StatusError
-from services.router.placement import place
+from services.router.relay import Relay
 from services.router.sessions import Session, SessionDirectory
 from services.router.tokenlog import LogWriter
-from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
-
-log = structlog.get_logger()
-
-# Answers before the first message that say: this worker not, perhaps another.
-_ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+from services.router.workers import WorkerPool
 
 
 class Turn:
@@ -32,6 +25,7 @@ class Turn:
     Args:
         request: what the worker is asked; its token_ids are the log with the new prompt at the end.
         held: tokens of the log before the prompt.
+        patience_s: see `Relay`.
     """
 
     def __init__(
@@ -41,30 +35,26 @@ class Turn:
         session: Session,
         request: worker_pb2.RunRequest,
         held: int,
+        patience_s: float,
     ) -> None:
-        self._sessions = sessions
-        self._pool = pool
         self._session = session
-        self._request = request
+        self._relay = Relay(sessions, pool, session, request, patience_s)
         self._log = LogWriter(sessions, session.id, held, request.token_ids[held:], self.end)
         self._clocks = [TokenClock() for _ in range(max(1, request.choices))]
-        self._call: Any = None
         self._ended = False
 
     def end(self) -> None:
         """Stops the generation because its session was closed."""
         self._ended = True
-        if self._call is not None:
-            self._call.cancel()
+        self._relay.cancel()
 
     async def replies(self, deadline_s: float) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
         """The worker's messages, made the client's.
 
         Raises:
-            StatusError: no worker took the generation, or the session was closed meanwhile.
-            grpc.aio.AioRpcError: the worker failed it.
+            StatusError: no worker took the generation, or one failed it, or the session was closed meanwhile.
         """
-        messages = self._messages(deadline_s)
+        messages = self._relay.messages(deadline_s)
         try:
             async with contextlib.aclosing(messages):
                 async for message in messages:
@@ -106,39 +96,6 @@ class Turn:
                 reply.prefill.tokens_total = message.progress.tokens_total
         return reply
 
-    async def _messages(self, deadline_s: float) -> AsyncGenerator[worker_pb2.RunReply, None]:
-        """Messages of the first worker that takes the generation."""
-        refused: dict[str, grpc.aio.AioRpcError] = {}
-        while link := place(self._session, [w for w in self._pool.ready if w.address not in refused]):
-            begun = False
-            async with contextlib.aclosing(self._run(link, deadline_s)) as messages:
-                try:
-                    async for message in messages:
-                        begun = True
-                        yield message
-                    return
-                except grpc.aio.AioRpcError as error:
-                    if begun or error.code() not in _ELSEWHERE:
-                        raise _told(error, begun) from error
-                    log.warning("a worker refused", worker=link.address, status=error.code().name)
-                    refused[link.address] = error
-        full = [error for error in refused.values() if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
-        raise _told(full[0], begun=False) if full else no_worker()
-
-    async def _run(self, link: WorkerLink, deadline_s: float) -> AsyncGenerator[worker_pb2.RunReply, None]:
-        if self._ended:
-            raise asyncio.CancelledError
-        if self._session.kept and link.address != self._session.worker:
-            await self._sessions.set_worker(self._session.id, link.address)
-        link.calls += 1
-        self._call = call = link.stub.Run(self._request, timeout=deadline_s)
-        try:
-            async for message in call:
-                yield message
-        finally:
-            call.cancel()  # the client went away; does nothing to a call that has ended
-            link.calls -= 1
-
 
 class TokenClock:
     """Counts tokens and observes when they came."""
@@ -165,12 +122,3 @@ def _finished(done: worker_pb2.RunReply.Done, finished: generate_pb2.Finished) -
             finished.stop_string = done.stop_string
         case "stop_token_id":
             finished.stop_token_id = done.stop_token_id
-
-
-def _told(error: grpc.aio.AioRpcError, begun: bool) -> StatusError:
-    """A worker's error as the client hears it."""
-    if error.code() is grpc.StatusCode.UNAVAILABLE and begun:
-        message = "the worker went away while it generated; send the request again (a session keeps what arrived)"
-        return StatusError(message, code=error.code(), retry_after_ms=RETRY_AFTER_MS)
-    retry = RETRY_AFTER_MS if error.code() in _ELSEWHERE else None
-    return StatusError(error.details() or "the worker failed", code=error.code(), retry_after_ms=retry)

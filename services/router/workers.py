@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 
 import grpc
 import structlog
@@ -16,6 +16,8 @@ from services.common.channel import open_channel
 from services.common.errors import Unavailable
 from services.common.log import once
 from services.common.registry import Registry
+from services.router.placement import Policy, place
+from services.router.sessions import Session
 
 REFRESH_S = 1.0
 DESCRIBE_DEADLINE_S = 5.0
@@ -49,6 +51,12 @@ class WorkerLink:
     def kv_bytes(self) -> int:
         return self.facts.kv_bytes if self.facts else 0
 
+    @property
+    def pressure(self) -> float:
+        """The share of its budget that its caches fill."""
+        budget = self.facts.kv_budget_bytes if self.facts else 0
+        return self.kv_bytes / budget if budget else 0.0
+
     async def refresh(self) -> None:
         """Asks the worker; one that does not answer keeps what it said before."""
         try:
@@ -68,8 +76,9 @@ class WorkerPool:
         refreshed: called whenever the list and the facts are up to date.
     """
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, policies: Sequence[Policy]) -> None:
         self._registry = registry
+        self._policies = policies
         self._links: dict[str, WorkerLink] = {}
         self._retired: list[WorkerLink] = []
         self._model: common_pb2.ModelInfo | None = None
@@ -96,6 +105,10 @@ class WorkerPool:
         if self._model is None:
             raise no_worker()
         return self._model
+
+    def place(self, session: Session, prompt: Sequence[int], refused: Container[str]) -> WorkerLink | None:
+        """The worker for a generation, but none of those that refused it; None if there is no other."""
+        return place(session, prompt, [link for link in self.ready if link.address not in refused], self._policies)
 
     def get(self, address: str) -> WorkerLink | None:
         return self._links.get(address)

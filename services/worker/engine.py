@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import Originals, QAQCache
 from qaq_core.loading import LoadedModel
+from services.common import metrics
 from services.common.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation, Reply
@@ -27,6 +29,7 @@ from services.worker.sessions import Sessions
 from services.worker.state import State, count, observe
 
 RETRY_AFTER_MS = 1000
+STORE_POLL_S = 0.005
 _GOING_ON = common_pb2.FINISH_REASON_UNSPECIFIED
 
 log = structlog.get_logger()
@@ -49,6 +52,7 @@ class Engine:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._loaded, self._settings, self._loop = loaded, settings, loop
+        self._originals = originals
         self._sessions = Sessions(loaded, originals, settings)
         self._check = Checker(loaded, settings)
         self._device = next(loaded.model.parameters()).device
@@ -56,7 +60,7 @@ class Engine:
         self._wake = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._drops: list[tuple[str, Future[bool]]] = []
-        self._stopping = False
+        self._stopping = self._draining = False
         self._running: list[Generation] = []
         self._outbox: list[tuple[Generation, Reply | Exception]] = []
         self._state = State()
@@ -74,6 +78,21 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
+    def drain(self, patience_s: float) -> int:
+        """Takes nothing new, waits for the store to have what was computed, and stops. Others go on from there.
+
+        Returns:
+            how many generations ended with UNAVAILABLE for that.
+        """
+        with self._wake:
+            self._draining = True
+        ends = time.monotonic() + patience_s
+        while self._originals.pending_bytes and time.monotonic() < ends:
+            time.sleep(STORE_POLL_S)
+        moved = self._state.running + self._state.waiting
+        self.stop()
+        return moved
+
     def submit(self, request: worker_pb2.RunRequest) -> Generation:
         """Queues a generation; its replies come in `replies`.
 
@@ -83,8 +102,14 @@ class Engine:
         """
         generation = self._check.generation(request)
         with self._wake:
-            if self._stopping:
+            if self._stopping or self._draining:
                 raise Unavailable("this worker is stopping; send the request again", retry_after_ms=RETRY_AFTER_MS)
+            if self._staging_full:
+                raise ResourceExhausted(
+                    f"{self._originals.pending_bytes:,} bytes of originals wait for a cache service, more than "
+                    "QAQ_STAGING_BUDGET_BYTES; try again later, and look whether cache services and Redis run",
+                    retry_after_ms=RETRY_AFTER_MS,
+                )
             if len(self._waiting) >= self._settings.max_waiting + self._free:
                 raise ResourceExhausted(
                     f"{len(self._waiting)} generations wait already; try again later",
@@ -114,6 +139,19 @@ class Engine:
     @property
     def state(self) -> State:
         return self._state
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that all caches may hold."""
+        return self._sessions.pressure.budget
+
+    def set_budget(self, kv_bytes: int | None) -> None:
+        """Changes what all caches may hold; the price follows within a few steps."""
+        self._sessions.pressure.budget = kv_bytes
+
+    @property
+    def _staging_full(self) -> bool:
+        return self._originals.pending_bytes > self._settings.staging_budget_bytes
 
     @property
     def _free(self) -> int:
@@ -150,15 +188,36 @@ class Engine:
     def _step(self) -> None:
         self._drop_asked()
         self._reap()
+        self._sessions.pressure.step([*map(_session, self._running)], self._sessions.shelf)
         self._admit()
+        # One prompt at a time: full precision takes a lot of room.
         prompt = next((g for g in self._running if _session(g).prefilling), None)
-        if prompt is not None:
+        computing = prompt is not None and self._loaded_prefix(prompt)
+        if prompt is not None and computing:
             self._prefill(prompt)
             self._send()
         decoding = [g for g in self._running if not _session(g).prefilling]
         if decoding:
             self._decode(decoding)
         self._send()
+        if not computing and not decoding:  # waits for the store
+            with self._wake:
+                self._wake.wait(STORE_POLL_S)
+
+    def _loaded_prefix(self, generation: Generation) -> bool:
+        """Whether what is stored of its prompt is here; asks for it if need be."""
+        session = _session(generation)
+        if session.loading is None:
+            return True
+        try:
+            session.poll()
+        except Exception as error:
+            self._fail(generation, error)
+            return False
+        if session.loading is None and session.loaded:
+            metrics.prompt_tokens.labels("stored").inc(session.loaded)
+            self._outbox.append((generation, generation.progress(session.loaded)))
+        return session.loading is None
 
     def _reap(self) -> None:
         """Lets go of generations that nobody listens to."""
@@ -169,26 +228,28 @@ class Engine:
 
     def _admit(self) -> None:
         """Moves generations from the queue to those that run, in order, as far as there is room."""
-        while self._free:
+        while self._free and not self._staging_full:
             busy = {g.request.session_id for g in self._running} - {""}
             with self._wake:
                 candidate = next((g for g in self._waiting if g.request.session_id not in busy), None)
-                if candidate is None or candidate.slots > self._free:
-                    return
-                need = self._check.prompt_bytes(len(candidate.tokens))
-                # When nothing runs there is room: `submit` refused what is over the whole budget.
-                if not self._sessions.make_room(need, map(_session, self._running)) and self._running:
-                    return
-                self._waiting.remove(candidate)
+            if candidate is None or candidate.slots > self._free:
+                return
             try:
-                candidate.session = self._sessions.open(candidate.request, candidate.tokens)
+                if not self._sessions.fits(candidate.request, candidate.slots, [*map(_session, self._running)]):
+                    return
+                self._begin(candidate)
             except Exception as error:
                 self._outbox.append((candidate, error))
-                continue
-            if candidate.scores_prompt and candidate.session.sequence.length >= max(1, candidate.request.held):
-                candidate.session.rebuild()
-            self._outbox += [(candidate, reply) for reply in candidate.echo()]
-            self._running.append(candidate)
+            with self._wake:
+                self._waiting.remove(candidate)
+
+    def _begin(self, generation: Generation) -> None:
+        generation.session = session = self._sessions.open(generation.request, generation.tokens)
+        held = max(1, generation.request.held)
+        if generation.scores_prompt and (session.loading is not None or session.sequence.length >= held):
+            session.rebuild()
+        self._outbox += [(generation, reply) for reply in generation.echo()]
+        self._running.append(generation)
 
     def _prefill(self, generation: Generation) -> None:
         session = _session(generation)
@@ -197,6 +258,7 @@ class Engine:
         try:
             chunk = session.next_chunk(generation.chunk(self._settings.prefill_chunk))
             logits = self._forward([session], [chunk], len(chunk) if generation.scores_prompt else 1)[0]
+            metrics.prompt_tokens.labels("computed").inc(session.sequence.length - start)
             self._outbox.append((generation, generation.progress(session.sequence.length)))
             if generation.scores_prompt:
                 self._outbox += [(generation, reply) for reply in generation.echo_chunk(start, logits)]
@@ -252,16 +314,27 @@ class Engine:
     def _advance(self, generation: Generation, logits: torch.Tensor) -> None:
         """Chooses the next token and ends the generation if it was the last."""
         session = _session(generation)
+        self._tell_pages(generation)
         try:
             if generation.reason == _GOING_ON:  # else it had ended before it came here
                 token = generation.sampler.choose(logits, session.tokens)
                 session.tokens.append(token)
                 self._outbox.append((generation, generation.accept(token, logits)))
             if generation.reason != _GOING_ON:
-                self._outbox.append((generation, generation.done(session.sequence.stats())))
+                done = generation.done(session.sequence.stats())
+                done.done.usage.loaded_tokens = session.loaded
+                self._outbox.append((generation, done))
                 self._release(generation)
         except Exception as error:
             self._fail(generation, error)
+
+    def _tell_pages(self, generation: Generation) -> None:
+        """Tells which pages the store has acknowledged."""
+        if generation.choice:  # of several choices one has the session
+            return
+        first, names = _session(generation).fresh_pages()
+        if names:
+            self._outbox.append((generation, Reply(pages=Reply.Pages(first=first, ids=names))))
 
     # -- ends ------------------------------------------------------------------------------------------
 

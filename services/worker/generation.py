@@ -211,10 +211,10 @@ def cache_stats(statistics: CacheStatistics) -> common_pb2.CacheStats:
     )
 
 
+def _echoed(tokens: Sequence[common_pb2.TokenInfo]) -> Reply:
+    return Reply(prompt=common_pb2.PromptTokens(tokens=tokens))
+
+
 def _half_bits(histogram: dict[float, int]) -> dict[int, int]:
     """Widths come in half bits, and a map's keys are whole numbers."""
     return {round(2 * bits): vectors for bits, vectors in histogram.items()}
-
-
-def _echoed(tokens: Sequence[common_pb2.TokenInfo]) -> Reply:
-    return Reply(prompt=common_pb2.PromptTokens(tokens=tokens))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from qaq.v1 import worker_pb2
 
 from qaq_core.loading import LoadedModel
-from qaq_core.shape import ModelShape
-from services.common.errors import InvalidArgument, ResourceExhausted
+from services.common.errors import InvalidArgument
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation, Voice
 from services.worker.logprobs import Likelihood
@@ -26,17 +25,10 @@ class Checker:
         self._backend = backend_of(loaded.tokenizer)
         self._vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
         self._device = next(loaded.model.parameters()).device
-        shape = ModelShape.of(loaded.model)
-        self._token_bytes = shape.layers * 2 * shape.kv_heads * shape.head_dim * loaded.dtype.itemsize
-
-    def prompt_bytes(self, tokens: int) -> int:
-        """Bytes of a prompt's keys and values while it is computed, in full precision."""
-        return tokens * self._token_bytes
 
     def generation(self, request: worker_pb2.RunRequest) -> Generation:
         """Raises:
         InvalidArgument: says which field to change and to what.
-        ResourceExhausted: the prompt alone is more than the worker's budget.
         """
         tokens, bias, context = request.token_ids, request.sampling.logit_bias, self._loaded.context_length
         if not tokens:
@@ -61,12 +53,6 @@ class Checker:
         for name, ids in (("stop.stop_token_ids", request.stop.stop_token_ids), ("sampling.logit_bias", bias)):
             if ids and (min(ids) < 0 or max(ids) >= self._vocabulary):
                 raise InvalidArgument(f"{name} must name tokens from 0 to {self._vocabulary - 1}")
-        budget = self._settings.kv_budget_bytes
-        if budget is not None and self.prompt_bytes(len(tokens)) > budget:
-            raise ResourceExhausted(
-                f"a prompt of {len(tokens)} tokens takes {self.prompt_bytes(len(tokens)):,} bytes while it is "
-                f"computed and this worker has {budget:,}; shorten it, or raise QAQ_KV_BUDGET_BYTES"
-            )
         defaults, prompt = self._loaded.model.generation_config, len(tokens) - request.generated
         voices = [
             Voice(

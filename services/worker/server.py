@@ -22,6 +22,7 @@ from services.worker.engine import Engine
 from services.worker.service import WorkerService, model_info
 
 SWITCH_INTERVAL_S = 0.0005
+DRAIN_S = 5.0
 
 _log = structlog.get_logger()
 
@@ -40,7 +41,8 @@ class WorkerServer:
         self.progress = ("starting", 0.0)
         self._settings = settings
         self._loaded = loaded
-        self._running = AsyncExitStack()
+        self._running, self._listed = AsyncExitStack(), AsyncExitStack()
+        self._engine: Engine | None = None
 
     async def start(self) -> str:
         """Loads the model and serves it. Returns the address, host:port.
@@ -61,17 +63,26 @@ class WorkerServer:
             stack.push_async_callback(asyncio.to_thread, engine.stop)
             server = GrpcServer(settings.host, settings.port, advertise_host=settings.advertise_host)
             info = model_info(loaded)
-            service = WorkerService(engine, info, settings.max_sequences)
+            service = WorkerService(engine, info, settings.max_sequences, self.drain)
             server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)
             address = await server.start()
             stack.push_async_callback(server.stop)
             facts = {"pid": os.getpid(), "model": loaded.name, "fingerprint": loaded.fingerprint}
-            await stack.enter_async_context(Registry(redis).announce("worker", address, facts))
+            await self._listed.enter_async_context(Registry(redis).announce("worker", address, facts))
+            self._engine = engine
             self._running = stack.pop_all()
         return address
 
+    async def drain(self) -> int:
+        """Leaves the registry and hands over what it runs: each stream ends with UNAVAILABLE, and its router goes
+        on elsewhere from the stored pages. Returns how many there were. The server stays, and takes nothing.
+        """
+        await self._listed.aclose()
+        return await asyncio.to_thread(self._engine.drain, DRAIN_S) if self._engine else 0
+
     async def stop(self) -> None:
-        """Leaves the registry, lets running calls end for a moment, and closes everything."""
+        """Drains, and closes everything."""
+        await self.drain()
         await self._running.aclose()
 
     def _load(self, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, Engine]:

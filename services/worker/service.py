@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
@@ -17,9 +17,16 @@ from services.worker.engine import Engine
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Passes requests to the engine and its replies back."""
 
-    def __init__(self, engine: Engine, model: common_pb2.ModelInfo, max_sequences: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: common_pb2.ModelInfo,
+        max_sequences: int,
+        drain: Callable[[], Awaitable[int]],
+    ) -> None:
         self._engine, self._max_sequences = engine, max_sequences
         self._model = model
+        self._drain = drain
 
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
@@ -42,6 +49,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         existed = await asyncio.wrap_future(self._engine.drop(request.session_id))
         return worker_pb2.DropReply(existed=existed)
 
+    async def Drain(
+        self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.DrainReply:
+        return worker_pb2.DrainReply(moved=await self._drain())
+
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DescribeReply:
@@ -53,6 +65,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             sessions=state.sessions,
             kv_bytes=state.kv_bytes,
             max_sequences=self._max_sequences,
+            kv_budget_bytes=self._engine.budget or 0,
         )
 
 

@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 
 from qaq_core import Method, Originals, PageShape, SequenceCache, page_id
+from services.worker.prefix import PrefixLoad
 
 
 class PageNames:
-    """Content ids of a token log's pages, each chained to the one before.
+    """Ids of a token log's pages.
+
+    Keys and values that were computed over full precision depend on the tokens alone: such a page has a name that
+    follows from its content, chained to the page before, and whoever has the same prefix finds it. What came later
+    was computed over a quantized cache, whose bits depend on the preset, the target and on when exceptions were
+    answered: such a page has a name that nobody else can make, and is found by who was told it.
 
     Args:
         tokens: the log; it may grow, but no page that was named may change.
+        faithful: how many tokens of it were computed over full precision, see `SequenceCache.faithful`.
     """
 
-    def __init__(self, fingerprint: str, shape: PageShape, salt: bytes, tokens: Sequence[int]) -> None:
-        self._fingerprint, self._shape, self._salt, self._tokens = fingerprint, shape, salt, tokens
-        self._ids: list[bytes] = []
+    def __init__(
+        self,
+        fingerprint: str,
+        shape: PageShape,
+        salt: bytes,
+        tokens: Sequence[int],
+        faithful: Callable[[], int],
+    ) -> None:
+        self._fingerprint, self._shape, self._salt = fingerprint, shape, salt
+        self._tokens, self._faithful = tokens, faithful
+        self._own_salt = salt + secrets.token_bytes(16)
+        self._shared: list[bytes] = []
 
     def __call__(self, index: int) -> bytes:
-        """The id of page `index`, whose tokens must all be known."""
+        """The name of page `index`, which has just been computed."""
+        if (index + 1) * self._shape.tokens <= self._faithful():
+            return self.shared(index)
+        return self._id(self._own_salt, index)
+
+    def shared(self, index: int) -> bytes:
+        """The name that follows from the content of page `index`, whose tokens must all be known."""
+        while len(self._shared) <= index:
+            self._shared.append(self._id(self._salt, len(self._shared)))
+        return self._shared[index]
+
+    def _id(self, salt: bytes, index: int) -> bytes:
         size = self._shape.tokens
-        while len(self._ids) <= index:
-            start = len(self._ids) * size
-            own = self._tokens[start : start + size]
-            if len(own) < size:
-                raise IndexError(f"page {len(self._ids)} is named before its tokens are known")
-            parent = self._ids[-1] if self._ids else b""
-            self._ids.append(page_id(self._fingerprint, self._shape.dtype, self._salt, parent, own))
-        return self._ids[index]
+        own = self._tokens[index * size : (index + 1) * size]
+        if len(own) < size:
+            raise IndexError(f"page {index} is named before its tokens are known")
+        parent = self.shared(index - 1) if index else b""
+        return page_id(self._fingerprint, self._shape.dtype, salt, parent, own)
 
 
 class Session:
@@ -40,6 +65,10 @@ class Session:
         wait: decode waits for re-quantized rows.
 
     Attributes:
+        names: of the log's pages.
+        loading: stored pages are on their way; nothing can be computed before they are here.
+        loaded: tokens whose keys and values came from the store.
+        told: pages that whoever runs the session was told of, see `fresh_pages`.
         counted: exceptions and missing originals of this cache that are in the metrics already.
     """
 
@@ -56,6 +85,7 @@ class Session:
         self.tokens = list(tokens)
         self._originals, self._fingerprint, self._salt, self._wait = originals, fingerprint, salt, wait
         self._prompt_left = 0
+        self.loading: PrefixLoad | None = None
         self._open()
 
     @property
@@ -68,6 +98,12 @@ class Session:
         """What the cached tokens would take at 16 bits an element."""
         shape = self.method.shape
         return self.sequence.length * shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
+
+    @property
+    def packed_elements(self) -> int:
+        """Numbers that are held in codes."""
+        packed = self.sequence.packed
+        return packed.layers * 2 * packed.heads * len(packed) * packed.head_dim
 
     @property
     def prefilling(self) -> bool:
@@ -84,6 +120,34 @@ class Session:
         """Takes a log that `continues_in` agreed to."""
         held = self.sequence.length
         self.tokens[held:] = log[held:]
+        self.loaded = self.told = 0
+
+    def load(self, known: Sequence[bytes], rest: int, patience_s: float) -> None:
+        """Asks the store for the log's first pages. All but the last `rest` tokens may come from there.
+
+        Args:
+            known: names of the first pages, as they were told when they were stored; may be empty.
+        """
+        most = (self.lacking - max(1, rest)) // self.method.page_tokens
+        if most > 0:
+            shared = [self.names.shared(index) for index in range(most)]
+            self.loading = PrefixLoad(self._originals, self.method.page_shape, shared, known, patience_s)
+
+    def poll(self) -> None:
+        """Begins the prompt with the pages that were loaded, once they are here."""
+        if self.loading is None or not self.loading.poll():
+            return
+        pages, shared = self.loading.take()
+        self.loading = None
+        if pages:
+            self.loaded = len(pages) * self.method.page_tokens
+            self._prompt_left = self.lacking - self.loaded
+            self.sequence.load(pages, shared, self._prompt_left)
+
+    def fresh_pages(self) -> tuple[int, list[bytes]]:
+        """Names of pages that the store has now and that were not told yet, and the index of the first."""
+        first, self.told = self.told, self.sequence.staging.stored
+        return first, self.sequence.staging.names[first : self.told]
 
     def next_chunk(self, limit: int) -> list[int]:
         """The next tokens to compute, at most `limit`; the cache is told when a prompt begins."""
@@ -99,7 +163,8 @@ class Session:
         """A session with the same log and a copy of the cache, where no prompt may be arriving."""
         other = copy.copy(self)
         other.tokens = list(self.tokens)
-        other.sequence = self.sequence.fork(other._names())
+        other.names = other._names()
+        other.sequence = self.sequence.fork(other.names)
         other.counted = {"exceptions": 0, "originals_missing": 0}
         return other
 
@@ -110,12 +175,18 @@ class Session:
 
     def close(self) -> None:
         """Frees the cache; its pages still reach the store."""
+        if self.loading is not None:
+            self.loading.close()
         self.sequence.close()
 
     def _open(self) -> None:
-        self.sequence = SequenceCache(self.method, self._originals, self._names(), self._wait)
-        self._prompt_left = 0
+        self.names = self._names()
+        self.sequence = SequenceCache(self.method, self._originals, self.names, self._wait)
+        self.loading = None
+        self.loaded = self.told = self._prompt_left = 0
         self.counted = {"exceptions": 0, "originals_missing": 0}
 
     def _names(self) -> PageNames:
-        return PageNames(self._fingerprint, self.method.page_shape, self._salt, self.tokens)
+        return PageNames(
+            self._fingerprint, self.method.page_shape, self._salt, self.tokens, lambda: self.sequence.faithful
+        )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import Originals
 from qaq_core.loading import LoadedModel
+from services.common.errors import ResourceExhausted
 from services.common.settings import WorkerSettings
 from services.worker.methods import Methods
+from services.worker.pressure import Pressure
 from services.worker.session import Session
 from services.worker.shelf import Shelf
 
@@ -27,6 +29,7 @@ class Sessions:
         self._methods = Methods(loaded, settings)
         self._methods.get(common_pb2.CacheParams())
         self.shelf = Shelf(settings.max_kept)
+        self.pressure = Pressure(settings.kv_budget_bytes, settings.kv_floor_bits, settings.widen_bytes_per_s)
 
     def open(self, request: worker_pb2.RunRequest, tokens: list[int]) -> Session:
         """The session of a request: as it was left, if its cache is of use for `tokens`, or a new one.
@@ -46,8 +49,12 @@ class Sessions:
             branch = origin.fork()
             branch.resume(tokens)
             return branch
-        salt = self._settings.tenant_salt.get_secret_value().encode()
-        return Session(method, self._originals, self._fingerprint, tokens, salt, self._settings.requantize_wait)
+        settings = self._settings
+        salt = settings.tenant_salt.get_secret_value().encode()
+        session = Session(method, self._originals, self._fingerprint, tokens, salt, settings.requantize_wait)
+        if settings.prefix_reuse:
+            session.load(request.page_ids, settings.prefix_rest, settings.prefix_timeout_s)
+        return session
 
     def leave(self, request: worker_pb2.RunRequest, session: Session) -> None:
         """A generation ended: keeps its session if that was asked and its cache is whole."""
@@ -56,13 +63,17 @@ class Sessions:
         else:
             session.close()
 
-    def make_room(self, need: int, running: Iterable[Session]) -> bool:
-        """Frees idle sessions until `need` more bytes fit the budget; False if they do not fit even then."""
-        budget = self._settings.kv_budget_bytes
-        if budget is None:
-            return True
-        used = sum(session.sequence.nbytes for session in running)
-        while used + need + sum(session.sequence.nbytes for session in self.shelf) > budget:
-            if not self.shelf.evict():
-                return False
-        return True
+    def fits(self, request: worker_pb2.RunRequest, choices: int, running: Sequence[Session]) -> bool:
+        """Whether there is room for a generation; idle sessions are freed for it. False: there will be, later.
+
+        Raises:
+            ConfigError: the request names an unknown preset, or a target out of range.
+            ResourceExhausted: it would not fit if it were alone.
+        """
+        need = choices * self.pressure.predict(self._methods.get(request.cache), len(request.token_ids))
+        if self.pressure.budget is not None and need > self.pressure.budget:
+            raise ResourceExhausted(
+                f"a prompt of {len(request.token_ids)} tokens takes at least {need:,} bytes of cache and this "
+                f"worker has {self.pressure.budget:,}; shorten it, or raise QAQ_KV_BUDGET_BYTES"
+            )
+        return self.pressure.fits(need, running, self.shelf)

@@ -11,17 +11,25 @@ from services.worker.session import Session
 
 @dataclass(frozen=True)
 class State:
-    """Generations that run and wait; sessions that hold a cache, idle ones too, and its resident bytes."""
+    """Generations that run and wait; sessions that hold a cache, idle ones too; its bytes and its bits an element.
+
+    Attributes:
+        bits: of packed elements, scales and tags included.
+    """
 
     running: int = 0
     waiting: int = 0
     sessions: int = 0
     kv_bytes: int = 0
+    bits: float = 0.0
 
 
 def observe(running: int, waiting: int, sessions: Sequence[Session]) -> State:
     """The state now; the gauges are set to it."""
-    state = State(running, waiting, len(sessions), sum(session.sequence.nbytes for session in sessions))
+    packed = sum(session.sequence.packed.nbytes for session in sessions)
+    elements = sum(session.packed_elements for session in sessions)
+    bits = 8 * packed / elements if elements else 0.0
+    state = State(running, waiting, len(sessions), sum(s.sequence.nbytes for s in sessions), bits)
     halves = sum(session.half_precision_bytes for session in sessions)
     metrics.kv_bytes.labels("device").set(state.kv_bytes)
     metrics.kv_bytes.labels("staging").set(sum(session.sequence.staging_bytes for session in sessions))
@@ -34,8 +42,6 @@ def observe(running: int, waiting: int, sessions: Sequence[Session]) -> State:
 def count(session: Session) -> None:
     """A generation ended: adds to the counters what its cache met, and shows the bits that it held."""
     sequence = session.sequence
-    if sequence.price is not None:
-        metrics.kv_lambda.set(sequence.price)
     stats = sequence.stats()
     metrics.kv_bits.clear()
     for side, histogram in (("key", stats.key_bits), ("value", stats.value_bits)):

@@ -140,18 +140,20 @@ class CacheStats(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_bytes_fp16: _Optional[int] = ..., staging_bytes: _Optional[int] = ..., key_bits_histogram: _Optional[_Mapping[int, int]] = ..., value_bits_histogram: _Optional[_Mapping[int, int]] = ..., exceptions: _Optional[int] = ..., rows_requantized: _Optional[int] = ..., requantize_bytes: _Optional[int] = ..., rows_narrowed: _Optional[int] = ..., originals_missing: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "generated_tokens", "ttft_ms", "decode_ms", "cache")
+    __slots__ = ("prompt_tokens", "generated_tokens", "ttft_ms", "decode_ms", "cache", "loaded_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     DECODE_MS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     generated_tokens: int
     ttft_ms: float
     decode_ms: float
     cache: CacheStats
-    def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., ttft_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., cache: _Optional[_Union[CacheStats, _Mapping]] = ...) -> None: ...
+    loaded_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., ttft_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., cache: _Optional[_Union[CacheStats, _Mapping]] = ..., loaded_tokens: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "fingerprint", "context_length", "layers", "query_heads", "kv_heads", "head_dim", "dtype", "vocab_size", "eos_token_ids", "has_chat_template", "source")

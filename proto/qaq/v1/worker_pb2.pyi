@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RunRequest(_message.Message):
-    __slots__ = ("session_id", "token_ids", "sampling", "stop", "cache", "keep", "choices", "output", "held", "generated", "branch_of")
+    __slots__ = ("session_id", "token_ids", "sampling", "stop", "cache", "keep", "choices", "output", "held", "generated", "branch_of", "page_ids")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class RunRequest(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     BRANCH_OF_FIELD_NUMBER: _ClassVar[int]
+    PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.SamplingParams
@@ -31,10 +32,18 @@ class RunRequest(_message.Message):
     held: int
     generated: int
     branch_of: str
-    def __init__(self, session_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopParams, _Mapping]] = ..., cache: _Optional[_Union[_common_pb2.CacheParams, _Mapping]] = ..., keep: _Optional[bool] = ..., choices: _Optional[int] = ..., output: _Optional[_Union[_common_pb2.OutputParams, _Mapping]] = ..., held: _Optional[int] = ..., generated: _Optional[int] = ..., branch_of: _Optional[str] = ...) -> None: ...
+    page_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, session_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopParams, _Mapping]] = ..., cache: _Optional[_Union[_common_pb2.CacheParams, _Mapping]] = ..., keep: _Optional[bool] = ..., choices: _Optional[int] = ..., output: _Optional[_Union[_common_pb2.OutputParams, _Mapping]] = ..., held: _Optional[int] = ..., generated: _Optional[int] = ..., branch_of: _Optional[str] = ..., page_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class RunReply(_message.Message):
-    __slots__ = ("progress", "token", "done", "prompt")
+    __slots__ = ("progress", "token", "done", "prompt", "pages")
+    class Pages(_message.Message):
+        __slots__ = ("first", "ids")
+        FIRST_FIELD_NUMBER: _ClassVar[int]
+        IDS_FIELD_NUMBER: _ClassVar[int]
+        first: int
+        ids: _containers.RepeatedScalarFieldContainer[bytes]
+        def __init__(self, first: _Optional[int] = ..., ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
     class Progress(_message.Message):
         __slots__ = ("tokens_done", "tokens_total")
         TOKENS_DONE_FIELD_NUMBER: _ClassVar[int]
@@ -74,11 +83,13 @@ class RunReply(_message.Message):
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
     progress: RunReply.Progress
     token: RunReply.Token
     done: RunReply.Done
     prompt: _common_pb2.PromptTokens
-    def __init__(self, progress: _Optional[_Union[RunReply.Progress, _Mapping]] = ..., token: _Optional[_Union[RunReply.Token, _Mapping]] = ..., done: _Optional[_Union[RunReply.Done, _Mapping]] = ..., prompt: _Optional[_Union[_common_pb2.PromptTokens, _Mapping]] = ...) -> None: ...
+    pages: RunReply.Pages
+    def __init__(self, progress: _Optional[_Union[RunReply.Progress, _Mapping]] = ..., token: _Optional[_Union[RunReply.Token, _Mapping]] = ..., done: _Optional[_Union[RunReply.Done, _Mapping]] = ..., prompt: _Optional[_Union[_common_pb2.PromptTokens, _Mapping]] = ..., pages: _Optional[_Union[RunReply.Pages, _Mapping]] = ...) -> None: ...
 
 class DropRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -92,22 +103,34 @@ class DropReply(_message.Message):
     existed: bool
     def __init__(self, existed: _Optional[bool] = ...) -> None: ...
 
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("moved",)
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    moved: int
+    def __init__(self, moved: _Optional[int] = ...) -> None: ...
+
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("model", "running", "waiting", "sessions", "kv_bytes", "max_sequences")
+    __slots__ = ("model", "running", "waiting", "sessions", "kv_bytes", "max_sequences", "kv_budget_bytes")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    KV_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelInfo
     running: int
     waiting: int
     sessions: int
     kv_bytes: int
     max_sequences: int
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., max_sequences: _Optional[int] = ...) -> None: ...
+    kv_budget_bytes: int
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_budget_bytes: _Optional[int] = ...) -> None: ...

@@ -44,6 +44,11 @@ class WorkerStub:
                 request_serializer=qaq_dot_v1_dot_worker__pb2.DropRequest.SerializeToString,
                 response_deserializer=qaq_dot_v1_dot_worker__pb2.DropReply.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/qaq.v1.Worker/Drain',
+                request_serializer=qaq_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+                response_deserializer=qaq_dot_v1_dot_worker__pb2.DrainReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/qaq.v1.Worker/Describe',
                 request_serializer=qaq_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
@@ -68,6 +73,14 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Takes nothing new and hands over what runs: every stream ends with UNAVAILABLE, for its router to go on with on
+        another worker. Answers when that is done; the process is then of no use but to be stopped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,6 +99,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drop,
                     request_deserializer=qaq_dot_v1_dot_worker__pb2.DropRequest.FromString,
                     response_serializer=qaq_dot_v1_dot_worker__pb2.DropReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=qaq_dot_v1_dot_worker__pb2.DrainRequest.FromString,
+                    response_serializer=qaq_dot_v1_dot_worker__pb2.DrainReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -147,6 +165,33 @@ class Worker:
             '/qaq.v1.Worker/Drop',
             qaq_dot_v1_dot_worker__pb2.DropRequest.SerializeToString,
             qaq_dot_v1_dot_worker__pb2.DropReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qaq.v1.Worker/Drain',
+            qaq_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+            qaq_dot_v1_dot_worker__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

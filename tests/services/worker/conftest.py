@@ -27,6 +27,7 @@ class Outcome:
     text: str = ""
     progress: list[tuple[int, int]] = field(default_factory=list)
     done: worker_pb2.RunReply.Done | None = None
+    pages: list[bytes] = field(default_factory=list)
 
 
 async def outcome(generation: Generation) -> Outcome:
@@ -42,6 +43,8 @@ async def outcome(generation: Generation) -> Outcome:
             case "token":
                 result.tokens.append(reply.token.token_id)
                 result.text += reply.token.text
+            case "pages":
+                result.pages[reply.pages.first :] = reply.pages.ids
             case "done":
                 result.done = reply.done
                 result.text += reply.done.text

@@ -58,7 +58,7 @@ async def test_run_with_remote_originals(
 ) -> None:
     tokens = smollm2.tokenizer.encode(TEXT * 6)
     replies = [reply async for reply in worker.Run(request(tokens, 48, session_id="s"), timeout=240)]
-    kinds = [reply.WhichOneof("event") for reply in replies]
+    kinds = [kind for reply in replies if (kind := reply.WhichOneof("event")) != "pages"]
     assert kinds == ["progress"] * kinds.count("progress") + ["token"] * 48 + ["done"]
     usage = replies[-1].done.usage
     assert (usage.prompt_tokens, usage.generated_tokens) == (len(tokens), 48)
@@ -132,6 +132,33 @@ async def test_listed_while_it_runs(redis: Redis, redis_server: EmbeddedRedis, s
     assert server.progress == ("ready", 1.0)
     await server.stop()
     assert await registry.members("worker") == []
+
+
+async def test_draining_hands_over_what_runs(
+    cache_service: str, redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel
+) -> None:
+    settings = WorkerSettings(model="smollm2", redis_url=SecretStr(redis_server.url), page_tokens=16)
+    server = WorkerServer(settings, loaded=smollm2)
+    tokens = smollm2.tokenizer.encode(TEXT)
+    async with open_channel(await server.start()) as channel:
+        worker = worker_pb2_grpc.WorkerStub(channel)
+        call = worker.Run(request(tokens, 4000, cache=EXACT), timeout=120)
+        while (await call.read()).WhichOneof("event") != "token":
+            pass
+        assert (await worker.Drain(worker_pb2.DrainRequest(), timeout=60)).moved == 1
+        assert await Registry(redis).members("worker") == []
+        told: list[bytes] = []
+        with pytest.raises(grpc.aio.AioRpcError) as ended:  # noqa: PT012 (until it ends)
+            while True:
+                told += (await call.read()).pages.ids
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert len(told) >= len(tokens) // 16
+        assert len([key async for key in redis.scan_iter("qaq:page:*")]) >= len(told)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await worker.Run(request(tokens, 1), timeout=30).read()
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await describe(worker)).sessions == 0
+    await server.stop()
 
 
 async def test_what_keeps_it_from_starting(

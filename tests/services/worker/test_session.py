@@ -2,54 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from qaq_core import InProcessOriginals, PageShape, page_id
-from qaq_core.loading import LoadedModel
 from services.worker.session import PageNames
 from tests.services.worker.conftest import MakeEngine, outcome, request
 
 SHAPE = PageShape(layers=2, kv_heads=1, tokens=4, head_dim=8)
 
 
+def names_of(log: Sequence[int], salt: bytes = b"", model: str = "model", faithful: int = 999) -> PageNames:
+    return PageNames(model, SHAPE, salt, log, lambda: faithful)
+
+
 def test_names_chain_over_the_log() -> None:
     log = list(range(8))
-    names = PageNames("model", SHAPE, b"salt", log)
+    names = names_of(log, b"salt")
     second = names(1)
     first = page_id("model", "float32", b"salt", b"", [0, 1, 2, 3])
     assert names(0) == first
     assert second == page_id("model", "float32", b"salt", first, [4, 5, 6, 7])
     log += range(8, 12)
-    assert names(2) == page_id("model", "float32", b"salt", second, [8, 9, 10, 11])
+    assert names(2) == names.shared(2) == page_id("model", "float32", b"salt", second, [8, 9, 10, 11])
 
 
 def test_same_text_after_another_start_is_another_page() -> None:
-    one = PageNames("model", SHAPE, b"", [0, 0, 0, 0, 1, 2, 3, 4])
-    two = PageNames("model", SHAPE, b"", [9, 0, 0, 0, 1, 2, 3, 4])
+    one, two = names_of([0, 0, 0, 0, 1, 2, 3, 4]), names_of([9, 0, 0, 0, 1, 2, 3, 4])
     assert one(1) != two(1)
-    assert one(0) != PageNames("model", SHAPE, b"salt", [0, 0, 0, 0])(0)
-    assert one(0) != PageNames("other", SHAPE, b"", [0, 0, 0, 0])(0)
+    assert one(0) != names_of([0, 0, 0, 0], b"salt")(0)
+    assert one(0) != names_of([0, 0, 0, 0], model="other")(0)
+
+
+def test_a_page_that_is_not_faithful_has_a_name_of_its_own() -> None:
+    """Page 0 was computed over full precision, the last token of page 1 was not."""
+    one, two = names_of(range(8), faithful=7), names_of(range(8), faithful=7)
+    assert one(0) == two(0) == one.shared(0)
+    assert len({one(1), two(1), one.shared(1)}) == 3
 
 
 def test_a_page_is_not_named_before_its_tokens_are_known() -> None:
     with pytest.raises(IndexError, match="before its tokens"):
-        PageNames("model", SHAPE, b"", [1, 2, 3, 4, 5])(1)
+        names_of([1, 2, 3, 4, 5])(1)
 
 
-async def test_pages_of_two_turns(
-    smollm2: LoadedModel, make_engine: MakeEngine, ids: Callable[[str], list[int]]
-) -> None:
+async def test_pages_of_two_turns(make_engine: MakeEngine, ids: Callable[[str], list[int]]) -> None:
+    """The prompt's pages have names that follow from it; later ones are found by being told, over both turns."""
     store = InProcessOriginals()
-    log = ids("The tide tables were pinned beside the door. " * 5)
+    log = prompt = ids("The tide tables were pinned beside the door. " * 5)
+    told: list[bytes] = []
     async with make_engine(store, page_tokens=16, tenant_salt="pepper") as engine:
         for _ in range(2):
             result = await outcome(engine.submit(request(log, 20, session_id="s", keep=True)))
             log = [*log, *result.tokens]
+            told = result.pages
+        assert store.match(told).result() == len(told) == (len(log) - 1) // 16
         names, parent = [], b""
-        for start in range(0, (len(log) - 1) // 16 * 16, 16):
-            parent = page_id(smollm2.fingerprint, "float32", b"pepper", parent, log[start : start + 16])
+        for start in range(0, len(log) // 16 * 16, 16):
+            parent = page_id(engine._loaded.fingerprint, "float32", b"pepper", parent, log[start : start + 16])
             names.append(parent)
-        assert store.match(names).result() == len(names) >= 5
-        assert store.match([*names, b"x"]).result() == len(names)
+        shared = len(prompt) // 16
+        assert told[:shared] == names[:shared]
+        assert store.match(names).result() == shared >= 3

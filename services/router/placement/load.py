@@ -1,0 +1,15 @@
+"""The least busy worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.router.placement.base import C, Policy
+from services.router.sessions import Session
+
+
+class LeastLoaded(Policy):
+    """The fewest generations, then the fewest cache bytes, then by address."""
+
+    def choose(self, session: Session, prompt: Sequence[int], workers: Sequence[C]) -> C:
+        return min(workers, key=lambda worker: (worker.load, worker.kv_bytes, worker.address))

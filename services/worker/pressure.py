@@ -1,0 +1,183 @@
+"""Elastic precision: one price for all caches of a worker, high when memory is short.
+
+The price that leaves the bits that there is room for is looked up in what a few sequences would hold at each of a
+few prices; when every sequence has come to it, the bytes are looked at again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import structlog
+
+from qaq_core import Method
+from services.common import metrics
+from services.common.log import once
+from services.worker.session import Session
+from services.worker.shelf import Shelf
+
+HIGH, RAISED_TO, LOW, LOWERED_TO = 1.0, 0.95, 0.85, 0.92
+"""Shares of the budget: over the first the price rises to reach the second, under the third it falls to reach the
+fourth."""
+
+SLICE_S = 0.25
+"""Time of one step after which no further sequence is brought to a new price."""
+
+TRIED = tuple(2.0**k for k in range(14))
+"""Prices to look at, in units of the lowest that is paid: a factor of 4 is worth about a bit."""
+
+STEP = 1.2
+"""The least factor by which a price rises."""
+
+ASKED = 3
+"""Sequences that are asked what they would hold."""
+
+ROUNDS_S = 0.25
+"""Least seconds from one price to the next."""
+
+OVERHEAD_BITS = 0.3
+"""Of a packed element, beside its code: tags, scales, window."""
+
+log = structlog.get_logger()
+
+
+class Pressure:
+    """Keeps the caches of a worker within a budget. Belongs to the engine's thread.
+
+    Args:
+        budget: bytes that all caches may hold, but for a prompt that is being computed; None is unbounded.
+        floor_bits: code bits an element that the price leaves on average.
+        widen_bytes_per_s: of packed rows that may be fetched to give bits back.
+
+    Attributes:
+        price: the least that a bit costs in any elastic sequence; 0 asks for nothing.
+    """
+
+    def __init__(self, budget: int | None, floor_bits: float, widen_bytes_per_s: float) -> None:
+        self.budget = budget
+        self.price = 0.0
+        self._floor_bits = floor_bits
+        self._rate = widen_bytes_per_s
+        self._behind: deque[Session] = deque()
+        self._looked = self._moved = time.monotonic()
+
+    def step(self, running: Sequence[Session], shelf: Shelf) -> None:
+        """Between two forward passes. `running` sessions may be at any place of their prompt."""
+        settled = [session for session in running if not session.prefilling]
+        if self.budget is not None:
+            growing = sum(session.sequence.packed.nbytes for session in running if session.prefilling)
+            self._balance(settled, shelf, growing)
+        elif self.price:
+            self._set(0.0, [*settled, *shelf])
+        for session in settled:  # those that came since, and those that began before the price changed
+            if session.sequence.floor != self.price and session not in self._behind:
+                self._behind.append(session)
+        self._bring_up(set(map(id, [*running, *shelf])))
+        self._allow([*settled, *shelf])
+
+    def fits(self, need: int, running: Sequence[Session], shelf: Shelf) -> bool:
+        """Whether `need` more bytes fit when all give way as far as they may; idle sessions go for it."""
+        if self.budget is None:
+            return True
+        while need + sum(map(self.least, running)) + sum(map(self.least, shelf)) > self.budget:
+            if not shelf.evict():
+                return False
+        return True
+
+    def least(self, session: Session) -> int:
+        """Bytes of a session when the price is at its highest. Of a prompt under way, when it is packed."""
+        sequence, tokens = session.sequence, len(session.tokens)
+        if session.prefilling:
+            return self.predict(session.method, tokens)
+        return min(sequence.nbytes, self.predict(session.method, tokens)) if sequence.elastic else sequence.nbytes
+
+    def predict(self, method: Method, tokens: int) -> int:
+        """Bytes of so many tokens at the highest price; a method that is not elastic may take 16 bits."""
+        shape = method.shape
+        elements = shape.layers * 2 * shape.kv_heads * shape.head_dim
+        window = method.sinks + 2 * method.group
+        bits = (self._floor_bits if method.policy.elastic else 16) + OVERHEAD_BITS
+        packed = max(0, tokens - method.sinks - method.group)
+        return elements * window * method.window_dtype.itemsize + int(elements * packed * bits / 8)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _balance(self, settled: Sequence[Session], shelf: Shelf, used: int) -> None:
+        """Finds the price for what is held now; `used` bytes of it by others than `settled`."""
+        assert self.budget is not None
+        if self._behind:
+            return
+        used += sum(session.sequence.nbytes for session in settled)
+        while used + sum(session.sequence.nbytes for session in shelf) > self.budget * HIGH and shelf.evict():
+            pass
+        everyone = [*settled, *shelf]
+        used += sum(session.sequence.nbytes for session in shelf)
+        giving = [session for session in everyone if session.sequence.elastic and len(session.sequence.packed)]
+        elements = sum(session.packed_elements for session in giving)
+        if not elements:
+            if self.price:
+                self._set(0.0, everyone)
+            return
+        over = used > self.budget * HIGH
+        if over and time.monotonic() - self._moved > ROUNDS_S:
+            room = RAISED_TO * self.budget
+        elif self.price and used < self.budget * LOW and self._at_rest(everyone):
+            room = LOWERED_TO * self.budget
+        else:
+            return
+        held = sum(session.sequence.packed.nbytes for session in giving)
+        bits = 8 * (held + room - used) / elements - OVERHEAD_BITS
+        price = self._search(giving, max(bits, self._floor_bits))
+        self._moved = time.monotonic()
+        # What is held lags behind what would be wanted now, so a price that should do may have to be passed.
+        self._set(max(price, self.price * STEP) if over else min(price, self.price), everyone)
+
+    def _search(self, giving: Sequence[Session], bits: float) -> float:
+        """The lowest price that leaves so many code bits an element; 0 if no price is needed."""
+        step = -(-len(giving) // ASKED)
+        asked = [session.sequence for session in giving[::step]]
+        lowest = min(session.sequence.price or math.inf for session in giving)
+        prices = [lowest * factor for factor in TRIED]
+        left = [sum(each) / len(asked) for each in zip(*(s.bits_at(prices) for s in asked), strict=True)]
+        enough = next((i for i, some in enumerate(left) if some <= bits), None)
+        if enough is None:
+            if once("pressure"):
+                log.warning("no price brings the caches into the budget", budget=self.budget)
+            return prices[-1]
+        if enough == 0:
+            return 0.0
+        # Between two prices bits fall about evenly with the price's logarithm.
+        share = (left[enough - 1] - bits) / max(left[enough - 1] - left[enough], 1e-9)
+        return prices[enough - 1] * (prices[enough] / prices[enough - 1]) ** share
+
+    def _at_rest(self, everyone: Sequence[Session]) -> bool:
+        """Whether bits that were given back have arrived, as far as they will while nobody decodes."""
+        rest = not any(session.sequence.recovering for session in everyone)
+        return rest and time.monotonic() - self._moved > ROUNDS_S
+
+    def _set(self, price: float, everyone: Sequence[Session]) -> None:
+        if price == self.price:
+            return
+        self.price = price
+        metrics.kv_lambda.set(price)
+        self._behind = deque(everyone)
+
+    def _bring_up(self, here: set[int]) -> None:
+        """Tells sequences the price, one after the other, until the step's time is over."""
+        ends = time.monotonic() + SLICE_S
+        while self._behind and time.monotonic() < ends:
+            session = self._behind.popleft()
+            if id(session) in here and not session.prefilling:
+                session.sequence.reprice(self.price)
+
+    def _allow(self, everyone: Sequence[Session]) -> None:
+        """Shares out the bytes that may be fetched since the last step."""
+        now = time.monotonic()
+        bytes_now, self._looked = (now - self._looked) * self._rate, now
+        back = [session.sequence for session in everyone if session.sequence.recovering]
+        for sequence in back:
+            held = sequence.allowance or 0
+            sequence.allowance = int(min(self._rate, held + bytes_now / len(back)))

@@ -1,0 +1,33 @@
+"""`qaq bench elastic` and `qaq bench prefix`, small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+
+from .command import qaq
+from .composed import ROOT
+
+
+def bench(name: str, path: Path, *options: str) -> dict:
+    result = qaq("bench", name, "--json", path, *options)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(path.read_text())
+    jsonschema.validate(figures, json.loads((ROOT / "services" / "schemas" / f"bench_{name}.json").read_text()))
+    return figures
+
+
+def test_elastic(tmp_path: Path) -> None:
+    figures = bench("elastic", tmp_path / "elastic.json", "--context", "256", "--sessions", "6", "--seconds", "1")
+    assert figures["kv_bytes"] <= figures["budget_bytes"]
+    assert figures["shrink_seconds"] is not None
+    assert figures["streams_stopped"] == 0
+    assert figures["bits_squeezed"] < figures["bits"]
+    assert figures["recover_seconds"] is not None
+
+
+def test_prefix(tmp_path: Path) -> None:
+    figures = bench("prefix", tmp_path / "prefix.json", "--context", "512", "--repeats", "1")
+    assert figures["loaded_tokens"] == 384  # all but the last 128, in whole pages

@@ -1,0 +1,164 @@
+"""Processes that are killed while they work. Clients see one uninterrupted stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+from prometheus_client import REGISTRY
+from qaq.v1 import (
+    common_pb2,
+    generate_pb2,
+    generate_pb2_grpc,
+    originals_pb2,
+    originals_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+from redis.asyncio import Redis
+
+from services.common.channel import open_channel
+from services.common.redis import connect
+from tests.faults.conftest import PAGE_TOKENS, Processes
+
+Stub = generate_pb2_grpc.InferenceStub
+STORY = "The ferryman counted his passengers twice, because one of them was a ghost who paid like the others. " * 4
+NEW = 64
+EXACT = common_pb2.CacheParams(preset="exact")
+
+
+@dataclass
+class Stack:
+    processes: Processes
+    cache_service: str
+    workers: list[str]
+
+
+@pytest.fixture(scope="module")
+def stack(processes: Processes) -> Stack:
+    """One cache service and two workers, of which the tests of this file kill one each, in order."""
+    settings = {"QAQ_PAGE_TOKENS": str(PAGE_TOKENS), "QAQ_PREFIX_REST": "1"}
+    workers = [processes.start("worker", **settings) for _ in range(2)]
+    cache_service = processes.start("originals")
+    processes.until_serving(cache_service, *workers)
+    return Stack(processes, cache_service, workers)
+
+
+@dataclass
+class Heard:
+    """What a client was told, token by token; the order is checked as it comes."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    usage: common_pb2.Usage = field(default_factory=common_pb2.Usage)
+
+
+async def hear(
+    client: Stub,
+    session: str,
+    prompt: str = STORY,
+    at: int = 0,
+    event: Callable[[], Awaitable[None]] | None = None,
+) -> Heard:
+    """A greedy stream of NEW tokens; `event` happens when token `at` has come."""
+    request = generate_pb2.GenerateRequest(
+        prompt=prompt,
+        session_id=session,
+        sampling=common_pb2.SamplingParams(temperature=0),
+        stop=common_pb2.StopParams(max_new_tokens=NEW, ignore_eos=True),
+    )
+    heard = Heard()
+    async for reply in client.Generate(request, timeout=300):
+        match reply.WhichOneof("event"):
+            case "token":
+                assert reply.token.index == len(heard.tokens)
+                heard.tokens.append(reply.token.token_id)
+                heard.text += reply.token.text
+                if event is not None and len(heard.tokens) == at:
+                    await event()
+            case "finished":
+                heard.text += reply.finished.text
+                heard.usage = reply.finished.usage
+    assert len(heard.tokens) == NEW
+    return heard
+
+
+async def opened(client: Stub, cache: common_pb2.CacheParams = EXACT) -> str:
+    return (await client.OpenSession(generate_pb2.OpenSessionRequest(cache=cache))).session_id
+
+
+async def holder(client: Stub, session: str) -> str:
+    listed = (await client.ListSessions(generate_pb2.ListSessionsRequest())).sessions
+    return next(info.worker for info in listed if info.session_id == session)
+
+
+async def pages(redis: Redis) -> list[bytes]:
+    return [key async for key in redis.scan_iter("qaq:page:*")]
+
+
+async def until_told(redis: Redis, session: str, count: int) -> None:
+    """Waits until the names of so many pages of a session are written down."""
+    while await redis.strlen(f"qaq:session:{session}:pages") < 32 * count:  # noqa: ASYNC110 (Redis tells nobody)
+        await asyncio.sleep(0.05)
+
+
+async def test_a_cache_service_that_is_killed_stops_no_stream(stack: Stack, client: Stub) -> None:
+    """Its pages wait; the one that comes after it gets them."""
+
+    async def kill() -> None:
+        stack.processes.kill(stack.cache_service)
+
+    session = await opened(client, common_pb2.CacheParams(preset="balanced"))
+    heard = await hear(client, session, at=8, event=kill)
+    assert heard.usage.generated_tokens == NEW
+    stack.cache_service = stack.processes.start("originals")
+    stack.processes.until_serving(stack.cache_service)
+    async with open_channel(stack.cache_service) as channel:
+        stub = originals_pb2_grpc.OriginalsStub(channel)
+        whole = heard.usage.cache.tokens // PAGE_TOKENS
+        while (await stub.Stats(originals_pb2.StatsRequest(), timeout=10)).pages < whole:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    again = await hear(client, session, " Then the ferryman")
+    assert again.usage.cache.tokens > heard.usage.cache.tokens
+
+
+async def test_a_lost_page_is_computed_again(stack: Stack, client: Stub) -> None:
+    """Redis loses every page and the worker drops its cache: the next turn computes the log and is right."""
+    redis = connect(stack.processes.redis.url)
+    whole, session = await opened(client), await opened(client)
+    for each in (whole, session):
+        await hear(client, each)
+    await redis.delete(*await pages(redis))
+    async with open_channel(await holder(client, session)) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        assert (await stub.Drop(worker_pb2.DropRequest(session_id=session), timeout=30)).existed
+    more = " And on the other bank"
+    expected, heard = await hear(client, whole, more), await hear(client, session, more)
+    assert heard.usage.loaded_tokens == 0
+    assert heard.tokens == expected.tokens
+    await redis.aclose()
+
+
+async def test_a_killed_worker_is_not_noticed(stack: Stack, client: Stub) -> None:
+    """Resumed on the other worker from stored pages: same tokens, same text, none lost, none repeated."""
+    redis = connect(stack.processes.redis.url)
+    expected = await hear(client, await opened(client))
+    session = await opened(client)
+
+    async def kill() -> None:
+        await until_told(redis, session, expected.usage.prompt_tokens // PAGE_TOKENS)
+        victim = await holder(client, session)
+        stack.processes.kill(victim)
+        stack.workers.remove(victim)
+
+    before = REGISTRY.get_sample_value("qaq_resumed_total") or 0.0
+    heard = await hear(client, session, at=NEW // 2, event=kill)
+    assert (heard.tokens, heard.text) == (expected.tokens, expected.text)
+    assert REGISTRY.get_sample_value("qaq_resumed_total") == before + 1
+    assert heard.usage.loaded_tokens >= expected.usage.prompt_tokens // PAGE_TOKENS * PAGE_TOKENS
+    assert (heard.usage.prompt_tokens, heard.usage.generated_tokens) == (expected.usage.prompt_tokens, NEW)
+    assert await holder(client, session) == stack.workers[0]
+    assert len((await hear(client, session, " Later")).tokens) == NEW  # and it is at home there
+    await redis.aclose()

@@ -1,0 +1,138 @@
+"""Prompts whose beginning is stored: loaded instead of computed, on any worker of the same store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import pytest
+from prometheus_client import REGISTRY
+
+from qaq_core import InProcessOriginals, OriginalsError, Page, PageShape
+from qaq_core.loading import LoadedModel
+from tests.services.worker.conftest import EXACT, Gate, MakeEngine, outcome, request
+from tests.services.worker.test_engine import LISTS, STORY, expected
+
+Ids = Callable[[str], list[int]]
+SMALL = {"page_tokens": 16, "prefix_rest": 1}
+
+
+def failures() -> float:
+    return REGISTRY.get_sample_value("qaq_prefix_failures_total") or 0.0
+
+
+async def test_a_stored_prefix_is_loaded(
+    smollm2: LoadedModel, make_engine: MakeEngine, ids: Ids, gate: Gate
+) -> None:
+    gate.open()
+    shared, tails = ids(STORY * 4), (ids(LISTS), ids("And then the storm came. " * 4))
+    whole = len(shared) // 16 * 16
+    store = InProcessOriginals()
+    async with make_engine(store, **SMALL) as first, make_engine(store, **SMALL) as second:
+        told = await outcome(first.submit(request(shared + tails[0], 2, cache=EXACT, session_id="a", keep=True)))
+        assert told.done is not None
+        assert told.done.usage.loaded_tokens == 0
+        for engine in (first, second):
+            gate.batches.clear()
+            result = await outcome(engine.submit(request(shared + tails[1], 6, cache=EXACT)))
+            assert result.tokens == expected(smollm2, shared + tails[1], 6)
+            assert result.done is not None
+            assert result.done.usage.loaded_tokens == whole
+            assert gate.batches[0] == (1, len(shared + tails[1]) - whole)
+            assert result.progress[0][0] == whole
+            assert result.pages[: whole // 16] == told.pages[: whole // 16]
+        same = await outcome(second.submit(request(shared + tails[0], 2, cache=EXACT)))
+        assert same.done is not None
+        assert same.done.usage.loaded_tokens == (len(shared + tails[0]) - 1) // 16 * 16
+
+
+async def test_a_salt_hides_a_prefix(make_engine: MakeEngine, ids: Ids) -> None:
+    tokens, store = ids(STORY * 4), InProcessOriginals()
+    async with (
+        make_engine(store, tenant_salt="one", **SMALL) as one,
+        make_engine(store, tenant_salt="two", **SMALL) as two,
+    ):
+        held = await outcome(one.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True)))
+        loaded = []
+        for engine in (one, two):
+            done = (await outcome(engine.submit(request(tokens, 1, cache=EXACT)))).done
+            assert done is not None
+            loaded.append(done.usage.loaded_tokens)
+    assert loaded == [len(held.pages) * 16 - (16 if len(tokens) % 16 == 0 else 0), 0]
+
+
+async def test_a_session_goes_on_on_another_worker(
+    smollm2: LoadedModel, make_engine: MakeEngine, ids: Ids, gate: Gate
+) -> None:
+    """Pages of generated tokens are found by their told names; what they hold is what this session computed."""
+    gate.open()
+    log, store = ids(STORY), InProcessOriginals()
+    async with make_engine(store, **SMALL) as first, make_engine(store, **SMALL) as second:
+        turn = await outcome(first.submit(request(log, 40, cache=EXACT, session_id="s", keep=True)))
+        log = log + turn.tokens + ids(LISTS)
+        gate.batches.clear()
+        moved = request(log, 6, cache=EXACT, session_id="s", keep=True, page_ids=turn.pages)
+        result = await outcome(second.submit(moved))
+        assert result.done is not None
+        assert result.done.usage.loaded_tokens == len(turn.pages) * 16 >= 48
+        assert gate.batches[0] == (1, len(log) - len(turn.pages) * 16)
+        assert result.tokens == expected(smollm2, log, 6)
+        # Who has only the tokens finds the prompt's pages, not those of the answer.
+        stranger = await outcome(second.submit(request(log, 1, cache=EXACT)))
+        assert stranger.done is not None
+        assert stranger.done.usage.loaded_tokens == len(ids(STORY)) // 16 * 16
+
+
+class Troubled(InProcessOriginals):
+    """A real store with one trouble."""
+
+    def __init__(self, trouble: str) -> None:
+        super().__init__()
+        self.trouble = trouble
+
+    def match(self, page_ids: Sequence[bytes]) -> Future[int]:
+        if self.trouble in ("fails", "silent"):
+            answer: Future[int] = Future()
+            if self.trouble == "fails":
+                answer.set_exception(OriginalsError("no cache service answers"))
+            return answer
+        return super().match(page_ids)
+
+    def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
+        pages = super().fetch(page_ids, shape).result()
+        if self.trouble == "lost":
+            self.forget(page_ids[1:2])
+            pages[1] = None
+        answer: Future[list[Page | None]] = Future()
+        answer.set_result(pages)
+        return answer
+
+
+@pytest.mark.parametrize(("trouble", "loaded"), [("fails", 0), ("silent", 0), ("lost", 16)])
+async def test_what_cannot_be_loaded_is_computed(
+    smollm2: LoadedModel, make_engine: MakeEngine, ids: Ids, trouble: str, loaded: int
+) -> None:
+    tokens, store = ids(STORY * 3), Troubled("")
+    async with make_engine(store, prefix_timeout_s=0.2, **SMALL) as engine:
+        await outcome(engine.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True)))
+        store.trouble, before = trouble, failures()
+        other = asyncio.create_task(outcome(engine.submit(request(ids(LISTS), 12, cache=EXACT))))
+        result = await outcome(engine.submit(request(tokens, 4, cache=EXACT)))
+        assert result.tokens == expected(smollm2, tokens, 4)
+        assert result.done is not None
+        assert result.done.usage.loaded_tokens == loaded
+        assert failures() > before
+        assert (await other).tokens == expected(smollm2, ids(LISTS), 12)
+        await asyncio.wrap_future(engine.drop("s"))
+    store.trouble = ""
+    assert store.nbytes == 0  # whatever came too late, or was not used, is forgotten too
+
+
+async def test_reuse_can_be_off(make_engine: MakeEngine, ids: Ids) -> None:
+    tokens = ids(STORY * 3)
+    async with make_engine(prefix_reuse=False, **SMALL) as engine:
+        for _ in range(2):
+            result = await outcome(engine.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True)))
+            assert result.done is not None
+            assert result.done.usage.loaded_tokens == 0

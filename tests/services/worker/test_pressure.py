@@ -1,0 +1,108 @@
+"""Elastic precision: caches give way to a budget while they are used, and get their bits back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from prometheus_client import REGISTRY
+
+from qaq_core import InProcessOriginals, SequenceCache
+from services.worker.engine import Engine
+from services.worker.generation import Generation
+from tests.services.worker.conftest import EXACT, MakeEngine, outcome, request, until
+from tests.services.worker.test_engine import LISTS, STORY
+
+Ids = Callable[[str], list[int]]
+MANY = 6
+
+
+def sequences(engine: Engine) -> list[SequenceCache]:
+    return [g.session.sequence for g in list(engine._running) if g.session is not None]
+
+
+def bits(engine: Engine) -> float:
+    """Mean code bits an element over all that decode."""
+    sums = [0, 0]
+    for sequence in sequences(engine):
+        for side in (0, 1):
+            for width, count in sequence.packed.histogram(side).items():
+                sums[0] += width * count
+                sums[1] += count
+    return sums[0] / max(1, sums[1])
+
+
+async def next_token(generation: Generation) -> None:
+    while True:
+        reply = await generation.replies.get()
+        assert not isinstance(reply, Exception), reply
+        if reply.WhichOneof("event") == "token":
+            return
+
+
+async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_engine: MakeEngine, ids: Ids) -> None:
+    prompts = [ids(STORY * 5 + LISTS * i)[: 120 + 8 * i] for i in range(MANY)]
+    async with make_engine(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as engine:
+        running = [engine.submit(request(tokens, 3000)) for tokens in prompts]
+        for generation in running:
+            await next_token(generation)
+        full, before = engine.state.kv_bytes, bits(engine)
+        window = sum(sequence.exact.nbytes for sequence in sequences(engine))
+        engine.set_budget(window + int(0.7 * (full - window)))
+        await until(lambda: engine.state.kv_bytes <= window + 0.7 * (full - window))
+        assert REGISTRY.get_sample_value("qaq_lambda") > 0
+        squeezed = bits(engine)
+        assert squeezed < 0.8 * before
+        floors = {sequence.floor for sequence in sequences(engine)}
+        assert len(floors) == 1  # one price for all
+        for generation in running:
+            await next_token(generation)
+        engine.set_budget(None)
+        await until(lambda: bits(engine) > 0.93 * before)
+        assert REGISTRY.get_sample_value("qaq_lambda") == 0
+        for generation in running:
+            await next_token(generation)
+            engine.cancel(generation)
+        await until(lambda: engine.state.running == 0)
+
+
+async def test_more_are_admitted_than_fit_at_full_bits(make_engine: MakeEngine, ids: Ids) -> None:
+    """A budget for two caches in half precision holds all of six; one more exact one has to wait for them."""
+    prompts = [ids(STORY * 8 + LISTS * i)[:160] for i in range(MANY)]
+    half = (160 + 36) * 30 * 2 * 3 * 64 * 2
+    async with make_engine(kv_budget_bytes=3 * half, max_sequences=MANY + 1, prefix_reuse=False) as engine:
+        running = [engine.submit(request(tokens, 3000)) for tokens in prompts]
+        for generation in running:
+            await next_token(generation)
+        assert engine.state.running == MANY
+        assert engine.state.kv_bytes <= 3 * half
+        waits = engine.submit(request(prompts[0], 1, cache=EXACT))
+        await next_token(running[-1])
+        assert engine.state.waiting == 1
+        for generation in running:
+            engine.cancel(generation)
+        assert (await outcome(waits)).tokens
+
+
+async def test_full_staging_admits_nobody(make_engine: MakeEngine, ids: Ids) -> None:
+    class Away(InProcessOriginals):
+        """A store whose pages are under way for as long as the test says."""
+
+        pending_bytes = 0
+
+    from services.common.errors import ResourceExhausted
+
+    store = Away()
+    async with make_engine(store, staging_budget_bytes=1000) as engine:
+        running = engine.submit(request(ids(STORY), 3000, cache=EXACT))
+        await next_token(running)
+        store.pending_bytes = 1001
+        with pytest.raises(ResourceExhausted, match="QAQ_STAGING_BUDGET_BYTES") as refused:
+            engine.submit(request(ids(STORY), 1))
+        assert refused.value.retry_after_ms
+        for _ in range(3):
+            await next_token(running)  # who runs goes on
+        store.pending_bytes = 0
+        assert (await asyncio.wait_for(outcome(engine.submit(request(ids(STORY), 1))), 120)).tokens
+        engine.cancel(running)
