@@ -130,7 +130,8 @@ class Quantizer:
         """Frame and codec as safetensors; the same tables give the same bytes."""
         described = {"frame": self.frame.name, "codec": self.codec.settings()}
         note = torch.frombuffer(bytearray(json.dumps(described, sort_keys=True).encode()), dtype=torch.uint8)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.frame.tensors().items()}
+        # Clones: a file cannot hold tensors that share memory, as keys' and values' tables may.
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in self.frame.tensors().items()}
         return save_tensors({**tensors, _SETTINGS: note})
 
     @classmethod

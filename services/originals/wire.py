@@ -156,13 +156,15 @@ def rows_of(message: pb.RequantizeRequest, meta_bytes: int) -> RowRequest:
         "token": shape.tokens,
         "side": 2,
         "position": MAX_POSITION,
-        "have": 9,
+        "have": HALF,
         "want": HALF + 1,
     }
     for name, limit in limits.items():
         if rows and not (int(arrays[name].min()) >= 0 and int(arrays[name].max()) < limit):
             raise InvalidArgument(f"{name} must be at least 0 and below {limit} in every row")
     have, want = arrays["have"], arrays["want"]
+    if not bool(np.isin(have, WIDTHS).all()):
+        raise InvalidArgument(f"have must be one of {WIDTHS[:-1]} (half bits) in every row")
     if not bool((np.isin(want, WIDTHS) & ((want > have) | (want == HALF))).all()):
         raise InvalidArgument(f"want must be above have, and one of {WIDTHS[1:]} (half bits), in every row")
     meta = np.frombuffer(message.meta, np.uint8).reshape(rows, meta_bytes)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
-from qaq_core.codecs import GaussianCodec, NormalCodec, UniformCodec
-from qaq_core.frames import PlainFrame, RotatedFrame, random_signs
+from qaq_core.codecs import NormalCodec, ProgressiveCodec, UniformCodec
+from qaq_core.codecs.progressive import greedy_order
+from qaq_core.frames import LinearFrame, PlainFrame
 from qaq_core.originals import RowRequest
 from qaq_core.packing import HALF
-from qaq_core.pages import PAGE_TOKENS, PageShape
+from qaq_core.pages import KEY, PAGE_TOKENS, VALUE, PageShape
 from qaq_core.quantizer import Quantizer
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
@@ -20,28 +23,38 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rotated_frame(layers: int, heads: int, dim: int, seed: int = 0, kinds: int = 1) -> RotatedFrame:
+def linear_frame(layers: int, heads: int, dim: int, seed: int = 0, kinds: int = 1) -> LinearFrame:
+    """Dense matrices that are far from singular, and far from symmetric."""
     pairs = torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)
     bases = torch.tensor([10_000.0, 500.0], dtype=torch.float64)[:kinds]
-    return RotatedFrame(
+    matrices = normal(seed + 3, 2, layers, heads, dim, dim) / dim**0.5 + 2 * torch.eye(dim)
+    return LinearFrame(
+        key_matrix=matrices[KEY].half(),
+        value_matrix=matrices[VALUE].half(),
         key_mean=3 * normal(seed + 1, layers, heads, dim),
         value_mean=normal(seed + 2, layers, heads, dim),
         frequencies=bases[:, None] ** -pairs,
         kind=torch.arange(layers) % kinds,
-        signs=random_signs(dim),
     )
+
+
+@cache
+def orders(dim: int) -> tuple[list[int], list[int]]:
+    """Orders of units for keys and values: costs that fall quickly, and costs that fall slowly."""
+    octet = torch.arange(dim // 8)
+    return greedy_order(2.0 ** (-octet / 1.5)), greedy_order(2.0 ** (-octet / 4.0))
 
 
 def quantizers(layers: int, heads: int, dim: int) -> dict[str, Quantizer]:
     """Every quantizer that presets make."""
-    made = {"balanced": Quantizer(rotated_frame(layers, heads, dim, kinds=2), GaussianCodec())}
+    made = {"balanced": Quantizer(linear_frame(layers, heads, dim, kinds=2), ProgressiveCodec(orders(dim)))}
     for codec in (UniformCodec, NormalCodec):
         for group in GROUPS:
             made[f"{codec.name}-{group}"] = Quantizer(PlainFrame(), codec(group))
     return made
 
 
-QUANTIZER_NAMES = sorted(quantizers(1, 1, 8))
+QUANTIZER_NAMES = sorted(quantizers(1, 1, 16))
 
 
 def request(
@@ -77,15 +90,21 @@ def page_shape(layers: int, heads: int, dim: int, tokens: int = PAGE_TOKENS, dty
     return PageShape(layers, heads, tokens, dim, dtype)
 
 
-def decoded(quantizer: Quantizer, rows: torch.Tensor, meta: torch.Tensor, width: int) -> torch.Tensor:
+def decoded(quantizer: Quantizer, side: int, rows: torch.Tensor, meta: torch.Tensor, width: int) -> torch.Tensor:
     """What rows [n, dim] with meta [n, m] become at a width, by the codec's definition."""
-    scale, offset = quantizer.codec.affine(meta)
+    codec, dim = quantizer.codec, rows.shape[1]
+    scale, offset = codec.affine(meta)
+    if scale.shape[-1] == 2:
+        first = (torch.arange(dim) < 8 * codec.split).expand_as(rows)
+        scale = torch.where(first, scale[:, :1], scale[:, 1:])
     shift = 0.0 if offset is None else offset.unsqueeze(-1)
-    units = (rows - shift) / scale.unsqueeze(-1)
+    units = (rows - shift) / scale
     if width == HALF:
-        levels = units.half().float()
-    elif width == 0:
-        levels = torch.zeros_like(units)
-    else:
-        levels = quantizer.codec.levels(width)[(quantizer.codec.codes(units) >> (8 - width)).long()]
-    return levels * scale.unsqueeze(-1) + shift
+        return units.half().float() * scale + shift
+    codes = codec.codes(units)
+    levels = torch.zeros_like(units)
+    held = codec.order(side, dim)[: width * dim // 16].tolist()
+    for octet in set(held):
+        bits, dims = held.count(octet), slice(8 * octet, 8 * octet + 8)
+        levels[:, dims] = codec.levels(bits)[(codes[:, dims] >> (8 - bits)).long()]
+    return levels * scale + shift
