@@ -30,6 +30,9 @@ _UNLIMITED = 1 << 62
 SETTLED = 512
 """A price found while decoding is found again until this many tokens are packed."""
 
+STEERING = 2.0
+"""Octaves that the price turns by for each bit an element over the target, once in `Policy.narrow_every` steps."""
+
 
 @dataclass(frozen=True)
 class CacheStatistics:
@@ -307,7 +310,17 @@ class SequenceCache:
 
     # -- inside ----------------------------------------------------------------------------------------
 
+    def _steer(self) -> None:
+        """Turns the price towards what the target asks for: bits drift while tokens come and attention moves."""
+        target = self.method.target_bits(self.length, len(self.packed), self._fixed_bytes(0, (), ()))
+        if target is None or self.method.target.error is not None or self.price is None:
+            return
+        held = sum(float(self.packed.widths(side).float().mean()) for side in (KEY, VALUE)) / 4
+        self.price *= 2.0 ** (STEERING * (held - target))
+
     def _review(self, narrow: bool) -> None:
+        if narrow:
+            self._steer()
         view = self._view()
         if not self.recovering:
             self.exceptions.review(view, self.paid, narrow)
@@ -353,7 +366,7 @@ class SequenceCache:
         movable = self.exact.held - self.method.sinks
         groups = movable // self.method.group - 1
         if groups > 0:
-            self._pack(groups * self.method.group)
+            self._pack(groups * self.method.group, solve=True)
         self.exact.end_prompt()
         if self.method.dtype != self.method.window_dtype:
             # What is in the window now, and all that comes after, is packed from rounded numbers.
@@ -367,8 +380,8 @@ class SequenceCache:
             return None
         return Reduction(self.method.window.statistic, self._statistic[layer])
 
-    def _pack(self, tokens: int) -> None:
-        """Quantizes the oldest exact tokens after the sinks."""
+    def _pack(self, tokens: int, solve: bool = False) -> None:
+        """Quantizes the oldest exact tokens after the sinks; finds the price anew if told to, or if it must."""
         method, sinks = self.method, self.method.sinks
         start = self.packed.stop
         moving = self.exact.slice(sinks, sinks + tokens)
@@ -376,8 +389,8 @@ class SequenceCache:
         scales = tuple(method.quantizer.codec.affine(meta)[0] for meta in metas)
         importance = method.window.importance(self._importance[:, :, : self.length])
         view = View(importance, start, (scales[KEY], scales[VALUE]))
-        if self.price is None or (self._settling and len(self.packed) < SETTLED):
-            self._settling = self._steps > 0
+        if solve or self.price is None or (self._settling and len(self.packed) < SETTLED):
+            self._settling = self._steps > 0 and not solve
             self.price = self._solve(view, self._fixed_bytes(tokens, metas, outliers))
         self.packed.append(method.policy.widths(method.policy.demand(view), self.paid), rows, metas, outliers)
         self.exact.drop(sinks, sinks + tokens)
