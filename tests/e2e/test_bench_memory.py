@@ -20,7 +20,7 @@ def bench(name: str, path: Path, *options: str) -> dict:
 
 
 def test_elastic(tmp_path: Path) -> None:
-    figures = bench("elastic", tmp_path / "elastic.json", "--context", "256", "--sessions", "6", "--seconds", "1")
+    figures = bench("elastic", tmp_path / "elastic.json", "--context", "256", "--sessions", "9", "--seconds", "1")
     assert figures["kv_bytes"] <= figures["budget_bytes"]
     assert figures["shrink_seconds"] is not None
     assert figures["streams_stopped"] == 0
