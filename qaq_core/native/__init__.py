@@ -24,7 +24,7 @@ INTERFACE = 5
 
 @cache
 def library() -> Any | None:
-    """The C++ library that was built when the package was installed, or the one QAQ_LIBRARY names; None without."""
+    """The C++ library that was built with the package, or the one that QAQ_LIBRARY names; None without."""
     folder = Path(__file__).parent
     given = os.environ.get("QAQ_LIBRARY")
     for path in [Path(given)] if given else [folder / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]:
