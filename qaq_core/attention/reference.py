@@ -99,6 +99,10 @@ class ReferenceAttention:
         each = zip(query, tokens, observers, strict=True)
         return torch.stack([self(one, mine, scaling, sliding_window, observe) for one, mine, observe in each])
 
+    def unpack(self, packed: PackedTokens, side: int, layer: int) -> torch.Tensor:
+        """All packed rows of a layer, in their frame: float32 [kv_heads, tokens, head_dim]."""
+        return torch.cat([self._rows(packed, side, block, layer).clone() for block in range(packed.blocks)], 1)
+
     def _probabilities(
         self, query: torch.Tensor, tokens: LayerTokens, from_end: int, sliding_window: int | None
     ) -> torch.Tensor:

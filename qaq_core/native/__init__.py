@@ -24,10 +24,10 @@ INTERFACE = 5
 
 @cache
 def library() -> Any | None:
-    """The C++ library that was built when the package was installed, or None."""
+    """The C++ library that was built with the package, or the one that QAQ_LIBRARY names; None without."""
     folder = Path(__file__).parent
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_cpu{suffix}"
+    given = os.environ.get("QAQ_LIBRARY")
+    for path in [Path(given)] if given else [folder / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]:
         if path.exists():
             loaded = ctypes.CDLL(str(path))
             loaded.qaq_isa.restype = ctypes.c_char_p

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,13 +21,16 @@ from services.cli.terminal import progress_line, screen, size
 
 if TYPE_CHECKING:
     from qaq_core.evaluation import SpeedRow
+    from qaq_core.evaluation.attention_speed import AttentionRow
 
 CACHES = "balanced,balanced/reference"
+SHAPES = "9/3/64/4096,12/2/128/16384,32/8/128/16384"
 
 
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
     bench.command()(decode)
+    bench.command()(attention)
     bench.command()(serve)
     bench.command()(elastic)
     bench.command()(prefix)
@@ -34,7 +41,14 @@ def decode(
     model: Model = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 1600,
     steps: Annotated[int, typer.Option(min=2, help="Tokens decoded from each cache.")] = 48,
-    caches: Annotated[str, typer.Option(help="Presets, by comma; a kernel after /: balanced/reference.")] = CACHES,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    caches: Annotated[
+        str,
+        typer.Option(
+            help="By comma: presets, a kernel after /: balanced/reference; dynamic-bf16, quanto-int4, hqq-int4."
+        ),
+    ] = CACHES,
+    text: Annotated[Path | None, typer.Option(help="Text to decode; the built-in one if not given.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     json_path: JsonPath = None,
@@ -50,14 +64,62 @@ def decode(
     names = [name.strip() for name in caches.split(",") if name.strip()]
     with progress_line() as report, calibration.shown(report):
         loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
-        ids = loaded.tokenizer(builtin_text(), return_tensors="pt").input_ids[:, : context + steps]
+        words = builtin_text() if text is None else text.read_text(encoding="utf-8")
+        ids = loaded.tokenizer(words, return_tensors="pt").input_ids
         if ids.shape[1] < context + steps:
-            raise ConfigError(f"the built-in text has {ids.shape[1]} tokens; ask for a shorter context")
+            raise ConfigError(f"the text has {ids.shape[1]} tokens; ask for a shorter context, or give --text")
+        # Each sequence begins somewhere else in the text.
+        ids = torch.cat([ids.roll(-37 * i, 1)[:, : context + steps] for i in range(batch)])
         rows = decode_speed(loaded.model, loaded.fingerprint, ids.to(device), steps, names, report)
     screen.print(_table(rows), highlight=False)
     if json_path is not None:
-        about = {"model": loaded.name, "threads": torch.get_num_threads(), "dtype": str(loaded.dtype)}
-        json_path.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        _write(json_path, {"model": loaded.name, "dtype": str(loaded.dtype).removeprefix("torch.")}, rows)
+
+
+def attention(
+    shapes: Annotated[str, typer.Option(help="Query heads/KV heads/head_dim/tokens, by comma.")] = SHAPES,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls of each; the median counts.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch and of the kernel.")] = 1,
+    json_path: JsonPath = None,
+) -> None:
+    """Decode attention over one layer's packed tokens, against dense attention in torch, with cold caches."""
+    import torch
+
+    from qaq_core.evaluation.attention_speed import attention_speed, parse_shapes
+
+    try:
+        wanted = parse_shapes(shapes)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--shapes") from error
+    torch.set_num_threads(threads)
+    with progress_line() as report:
+        rows = [row for shape, tokens in wanted for row in attention_speed(shape, tokens, repeat, report)]
+    fastest = rows[0].backend
+    table = Table("shape", "tokens", "backend", "microseconds", f"over {fastest}", "error")
+    for row in rows:
+        over = 1 / row.ratio_to[fastest] if fastest in row.ratio_to else 1.0
+        table.add_row(
+            row.shape, str(row.tokens), row.backend, f"{row.microseconds:.0f}", f"{over:.1f}", f"{row.error:.1e}"
+        )
+    screen.print(table, highlight=False)
+    if json_path is not None:
+        _write(json_path, {"packing": "bits of keys and values: 60% 2/2, 25% 3/2, 10% 4/4, 5% 8/8"}, rows)
+
+
+def _write(path: Path, about: dict[str, str], rows: Sequence[SpeedRow | AttentionRow]) -> None:
+    import torch
+
+    from qaq_core.native import library
+
+    loaded = library()
+    machine = {
+        "machine": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "isa": loaded.qaq_isa().decode() if loaded else None,
+    }
+    path.write_text(json.dumps({**about, **machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def _table(rows: list[SpeedRow]) -> Table:

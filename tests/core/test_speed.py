@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
+import torch
 
 from qaq_core.errors import ConfigError
 from qaq_core.evaluation import decode_speed
@@ -28,3 +31,18 @@ def test_every_cache_is_timed_and_weighed() -> None:
 def test_decoding_needs_a_prompt_before_it() -> None:
     with pytest.raises(ConfigError, match="no prompt"):
         decode_speed(tiny("llama-gqa"), None, token_ids(12), 12, ["exact"])
+
+
+def test_a_batch_decodes_together_and_other_caches_are_timed() -> None:
+    model, ids = tiny("llama-gqa"), token_ids(60).repeat(3, 1)
+    rows = {row.cache: row for row in decode_speed(model, None, ids, 4, ["exact", "dynamic-bf16"])}
+    assert {row.batch for row in rows.values()} == {3}
+    assert rows["dynamic-bf16"].kv_bytes * 2 == rows["dynamic"].kv_bytes
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_a_backend_that_is_not_installed_is_named() -> None:
+    if importlib.util.find_spec("optimum") is not None:
+        pytest.skip("the backend is installed")
+    with pytest.raises(ConfigError, match="quanto"):
+        decode_speed(tiny("llama-gqa"), None, token_ids(60), 4, ["quanto-int4"])

@@ -1,0 +1,197 @@
+"""How fast decode attention is over one layer's packed tokens, against what torch offers for dense ones.
+
+Everything is timed in one process, in turn, with the caches emptied before each call, as a model's weights do
+between one layer's attention and the next's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from qaq_core.attention import CpuAttention, LayerTokens, ReferenceAttention
+from qaq_core.codecs import ProgressiveCodec
+from qaq_core.codecs.progressive import greedy_order
+from qaq_core.frames import LinearFrame, rotate_pairs
+from qaq_core.native import library
+from qaq_core.packed import PackedTokens
+from qaq_core.quantizer import Quantizer
+
+MIXED = ((0.60, 2, 2), (0.25, 3, 2), (0.10, 4, 4), (0.05, 8, 8))
+"""Shares of tokens and the bits of their keys and values."""
+EXACT = 20
+"""Tokens that are not packed."""
+FLUSH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """One way to attend, on one shape.
+
+    Attributes:
+        shape: query heads/KV heads/head_dim. packing: "mixed", or "dense".
+        microseconds: median of a call.
+        error: relative, against float64 over the same numbers.
+        ratio_to: other backends' time over this one's.
+    """
+
+    shape: str
+    tokens: int
+    backend: str
+    packing: str
+    microseconds: float
+    error: float
+    ratio_to: dict[str, float]
+
+
+@torch.inference_mode()
+def attention_speed(
+    shape: tuple[int, int, int], tokens: int, repeat: int, report: Callable[[str, float], None] | None = None
+) -> list[AttentionRow]:
+    """Times every backend.
+
+    Args:
+        shape: (query heads, KV heads, head_dim).
+        repeat: calls of each.
+    """
+    query_heads, heads, dim = shape
+    generator = torch.Generator().manual_seed(0)
+    if report:
+        report(f"packing {tokens} tokens", 0.0)
+    packed, exact, keys, values = _state(heads, dim, tokens, generator)
+    query = torch.randn(query_heads, 1, dim, generator=generator)
+    layer = LayerTokens(0, exact[0], exact[1], 4, packed)
+    scaling = dim**-0.5
+    codec = packed.quantizer.codec
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    if library() is not None:
+        kernel = CpuAttention(codec)
+        calls["qaq/cpu"] = lambda: kernel(query, layer, scaling)
+    reference = ReferenceAttention(codec, torch.device("cpu"))
+    calls["qaq/reference"] = lambda: reference(query, layer, scaling)
+    calls |= _dense(query, keys, values)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    expected = _exactly(query, keys, values)
+    errors = {
+        name: float((call().view(query.shape) - expected).norm() / expected.norm()) for name, call in calls.items()
+    }
+    flush = torch.zeros(FLUSH_BYTES // 4)
+    for i in range(repeat):
+        if report:
+            report(f"attention {'/'.join(map(str, shape))}", i / repeat)
+        for name, call in calls.items():
+            flush.add_(1)
+            begun = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begun)
+    micros = {name: median(mine) * 1e6 for name, mine in times.items()}
+    return [
+        AttentionRow(
+            shape="/".join(map(str, shape)),
+            tokens=tokens,
+            backend=name,
+            packing="mixed" if name.startswith("qaq/") else "dense",
+            microseconds=micros[name],
+            error=errors[name],
+            ratio_to={other: micros[other] / micros[name] for other in micros if other != name},
+        )
+        for name in calls
+    ]
+
+
+def _state(
+    heads: int, dim: int, tokens: int, generator: torch.Generator
+) -> tuple[PackedTokens, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Packed tokens of one layer, exact ones [2, heads, EXACT, dim], and all as dense keys and values."""
+    eye = torch.eye(dim).expand(1, heads, dim, dim)
+    pairs = torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)
+    frame = LinearFrame(
+        key_matrix=eye.clone(),
+        value_matrix=eye.clone(),
+        key_mean=torch.randn(1, heads, dim, generator=generator),
+        value_mean=torch.randn(1, heads, dim, generator=generator),
+        frequencies=(10_000.0**-pairs).unsqueeze(0),
+        kind=torch.zeros(1, dtype=torch.long),
+    )
+    # Octets that matter less and less, as in a calibrated model.
+    order = greedy_order(torch.linspace(0, -3, dim // 8).exp())
+    quantizer = Quantizer(frame, ProgressiveCodec([order, order]))
+    count = tokens - EXACT
+    drawn = torch.rand(1, heads, count, generator=generator)
+    borders = torch.tensor([share for share, _, _ in MIXED]).cumsum(0)[:-1]
+    kind = torch.bucketize(drawn, borders)
+    widths = [torch.tensor([2 * row[side] for row in MIXED], dtype=torch.uint8)[kind] for side in (1, 2)]
+    rows = [quantizer.rows(side, torch.randn(1, heads, count, dim, generator=generator), 4) for side in (0, 1)]
+    metas = [quantizer.codec.measure(row, None) for row in rows]
+    packed = PackedTokens(quantizer, (1, heads, dim), 4, torch.device("cpu"))
+    packed.append((widths[0], widths[1]), (rows[0], rows[1]), (metas[0], metas[1]), (None, None))
+    exact = torch.randn(2, heads, EXACT, dim, generator=generator).half()
+    # The frame's matrices are 1: a row is what it was, less its center.
+    reference = ReferenceAttention(quantizer.codec, torch.device("cpu"))
+    mean, angles = frame.center(0, tokens) or (exact, exact)
+    centers = (rotate_pairs(mean.unsqueeze(1), angles[4 : 4 + count]), frame.value_mean[0].unsqueeze(1))
+    dense = [
+        torch.cat([held[:, :4].float(), reference.unpack(packed, side, 0) + centers[side], held[:, 4:].float()], 1)
+        for side, held in enumerate(exact)
+    ]
+    return packed, exact, dense[0], dense[1]
+
+
+def _exactly(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    group = query.shape[0] // keys.shape[0]
+    wide_keys, wide_values = (t.double().repeat_interleave(group, 0) for t in (keys, values))
+    scores = query.double() @ wide_keys.mT * query.shape[-1] ** -0.5
+    return scores.softmax(-1) @ wide_values
+
+
+def _dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """What torch offers over dense keys and values [kv_heads, tokens, head_dim]."""
+    heads, dim = keys.shape[0], keys.shape[2]
+    q, k, v = (t.unsqueeze(0) for t in (query, keys, values))
+    q16, k16, v16 = (t.bfloat16() for t in (q, k, v))
+    grouped, grouped16 = q.view(1, heads, -1, dim), q16.view(1, heads, -1, dim)
+    key_codes, key_scale = _int4(k)
+    value_codes, value_scale = _int4(v)
+
+    def dequantize() -> torch.Tensor:
+        return sdpa(q, _from_int4(key_codes, key_scale), _from_int4(value_codes, value_scale), enable_gqa=True)
+
+    return {
+        "sdpa-fp32": lambda: sdpa(q, k, v, enable_gqa=True),
+        "sdpa-bf16": lambda: sdpa(q16, k16, v16, enable_gqa=True),
+        "grouped-sdpa-fp32": lambda: sdpa(grouped, k, v),
+        "grouped-sdpa-bf16": lambda: sdpa(grouped16, k16, v16),
+        "grouped-matmul-bf16": lambda: (grouped16 @ k16.mT * dim**-0.5).softmax(-1) @ v16,
+        "dequantize-sdpa": dequantize,
+    }
+
+
+def _int4(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two 4-bit codes a byte and scales by groups of a head's dims, as transformers' QuantizedCache holds them."""
+    scale = dense.abs().amax(-1, keepdim=True) / 7
+    codes = (dense / scale).round().clamp(-7, 7).add(8).to(torch.uint8)
+    return codes[..., ::2] | (codes[..., 1::2] << 4), scale
+
+
+def _from_int4(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    both = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+    return (both.float() - 8) * scale
+
+
+def parse_shapes(shapes: str) -> Sequence[tuple[tuple[int, int, int], int]]:
+    """((query heads, KV heads, head_dim), tokens) of "9/3/64/4096,…"."""
+    parsed = []
+    for one in shapes.split(","):
+        numbers = one.split("/")
+        if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+            raise ValueError(f"{one}: query heads/KV heads/head_dim/tokens")
+        query_heads, heads, dim, tokens = map(int, numbers)
+        if query_heads % heads or dim % 16 or tokens <= EXACT:
+            raise ValueError(f"{one}: query heads are a multiple of KV heads, head_dim of 16, tokens over {EXACT}")
+        parsed.append(((query_heads, heads, dim), tokens))
+    return parsed
