@@ -9,6 +9,7 @@ import torch
 
 from qaq_core.cache import QAQCache
 from qaq_core.errors import UnsupportedModelError
+from qaq_core.packing import HALF
 from qaq_core.pages import KEY, VALUE
 from tests.core.models import KINDS, SLIDING, calibration, capped, teacher_forced, tiny, token_ids
 
@@ -58,7 +59,7 @@ def test_what_has_slid_out_of_the_window_does_not_count(kind: str) -> None:
         for side in (KEY, VALUE):
             pool = sequence.packed.sides[side].pools[0]
             for layer in layers:
-                rows = pool.layer(16, layer).view(sequence.packed.heads, len(sequence.packed), -1)
+                rows = pool.layer(HALF, layer).view(sequence.packed.heads, len(sequence.packed), -1)
                 rows[:, :gone] = 0x3C  # finite half-precision numbers about 1
         with torch.no_grad():
             return torch.stack(
