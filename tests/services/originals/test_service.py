@@ -75,7 +75,7 @@ BAD_PUTS = {
     "dtype": ([piece(dtype="int8")], "float32, float16, bfloat16"),
     "no layers": ([piece(layers=0)], "shape.layers is 0"),
     "negative": ([piece(tokens=-1)], "shape.tokens is -1"),
-    "odd dim": ([piece(head_dim=12)], "multiple of 8"),
+    "odd dim": ([piece(head_dim=12)], "multiple of 16"),
     "huge": ([piece(layers=30_000, head_dim=1024)], "fewer page_tokens"),
     "too few bytes": ([piece(bytes(8))], "its shape says 3,072"),
     "too many bytes": ([piece(last=False), piece(b"x")], "its shape says 3,072"),
