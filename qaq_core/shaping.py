@@ -21,6 +21,8 @@ FISHER_FLOOR = 0.01
 """Share of the mean cost that every direction has at least: few gradients were seen."""
 
 COVARIANCE_FLOOR = 1e-3
+LARGEST = 2.0**14
+"""A head whose vectors are all but nothing (a pruned one) keeps them so, where half precision would overflow."""
 
 
 def shaped(covariance: torch.Tensor, fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +41,8 @@ def shaped(covariance: torch.Tensor, fisher: torch.Tensor) -> tuple[torch.Tensor
     mix = torch.block_diag(*[hadamard(OCTET)] * (dim // OCTET)).to(sigma.device)
     matrix = mix @ axes.flip(-1).mT @ balance
     variance = _octet_means(matrix @ sigma @ matrix.mT)
-    matrix = (matrix / variance.sqrt().repeat_interleave(OCTET, -1).unsqueeze(-1)).to(torch.float16)
+    matrix = matrix / variance.sqrt().repeat_interleave(OCTET, -1).unsqueeze(-1)
+    matrix = (matrix / (matrix.abs().amax((-2, -1), keepdim=True) / LARGEST).clamp_min(1.0)).to(torch.float16)
     back = torch.linalg.inv(matrix.double())
     return matrix, _octet_means(back.mT @ cost @ back).float()
 

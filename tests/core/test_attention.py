@@ -11,6 +11,7 @@ from qaq_core import packed as packed_module
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
 from qaq_core.outliers import split_outliers
 from qaq_core.packed import PackedTokens
+from qaq_core.packing import HALF, WIDTHS
 from qaq_core.pages import KEY, VALUE
 from tests.core.rows import QUANTIZER_NAMES, decoded, normal, quantizers
 
@@ -27,7 +28,7 @@ class Subject:
         self.packed = PackedTokens(self.quantizer, (LAYERS, HEADS, dim), SINKS, CPU)
         self.whole = normal(0, 2, LAYERS, HEADS, LENGTH, dim)  # what attention should see
         widths, rows, metas, kept = [], [], [], []
-        choices = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.uint8)
+        choices = torch.tensor(WIDTHS[1:-1], dtype=torch.uint8)
         for side in (KEY, VALUE):
             middle = self.whole[side, :, :, SINKS : SINKS + PACKED]
             row = self.quantizer.rows(side, middle, SINKS)
@@ -38,25 +39,26 @@ class Subject:
             if side == VALUE and name == "balanced":
                 width[:, :, ::5] = 0
             if name == "balanced":
-                width[:, :, 3::7] = 16
+                width[:, :, 3::7] = HALF
             full = meta.expand(LAYERS, HEADS, PACKED, -1)
             seen = torch.zeros_like(row)
             for w in width.unique().tolist():
-                seen[width == w] = decoded(self.quantizer, row[width == w], full[width == w], w)
+                seen[width == w] = decoded(self.quantizer, side, row[width == w], full[width == w], w)
             if mask is not None:
                 seen[mask] = row[mask].half().float()
-            self.whole[side, :, :, SINKS : SINKS + PACKED] = self._restored(middle, row, seen)
+            self.whole[side, :, :, SINKS : SINKS + PACKED] = self._restored(side, middle, row, seen)
             widths.append(width)
             rows.append(row)
             metas.append(meta)
             kept.append(split)
         self.packed.append((widths[0], widths[1]), (rows[0], rows[1]), (metas[0], metas[1]), (kept[0], kept[1]))
 
-    def _restored(self, middle: torch.Tensor, row: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Original plus the error that the frame's rows have, turned back (the frame is an isometry)."""
-        error = seen - row
-        matrix = getattr(self.quantizer.frame, "_matrix", None)
-        return middle + (error if matrix is None else error @ matrix.T)
+    def _restored(self, side: int, middle: torch.Tensor, row: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Original plus the error that the frame's rows have, turned back."""
+        error, tables = (seen - row).double(), self.quantizer.frame.tensors()
+        if tables:
+            error = error @ torch.linalg.inv(tables[("key_matrix", "value_matrix")[side]].double()).mT
+        return middle + error.float()
 
     def tokens(self, layer: int) -> LayerTokens:
         exact = torch.cat([self.whole[:, :, :, :SINKS], self.whole[:, :, :, SINKS + PACKED :]], 3)

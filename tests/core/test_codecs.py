@@ -10,11 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaq_core import codecs
-from qaq_core.codecs import Codec, GaussianCodec, NormalCodec, UniformCodec
+from qaq_core.codecs import Codec, GaussianCodec, NormalCodec, ProgressiveCodec, UniformCodec
 from qaq_core.errors import ConfigError, QuantizationError
-from tests.core.rows import GROUPS, HEAD_DIMS, decoded, normal, quantizers
+from qaq_core.frames import PlainFrame
+from qaq_core.packing import HALF
+from qaq_core.pages import KEY
+from qaq_core.quantizer import Quantizer
+from tests.core.rows import GROUPS, HEAD_DIMS, decoded, normal, orders, quantizers
 
-CODECS: dict[str, Codec] = {"gaussian": GaussianCodec(), "uniform": UniformCodec(), "normal": NormalCodec()}
+CODECS: dict[str, Codec] = {
+    "gaussian": GaussianCodec(),
+    "progressive": ProgressiveCodec(orders(64)),
+    "uniform": UniformCodec(),
+    "normal": NormalCodec(),
+}
 
 # Mean squared error of Lloyd-Max quantizers of a standard normal at 1 to 5 bits (Max 1960).
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
@@ -24,7 +33,7 @@ def edges(name: str, bits: int) -> torch.Tensor:
     """Inner cell edges at a width of its own, from the definition of each codec."""
     inner = torch.arange(1, 2**bits, dtype=torch.float64) / 2**bits
     normal_quantiles = torch.special.ndtri(inner)
-    return {"gaussian": 1.57 * normal_quantiles, "uniform": inner, "normal": normal_quantiles}[name].float()
+    return {"uniform": inner, "normal": normal_quantiles}.get(name, 1.57 * normal_quantiles).float()
 
 
 @given(seed=st.integers(0, 1 << 30))
@@ -98,11 +107,12 @@ def test_the_uniform_codec_errs_by_half_a_cell_at_most(seed: int, dim: int, grou
     quantizer = quantizers(2, 2, dim)[f"uniform-{group}"]
     meta = quantizer.codec.measure(rows, None)
     full = meta.expand(2, 2, 3, -1)
-    got = decoded(quantizer, rows.view(-1, dim), full.reshape(-1, full.shape[-1]), bits).view(rows.shape)
+    flat = full.reshape(-1, full.shape[-1])
+    got = decoded(quantizer, KEY, rows.view(-1, dim), flat, 2 * bits).view(rows.shape)
     scale, _ = quantizer.codec.affine(full)
     # Half-precision parameters: a number may lie that much outside of the range they span.
     rounding = 2**-10 * float(rows.abs().max())
-    assert bool(((got - rows).abs() <= scale.unsqueeze(-1) / 2 ** (bits + 1) + rounding).all())
+    assert bool(((got - rows).abs() <= scale / 2 ** (bits + 1) + rounding).all())
 
 
 def test_uniform_by_hand() -> None:
@@ -149,18 +159,30 @@ def test_constant_rows_come_back_at_any_width(name: str, value: float, dim: int)
     quantizer = quantizers(1, 1, dim)[name]
     rows = torch.full((1, 1, 1, dim), value)
     meta = quantizer.codec.measure(rows, None)
-    for width in (1, 3, 8):
-        assert decoded(quantizer, rows[0, 0], meta[0, 0], width) == pytest.approx(
+    for width in (2, 6, 16):
+        assert decoded(quantizer, KEY, rows[0, 0], meta[0, 0], width) == pytest.approx(
             rows[0, 0], abs=1e-6 + 1e-3 * abs(value)
         )
 
 
 def test_rows_of_zeros_come_back_near_zero() -> None:
+    quantizer = Quantizer(PlainFrame(), GaussianCodec())
+    rows = torch.zeros(1, 1, 1, 64)
+    meta = quantizer.codec.measure(rows, None)
+    for width in (1, 4, 16, HALF):
+        assert float(decoded(quantizer, KEY, rows[0, 0], meta[0, 0], width).abs().max()) < 1e-4
+
+
+def test_rows_of_zeros_come_back_as_the_smallest_typical_rows_smallest_levels() -> None:
+    """Rows are in units of a typical one, and no scale is below 2^-7/3 of it."""
     quantizer = quantizers(1, 1, 64)["balanced"]
     rows = torch.zeros(1, 1, 1, 64)
     meta = quantizer.codec.measure(rows, None)
     for width in (1, 4, 16):
-        assert float(decoded(quantizer, rows[0, 0], meta[0, 0], width).abs().max()) < 1e-4
+        fewest = int(quantizer.layout(KEY, 64).planes[width].clamp_min(1).min())
+        most = 2 ** (-7 / 3) * float(quantizer.codec.levels(fewest).abs().min())
+        assert float(decoded(quantizer, KEY, rows[0, 0], meta[0, 0], width).abs().max()) <= most * 1.0001
+    assert not bool(decoded(quantizer, KEY, rows[0, 0], meta[0, 0], HALF).any())
 
 
 @pytest.mark.parametrize("name", ["balanced", "uniform-head", "uniform-layer", "normal-head"])
@@ -172,13 +194,15 @@ def test_rows_beyond_the_range_are_refused_naming_the_layer(name: str) -> None:
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="gaussian, normal, uniform"):
+    with pytest.raises(ConfigError, match="gaussian, normal, progressive, uniform"):
         codecs.make("kmeans")
     with pytest.raises(ConfigError, match="head, layer, token"):
         codecs.make("uniform", group="batch")
 
 
-@pytest.mark.parametrize("codec", [GaussianCodec(), UniformCodec("token"), NormalCodec("head")])
+@pytest.mark.parametrize(
+    "codec", [GaussianCodec(), ProgressiveCodec(orders(32)), UniformCodec("token"), NormalCodec("head")]
+)
 def test_settings_make_the_same_codec(codec: Codec) -> None:
     again = codecs.make(**codec.settings())  # type: ignore[arg-type]
     assert (type(again), again.settings()) == (type(codec), codec.settings())

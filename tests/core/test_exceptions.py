@@ -21,7 +21,7 @@ from tests.core.models import calibration, tiny
 from tests.core.rows import normal
 from tests.core.test_sequence import agrees_with_originals
 
-LENGTH = 132  # 4 sinks, 112 packed, 16 recent
+LENGTH = 132  # 4 sinks, 120 packed, 8 recent
 OLD = 20
 """A position among the packed ones that attention comes back to."""
 
@@ -115,14 +115,14 @@ def test_rows_and_bytes_are_counted(preset: str) -> None:
     after = [subject.sequence.packed.widths(side).long() for side in (KEY, VALUE)]
     gained = [(new - old).clamp_min(0) for new, old in zip(after, held, strict=True)]
     lost = [(old - new).clamp_min(0) for new, old in zip(after, held, strict=True)]
-    octets = subject.method.shape.head_dim // 8
+    half_bit = subject.method.shape.head_dim // 16
     now = subject.exceptions.counts
     rows = sum(int((g > 0).sum()) for g in gained)
     assert rows > 0
     assert now.exceptions - counts.exceptions == now.rows_requantized - counts.rows_requantized == rows
-    assert now.requantize_bytes - counts.requantize_bytes == octets * sum(int(g.sum()) for g in gained)
+    assert now.requantize_bytes - counts.requantize_bytes == half_bit * sum(int(g.sum()) for g in gained)
     assert now.rows_narrowed - counts.rows_narrowed == sum(int((x > 0).sum()) for x in lost)
-    change = octets * sum(int(g.sum()) - int(x.sum()) for g, x in zip(gained, lost, strict=True))
+    change = half_bit * sum(int(g.sum()) - int(x.sum()) for g, x in zip(gained, lost, strict=True))
     assert subject.sequence.packed.nbytes == bytes_before + change
     agrees_with_originals(subject.sequence)
 

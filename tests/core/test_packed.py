@@ -9,16 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaq_core import packed as packed_module
-from qaq_core import packing
 from qaq_core.outliers import split_outliers
 from qaq_core.packed import PackedTokens
-from qaq_core.packing import HALF
+from qaq_core.packing import HALF, WIDTHS
 from qaq_core.pages import KEY, VALUE
 from tests.core.rows import HEAD_DIMS, QUANTIZER_NAMES, normal, page_shape, quantizers, request
 
 LAYERS, HEADS, START = 2, 2, 4
 CPU = torch.device("cpu")
-WIDTHS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.uint8)
+EVERY = torch.tensor(WIDTHS[:-1], dtype=torch.uint8)
 
 
 class Subject:
@@ -33,7 +32,7 @@ class Subject:
         self.shape = page_shape(LAYERS, HEADS, dim)
 
     def random_widths(self, *shape: int) -> torch.Tensor:
-        return WIDTHS[torch.randint(0, len(WIDTHS), shape, generator=self.generator)]
+        return EVERY[torch.randint(0, len(EVERY), shape, generator=self.generator)]
 
     def append(self, n: int) -> None:
         fresh = torch.randn(2, LAYERS, HEADS, n, self.originals.shape[-1], generator=self.generator) * 3
@@ -69,7 +68,7 @@ class Subject:
         index, old, new = index[moving], old[moving], new[moving]
         up = new > old
         planes = self.ask(side, index[up], old[up], new[up])
-        sizes = torch.where(up, (new.long() - old.long()) * (self.originals.shape[-1] // 8), 0)
+        sizes = torch.where(up, (new.long() - old.long()) * self.originals.shape[-1] // 16, 0)
         self.packed.change(side, index, new, torch.from_numpy(planes), sizes.cumsum(0) - sizes)
         flat[index] = new
 
@@ -93,10 +92,10 @@ class Subject:
 
     def counts(self) -> int:
         """Bytes by the sum of what must be there."""
-        octets = self.originals.shape[-1] // 8
+        half_bit = self.originals.shape[-1] // 16
         metas = sum(side.meta.numel() for side in self.packed.sides)
         pools = sum(4 * pool.first.numel() for side in self.packed.sides for pool in side.pools)
-        return int(self.widths.long().sum()) * octets + self.packed.tags.numel() + metas + pools
+        return int(self.widths.long().sum()) * half_bit + self.packed.tags.numel() + metas + pools
 
 
 @given(data=st.data(), dim=st.sampled_from(HEAD_DIMS), seed=st.integers(0, 1 << 30))
@@ -118,21 +117,21 @@ def test_rows_are_the_originals_quantized_through_appends_and_moves(
 
 
 def test_narrowing_is_quantizing_the_original() -> None:
-    """No double quantization: 8 bits narrowed to 3 are the 3 bits of the original."""
+    """No double quantization: 8 bits narrowed to 2.5 are the 2.5 bits of the original."""
     subject = Subject("balanced", 64, 0)
     subject.append(5)
-    for target in (8, 3):
+    for target in (16, 5):
         index = torch.arange(LAYERS * HEADS * 5)
         old = subject.widths[KEY].reshape(-1)
         lower = torch.minimum(old, torch.full_like(old, target))
-        new = torch.full_like(old, target) if target == 8 else lower
+        new = torch.full_like(old, target) if target == 16 else lower
         up = new > old
         planes = subject.ask(KEY, index[up], old[up], new[up])
-        sizes = torch.where(up, (new.long() - old.long()) * 8, 0)
+        sizes = torch.where(up, (new.long() - old.long()) * 4, 0)
         subject.packed.change(KEY, index, new, torch.from_numpy(planes), sizes.cumsum(0) - sizes)
         subject.widths[KEY] = new.view(LAYERS, HEADS, 5)
         subject.agrees()
-    assert subject.packed.histogram(KEY) == {3: LAYERS * HEADS * 5}
+    assert subject.packed.histogram(KEY) == {2.5: LAYERS * HEADS * 5}
 
 
 def test_histogram_counts_vectors_per_width_and_side() -> None:
@@ -140,7 +139,7 @@ def test_histogram_counts_vectors_per_width_and_side() -> None:
     subject.append(40)
     for side in (KEY, VALUE):
         widths, counts = subject.widths[side].unique(return_counts=True)
-        assert subject.packed.histogram(side) == dict(zip(widths.tolist(), counts.tolist(), strict=True))
+        assert subject.packed.histogram(side) == dict(zip((widths / 2).tolist(), counts.tolist(), strict=True))
 
 
 def test_half_precision_rows_hold_the_row() -> None:
@@ -152,8 +151,28 @@ def test_half_precision_rows_hold_the_row() -> None:
     subject.packed.append((widths, widths), (rows[0], rows[1]), (metas[0], metas[1]), (None, None))
     held = subject.packed.sides[KEY].pools[0].rows[HALF]
     scale, _ = subject.quantizer.codec.affine(metas[KEY])
-    got = held.reshape(-1, 64 * 2).view(torch.float16).view(LAYERS, HEADS, 3, 64).float() * scale.unsqueeze(-1)
+    units = held.view(torch.float16).view(LAYERS, HEADS, 3, 64).float()
+    got = units * subject.quantizer.spread(scale, 64)
     assert torch.allclose(got, rows[KEY], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", WIDTHS[1:-1])
+def test_half_precision_rows_become_the_codes_of_what_they_hold(width: int) -> None:
+    subject = Subject("balanced", 64, 0)
+    original = normal(0, 2, LAYERS, HEADS, 3, 64)
+    rows = [subject.quantizer.rows(side, original[side], START) for side in (KEY, VALUE)]
+    metas = [subject.quantizer.codec.measure(row, None) for row in rows]
+    halves = torch.full((LAYERS, HEADS, 3), HALF, dtype=torch.uint8)
+    subject.packed.append((halves, halves), (rows[0], rows[1]), (metas[0], metas[1]), (None, None))
+    units = subject.packed.sides[VALUE].pools[0].rows[HALF].view(torch.float16).float()
+    index = torch.tensor([1, 4, 5, 11])
+    nothing = torch.empty(0, dtype=torch.uint8)
+    widths = torch.full((4,), width, dtype=torch.uint8)
+    subject.packed.change(VALUE, index, widths, nothing, torch.zeros_like(index))
+    layout = subject.quantizer.layout(VALUE, 64)
+    expected = layout.pack(subject.quantizer.codec.codes(units), 0, layout.row_bytes(width))
+    assert torch.equal(subject.packed.sides[VALUE].pools[0].rows[width], expected[index])
+    assert subject.packed.histogram(VALUE) == {width / 2: 4, 16: LAYERS * HEADS * 3 - 4}
 
 
 def test_outliers_are_counted_and_grow_with_the_tokens() -> None:
@@ -172,8 +191,8 @@ def test_outliers_are_counted_and_grow_with_the_tokens() -> None:
             (metas[0][:, :, part], metas[1][:, :, part]),
             (kept[0], kept[1]),
         )
-    codes = 2 * LAYERS * HEADS * 6 * 8 * 2
-    codes += 2 * 4 * LAYERS * HEADS * len(packing.WIDTHS)  # where each head's rows begin
+    codes = 2 * LAYERS * HEADS * 6 * 64 // 16 * 2
+    codes += 2 * 4 * LAYERS * HEADS * len(WIDTHS)  # where each head's rows begin
     expected = codes + LAYERS * HEADS * 6 + sum(meta.numel() for meta in metas) + sum(o.nbytes for o, _ in split)
     assert subject.packed.nbytes == expected
     held = subject.packed.sides[KEY].outliers

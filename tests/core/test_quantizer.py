@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -9,33 +11,63 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaq_core.errors import ConfigError, QuantizationError
-from qaq_core.packing import HALF, LevelTable, unpack_half
+from qaq_core.frames import LinearFrame
+from qaq_core.packing import HALF, WIDTHS, LevelTable, unpack_half
 from qaq_core.pages import KEY, VALUE
 from qaq_core.quantizer import Quantizer
 from tests.core.rows import HEAD_DIMS, QUANTIZER_NAMES, decoded, normal, page_shape, quantizers, request
 
+CPU = torch.device("cpu")
 
-@given(
-    seed=st.integers(0, 1 << 30),
-    dim=st.sampled_from(HEAD_DIMS),
-    width=st.sampled_from((1, 2, 3, 4, 5, 6, 7, 8, HALF)),
-)
+
+@given(seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS), side=st.sampled_from((KEY, VALUE)))
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["balanced", "uniform-layer", "normal-head"])
-def test_encoded_rows_unpack_to_the_codecs_levels(name: str, seed: int, dim: int, width: int) -> None:
-    quantizer = quantizers(1, 1, dim)[name]
-    rows = quantizer.rows(KEY, normal(seed, 1, 1, 6, dim), start=9)
+def test_encoded_rows_unpack_to_the_codecs_levels(name: str, width: int, side: int, seed: int, dim: int) -> None:
+    quantizer = made(name, dim)
+    rows = quantizer.rows(side, normal(seed, 1, 1, 6, dim), start=9)
     meta = quantizer.codec.measure(rows, None)
     rows, meta = rows[0, 0], meta[0, 0]
-    packed = quantizer.encode(rows, meta, 0, width)
-    assert packed.shape == (6, dim // 8, width)
-    units = torch.empty(6, dim)
+    packed = quantizer.encode(side, rows, meta, 0, width)
+    assert packed.shape == (6, dim * width // 16)
+    got = unpacked(quantizer, side, packed, meta, width, dim)
+    assert torch.equal(got, decoded(quantizer, side, rows, meta, width))
+
+
+@cache
+def made(name: str, dim: int) -> Quantizer:
+    return quantizers(1, 1, dim)[name]
+
+
+def unpacked(
+    quantizer: Quantizer, side: int, packed: torch.Tensor, meta: torch.Tensor, width: int, dim: int
+) -> torch.Tensor:
+    """Rows [n, dim] as attention reads them."""
+    units = torch.empty(len(packed), dim)
     if width == HALF:
         units = unpack_half(packed)
     else:
-        LevelTable(quantizer.codec.levels(width)).unpack(packed, units)
+        levels = [quantizer.codec.levels(bits) for bits in range(1, 9)]
+        LevelTable(levels, quantizer.layout(side, dim), CPU).unpack(packed, width, units)
     scale, offset = quantizer.codec.affine(meta)
-    got = units * scale[:, None] + (0.0 if offset is None else offset[:, None])
-    assert torch.equal(got, decoded(quantizer, rows, meta, width))
+    return units * quantizer.spread(scale, dim) + (0.0 if offset is None else offset[:, None])
+
+
+@given(seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS), side=st.sampled_from((KEY, VALUE)))
+@pytest.mark.parametrize("name", ["balanced", "uniform-layer"])
+def test_mixed_widths_are_each_rows_own(name: str, side: int, seed: int, dim: int) -> None:
+    quantizer, n = made(name, dim), 12
+    rows = quantizer.rows(side, normal(seed, 1, 1, n, dim), start=0)
+    meta = quantizer.codec.measure(rows, None).expand(1, 1, n, -1)[0, 0]
+    generator = torch.Generator().manual_seed(seed)
+    every = torch.tensor(WIDTHS, dtype=torch.uint8)
+    pairs = every[torch.randint(0, len(WIDTHS), (2, n), generator=generator)].sort(0).values
+    have, want = torch.where(pairs[1] == HALF, 0, pairs[0]), pairs[1]
+    planes, offsets = quantizer.encode_each(side, rows[0, 0], meta, have, want)
+    ends = [*offsets[1:].tolist(), len(planes)]
+    for i, (first, last) in enumerate(zip(offsets.tolist(), ends, strict=True)):
+        whole = quantizer.encode(side, rows[0, 0, i : i + 1], meta[i : i + 1], 0, int(want[i]))[0]
+        assert torch.equal(planes[first:last], whole[int(have[i]) * dim // 16 :])
 
 
 @pytest.mark.parametrize("name", QUANTIZER_NAMES)
@@ -44,7 +76,16 @@ def test_its_bytes_make_the_same_quantizer(name: str) -> None:
     again = Quantizer.from_bytes(made.to_bytes())
     assert (again.id, again.to_bytes(), again.meta_bytes) == (made.id, made.to_bytes(), made.meta_bytes)
     originals = normal(0, 2, 3, 4, 64)
-    assert torch.equal(again.rows(KEY, originals, 5), made.rows(KEY, originals, 5))
+    for side in (KEY, VALUE):
+        assert torch.equal(again.rows(side, originals, 5), made.rows(side, originals, 5))
+        assert torch.equal(again.layout(side, 64).order, made.layout(side, 64).order)
+
+
+def test_tables_that_share_memory_have_bytes_too() -> None:
+    matrix, mean = torch.eye(16).expand(2, 1, -1, -1), torch.zeros(2, 1, 16)
+    frame = LinearFrame(matrix, matrix, mean, mean, torch.ones(1, 8), torch.zeros(2))
+    again = Quantizer.from_bytes(Quantizer(frame, quantizers(1, 1, 16)["balanced"].codec).to_bytes())
+    assert torch.equal(again.frame.tensors()["value_matrix"], matrix)
 
 
 def test_different_quantizers_have_different_names() -> None:
@@ -60,7 +101,7 @@ def test_an_unknown_frame_is_refused() -> None:
         def tensors(self) -> dict[str, torch.Tensor]:
             return {}
 
-    raw = Quantizer(Odd(), quantizers(1, 1, 8)["balanced"].codec).to_bytes()  # type: ignore[arg-type]
+    raw = Quantizer(Odd(), quantizers(1, 1, 16)["balanced"].codec).to_bytes()  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="odd"):
         Quantizer.from_bytes(raw)
 
@@ -94,8 +135,8 @@ def test_a_request_is_answered_in_its_order_with_the_missing_planes(name: str, s
     rng = np.random.default_rng(seed)
     layer, head = rng.integers(0, layers, n), rng.integers(0, heads, n)
     position, side = rng.integers(start, start + tokens, n), rng.integers(0, 2, n)
-    have = rng.integers(0, 8, n)
-    want = np.where(rng.random(n) < 0.2, HALF, rng.integers(have + 1, 9))
+    lower = rng.integers(0, len(WIDTHS) - 1, n)
+    have, want = np.array(WIDTHS)[lower], np.array(WIDTHS)[rng.integers(lower + 1, len(WIDTHS))]
     shape = page_shape(layers, heads, dim)
     halves = [
         request(shape, metas[s], layer, head, position, np.full(n, s), have, want, start) for s in (KEY, VALUE)
@@ -111,8 +152,9 @@ def test_a_request_is_answered_in_its_order_with_the_missing_planes(name: str, s
     expected = []
     for i in range(n):
         row = rows[side[i]][layer[i], head[i], position[i] - start][None]
-        whole = quantizer.encode(row, torch.from_numpy(asked.meta[i : i + 1]), 0, int(want[i]))
-        expected.append((whole if want[i] == HALF else whole[..., have[i] :]).numpy().reshape(-1))
+        whole = quantizer.encode(int(side[i]), row, torch.from_numpy(asked.meta[i : i + 1]), 0, int(want[i]))
+        lacked = whole if want[i] == HALF else whole[:, have[i] * dim // 16 :]
+        expected.append(lacked.numpy().reshape(-1))
     assert np.array_equal(got, np.concatenate(expected))
     assert [len(part) for part in expected] == asked.payload_bytes().tolist()
 

@@ -38,7 +38,7 @@ def test_kivi_rounds_to_the_nearest_level_of_the_group(side: int, bits: int) -> 
     span = (split.amax(dim, keepdim=True) - split.amin(dim, keepdim=True)).expand_as(split).reshape(rows.shape)
     for layer in range(2):
         got = levels[layer].clone()
-        groups.apply(got, layer, 0, torch.ones(1, 1), None)
+        groups.apply(got, layer, 0)
         # Half a step, and what rounding the minimum and the span to half precision takes away.
         most = span[layer] / (2**bits - 1) / 2 * 1.001 + 2e-3 * rows[layer].abs().amax()
         assert bool(((got - rows[layer]).abs() <= most).all())
@@ -53,11 +53,11 @@ def test_kivi_groups_of_part_of_the_tokens(side: int) -> None:
     assert torch.equal(joined.value, whole.value)
     units = whole.units(rows)
     got = units[1, :, GROUP : 3 * GROUP].clone()
-    whole.apply(got, 1, GROUP, torch.ones(1, 1), None)
+    whole.apply(got, 1, GROUP)
     torch.testing.assert_close(got, rows[1, :, GROUP : 3 * GROUP], atol=1e-5, rtol=1e-5)
     part = whole.narrow(GROUP, 3 * GROUP)
     got = units[1, :, GROUP : 3 * GROUP].clone()
-    part.apply(got, 1, 0, torch.ones(1, 1), None)
+    part.apply(got, 1, 0)
     torch.testing.assert_close(got, rows[1, :, GROUP : 3 * GROUP], atol=1e-5, rtol=1e-5)
     assert whole.narrow(0, 0).nbytes == 0
     # Minimum and span in half precision for 32 numbers.

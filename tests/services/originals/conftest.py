@@ -12,9 +12,10 @@ from pydantic import SecretStr
 from qaq.v1 import originals_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.codecs import GaussianCodec
-from qaq_core.frames import RotatedFrame, random_signs
+from qaq_core.codecs import ProgressiveCodec
+from qaq_core.frames import LinearFrame
 from qaq_core.originals import RowRequest
+from qaq_core.packing import WIDTHS
 from qaq_core.pages import Page, PageShape, page_id
 from qaq_core.quantizer import Quantizer
 from services.common.channel import open_channel
@@ -40,9 +41,8 @@ def make_pages(count: int, shape: PageShape = SHAPE, seed: int = 0) -> list[Page
 def make_request(pages: list[Page], rows: int, meta_bytes: int, seed: int = 0) -> RowRequest:
     """Random rows of pages, every width among them."""
     random, shape = np.random.default_rng(seed), pages[0].shape
-    have = random.integers(0, 8, rows).astype(np.uint8)
-    want = (have + 1 + random.integers(0, 8, rows) % (8 - have)).astype(np.uint8)
-    want[random.random(rows) < 0.1] = 16
+    lower = random.integers(0, len(WIDTHS) - 1, rows)
+    have, want = (np.array(WIDTHS, np.uint8)[i] for i in (lower, random.integers(lower + 1, len(WIDTHS))))
     page = random.integers(0, len(pages), rows).astype(np.int32)
     token = random.integers(0, shape.tokens, rows).astype(np.int16)
     return RowRequest(
@@ -64,11 +64,14 @@ def make_request(pages: list[Page], rows: int, meta_bytes: int, seed: int = 0) -
 def quantizer() -> Quantizer:
     """The frame and codec of the balanced preset, with random tables."""
     generator = torch.Generator().manual_seed(1)
-    means = torch.randn(2, SHAPE.layers, SHAPE.kv_heads, SHAPE.head_dim, generator=generator)
+    heads = (2, SHAPE.layers, SHAPE.kv_heads)
+    means = torch.randn(*heads, SHAPE.head_dim, generator=generator)
+    matrices = torch.randn(*heads, SHAPE.head_dim, SHAPE.head_dim, generator=generator) / 4
+    matrices = (matrices + 2 * torch.eye(SHAPE.head_dim)).half()
     frequencies = 10_000.0 ** -(torch.arange(SHAPE.head_dim // 2, dtype=torch.float64) / (SHAPE.head_dim // 2))
     kind = torch.zeros(SHAPE.layers, dtype=torch.long)
-    frame = RotatedFrame(means[0], means[1], frequencies[None], kind, random_signs(SHAPE.head_dim))
-    return Quantizer(frame, GaussianCodec())
+    frame = LinearFrame(matrices[0], matrices[1], means[0], means[1], frequencies[None], kind)
+    return Quantizer(frame, ProgressiveCodec([[0] * 3 + [1, 0] * 5 + [1] * 3, [0, 1] * 8]))
 
 
 @pytest.fixture

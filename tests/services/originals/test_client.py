@@ -90,7 +90,7 @@ async def test_the_answer_depends_on_what_redis_holds(
     pages = make_pages(1)
     await wait(remote.put(pages))
     request = dataclasses.replace(
-        make_request(pages, 40, 1), want=np.full(40, 8, np.uint8), have=np.zeros(40, np.uint8)
+        make_request(pages, 40, 1), want=np.full(40, 16, np.uint8), have=np.zeros(40, np.uint8)
     )
     first = (await wait(remote.requantize(request, quantizer))).planes.reshape(40, -1)
     # One stored original changes its sign: the rows made of it change, and no others.
