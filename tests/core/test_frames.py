@@ -23,7 +23,7 @@ def rope(vector: torch.Tensor, frequencies: torch.Tensor, position: int) -> torc
     return out
 
 
-@pytest.mark.parametrize("dim", (8, 16, *HEAD_DIMS))
+@pytest.mark.parametrize("dim", [8, 16, *HEAD_DIMS])
 def test_hadamard_is_orthogonal_in_blocks_and_the_same_everywhere(dim: int) -> None:
     matrix = hadamard(dim)
     block = dim & -dim
