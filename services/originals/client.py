@@ -212,8 +212,8 @@ class RemoteOriginals:
         return RowReply(np.frombuffer(reply.found, np.uint8) != 0, np.frombuffer(reply.planes, np.uint8))
 
     async def _put_codec(self, quantizer: Quantizer) -> None:
-        request = pb.PutCodecRequest(codec_id=quantizer.id, tables=quantizer.to_bytes())
-        await self._call(quantizer.id, lambda stub: stub.PutCodec(request, timeout=CALL_TIMEOUT_S))
+        pieces = wire.codec_pieces(quantizer.id, quantizer.to_bytes())
+        await self._call(quantizer.id, lambda stub: stub.PutCodec(iter(pieces), timeout=PUT_TIMEOUT_S))
         self._codecs.add(quantizer.id)
 
     async def _match(self, page_ids: list[bytes]) -> int:

@@ -21,6 +21,7 @@ from services.originals import wire
 from services.originals.store import PageStore
 
 MAX_IDS = 65_536
+MAX_CODEC_BYTES = 256 << 20
 _QUANTIZERS_KEPT = 8
 
 
@@ -52,12 +53,21 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
             raise InvalidArgument("the stream ended inside a page; its last piece must say so")
         return reply
 
-    async def PutCodec(self, request: pb.PutCodecRequest, context: Any) -> pb.PutCodecReply:
-        _check_codec_id(request.codec_id)
-        quantizer = await self._in_thread(_parse_quantizer, request.tables)
-        if quantizer.id != request.codec_id:
+    async def PutCodec(self, requests: AsyncIterator[pb.PutCodecRequest], context: Any) -> pb.PutCodecReply:
+        codec_id, tables = b"", bytearray()
+        async for request in requests:
+            _check_codec_id(request.codec_id)
+            if codec_id and request.codec_id != codec_id:
+                raise InvalidArgument("the stream names two codecs; send one per call")
+            codec_id = request.codec_id
+            tables += request.tables
+            if len(tables) > MAX_CODEC_BYTES:
+                raise InvalidArgument(f"the tables are over {MAX_CODEC_BYTES:,} bytes")
+        _check_codec_id(codec_id)
+        quantizer = await self._in_thread(_parse_quantizer, bytes(tables))
+        if quantizer.id != codec_id:
             raise InvalidArgument("codec_id is not the fingerprint of the tables; send the quantizer's own id")
-        await self._store.put_codec(request.codec_id, request.tables)
+        await self._store.put_codec(codec_id, bytes(tables))
         return pb.PutCodecReply()
 
     async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:

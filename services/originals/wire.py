@@ -115,6 +115,14 @@ class Assembly:
         return Page.from_bytes(self.page_id, self.shape, self.data)
 
 
+def codec_pieces(codec_id: bytes, tables: bytes) -> list[pb.PutCodecRequest]:
+    """A quantizer's tables as messages of at most 1 MiB; at least one."""
+    return [
+        pb.PutCodecRequest(codec_id=codec_id, tables=tables[start : start + PIECE_BYTES])
+        for start in range(0, max(len(tables), 1), PIECE_BYTES)
+    ]
+
+
 def rows_message(request: RowRequest, codec_id: bytes) -> pb.RequantizeRequest:
     """A batch of rows; only the page ids that its rows name are sent."""
     used, page = np.unique(request.page, return_inverse=True)

@@ -39,7 +39,7 @@ class OriginalsStub:
                 request_serializer=qaq_dot_v1_dot_originals__pb2.PutRequest.SerializeToString,
                 response_deserializer=qaq_dot_v1_dot_originals__pb2.PutReply.FromString,
                 _registered_method=True)
-        self.PutCodec = channel.unary_unary(
+        self.PutCodec = channel.stream_unary(
                 '/qaq.v1.Originals/PutCodec',
                 request_serializer=qaq_dot_v1_dot_originals__pb2.PutCodecRequest.SerializeToString,
                 response_deserializer=qaq_dot_v1_dot_originals__pb2.PutCodecReply.FromString,
@@ -81,7 +81,7 @@ class OriginalsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def PutCodec(self, request, context):
+    def PutCodec(self, request_iterator, context):
         """Stores what a re-quantization needs to know of a model. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -130,7 +130,7 @@ def add_OriginalsServicer_to_server(servicer, server):
                     request_deserializer=qaq_dot_v1_dot_originals__pb2.PutRequest.FromString,
                     response_serializer=qaq_dot_v1_dot_originals__pb2.PutReply.SerializeToString,
             ),
-            'PutCodec': grpc.unary_unary_rpc_method_handler(
+            'PutCodec': grpc.stream_unary_rpc_method_handler(
                     servicer.PutCodec,
                     request_deserializer=qaq_dot_v1_dot_originals__pb2.PutCodecRequest.FromString,
                     response_serializer=qaq_dot_v1_dot_originals__pb2.PutCodecReply.SerializeToString,
@@ -199,7 +199,7 @@ class Originals:
             _registered_method=True)
 
     @staticmethod
-    def PutCodec(request,
+    def PutCodec(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -209,8 +209,8 @@ class Originals:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_unary(
+            request_iterator,
             target,
             '/qaq.v1.Originals/PutCodec',
             qaq_dot_v1_dot_originals__pb2.PutCodecRequest.SerializeToString,

@@ -40,7 +40,7 @@ async def messages(*pieces: pb.PageChunk) -> AsyncIterator[pb.PutRequest]:
 
 
 async def put_codec(stub: Stub, quantizer: Quantizer) -> None:
-    await stub.PutCodec(pb.PutCodecRequest(codec_id=quantizer.id, tables=quantizer.to_bytes()), timeout=10)
+    await stub.PutCodec(iter(wire.codec_pieces(quantizer.id, quantizer.to_bytes())), timeout=10)
 
 
 async def test_put_answers_when_redis_has_the_pages(stub: Stub, redis: Redis) -> None:
@@ -102,9 +102,23 @@ async def test_bad_codecs(stub: Stub, quantizer: Quantizer) -> None:
         (quantizer.id, tables[:-5], "not those of a quantizer"),
         (quantizer.id, b"", "not those of a quantizer"),
     ):
-        code, message = await status(stub.PutCodec(pb.PutCodecRequest(codec_id=codec_id, tables=raw), timeout=10))
+        code, message = await status(stub.PutCodec(iter(wire.codec_pieces(codec_id, raw)), timeout=10))
         assert code is Code.INVALID_ARGUMENT
         assert said in message
+
+
+async def test_a_codec_in_pieces(stub: Stub, redis: Redis, quantizer: Quantizer) -> None:
+    tables = quantizer.to_bytes()
+    pieces = [
+        pb.PutCodecRequest(codec_id=quantizer.id, tables=tables[i : i + 1000]) for i in range(0, len(tables), 1000)
+    ]
+    assert len(pieces) > 1
+    await stub.PutCodec(iter(pieces), timeout=10)
+    assert await redis.keys(f"qaq:codec:{quantizer.id.hex()}")
+    other = pb.PutCodecRequest(codec_id=bytes(16), tables=b"")
+    code, message = await status(stub.PutCodec(iter([pieces[0], other]), timeout=10))
+    assert code is Code.INVALID_ARGUMENT
+    assert "two codecs" in message
 
 
 async def test_an_unknown_codec(stub: Stub, quantizer: Quantizer) -> None:
