@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from qaq_core import calibration as room
 from qaq_core.calibration import calibrate, measure, weights_fingerprint
 from qaq_core.errors import UnsupportedModelError
+from qaq_core.frames import LinearFrame
 from qaq_core.loading import LoadedModel
+from qaq_core.pages import KEY, VALUE
 from qaq_core.shape import ModelShape
-from tests.core.models import KINDS, calibration, tiny
+from tests.core.models import KINDS, calibration, tiny, token_ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -22,14 +25,14 @@ def test_a_quick_measurement_gives_finite_tables(kind: str) -> None:
         assert side.shape == (shape.layers, shape.kv_heads, shape.head_dim)
         assert bool(torch.isfinite(side).all())
     heads = (shape.layers, shape.kv_heads)
-    for matrix in (known.key_matrix, known.value_matrix):
-        assert matrix.shape == (*heads, shape.head_dim, shape.head_dim)
-        assert bool(torch.isfinite(matrix).all())
     octets = (*heads, shape.head_dim // 8)
     for table, dims in ((known.key_costs, octets), (known.value_costs, octets), (known.query_norm, heads)):
         assert table.shape == dims
         assert bool(torch.isfinite(table).all())
         assert bool((table > 0).all())
+    for matrix in (known.key_matrix, known.value_matrix):
+        assert (matrix.shape, matrix.dtype) == ((*heads, shape.head_dim, shape.head_dim), torch.float16)
+        assert bool(torch.isfinite(torch.linalg.inv(matrix.double())).all())
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama-gqa", "mistral"])
@@ -110,3 +113,26 @@ def test_a_model_without_a_first_token_is_refused() -> None:
     model.config.bos_token_id = model.config.eos_token_id = None
     with pytest.raises(UnsupportedModelError, match="neither a BOS nor an EOS"):
         measure(model, ModelShape.of(model), sequences=1, tokens=4)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+def test_rows_of_the_models_own_text_are_typical(kind: str) -> None:
+    """In its frame an octet of what the model says has a variance near 1: keys with their means before RoPE."""
+    model, ids = tiny(kind), token_ids(300)
+    shape, known = ModelShape.of(model), measure(tiny(kind), ModelShape.of(tiny(kind)), sequences=2, tokens=256)
+    frame = LinearFrame(
+        known.key_matrix,
+        known.value_matrix,
+        known.key_mean,
+        known.value_mean,
+        shape.frequencies,
+        torch.tensor(shape.kind),
+    )
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    for side in (KEY, VALUE):
+        held = [(layer.keys, layer.values)[side][0] for layer in cache.layers]
+        rows = frame.rows(side, torch.stack(held), 0)
+        variance = rows.square().unflatten(-1, (-1, 8)).mean((2, 4))
+        assert 0.3 < float(variance.mean()) < 3

@@ -271,7 +271,7 @@ def test_what_is_no_configuration_is_refused(text: str) -> None:
     [
         ("nothing", "no preset is called 'nothing'; there are balanced, .*kivi-<bits>"),
         ("uniform-3@2", "takes no target"),
-        ("uniform-9", "widths 9/9"),
+        ("uniform-9", "9/9 bits are not among"),
         ("kivi-9", "1 to 8 bits"),
         ("exact-norequant", "does not take these settings"),
         ("paper@e0.1", "does not predict its error"),
