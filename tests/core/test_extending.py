@@ -42,9 +42,10 @@ def test_the_policy_serves_a_model_and_narrows_what_ages(written: dict[str, Any]
 
 
 def test_the_policy_meets_a_target(written: dict[str, Any]) -> None:
-    cache = QAQCache.for_model(tiny("llama-gqa"), preset="recency", target_bits=4.0)
+    model = tiny("llama-gqa")
+    cache = QAQCache.for_model(model, preset="recency", target_bits=4.0)
     with torch.no_grad():
-        tiny("llama-gqa")(token_ids(180), past_key_values=cache)
+        model(token_ids(180), past_key_values=cache)
     held = cache.stats()[0].key_bits
     assert sum(bits * count for bits, count in held.items()) / sum(held.values()) == pytest.approx(4.0, abs=0.2)
 
