@@ -71,7 +71,7 @@ def test_a_demo_that_is_interrupted_leaves_nothing(how: signal.Signals) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        for _ in range(600):
+        for _ in range(1800):
             if any("gcs_server" in what for what in left(place)):
                 break
             time.sleep(0.1)
