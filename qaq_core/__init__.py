@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from qaq_core.originals import InProcessOriginals, Originals, RowReply, RowRequest
     from qaq_core.pages import Page, PageShape, page_id
     from qaq_core.quantizer import Quantizer
-    from qaq_core.sequence import CacheStatistics, SequenceCache
+    from qaq_core.sequence import SequenceCache
+    from qaq_core.statistics import CacheStatistics
 
 __all__ = [
     "CacheStatistics",
@@ -72,10 +73,8 @@ _HOMES = {
         "page_id",
     ),
     "qaq_core.quantizer": ("Quantizer",),
-    "qaq_core.sequence": (
-        "CacheStatistics",
-        "SequenceCache",
-    ),
+    "qaq_core.sequence": ("SequenceCache",),
+    "qaq_core.statistics": ("CacheStatistics",),
 }
 
 

@@ -12,7 +12,8 @@ from qaq_core.attention.transformers import mark
 from qaq_core.errors import ConfigError
 from qaq_core.method import Method
 from qaq_core.originals import Originals
-from qaq_core.sequence import CacheStatistics, SequenceCache
+from qaq_core.sequence import SequenceCache
+from qaq_core.statistics import CacheStatistics
 
 
 class QAQCache(Cache):

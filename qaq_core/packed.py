@@ -81,6 +81,23 @@ class PackedTokens:
             total += side.outliers.nbytes if side.outliers else 0
         return total
 
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of tags, meta bytes and outliers: what does not change with the widths."""
+        parts = [part for side in self.sides for part in (side.meta, side.outliers)]
+        return self.tags.numel() + sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def mean_bits(self) -> float:
+        """Code bits an element; there must be tokens."""
+        return sum(float(self.widths(side).float().mean()) for side in (KEY, VALUE)) / 4
+
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all keys and values, as in `View`; there must be tokens."""
+        keys, values = (self.quantizer.codec.affine(side.meta)[0] for side in self.sides)
+        return keys, values
+
     def copy(self) -> PackedTokens:
         """The same tokens in memory of their own."""
         other = copy.copy(self)

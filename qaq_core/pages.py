@@ -5,7 +5,8 @@ A page is the keys and values of `tokens` consecutive positions, of all layers, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,3 +95,9 @@ def page_id(
         digest.update(part)
     digest.update(np.asarray(token_ids, dtype="<i4").tobytes())
     return digest.digest(32)
+
+
+def unique_names() -> Callable[[int], bytes]:
+    """Page ids that no other sequence has."""
+    unique = uuid.uuid4().bytes
+    return lambda index: unique + index.to_bytes(16, "little")

@@ -28,6 +28,11 @@ class View:
         layers, heads, _ = self.importance.shape
         return layers, heads, self.scales[0].shape[2]
 
+    def preceded(self, first: int, scales: tuple[torch.Tensor, torch.Tensor]) -> View:
+        """The same tokens with those of the scales, from position `first`, before them."""
+        keys, values = (torch.cat([old, new], 2) for old, new in zip(scales, self.scales, strict=True))
+        return View(self.importance, first, (keys, values))
+
 
 Demand = Any
 """A policy's own summary of a view."""

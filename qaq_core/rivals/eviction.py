@@ -22,8 +22,9 @@ from qaq_core.originals import Originals
 from qaq_core.pages import KEY, VALUE
 from qaq_core.policies import FixedPolicy
 from qaq_core.quantizer import Quantizer
-from qaq_core.sequence import CacheStatistics, SequenceCache
+from qaq_core.sequence import SequenceCache
 from qaq_core.shape import ModelShape
+from qaq_core.statistics import CacheStatistics
 from qaq_core.window import PromptWatch, Window
 
 QUERY_CHUNK = 256
@@ -110,6 +111,7 @@ class EvictingCache(SequenceCache):
         self._record: Record = method.window  # type: ignore[assignment]
         self._held = self._arriving = self._prompt = 0
         self._new(0, method.window_dtype)
+        self._watch: PromptWatch | None = None
         self._seen: torch.Tensor | None = None
 
     # -- what a forward pass does ----------------------------------------------------------------------
@@ -201,7 +203,7 @@ class EvictingCache(SequenceCache):
 
     def close(self) -> None:
         super().close()
-        self._held, self._seen = 0, None
+        self._held, self._watch, self._seen = 0, None, None
         self._new(0, self.method.window_dtype)
 
     # -- inside ----------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Pressure:
         elif self.price:
             self._set(0.0, [*settled, *shelf])
         for session in settled:  # those that came since, and those that began before the price changed
-            if session.sequence.floor != self.price and session not in self._behind:
+            if session.sequence.price.floor != self.price and session not in self._behind:
                 self._behind.append(session)
         self._bring_up(set(map(id, [*running, *shelf])))
         self._allow([*settled, *shelf])
@@ -92,7 +92,9 @@ class Pressure:
         sequence, tokens = session.sequence, len(session.tokens)
         if session.prefilling:
             return self.predict(session.method, tokens)
-        return min(sequence.nbytes, self.predict(session.method, tokens)) if sequence.elastic else sequence.nbytes
+        if not sequence.price.elastic:
+            return sequence.nbytes
+        return min(sequence.nbytes, self.predict(session.method, tokens))
 
     def predict(self, method: Method, tokens: int) -> int:
         """Bytes of so many tokens at the highest price; a method that is not elastic may take 16 bits."""
@@ -115,7 +117,7 @@ class Pressure:
             pass
         everyone = [*settled, *shelf]
         used += sum(session.sequence.nbytes for session in shelf)
-        giving = [session for session in everyone if session.sequence.elastic and len(session.sequence.packed)]
+        giving = [s for s in everyone if s.sequence.price.elastic and len(s.sequence.packed)]
         elements = sum(session.packed_elements for session in giving)
         if not elements:
             if self.price:
@@ -139,7 +141,7 @@ class Pressure:
         """The lowest price that leaves so many code bits an element; 0 if no price is needed."""
         step = -(-len(giving) // ASKED)
         asked = [session.sequence for session in giving[::step]]
-        lowest = min(session.sequence.price or math.inf for session in giving)
+        lowest = min(session.sequence.price.own or math.inf for session in giving)
         prices = [lowest * factor for factor in TRIED]
         left = [sum(each) / len(asked) for each in zip(*(s.bits_at(prices) for s in asked), strict=True)]
         enough = next((i for i, some in enumerate(left) if some <= bits), None)
@@ -155,7 +157,7 @@ class Pressure:
 
     def _at_rest(self, everyone: Sequence[Session]) -> bool:
         """Whether bits that were given back have arrived, as far as they will while nobody decodes."""
-        rest = not any(session.sequence.recovering for session in everyone)
+        rest = not any(session.sequence.price.recovering for session in everyone)
         return rest and time.monotonic() - self._moved > ROUNDS_S
 
     def _set(self, price: float, everyone: Sequence[Session]) -> None:
@@ -177,7 +179,7 @@ class Pressure:
         """Shares out the bytes that may be fetched since the last step."""
         now = time.monotonic()
         bytes_now, self._looked = (now - self._looked) * self._rate, now
-        back = [session.sequence for session in everyone if session.sequence.recovering]
-        for sequence in back:
-            held = sequence.allowance or 0
-            sequence.allowance = int(min(self._rate, held + bytes_now / len(back)))
+        back = [session.sequence.price for session in everyone if session.sequence.price.recovering]
+        for price in back:
+            held = price.allowance or 0
+            price.allowance = int(min(self._rate, held + bytes_now / len(back)))

@@ -75,8 +75,8 @@ class Subject:
         view = self.sequence._view()
         importance = torch.full_like(view.importance, elsewhere)
         importance[:, :, OLD] = attention
-        assert self.sequence.price is not None
-        self.exceptions.review(View(importance, view.first, view.scales), self.sequence.price)
+        assert self.sequence.price.own is not None
+        self.exceptions.review(View(importance, view.first, view.scales), self.sequence.price.own)
 
     def widths(self, side: int) -> torch.Tensor:
         """[layers, kv_heads] at the old position."""
@@ -144,8 +144,8 @@ def test_rows_packed_from_the_rounded_window_come_back_whole() -> None:
     view = sequence._view()
     importance = torch.full_like(view.importance, 1e-6)
     importance[:, :, position] = 1.0
-    assert sequence.price is not None
-    subject.exceptions.review(View(importance, view.first, view.scales), sequence.price)
+    assert sequence.price.own is not None
+    subject.exceptions.review(View(importance, view.first, view.scales), sequence.price.own)
     rounded = [
         request.have[request.position >= sequence.exceptions.rounded_from] for request, *_ in originals.waiting
     ]

@@ -28,7 +28,7 @@ def made(preset: str = "exact", **settings: object) -> tuple[Any, Method]:
 def storages(sequence: SequenceCache) -> set[int]:
     """Addresses of what the sequence holds on its device."""
     packed = sequence.packed
-    held = [packed.tags, sequence._importance, sequence.exact._buffer]
+    held = [packed.tags, sequence.importance.state, sequence.exact._buffer]
     for side in packed.sides:
         held += [side.meta, *(rows for pool in side.pools for rows in pool.rows.values())]
         held += [side.outliers.index, side.outliers.value] if side.outliers else []

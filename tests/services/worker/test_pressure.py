@@ -54,7 +54,7 @@ async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_engine: Ma
         assert REGISTRY.get_sample_value("qaq_lambda") > 0
         squeezed = bits(engine)
         assert squeezed < 0.8 * before
-        floors = {sequence.floor for sequence in sequences(engine)}
+        floors = {sequence.price.floor for sequence in sequences(engine)}
         assert len(floors) == 1  # one price for all
         for generation in running:
             await next_token(generation)
