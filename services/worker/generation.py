@@ -194,6 +194,12 @@ class Generation:
         return Reply(done=done)
 
 
+def session_of(generation: Generation) -> Session:
+    """The session of a generation that runs."""
+    assert generation.session is not None
+    return generation.session
+
+
 def cache_stats(statistics: CacheStatistics) -> common_pb2.CacheStats:
     """The same figures as a message."""
     return common_pb2.CacheStats(

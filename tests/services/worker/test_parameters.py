@@ -128,7 +128,7 @@ async def test_memory_of_choices_is_counted(make_engine: MakeEngine, ids: Ids, g
             while (await generation.replies.get()).WhichOneof("event") != "token":
                 pass
             gate.shut()
-            while len(engine._running) != choices:
+            while len(engine._batch.running) != choices:
                 await generation.replies.get()
             seen.append(engine.state.kv_bytes)
             engine.cancel(generation)

@@ -19,7 +19,7 @@ MANY = 6
 
 
 def sequences(engine: Engine) -> list[SequenceCache]:
-    return [g.session.sequence for g in list(engine._running) if g.session is not None]
+    return [g.session.sequence for g in list(engine._batch.running) if g.session is not None]
 
 
 def bits(engine: Engine) -> float:

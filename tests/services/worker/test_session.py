@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from qaq_core import InProcessOriginals, PageShape, page_id
+from qaq_core.loading import LoadedModel
 from services.worker.session import PageNames
 from tests.services.worker.conftest import MakeEngine, outcome, request
 
@@ -47,7 +48,9 @@ def test_a_page_is_not_named_before_its_tokens_are_known() -> None:
         names_of([1, 2, 3, 4, 5])(1)
 
 
-async def test_pages_of_two_turns(make_engine: MakeEngine, ids: Callable[[str], list[int]]) -> None:
+async def test_pages_of_two_turns(
+    smollm2: LoadedModel, make_engine: MakeEngine, ids: Callable[[str], list[int]]
+) -> None:
     """The prompt's pages have names that follow from it; later ones are found by being told, over both turns."""
     store = InProcessOriginals()
     log = prompt = ids("The tide tables were pinned beside the door. " * 5)
@@ -60,7 +63,7 @@ async def test_pages_of_two_turns(make_engine: MakeEngine, ids: Callable[[str], 
         assert store.match(told).result() == len(told) == (len(log) - 1) // 16
         names, parent = [], b""
         for start in range(0, len(log) // 16 * 16, 16):
-            parent = page_id(engine._loaded.fingerprint, "float32", b"pepper", parent, log[start : start + 16])
+            parent = page_id(smollm2.fingerprint, "float32", b"pepper", parent, log[start : start + 16])
             names.append(parent)
         shared = len(prompt) // 16
         assert told[:shared] == names[:shared]
