@@ -220,7 +220,7 @@ async def test_dropping_a_session_that_runs(make_engine: MakeEngine, ids: Ids) -
         await settled(engine, running=0, sessions=0)
 
 
-@pytest.mark.parametrize("where", ["commit", "attend"])
+@pytest.mark.parametrize("where", ["commit", "take"])
 async def test_a_faulty_sequence_ends_alone(
     smollm2: LoadedModel,
     make_engine: MakeEngine,
