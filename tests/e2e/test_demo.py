@@ -62,6 +62,11 @@ def test_the_schema_refuses_other_objects() -> None:
         jsonschema.validate({"text": "x"}, SCHEMA)
 
 
+def _interruptible() -> None:
+    """A shell's background jobs ignore interrupts, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_demo_that_is_interrupted_leaves_nothing(how: signal.Signals) -> None:
     with watched() as place:
@@ -70,6 +75,7 @@ def test_a_demo_that_is_interrupted_leaves_nothing(how: signal.Signals) -> None:
             env=os.environ | {"PYTHONPATH": python_path(), "TMPDIR": str(place)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=_interruptible,
         )
         for _ in range(1800):
             if any("gcs_server" in what for what in left(place)):
