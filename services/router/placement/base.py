@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
@@ -32,14 +33,14 @@ class Candidate(Protocol):
 C = TypeVar("C", bound=Candidate)
 
 
-class Policy:
+class Policy(ABC):
     """One reason to prefer a worker."""
 
+    @abstractmethod
     def choose(self, session: Session, prompt: Sequence[int], workers: Sequence[C]) -> C | None:
         """A worker out of a non-empty list, or None for no opinion. `prompt` is the whole log."""
-        raise NotImplementedError
 
-    def placed(self, session: Session, prompt: Sequence[int], address: str) -> None:
+    def placed(self, session: Session, prompt: Sequence[int], address: str) -> None:  # noqa: B027 (few remember)
         """A generation was given to that worker, whoever chose it."""
 
 
