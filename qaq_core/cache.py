@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from qaq_core.attention import decoding
 from qaq_core.attention.transformers import mark
 from qaq_core.errors import ConfigError
 from qaq_core.method import Method
@@ -41,6 +42,7 @@ class QAQCache(Cache):
         self._originals = originals
         self._columns = max((sequence.length for sequence in sequences), default=0)
         self._fresh: list[int] = []
+        self._step: decoding.Step | None = None
 
     @classmethod
     def for_model(
@@ -118,9 +120,10 @@ class QAQCache(Cache):
             self._begin(batch, n, position_ids)
         # Sequences of another kind (evicting ones, a full-precision baseline) attend by themselves.
         if n == 1 and all(type(s) is SequenceCache and s.method is self.method for s in self.sequences):
-            taken = [s.take(layer, keys[i], values[i]) for i, s in enumerate(self.sequences)]
-            tokens, observers = zip(*taken, strict=True)
-            out = self.method.attention.batch(query, tokens, scaling, sliding_window, observers)
+            if layer == 0:
+                self._step = decoding.begin(self.method, self.sequences)
+            assert self._step is not None
+            out = self._step.attend(layer, query, keys, values, scaling, sliding_window)
         else:
             out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
             for i, (sequence, fresh) in enumerate(zip(self.sequences, self._fresh, strict=True)):
@@ -129,6 +132,7 @@ class QAQCache(Cache):
                     layer, query[i, :, own], keys[i, :, own], values[i, :, own], scaling, sliding_window
                 )
         if layer == self.method.shape.layers - 1:
+            self._step = None
             for sequence in self.sequences:
                 sequence.commit()
             self._columns += n

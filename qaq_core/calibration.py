@@ -104,11 +104,9 @@ def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> 
 
     Cached under $QAQ_CACHE_DIR (default ~/.cache/qaq), by the fingerprint of the weights.
     """
-    cached = cached_at(fingerprint or weights_fingerprint(model))
-    with resources.as_file(resources.files("qaq_core") / "tables" / cached.name) as path:
-        if path.is_file():
-            return Calibration.load(path)
-    calibration = _kept(cached) or _measured_once(model, shape, cached)
+    fingerprint = fingerprint or weights_fingerprint(model)
+    cached = cached_at(fingerprint)
+    calibration = known(fingerprint) or _measured_once(model, shape, cached)
     if calibration.source != GRADIENTS:
         log.warning(
             "the calibration of %s was measured by %s, for want of memory for gradients; "
@@ -118,6 +116,13 @@ def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> 
             cached,
         )
     return calibration
+
+
+def known(fingerprint: str) -> Calibration | None:
+    """A model's calibration, if it is shipped or was measured before."""
+    cached = cached_at(fingerprint)
+    with resources.as_file(resources.files("qaq_core") / "tables" / cached.name) as path:
+        return _kept(path) or _kept(cached)
 
 
 def cached_at(fingerprint: str) -> Path:
@@ -264,7 +269,7 @@ def _prepared(model: Any) -> Iterator[None]:
 
 
 def _moments(shape: ModelShape, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of keys before RoPE and of values, and covariances of what centering leaves of them.
+    """Means of keys before RoPE and of values; covariances of what centering each text on its own means leaves.
 
     Args:
         cache: keys after RoPE and values of the sampled text.
@@ -279,12 +284,12 @@ def _moments(shape: ModelShape, cache: DynamicCache) -> tuple[torch.Tensor, torc
         angles = angles * shape.frequencies[shape.kind[layer]].to(keys.device)
         cos, sin = angles.cos(), angles.sin()
         plain = rotate_pairs(keys, torch.cat([cos, -sin], -1))
-        mean = (plain.mean((1, 2)), values.mean((1, 2)))
-        centers = (rotate_pairs(mean[0][:, None, None], torch.cat([cos, sin], -1)), mean[1][:, None, None])
+        own = plain[:, :, SINKS:].mean(2, keepdim=True), values[:, :, SINKS:].mean(2, keepdim=True)
+        centers = (rotate_pairs(own[0], torch.cat([cos, sin], -1)), own[1])
         for side, center in zip((keys, values), centers, strict=True):
             rows = (side - center)[:, :, SINKS:].flatten(1, 2)
             covariances.append(rows.mT @ rows / rows.shape[1])
-        means.extend(mean)
+        means.extend((plain.mean((1, 2)), values.mean((1, 2))))
     return _by_side(means), _by_side(covariances)
 
 

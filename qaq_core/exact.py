@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from qaq_core.errors import QuantizationError
 from qaq_core.pages import KEY, VALUE
 
 
@@ -35,6 +36,7 @@ class ExactTokens:
         self._buffer = self._new(0, window_dtype)
         self._step: torch.Tensor | None = None
         self._arriving = 0
+        self._spent = False
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +63,13 @@ class ExactTokens:
         self._move(max(self.capacity, self.held), self.window_dtype)
 
     def begin_step(self, n: int, prompt: bool) -> None:
-        """Expects n tokens, layer by layer."""
+        """Expects n tokens, layer by layer.
+
+        Raises:
+            QuantizationError: tokens were spent, and packing them failed.
+        """
+        if self._spent:
+            raise QuantizationError("this sequence's tokens could not be packed: begin a new sequence")
         self._arriving = n
         if prompt:
             return
@@ -79,6 +87,15 @@ class ExactTokens:
                 self._step[layer, side] = new
         return self._buffer[layer, KEY, :, :stop], self._buffer[layer, VALUE, :, :stop]
 
+    def places(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the step's keys and values go, for who writes them without `write`.
+
+        Returns:
+            [layers, 2, kv_heads, room, head_dim], at the tokens from `held` on; and in the model's dtype
+            [layers, 2, kv_heads, n, head_dim], or None if the first has that dtype.
+        """
+        return self._buffer, self._step
+
     def end_step(self) -> torch.Tensor:
         """The step's originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
         fresh = self._step
@@ -88,12 +105,17 @@ class ExactTokens:
         self._step, self._arriving = None, 0
         return fresh
 
-    def slice(self, first: int, last: int) -> torch.Tensor:
-        """Tokens first..last-1 in buffer order: [layers, 2, kv_heads, n, head_dim]."""
+    def spend(self, first: int, last: int) -> torch.Tensor:
+        """Tokens first..last-1 in buffer order: [layers, 2, kv_heads, n, head_dim].
+
+        They may be written over (a prompt's rows need no memory of their own then) and must be dropped next.
+        """
+        self._spent = True
         return self._buffer[:, :, :, first:last]
 
     def drop(self, first: int, last: int) -> None:
         """Lets go of tokens first..last-1; later ones move up."""
+        self._spent = False
         tail = self._buffer[:, :, :, last : self.held].clone()
         self.held -= last - first
         self._buffer[:, :, :, first : self.held] = tail
@@ -101,7 +123,7 @@ class ExactTokens:
     def copy(self) -> ExactTokens:
         """The same tokens in memory of their own; between steps only."""
         other = ExactTokens(self._dims, self.capacity, self.dtype, self.window_dtype, self._device)
-        other.held, other._buffer = self.held, self._buffer.clone()
+        other.held, other._buffer, other._spent = self.held, self._buffer.clone(), self._spent
         return other
 
     def close(self) -> None:

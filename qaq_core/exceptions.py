@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from qaq_core.allocation import Allocator, Kept, Movers
 from qaq_core.errors import OriginalsError
 from qaq_core.originals import RowReply, RowRequest
 from qaq_core.packed import PackedTokens
 from qaq_core.packing import HALF
 from qaq_core.pages import KEY, VALUE
-from qaq_core.policies import Policy, View
 from qaq_core.staging import Staging
 
 PATIENCE = 16
@@ -57,8 +57,8 @@ class Exceptions:
         wait: wait for the answer, as the paper does; otherwise decode goes on with the old bits.
     """
 
-    def __init__(self, packed: PackedTokens, staging: Staging, policy: Policy, wait: bool = False) -> None:
-        self.packed, self.staging, self.policy, self.wait = packed, staging, policy, wait
+    def __init__(self, packed: PackedTokens, staging: Staging, allocator: Allocator, wait: bool = False) -> None:
+        self.packed, self.staging, self.allocator, self.wait = packed, staging, allocator, wait
         self.counts = Counts()
         self.rounded_from = _NOWHERE
         """From this position on, rows were packed from rounded numbers, and are asked for anew, all planes."""
@@ -69,13 +69,11 @@ class Exceptions:
     def pending(self) -> bool:
         return self._asked is not None
 
-    def settle(self, view: View, price: float) -> None:
+    def settle(self, kept: Kept, price: float) -> None:
         """Narrows every vector to what it wants at that price, at once."""
-        want = self.policy.widths(self.policy.demand(view), price)
-        for side in (KEY, VALUE):
-            self._narrow(side, want[side], want[side])
+        self._narrow(self._movers(kept, price, most=1.0, least=None))
 
-    def review(self, view: View, price: float, narrow: bool = True, most_bytes: int | None = None) -> int | None:
+    def review(self, kept: Kept, price: float, narrow: bool = True, most_bytes: int | None = None) -> int | None:
         """Narrows what needs less and asks for what needs more. One request is under way at a time.
 
         Args:
@@ -84,70 +82,58 @@ class Exceptions:
         Returns:
             bytes asked for with `most_bytes`; None if few vectors lacked anything, as at any time.
         """
-        demand, slack = self.policy.demand(view), self.policy.hysteresis
-        want = self.policy.widths(demand, price)
-        if narrow:
-            high = want if slack == 1.0 else self.policy.widths(demand, price, need=slack)
-            for side in (KEY, VALUE):
-                self._narrow(side, high[side], want[side])
-        if self._patience:
-            self._patience -= 1
-        elif self._asked is None:
-            strict = slack == 1.0 or most_bytes is not None
-            low = want if strict else self.policy.widths(demand, price, need=1 / slack)
-            held = (self.packed.widths(KEY), self.packed.widths(VALUE))
-            rising: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-            for side in (KEY, VALUE):
-                up = torch.nonzero((low[side] > held[side]).reshape(-1)).squeeze(1)
-                rising.append((side, up, want[side].reshape(-1)[up]))
-            if most_bytes is None:
-                self._ask(rising, held)
-                return None
-            return self._ask_hottest(rising, held, view, most_bytes)
-        return 0
+        may_ask = self._asked is None and not self._patience
+        self._patience = max(0, self._patience - 1)
+        if not (narrow or may_ask):
+            return 0
+        slack = self.allocator.policy.hysteresis
+        least = 1 / slack if most_bytes is None else 1.0
+        movers = self._movers(kept, price, slack if narrow else None, least if may_ask else None)
+        self._narrow(movers)
+        if not may_ask:
+            return 0
+        keys, values = (mine.rising for mine in movers)
+        if most_bytes is not None:
+            return self._ask_hottest((keys, values), kept, most_bytes)
+        self._ask((keys, values))
+        return None
 
-    def _ask_hottest(
-        self,
-        rising: list[tuple[int, torch.Tensor, torch.Tensor]],
-        held: tuple[torch.Tensor, torch.Tensor],
-        view: View,
-        most_bytes: int,
-    ) -> int | None:
+    def _movers(self, kept: Kept, price: float, most: float | None, least: float | None) -> tuple[Movers, Movers]:
+        return self.allocator.movers(self.allocator.demand(kept), self.packed.tags, price, most, least)
+
+    def _ask_hottest(self, rising: tuple[Movers, Movers], kept: Kept, most_bytes: int) -> int | None:
         """Asks for as many of the vectors as fit, those of the largest importance first."""
-        lacks = sum(len(index) for _, index, _ in rising)
-        seen = view.importance[:, :, view.first : view.first + view.shape[2]].reshape(-1)
-        heat = torch.cat([seen[index] for _, index, _ in rising])
-        lacking = [width.long() - held[side].reshape(-1)[index] for side, index, width in rising]
-        size = torch.cat(lacking) * self.packed.head_dim // 16
+        lacks = sum(map(len, rising))
+        seen = self.allocator.view(kept).importance[:, :, kept.first : kept.first + kept.shape[2]].reshape(-1)
+        heat = torch.cat([seen[mine.index] for mine in rising])
+        size = torch.cat([mine.want.long() - mine.held for mine in rising]) * self.packed.head_dim // 16
         order = heat.argsort(descending=True)
         chosen = torch.zeros_like(order, dtype=torch.bool)
         chosen[order[size[order].cumsum(0) <= most_bytes]] = True
-        parts = chosen.split([len(index) for _, index, _ in rising])
-        self._ask(
-            [(side, index[own], width[own]) for (side, index, width), own in zip(rising, parts, strict=True)], held
-        )
+        keys, values = chosen.split([len(mine) for mine in rising])
+        self._ask((rising[KEY].where(keys), rising[VALUE].where(values)))
         return int(size[chosen].sum()) if lacks > 2 * self.packed.tags.numel() * FEW else None
 
-    def _narrow(self, side: int, most: torch.Tensor, want: torch.Tensor) -> None:
+    def _narrow(self, movers: tuple[Movers, Movers]) -> None:
         """Takes vectors that hold more than the most they could need down to what they want."""
-        index = torch.nonzero((most < self.packed.widths(side)).reshape(-1)).squeeze(1)
-        if len(index):
-            nothing = torch.empty(0, dtype=torch.uint8, device=index.device)
-            self.packed.change(side, index, want.reshape(-1)[index], nothing, torch.zeros_like(index))
-            self.counts.rows_narrowed += len(index)
+        for side, mine in zip((KEY, VALUE), movers, strict=True):
+            falling = mine.falling
+            if len(falling):
+                nothing = torch.empty(0, dtype=torch.uint8, device=falling.index.device)
+                self.packed.change(side, falling.index, falling.want, nothing, torch.zeros_like(falling.index))
+                self.counts.rows_narrowed += len(falling)
 
-    def _ask(
-        self, rising: list[tuple[int, torch.Tensor, torch.Tensor]], held: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        rows = sum(len(index) for _, index, _ in rising)
+    def _ask(self, rising: tuple[Movers, Movers]) -> None:
+        rows = sum(map(len, rising))
         if rows == 0:
             return
         self.counts.exceptions += rows
-        index = np.concatenate([index.cpu().numpy() for _, index, _ in rising])
-        side = np.concatenate([np.full(len(index), side, np.uint8) for side, index, _ in rising])
-        have = np.concatenate([held[side].reshape(-1)[index].cpu().numpy() for side, index, _ in rising])
-        want = np.concatenate([width.cpu().numpy() for _, _, width in rising])
-        meta = np.concatenate([self._metas(side, index) for side, index, _ in rising])
+        index, have, want = (
+            np.concatenate([getattr(mine, name).cpu().numpy() for mine in rising])
+            for name in ("index", "held", "want")
+        )
+        side = np.repeat(np.array([KEY, VALUE], np.uint8), [len(mine) for mine in rising])
+        meta = np.concatenate([self._metas(side, mine.index) for side, mine in enumerate(rising)])
         layer, head, token = np.unravel_index(index, self.packed.tags.shape)
         position = token + self.packed.start
         asked = np.where(position >= self.rounded_from, 0, have).astype(np.uint8)  # 0: the whole row, anew

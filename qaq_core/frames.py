@@ -6,18 +6,24 @@ their layer and head:
     key   y = K·(k - RoPE(μ, t))     score  q·k = (K⁻ᵀ·q)·y + q·RoPE(μ, t)
     value y = V·(v - μ_V)            output Σp·v = V⁻¹·Σp·y + (Σp)·μ_V
 
-with μ the static mean of a head's keys before RoPE and t the token's position. Worker and cache service must make
-the same rows: products are taken in double precision and rounded once, so that the order of their sums does not
-show.
+with μ the mean of a head's keys before RoPE and t the token's position. Means are the model's, from its
+calibration, or a sequence's own (`centered_on`), which leave less to quantize. Worker and cache service must make
+the same rows, in torch or in C++ (`encoding`): products are taken in double precision and rounded once, so that
+the order of their sums does not show.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
 
+from qaq_core.errors import ConfigError
 from qaq_core.pages import KEY
+
+PRIOR_TOKENS = 32
+"""A sequence's own means are drawn to the model's as if so many of its tokens had been like those."""
 
 
 class Frame(Protocol):
@@ -49,8 +55,29 @@ class Frame(Protocol):
         """
         ...
 
-    def restore(self, layer: int, output: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        """Output [heads, n, head_dim] summed over packed values, of total weight mass [heads, n], as it was."""
+    def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        """Output [heads, n, head_dim] summed over packed values, as it was but for `value_center`."""
+        ...
+
+    def value_center(self, layer: int) -> torch.Tensor | None:
+        """What centering took from values: [kv_heads, head_dim], or None for 0."""
+        ...
+
+    def centered_on(self, originals: torch.Tensor, start: int) -> Frame:
+        """A frame whose queries and outputs are the same as this one's, with centers of its own.
+
+        Args:
+            originals: [layers, 2, kv_heads, n, head_dim] of positions start, start+1, ….
+        """
+        ...
+
+    def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `query` and `restore` are made of, or None if they leave everything as it is.
+
+        Returns:
+            matrices [layers, kv_heads, head_dim, head_dim] that a query is multiplied with from the right, and an
+            output.
+        """
         ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -80,8 +107,17 @@ class PlainFrame:
     def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
 
-    def restore(self, layer: int, output: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
         return output
+
+    def value_center(self, layer: int) -> torch.Tensor | None:
+        return None
+
+    def centered_on(self, originals: torch.Tensor, start: int) -> Frame:
+        return self
+
+    def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {}
@@ -112,9 +148,11 @@ class LinearFrame:
         self.key_matrix, self.value_matrix = key_matrix, value_matrix
         self.key_mean, self.value_mean = key_mean.float(), value_mean.float()
         self.frequencies, self.kind = frequencies.double(), kind.long()
-        self._matrices = (key_matrix.double(), value_matrix.double())
-        self._key_inverse, self._value_inverse = (torch.linalg.inv(matrix).float() for matrix in self._matrices)
-        self._trig = torch.empty(len(frequencies), 0, 2 * frequencies.shape[1])
+        self.matrices = (key_matrix.float().mT.contiguous(), value_matrix.float().mT.contiguous())
+        """Of keys and values, by dim of the original and then of the row."""
+        key_inverse, value_inverse = (torch.linalg.inv(matrix.double().mT).float() for matrix in self.matrices)
+        self._key_inverse, self._output_map = key_inverse.contiguous(), value_inverse.mT.contiguous()
+        self._angles = Angles(self.frequencies, key_matrix.device)
         self._kinds: list[int] = self.kind.tolist()
 
     def to(self, device: torch.device) -> LinearFrame:
@@ -133,20 +171,21 @@ class LinearFrame:
     def rows(self, side: int, originals: torch.Tensor, start: int) -> torch.Tensor:
         tokens = originals.shape[2]
         rows = torch.empty(originals.shape, device=originals.device)
+        mean, angles = self.centers(side, start + tokens)
         for layer, own in enumerate(originals):
-            center = self.value_mean[layer].unsqueeze(1)
-            if side == KEY:
-                angles = self._angles(start + tokens)[self._kinds[layer], start : start + tokens]
-                center = rotate_pairs(self.key_mean[layer].unsqueeze(1), angles)
-            rows[layer] = (own.float() - center).double() @ self._matrices[side][layer].mT
+            center = mean[layer].unsqueeze(1)
+            if angles is not None:
+                center = rotate_pairs(center, angles[self._kinds[layer], start : start + tokens])
+            rows[layer] = (own.float() - center).double() @ self.matrices[side][layer].double()
         return rows
 
     def rows_at(
         self, side: int, originals: torch.Tensor, layer: torch.Tensor, head: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
-        center = (self.key_mean if side == KEY else self.value_mean)[layer, head]
-        if side == KEY and len(position):
-            center = rotate_pairs(center, self._angles(int(position.max()) + 1)[self.kind[layer], position])
+        mean, angles = self.centers(side, int(position.max()) + 1 if len(position) else 0)
+        center = mean[layer, head]
+        if angles is not None:
+            center = rotate_pairs(center, angles[self.kind[layer], position])
         centered = (originals.float() - center).double()
         rows = torch.empty(originals.shape, device=originals.device)
         heads = self.key_mean.shape[1]
@@ -155,8 +194,17 @@ class LinearFrame:
         counts = torch.bincount(place)
         present = torch.nonzero(counts).squeeze(1)
         for where, mine in zip(present.tolist(), order.split(counts[present].tolist()), strict=True):
-            rows[mine] = (centered[mine] @ self._matrices[side][where // heads, where % heads].mT).float()
+            matrix = self.matrices[side][where // heads, where % heads].double()
+            rows[mine] = (centered[mine] @ matrix).float()
         return rows
+
+    def centers(self, side: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What rows are centered by: means [layers, kv_heads, head_dim]; and what turns those by their positions.
+
+        Returns:
+            the latter as cosines and sines [kinds, >= stop, head_dim]; None for values.
+        """
+        return (self.key_mean, self._angles(stop)) if side == KEY else (self.value_mean, None)
 
     def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         inverse = self._key_inverse[layer]
@@ -173,21 +221,56 @@ class LinearFrame:
     def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         return self.key_mean[layer], self._angles(stop)[self._kinds[layer]]
 
-    def restore(self, layer: int, output: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        inverse, mean = self._value_inverse[layer], self.value_mean[layer]
-        restored = (output.reshape(len(inverse), -1, output.shape[-1]) @ inverse.mT).view(output.shape)
-        centers = mass.view(len(mean), -1, 1) * mean.unsqueeze(1)
-        return restored + centers.view(output.shape)
+    def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        back = self._output_map[layer]
+        return (output.reshape(len(back), -1, output.shape[-1]) @ back).view(output.shape)
 
-    def _angles(self, stop: int) -> torch.Tensor:
-        """[kinds, >= stop, head_dim]: cosines and sines, made on the CPU so that every machine has the same."""
-        trig = self._trig
-        if trig.shape[1] < stop:
+    def value_center(self, layer: int) -> torch.Tensor | None:
+        return self.value_mean[layer]
+
+    def centered_on(self, originals: torch.Tensor, start: int) -> LinearFrame:
+        tokens = originals.shape[3]
+        angles = self._angles(start + tokens)[:, start : start + tokens]
+        cos, sin = angles.chunk(2, -1)
+        back = torch.cat([cos, -sin], -1)
+        own = torch.stack(
+            [
+                torch.stack([rotate_pairs(keys.float(), back[kind]).mean(1), values.float().mean(1)])
+                for (keys, values), kind in zip(originals, self._kinds, strict=True)
+            ],
+            1,
+        )
+        share = tokens / (tokens + PRIOR_TOKENS)
+        return self.with_means(*(torch.stack([self.key_mean, self.value_mean]).lerp(own, share)))
+
+    def with_means(self, key_mean: torch.Tensor, value_mean: torch.Tensor) -> LinearFrame:
+        """The same matrices, shared, and other means."""
+        if key_mean.shape != self.key_mean.shape or value_mean.shape != self.value_mean.shape:
+            raise ConfigError(f"means must have the shape {list(self.key_mean.shape)}")
+        other = copy.copy(self)
+        other.key_mean, other.value_mean = key_mean.float(), value_mean.float()
+        return other
+
+    def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self._key_inverse, self._output_map
+
+
+class Angles:
+    """RoPE's cosines and sines by position; a frame and those that share its matrices share these too."""
+
+    def __init__(self, frequencies: torch.Tensor, device: torch.device) -> None:
+        self._frequencies, self._device = frequencies.cpu(), device
+        self._table = torch.empty(len(frequencies), 0, 2 * frequencies.shape[1])
+
+    def __call__(self, stop: int) -> torch.Tensor:
+        """[kinds, >= stop, head_dim], made on the CPU so that every machine has the same."""
+        table = self._table
+        if table.shape[1] < stop:
             position = torch.arange(-(-stop // 4096) * 4096, dtype=torch.float64)
-            angle = position[None, :, None] * self.frequencies.cpu()[:, None, :]
+            angle = position[None, :, None] * self._frequencies[:, None, :]
             # Threads may both get here: each returns the table it made, whichever is kept.
-            self._trig = trig = torch.cat([angle.cos(), angle.sin()], -1).float().to(self.key_mean.device)
-        return trig
+            self._table = table = torch.cat([angle.cos(), angle.sin()], -1).float().to(self._device)
+        return table
 
 
 def rotate_pairs(mean: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,8 @@ class Importance:
     Attributes:
         state: uint8 [layers, kv_heads, tokens or more, `Window.bytes_per_token`].
         watch: sees the probabilities of the prompt that is arriving; None in decode.
+        statistic: float32 [layers, kv_heads, tokens], what the decode step under way is reduced to; None if it is
+            not observed.
     """
 
     def __init__(self, method: Method) -> None:
@@ -30,7 +32,7 @@ class Importance:
         self._heads = (method.shape.layers, method.shape.kv_heads)
         self.state = self._new(0)
         self.watch: PromptWatch | None = None
-        self._statistic: torch.Tensor | None = None
+        self.statistic: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -40,10 +42,6 @@ class Importance:
         """Bytes of the state of so many tokens."""
         layers, heads = self._heads
         return layers * heads * tokens * self._window.bytes_per_token
-
-    def predicted(self, tokens: int) -> torch.Tensor:
-        """float32 [layers, kv_heads, tokens]: the attention that the first tokens are predicted to get."""
-        return self._window.importance(self.state[:, :, :tokens])
 
     def begin_prompt(self, total: int, queries: int) -> None:
         """The last `queries` of `total` tokens will be computed while all of them are exact."""
@@ -61,7 +59,7 @@ class Importance:
     def begin_step(self, tokens: int, room: int, observe: bool) -> None:
         """A decode step begins, after which there are `tokens`; if they do not fit, room is made for `room`."""
         if observe:
-            self._statistic = torch.empty(*self._heads, tokens, device=self._method.device)
+            self.statistic = torch.empty(*self._heads, tokens, device=self._method.device)
         if self.state.shape[2] < tokens:
             grown = self._new(room)
             grown[:, :, : self.state.shape[2]] = self.state
@@ -69,9 +67,9 @@ class Importance:
 
     def end_step(self, position: int) -> None:
         """Folds in what the query at a position looked at, if it was observed."""
-        if self._statistic is not None:
-            self._window.observe(self.state, self._statistic, position)
-            self._statistic = None
+        if self.statistic is not None:
+            self._method.allocator.observe(self.state, self.statistic, position)
+            self.statistic = None
 
     def observer(self, layer: int, held: int) -> Observer | None:
         """Who watches a layer's probabilities in this step; None if nobody does.
@@ -81,9 +79,9 @@ class Importance:
         """
         if (watch := self.watch) is not None:
             return lambda probabilities, first: watch(layer, probabilities, held + first)
-        if self._statistic is None:
+        if self.statistic is None:
             return None
-        return Reduction(self._window.statistic, self._statistic[layer])
+        return Reduction(self._window.statistic, self.statistic[layer])
 
     def copy(self) -> Importance:
         """The same state in memory of its own; between steps of decode only."""
@@ -92,7 +90,7 @@ class Importance:
         return other
 
     def close(self) -> None:
-        self.state, self.watch, self._statistic = self._new(0), None, None
+        self.state, self.watch, self.statistic = self._new(0), None, None
 
     def _new(self, tokens: int) -> torch.Tensor:
         dims = (*self._heads, tokens, self._window.bytes_per_token)

@@ -75,6 +75,18 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def find(source: str) -> Checkpoint:
+    """The files of a model that are on this machine; nothing is downloaded.
+
+    Raises:
+        ModelLoadError: they are not here, or not all of them.
+    """
+    checkpoint = _find(source, with_weights=True, download=False)
+    if checkpoint.is_gguf:
+        check_gguf(checkpoint.path)
+    return checkpoint
+
+
 def load_tokenizer(source: str, progress: Progress | None = None) -> Any:
     """The tokenizer of a model; its weights are not read.
 
@@ -102,7 +114,7 @@ def load_model(
         ConfigError: unknown device or dtype.
     """
     progress = progress or _silent
-    place = _device(device)
+    place = device_of(device)
     checkpoint = _find(source, with_weights=True)
     progress("reading", 0.0)
     fingerprint = checkpoint.fingerprint()
@@ -122,7 +134,7 @@ def load_model(
     return LoadedModel(model, tokenizer, checkpoint.name, source, fingerprint, resolved, int(context))
 
 
-def _find(source: str, with_weights: bool) -> Checkpoint:
+def _find(source: str, with_weights: bool, download: bool = True) -> Checkpoint:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -138,16 +150,20 @@ def _find(source: str, with_weights: bool) -> Checkpoint:
             f"{source!r} is not there; give a local directory, a .gguf file or a hub id such as "
             "HuggingFaceTB/SmolLM2-135M-Instruct"
         )
-    return Checkpoint(_download(source, with_weights), source)
+    return Checkpoint(_from_hub(source, with_weights, download), source)
 
 
-def _download(hub_id: str, with_weights: bool) -> Path:
+def _from_hub(hub_id: str, with_weights: bool, download: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [*_TEXT_FILES, "*.safetensors"] if with_weights else _TEXT_FILES
     try:
         path = snapshot_download(
-            hub_id, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=_HUB_TIMEOUT_S
+            hub_id,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],
+            etag_timeout=_HUB_TIMEOUT_S,
+            local_files_only=not download,
         )
     except Exception as error:
         raise ModelLoadError(
@@ -207,7 +223,7 @@ def _weights(directory: Path, dtype: torch.dtype, device: torch.device, source: 
     return model.eval()
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError as error:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qaq_core import allocation
 from qaq_core import attention as kernels
+from qaq_core.allocation import Allocator
 from qaq_core.attention import Attention
 from qaq_core.errors import ConfigError
 from qaq_core.outliers import Outliers, split_outliers
@@ -67,6 +69,7 @@ class Method:
         group: tokens that leave the recent window at a time; as many always stay.
         kernel: which attention to run, one of `attention.KERNELS`; the environment's QAQ_KERNEL if not given.
         outlier_ratio: share of numbers kept beside the codes; 0 for none.
+        own_means: a sequence is centered on the means of its first packed tokens instead of the model's.
     """
 
     preset: str
@@ -80,12 +83,18 @@ class Method:
     sinks: int = SINKS
     group: int = GROUP
     outlier_ratio: float = 0.0
+    own_means: bool = False
     page_tokens: int = PAGE_TOKENS
     kernel: str | None = None
     attention: Attention = field(init=False)
+    allocator: Allocator = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attention", kernels.make(self.quantizer.codec, self.device, self.kernel))
+        object.__setattr__(self, "quantizer", self.quantizer.using(self.kernel))
+        codec, device, kernel = self.quantizer.codec, self.device, self.kernel
+        object.__setattr__(self, "attention", kernels.make(codec, device, kernel))
+        chosen = allocation.make(self.policy, codec, self.window, device, kernel)
+        object.__setattr__(self, "allocator", chosen)
 
     @classmethod
     def for_model(
@@ -128,19 +137,22 @@ class Method:
         return PageShape(shape.layers, shape.kv_heads, self.page_tokens, shape.head_dim, dtype_name(self.dtype))
 
     def measure(
-        self, originals: torch.Tensor, start: int
+        self, quantizer: Quantizer, originals: torch.Tensor, start: int, spent: bool = False
     ) -> tuple[Pair, Pair, tuple[Outliers | None, Outliers | None]]:
-        """Rows, meta bytes and outliers of originals [layers, 2, kv_heads, n, head_dim] from position `start`."""
+        """Rows, meta bytes and outliers of originals [layers, 2, kv_heads, n, head_dim] from position `start`.
+
+        Args:
+            quantizer: the sequence's.
+            spent: see `Quantizer.rows`.
+        """
         rows, metas, outliers = [], [], []
         for side in (KEY, VALUE):
-            row = self.quantizer.rows(side, originals[:, side], start)
+            row = quantizer.rows(side, originals[:, side], start, spent)
             kept, mask = (None, None)
             if self.outlier_ratio > 0:
-                kept, mask = split_outliers(
-                    row, self.outlier_ratio, getattr(self.quantizer.codec, "group", "head")
-                )
+                kept, mask = split_outliers(row, self.outlier_ratio, getattr(quantizer.codec, "group", "head"))
             rows.append(row)
-            metas.append(self.quantizer.codec.measure(row, mask))
+            metas.append(quantizer.measure(row, mask))
             outliers.append(kept)
         return (rows[0], rows[1]), (metas[0], metas[1]), (outliers[0], outliers[1])
 

@@ -40,6 +40,9 @@ class PackedTokens:
         shape: (layers, kv_heads, head_dim).
         start: position of the first token that will be packed.
         kernel: see `native.find`.
+
+    Attributes:
+        version: counts the times that rows have come or moved.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class PackedTokens:
         self.layers, self.heads, self.head_dim = shape
         self.tags = torch.empty(self.layers, self.heads, 0, dtype=torch.uint8, device=device)
         self.sides: list[Side] = []
+        self.version = 0
 
     def __len__(self) -> int:
         return self.tags.shape[2]
@@ -79,13 +83,15 @@ class PackedTokens:
         for side in self.sides:
             total += side.meta.untyped_storage().nbytes() + sum(pool.nbytes for pool in side.pools)
             total += side.outliers.nbytes if side.outliers else 0
-        return total
+        return total + self.quantizer.own_bytes
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of tags, meta bytes and outliers: what does not change with the widths."""
+        """Bytes of tags, meta bytes, outliers and own means: what does not change with the widths."""
         parts = [part for side in self.sides for part in (side.meta, side.outliers)]
-        return self.tags.numel() + sum(part.nbytes for part in parts if part is not None)
+        return (
+            self.tags.numel() + self.quantizer.own_bytes + sum(part.nbytes for part in parts if part is not None)
+        )
 
     @property
     def mean_bits(self) -> float:
@@ -93,10 +99,9 @@ class PackedTokens:
         return sum(float(self.widths(side).float().mean()) for side in (KEY, VALUE)) / 4
 
     @property
-    def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of all keys and values, as in `View`; there must be tokens."""
-        keys, values = (self.quantizer.codec.affine(side.meta)[0] for side in self.sides)
-        return keys, values
+    def metas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Meta bytes of all keys and values, see `Side`; there must be tokens."""
+        return self.sides[KEY].meta, self.sides[VALUE].meta
 
     def copy(self) -> PackedTokens:
         """The same tokens in memory of their own."""
@@ -159,6 +164,7 @@ class PackedTokens:
             if mine.outliers is not None:
                 mine.outliers = mine.outliers.cat(outliers[side])
         self.tags = tags
+        self.version += 1
 
     def _coming(
         self, side: int, rows: torch.Tensor, meta: torch.Tensor, widths: torch.Tensor, first: int
@@ -167,9 +173,7 @@ class PackedTokens:
         full_meta = meta.expand(*rows.shape[:3], meta.shape[-1])
         want = widths.reshape(-1)
         nothing = torch.zeros_like(want)
-        planes, offsets = self.quantizer.encode_each(
-            side, rows.reshape(-1, self.head_dim), full_meta.reshape(len(want), -1), nothing, want
-        )
+        planes, offsets = self.quantizer.encode_each(side, rows, full_meta.reshape(len(want), -1), nothing, want)
         runs, count = widths.shape[0] * widths.shape[1], widths.shape[2]
         place = torch.arange(first, first + count, device=self.device)
         index = torch.arange(runs, device=self.device)[:, None] * (first + count) + place
@@ -202,14 +206,17 @@ class PackedTokens:
         after = self.tags.clone()
         after.view(-1)[index] = retagged(old, side, widths)
         token = index % tokens
-        for block in (token // BLOCK_TOKENS).unique().tolist():
+        for block in range(self.blocks):
             first, last = self.block_range(block)
             here = torch.nonzero((token >= first) & (token < last)).squeeze(1)
+            if not len(here):
+                continue
             local = (index[here] // tokens) * (last - first) + token[here] - first
             moves = Moves(local, have[here], widths[here], keep[here], planes, offsets[here])
             before, pool = self.tags[:, :, first:last], self.sides[side].pools[block]
             pool.weave(before, after[:, :, first:last], side, self._from_halves(pool, before, side, moves))
         self.tags = after
+        self.version += 1
 
     def _from_halves(self, pool: Pool, tags: torch.Tensor, side: int, moves: Moves) -> Moves:
         """The same moves; rows in half precision that become codes are given anew, as they have no planes."""

@@ -62,7 +62,8 @@ class RowLayout:
         self.octets = len(order) // 8
         seen = torch.nn.functional.one_hot(self.order.long(), self.octets).cumsum(0)
         plane = seen.gather(1, self.order.long()[:, None]).squeeze(1) - 1
-        self._place = self.order.long() * 8 + plane
+        self.units = self.order.long() * 8 + plane
+        """int64 [head_dim]: 8 · octet + plane of each unit."""
         self.planes = torch.stack([self._held(width) for width in range(HALF // 2 + 1)])
         """uint8 [17, octets]: planes of each octet at each width up to 8 bits."""
 
@@ -81,13 +82,13 @@ class RowLayout:
             uint8 [n, last-first].
         """
         planes = _transpose(codes.contiguous().view(torch.int64)).view(torch.uint8)  # byte i: bit i of 8 codes
-        place = self._place[first:last].to(codes.device)
+        place = self.units[first:last].to(codes.device)
         return planes.index_select(1, place ^ 7)
 
     def unpack(self, rows: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [n, head_dim] of rows uint8 [n, bytes]; bits that are not held are 0."""
         planes = torch.zeros(len(rows), 8 * self.octets, dtype=torch.uint8, device=rows.device)
-        planes[:, self._place[: rows.shape[1]].to(rows.device) ^ 7] = rows
+        planes[:, self.units[: rows.shape[1]].to(rows.device) ^ 7] = rows
         return _transpose(planes.view(torch.int64)).view(torch.uint8)
 
 

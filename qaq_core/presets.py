@@ -77,6 +77,7 @@ def balanced(
         "policy": BalancedPolicy(quantizer, costs, exceptions),
         "window": DecayWindow(),
         "target": wanted,
+        "own_means": True,
     }
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qaq_core.allocation import Kept
 from qaq_core.packed import PackedTokens
-from qaq_core.policies import ErrorPolicy, View
+from qaq_core.policies import ErrorPolicy
 from qaq_core.policies.base import solve_error, solve_price
 
 if TYPE_CHECKING:
@@ -61,15 +62,16 @@ class Price:
     def _found(self) -> float:
         return self.method.policy.price if self.own is None else self.own
 
-    def widths(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    def widths(self, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
         """What keys and values get for what is paid, see `Policy.widths`."""
-        return self.method.policy.widths(self.method.policy.demand(view), self.paid)
+        allocator = self.method.allocator
+        return allocator.widths(allocator.demand(kept), self.paid)
 
-    def bits_at(self, floors: Sequence[float], view: View) -> list[float]:
-        """Code bits an element of the view's tokens that each floor would leave."""
-        policy, own = self.method.policy, self._found
-        demand = policy.demand(view)
-        pairs = [policy.widths(demand, max(own, floor)) for floor in floors]
+    def bits_at(self, floors: Sequence[float], kept: Kept) -> list[float]:
+        """Code bits an element of those tokens that each floor would leave."""
+        allocator, own = self.method.allocator, self._found
+        demand = allocator.demand(kept)
+        pairs = [allocator.widths(demand, max(own, floor)) for floor in floors]
         return [float(keys.float().mean() + values.float().mean()) / 4 for keys, values in pairs]
 
     # -- towards the target ----------------------------------------------------------------------------
@@ -78,23 +80,26 @@ class Price:
         """Whether it must be found, or found again, before tokens join so many that are packed."""
         return self.own is None or (self.settling and packed < SETTLED)
 
-    def solve(self, view: View, length: int, fixed_bytes: int) -> None:
-        """Finds what meets the target with the view's tokens.
+    def solve(self, kept: Kept, length: int, fixed_bytes: int) -> None:
+        """Finds what meets the target with those tokens.
 
         Args:
-            view: of all tokens that are packed or about to be.
+            kept: of all tokens that are packed or about to be.
             length: tokens of the sequence.
             fixed_bytes: what the cache will hold besides codes.
         """
-        method = self.method
-        demand = method.policy.demand(view)
+        method, allocator = self.method, self.method.allocator
         if method.target.error is not None:
             assert isinstance(method.policy, ErrorPolicy)
+            demand = method.policy.demand(allocator.view(kept))
             per_element = method.target.error / method.shape.head_dim
             self.own = solve_error(method.policy, demand, per_element * length)
             return
-        target = method.target_bits(length, view.shape[2], fixed_bytes)
-        self.own = method.policy.price if target is None else solve_price(method.policy, demand, target)
+        target = method.target_bits(length, kept.shape[2], fixed_bytes)
+        if target is None:
+            self.own = method.policy.price
+        else:
+            self.own = solve_price(allocator, allocator.demand(kept), target)
 
     def steer(self, packed: PackedTokens, length: int, fixed_bytes: int) -> None:
         """Turns it towards what the target asks for: bits drift while tokens come and attention moves."""

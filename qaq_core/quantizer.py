@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -10,29 +11,62 @@ from blake3 import blake3
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from qaq_core import codecs
+from qaq_core import codecs, encoding
 from qaq_core.codecs import Codec
+from qaq_core.encoding import Encoder
 from qaq_core.errors import ConfigError, QuantizationError
 from qaq_core.frames import Frame, LinearFrame, PlainFrame
 from qaq_core.originals import RowRequest
-from qaq_core.packing import HALF, RowLayout, pack_half
+from qaq_core.packing import HALF, RowLayout
+from qaq_core.pages import KEY, VALUE
 
 _SETTINGS = "codec_settings"
+_MEANS = ("key_mean", "value_mean")
 
 
 class Quantizer:
     """Makes packed rows of originals.
 
+    Args:
+        kernel: see `native.find`.
+
     Attributes:
         id: 16 bytes that name frame and codec; the cache service looks them up by it.
         meta_bytes: scale bytes of a row.
+        base: the one that this differs from in its means alone, or None.
     """
 
-    def __init__(self, frame: Frame, codec: Codec) -> None:
-        self.frame, self.codec = frame, codec
+    def __init__(
+        self, frame: Frame, codec: Codec, base: Quantizer | None = None, kernel: str | None = None
+    ) -> None:
+        self.frame, self.codec, self.base, self.kernel = frame, codec, base, kernel
         self.meta_bytes = codec.meta_bytes
-        self._layouts: dict[tuple[int, int], RowLayout] = {}
+        self._layouts: dict[tuple[int, int], RowLayout] = base._layouts if base else {}
+        self._encoders: dict[str, Encoder] = {}
         self.id = blake3(self.to_bytes()).digest(16)
+
+    def using(self, kernel: str | None) -> Quantizer:
+        """The same quantizer with another choice of kernels, see `native.find`."""
+        if kernel == self.kernel:
+            return self
+        other = copy.copy(self)
+        other.kernel, other._encoders = kernel, {}
+        return other
+
+    def centered_on(self, originals: torch.Tensor, start: int) -> Quantizer:
+        """A sequence's own: centered on those tokens, see `Frame.centered_on`. It rests on this one."""
+        return Quantizer(self.frame.centered_on(originals, start), self.codec, self, self.kernel)
+
+    @property
+    def own_bytes(self) -> int:
+        """Memory of what a sequence does not share with others."""
+        if self.base is None:
+            return 0
+        return sum(tensor.nbytes for name, tensor in self.frame.tensors().items() if name in _MEANS)
+
+    def spread(self, scale: torch.Tensor, head_dim: int) -> torch.Tensor:
+        """Scales [..., 1 or 2] of rows as those of their dims: [..., 1 or head_dim]."""
+        return encoding.spread(scale, head_dim, self.codec.split)
 
     def layout(self, side: int, head_dim: int) -> RowLayout:
         """Which plane of which octet each byte of a row holds."""
@@ -41,66 +75,47 @@ class Quantizer:
             self._layouts[key] = RowLayout(self.codec.order(side, head_dim))
         return self._layouts[key]
 
-    def rows(self, side: int, originals: torch.Tensor, start: int) -> torch.Tensor:
+    def rows(self, side: int, originals: torch.Tensor, start: int, spent: bool = False) -> torch.Tensor:
         """Rows to quantize of consecutive positions.
 
         Args:
             originals: [layers, kv_heads, tokens, head_dim] of positions start, start+1, ….
+            spent: nobody needs the originals any more, and rows may be written over them.
         Returns:
             float32, same shape.
         Raises:
             QuantizationError: NaN or infinite; names the layer.
         """
-        rows = self.frame.rows(side, originals, start)
-        finite = torch.isfinite(rows.sum((1, 2, 3)))
-        if not bool(finite.all()):
-            bad = int(torch.nonzero(~finite)[0, 0])
+        rows, bad = self._encoder(originals.device).rows(side, originals, start, spent)
+        if bad is not None:
             raise QuantizationError(f"layer {bad}: {'value' if side else 'key'} rows hold NaN or infinity")
         return rows
 
+    def measure(self, rows: torch.Tensor, excluded: torch.Tensor | None = None) -> torch.Tensor:
+        """Meta bytes of rows [layers, kv_heads, tokens, head_dim], see `Codec.measure`."""
+        return self._encoder(rows.device).measure(rows, excluded)
+
     def encode(self, side: int, rows: torch.Tensor, meta: torch.Tensor, have: int, want: int) -> torch.Tensor:
-        """The bytes of rows that those of width `want` have and those of width `have` lack; of HALF all.
-
-        Args:
-            rows: float32 [n, head_dim]. meta: uint8 [n, meta_bytes].
-        Returns:
-            uint8 [n, bytes].
-        """
-        head_dim = rows.shape[1]
-        scale, offset = self.codec.affine(meta)
-        units = (rows if offset is None else rows - offset.unsqueeze(-1)) / self.spread(scale, head_dim)
-        if want == HALF:
-            return pack_half(units)
-        layout = self.layout(side, head_dim)
-        return layout.pack(self.codec.codes(units), layout.row_bytes(have), layout.row_bytes(want))
-
-    def spread(self, scale: torch.Tensor, head_dim: int) -> torch.Tensor:
-        """Scales [..., 1 or 2] of rows as those of their dims: [..., 1 or head_dim]."""
-        first = 8 * self.codec.split
-        if not first:
-            return scale
-        dims = torch.tensor([first, head_dim - first], device=scale.device)
-        return scale.repeat_interleave(dims, -1, output_size=head_dim)
+        """What rows [n, head_dim] lack that all have one width and want another: uint8 [n, bytes]."""
+        widths = torch.tensor([have, want], dtype=torch.uint8, device=rows.device)
+        held, wanted = widths[:, None].expand(-1, len(rows))
+        return self.encode_each(side, rows, meta, held, wanted)[0].view(len(rows), -1)
 
     def encode_each(
         self, side: int, rows: torch.Tensor, meta: torch.Tensor, have: torch.Tensor, want: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What rows lack that have some width and want another, see `encode`.
+        """The bytes of rows that those of width `want` have and those of width `have` lack; of HALF all.
 
         Args:
-            rows: float32 [n, head_dim]. meta: uint8 [n, meta_bytes]. have, want: uint8 [n].
+            rows: float32 [..., head_dim], n in all. meta: uint8 [n, meta_bytes].
+            have, want: uint8 [n] of WIDTHS, have <= want or want = HALF.
         Returns:
             uint8 bytes, one row after another; int64 [n], where a row's begin.
         """
-        sizes = torch.where(want == HALF, HALF, want.long() - have) * rows.shape[1] // 16
-        offsets = sizes.cumsum(0) - sizes
-        out = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=rows.device)
-        kinds = have.long() * 256 + want
-        for kind in kinds.unique().tolist():
-            mine = torch.nonzero(kinds == kind).squeeze(1)
-            made = self.encode(side, rows[mine], meta[mine], kind // 256, kind % 256)
-            out[offsets[mine][:, None] + torch.arange(made.shape[1], device=rows.device)] = made
-        return out, offsets
+        sizes = torch.where(want == HALF, HALF, want.long() - have) * rows.shape[-1] // 16
+        begin, out = _room(sizes)
+        self._encoder(rows.device).encode(side, rows, meta, have, want, begin, out)
+        return out, begin
 
     def requantize(self, request: RowRequest, originals: torch.Tensor) -> np.ndarray:
         """Bytes that a request's rows lack, one row after another.
@@ -110,35 +125,63 @@ class Quantizer:
         Returns:
             uint8 bytes, as `RowReply.planes`.
         """
-        layer, head, position, side, have, want = (
-            torch.from_numpy(getattr(request, name).astype(np.int64))
-            for name in ("layer", "head", "position", "side", "have", "want")
+        layer, head, position = (
+            torch.from_numpy(getattr(request, name).astype(np.int64)) for name in ("layer", "head", "position")
         )
-        meta, sizes = torch.from_numpy(request.meta), torch.from_numpy(request.payload_bytes())
-        ends = sizes.cumsum(0)
-        answer = torch.empty(int(sizes.sum()), dtype=torch.uint8)
-        for one in side.unique().tolist():
-            mine = torch.nonzero(side == one).squeeze(1)
-            rows = self.frame.rows_at(one, originals[mine], layer[mine], head[mine], position[mine])
-            made, offsets = self.encode_each(one, rows, meta[mine], have[mine], want[mine])
-            shift = (ends[mine] - sizes[mine] - offsets).repeat_interleave(sizes[mine])
-            answer[torch.arange(len(made)) + shift] = made
+        have, want, meta = (torch.from_numpy(getattr(request, name).copy()) for name in ("have", "want", "meta"))
+        begin, answer = _room(torch.from_numpy(request.payload_bytes()))
+        encoder = self._encoder(originals.device)
+        for side in (KEY, VALUE):
+            mine = torch.from_numpy(np.flatnonzero(request.side == side))
+            if len(mine):
+                rows = encoder.rows_at(side, originals[mine], layer[mine], head[mine], position[mine])
+                encoder.encode(side, rows, meta[mine], have[mine], want[mine], begin[mine], answer)
         raw: np.ndarray = answer.numpy()
         return raw
 
+    def _encoder(self, device: torch.device) -> Encoder:
+        if device.type not in self._encoders:
+            made = encoding.make(self.frame, self.codec, self.layout, device, self.kernel)
+            self._encoders[device.type] = made
+        return self._encoders[device.type]
+
     def to_bytes(self) -> bytes:
-        """Frame and codec as safetensors; the same tables give the same bytes."""
-        described = {"frame": self.frame.name, "codec": self.codec.settings()}
+        """Frame and codec as safetensors, or the base's id and the means; the same tables give the same bytes."""
+        described: dict[str, object] = {"frame": self.frame.name, "codec": self.codec.settings()}
+        if self.base is not None:
+            described = {"base": self.base.id.hex()}
         note = torch.frombuffer(bytearray(json.dumps(described, sort_keys=True).encode()), dtype=torch.uint8)
         # Clones: a file cannot hold tensors that share memory, as keys' and values' tables may.
-        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in self.frame.tensors().items()}
+        tensors = {
+            name: tensor.cpu().contiguous().clone()
+            for name, tensor in self.frame.tensors().items()
+            if self.base is None or name in _MEANS
+        }
         return save_tensors({**tensors, _SETTINGS: note})
 
+    @staticmethod
+    def base_of(raw: bytes) -> bytes | None:
+        """Id of the quantizer that `from_bytes` needs to make this one, or None."""
+        base = json.loads(bytes(load_tensors(raw)[_SETTINGS].numpy())).get("base")
+        return None if base is None else bytes.fromhex(base)
+
     @classmethod
-    def from_bytes(cls, raw: bytes) -> Quantizer:
+    def from_bytes(cls, raw: bytes, base: Quantizer | None = None) -> Quantizer:
+        """What `to_bytes` wrote; `base` is the one that `base_of` names."""
         tensors = load_tensors(raw)
         described = json.loads(bytes(tensors.pop(_SETTINGS).numpy()))
+        if "base" in described:
+            if base is None or base.base is not None or not isinstance(base.frame, LinearFrame):
+                raise ConfigError("means must rest on a complete quantizer with a linear frame")
+            return cls(base.frame.with_means(**tensors), base.codec, base)
         frames = {PlainFrame.name: PlainFrame, LinearFrame.name: LinearFrame}
         if described["frame"] not in frames:
             raise ConfigError(f"unknown frame {described['frame']!r}")
         return cls(frames[described["frame"]](**tensors), codecs.make(**described["codec"]))
+
+
+def _room(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where rows of so many bytes begin, one after another, int64 [n]; and memory for them."""
+    if len(sizes) and int(sizes.min()) < 0:
+        raise ValueError("a row that is made from some width on must want a wider one")
+    return sizes.cumsum(0) - sizes, torch.empty(int(sizes.sum()), dtype=torch.uint8, device=sizes.device)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qaq_core.allocation import Kept
 from qaq_core.attention.reference import LayerTokens, Observer
 from qaq_core.errors import ConfigError
 from qaq_core.exact import ExactTokens
@@ -20,11 +21,13 @@ from qaq_core.originals import InProcessOriginals, Originals
 from qaq_core.outliers import Outliers
 from qaq_core.packed import PackedTokens
 from qaq_core.pages import KEY, VALUE, Page, unique_names
-from qaq_core.policies import View
 from qaq_core.price import Price
 from qaq_core.staging import Staging
 from qaq_core.statistics import CacheStatistics
 from qaq_core.window import PromptWatch
+
+OWN_MEANS_TOKENS = 64
+"""Fewer tokens than these know too little of what is to come to be centered on their own means."""
 
 
 class SequenceCache:
@@ -58,7 +61,7 @@ class SequenceCache:
         self.staging = Staging(method.page_shape, originals or InProcessOriginals(), page_name or unique_names())
         dims = (method.shape.layers, method.shape.kv_heads, method.shape.head_dim)
         self.packed = PackedTokens(method.quantizer, dims, method.sinks, method.device, method.kernel)
-        self.exceptions = Exceptions(self.packed, self.staging, method.policy, wait)
+        self.exceptions = Exceptions(self.packed, self.staging, method.allocator, wait)
         room = method.sinks + 2 * method.group
         self.exact = ExactTokens(dims, room, method.dtype, method.window_dtype, method.device)
         self._expected = 0
@@ -95,7 +98,7 @@ class SequenceCache:
 
     def bits_at(self, floors: Sequence[float]) -> list[float]:
         """Code bits an element of the packed tokens that each floor would leave, see `reprice`."""
-        return self.price.bits_at(floors, self._view())
+        return self.price.bits_at(floors, self._kept())
 
     def reprice(self, floor: float) -> None:
         """Sets the least price of a bit, which sequences may share.
@@ -104,7 +107,7 @@ class SequenceCache:
         hold. If it is less they get it back from their originals while decoding, within `Price.allowance`.
         """
         if self.price.ask(floor) and len(self.packed):
-            self.exceptions.settle(self._view(), self.price.paid)
+            self.exceptions.settle(self._kept(), self.price.paid)
 
     def attend(
         self,
@@ -124,6 +127,15 @@ class SequenceCache:
         """
         tokens, observe = self.take(layer, keys, values)
         return self.method.attention(query, tokens, scaling, sliding_window, observe)
+
+    @property
+    def arriving(self) -> bool:
+        """Whether a prompt is still arriving."""
+        return self._expected > 0
+
+    def begin(self) -> None:
+        """A decode step begins: one token's keys and values will be written to `exact`, and attention observed."""
+        self._begin_step(1)
 
     def take(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[LayerTokens, Observer | None]:
         """Takes the next tokens' keys and values of a layer; what to attend to, and who watches."""
@@ -186,7 +198,7 @@ class SequenceCache:
         other.faithful, other._first_prompt = self.faithful, False
         other.staging = self.staging.fork(page_name or unique_names())
         other.packed, other.exact = self.packed.copy(), self.exact.copy()
-        other.exceptions = Exceptions(other.packed, other.staging, self.method.policy, self.exceptions.wait)
+        other.exceptions = Exceptions(other.packed, other.staging, self.method.allocator, self.exceptions.wait)
         other.exceptions.rounded_from = self.exceptions.rounded_from
         other._steps = self._steps
         return other
@@ -268,24 +280,26 @@ class SequenceCache:
     def _pack(self, tokens: int, solve: bool = False) -> None:
         """Quantizes the oldest exact tokens after the sinks; finds the price anew if told to, or if it must."""
         method, packed, sinks = self.method, self.packed, self.method.sinks
-        rows, metas, outliers = method.measure(self.exact.slice(sinks, sinks + tokens), packed.stop)
-        scales = tuple(method.quantizer.codec.affine(meta)[0] for meta in metas)
-        view = View(self.importance.predicted(self.length), packed.stop, (scales[KEY], scales[VALUE]))
+        originals = self.exact.spend(sinks, sinks + tokens)
+        if method.own_means and not len(packed) and tokens >= OWN_MEANS_TOKENS:
+            packed.quantizer = method.quantizer.centered_on(originals, packed.stop)
+        rows, metas, outliers = method.measure(packed.quantizer, originals, packed.stop, spent=True)
+        kept = Kept(self.importance.state[:, :, : self.length], packed.stop, metas)
         if solve or self.price.wanted(len(packed)):
-            everything = view.preceded(packed.start, packed.scales) if len(packed) else view
+            everything = kept.preceded(packed.start, packed.metas) if len(packed) else kept
             self.price.solve(everything, self.length, self._fixed_bytes(tokens, (*metas, *outliers)))
             self.price.settling = self._steps > 0 and not solve
-        packed.append(self.price.widths(view), rows, metas, outliers)
+        packed.append(self.price.widths(kept), rows, metas, outliers)
         self.exact.drop(sinks, sinks + tokens)
 
     def _review(self, narrow: bool) -> None:
         if narrow:
             self.price.steer(self.packed, self.length, self._fixed_bytes())
-        self.price.spend(self.exceptions.review(self._view(), self.price.paid, narrow, self.price.most_bytes))
+        self.price.spend(self.exceptions.review(self._kept(), self.price.paid, narrow, self.price.most_bytes))
 
-    def _view(self) -> View:
-        """What a policy may look at: the packed tokens."""
-        return View(self.importance.predicted(self.length), self.packed.start, self.packed.scales)
+    def _kept(self) -> Kept:
+        """What is kept of the packed tokens."""
+        return Kept(self.importance.state[:, :, : self.length], self.packed.start, self.packed.metas)
 
     def _fixed_bytes(self, tokens: int = 0, parts: Sequence[torch.Tensor | Outliers | None] = ()) -> int:
         """What the cache will hold besides codes.

@@ -14,7 +14,10 @@ import torch
 LOG2_FLOOR = -40.0
 """Smallest statistic that a byte tells from 0; the largest is 1."""
 
-_STEP = -LOG2_FLOOR / 255
+LOG2_STEP = -LOG2_FLOOR / 255
+
+DITHER = 1_000_003
+"""Thresholds of one seed stand so many places after those of the seed before."""
 
 
 Statistic = Literal["max", "mean_square"]
@@ -77,20 +80,20 @@ def to_log_byte(value: torch.Tensor, dither: int | None = None) -> torch.Tensor:
 
     Dithered rounding keeps small changes alive on average; the same number gives the same thresholds.
     """
-    code = (value.clamp(2.0**LOG2_FLOOR, 1.0).log2() - LOG2_FLOOR) / _STEP
+    code = (value.clamp(2.0**LOG2_FLOOR, 1.0).log2() - LOG2_FLOOR) / LOG2_STEP
     threshold = 0.5 if dither is None else _thresholds(code, dither)
     return (code + threshold).floor_().clamp_(0, 255).to(torch.uint8)
 
 
 def _thresholds(like: torch.Tensor, seed: int) -> torch.Tensor:
     """Evenly spread numbers in [0, 1): a Weyl sequence, which needs nobody's random generator."""
-    place = torch.arange(like.numel(), device=like.device, dtype=torch.int64) + 1_000_003 * seed
+    place = torch.arange(like.numel(), device=like.device, dtype=torch.int64) + DITHER * seed
     return (((place * 2_654_435_769) >> 16) & 0xFFFF).view(like.shape) / 65536.0
 
 
 def from_log_byte(code: torch.Tensor) -> torch.Tensor:
     """float32 of log codes; code 0 is 0."""
-    table = torch.exp2(LOG2_FLOOR + _STEP * torch.arange(256, device=code.device, dtype=torch.float32))
+    table = torch.exp2(LOG2_FLOOR + LOG2_STEP * torch.arange(256, device=code.device, dtype=torch.float32))
     table[0] = 0.0
     return table[code.int()]
 
@@ -158,8 +161,12 @@ class DecayWindow:
 
     def observe(self, state: torch.Tensor, statistic: torch.Tensor, position: int) -> None:
         seen = state[:, :, : statistic.shape[2], 0]
-        keep = 0.5 ** (self.every / self.half_life)
-        seen.copy_(to_log_byte(torch.lerp(statistic, from_log_byte(seen), keep), dither=position))
+        seen.copy_(to_log_byte(torch.lerp(statistic, from_log_byte(seen), self.keep), dither=position))
+
+    @property
+    def keep(self) -> float:
+        """Share of what was known that is kept when a step is folded in."""
+        return float(0.5 ** (self.every / self.half_life))
 
     def importance(self, state: torch.Tensor) -> torch.Tensor:
         return from_log_byte(state[..., 0])

@@ -10,14 +10,26 @@ from typing import Protocol
 import torch
 
 from qaq_core import native
+from qaq_core.attention import triton
 from qaq_core.attention.cpu import CpuAttention
 from qaq_core.attention.reference import LayerTokens, Observer, ReferenceAttention
+from qaq_core.attention.triton import TritonAttention
 from qaq_core.codecs import Codec
 from qaq_core.native import KERNELS
 
 log = logging.getLogger(__name__)
 
-__all__ = ["KERNELS", "Attention", "CpuAttention", "LayerTokens", "Observer", "ReferenceAttention", "make"]
+__all__ = [
+    "KERNELS",
+    "Attention",
+    "CpuAttention",
+    "LayerTokens",
+    "Observer",
+    "ReferenceAttention",
+    "TritonAttention",
+    "faster",
+    "make",
+]
 
 
 class Attention(Protocol):
@@ -53,19 +65,30 @@ def make(codec: Codec, device: torch.device, kernel: str | None = None) -> Atten
     """The attention to use on a device.
 
     Args:
-        kernel: see `native.find`.
+        kernel: see `native.find`; "auto" takes Triton on CUDA devices.
     """
+    kernel = native.chosen(kernel)
     chosen: Attention
-    if native.find(device, kernel) is not None:
+    hint = None
+    if kernel == "triton" or (kernel == "auto" and device.type == "cuda" and triton.missing(device) is None):
+        chosen = TritonAttention(codec, device)
+    elif native.find(device, kernel) is not None:
         chosen = CpuAttention(codec)
     else:
         chosen = ReferenceAttention(codec, device)
-    _say(chosen.name, device.type == "cpu" and native.library() is None)
+        hint = faster(device) if kernel == "auto" else None
+    _say(chosen.name, hint)
     return chosen
 
 
+def faster(device: torch.device) -> str | None:
+    """What to do for a faster kernel than the reference, if a device has one."""
+    if device.type == "cuda":
+        return triton.missing(device)
+    return native.missing() if device.type == "cpu" else None
+
+
 @cache
-def _say(name: str, missing: bool) -> None:
+def _say(name: str, hint: str | None) -> None:
     """Says once which kernel runs."""
-    hint = "; a C++ compiler and a reinstall would give the fast one" if missing else ""
-    log.info("attention kernel: %s%s", name, hint)
+    log.info("attention kernel: %s%s", name, f"; for a faster one: {hint}" if hint else "")

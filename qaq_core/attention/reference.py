@@ -143,7 +143,12 @@ class ReferenceAttention:
             summed = _weighted(middle[..., first:last], self._rows(packed, VALUE, block, tokens.layer))
             total = summed if total is None else total.add_(summed)
         assert total is not None
-        restored = packed.quantizer.frame.restore(tokens.layer, total, middle.sum(-1))
+        frame = packed.quantizer.frame
+        restored = frame.restore(tokens.layer, total)
+        center = frame.value_center(tokens.layer)
+        if center is not None:
+            mass = middle.sum(-1).view(len(center), -1, 1)
+            restored = restored + (mass * center.unsqueeze(1)).view(restored.shape)
         return restored + _weighted(exact, tokens.values.float())
 
     def _rows(self, packed: PackedTokens, side: int, block: int, layer: int) -> torch.Tensor:

@@ -62,6 +62,29 @@ class Codec(Protocol):
         ...
 
 
+class Cells:
+    """Codes by nested cells: a number's code is how many edges are less than it.
+
+    Attributes:
+        edges: float32 [255] ascending, on the CPU.
+    """
+
+    edges: torch.Tensor
+
+    def codes(self, units: torch.Tensor) -> torch.Tensor:
+        """See `Codec`."""
+        return torch.bucketize(units, self.edges.to(units.device), out_int32=True).to(torch.uint8)
+
+
+def part_rms(rows: torch.Tensor, split: int) -> torch.Tensor:
+    """Root mean squares of rows [..., head_dim]: float32 [..., 1 or 2], of the octets before and from `split` on.
+
+    Summed in double precision, so that the order does not show.
+    """
+    parts = (rows[..., : 8 * split], rows[..., 8 * split :]) if split else (rows,)
+    return torch.stack([part.double().square().mean(-1).sqrt().float() for part in parts], -1)
+
+
 def normal_cells(edges: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Centroids of a standard normal in the cells between edges, and the mean squared error of using them.
 

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from qaq_core.codecs.base import normal_cells
+from qaq_core.codecs.base import Cells, normal_cells, part_rms
 from qaq_core.errors import QuantizationError
 from qaq_core.packing import round_robin
 
@@ -20,7 +20,7 @@ LOG2_MIN, LOG2_MAX = -16.0, 12.0
 _STEP = (LOG2_MAX - LOG2_MIN) / 255
 
 
-class GaussianCodec:
+class GaussianCodec(Cells):
     """Rows that are close to Gaussian after rotation; scale = rms as an 8-bit log code, one per row."""
 
     name = "gaussian"
@@ -30,24 +30,24 @@ class GaussianCodec:
     def __init__(self) -> None:
         steps = torch.arange(256, dtype=torch.float64)
         self._scales = torch.exp2(LOG2_MIN + _STEP * steps).float()
-        self._edges = _edges(8).float()
+        self.edges = _edges(8).float()
 
     def order(self, side: int, head_dim: int) -> torch.Tensor:
         return round_robin(head_dim)
 
     def measure(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
-        rms = rows.square().mean(-1).sqrt()
+        return self.meta_of(part_rms(rows, self.split))
+
+    def meta_of(self, rms: torch.Tensor) -> torch.Tensor:
+        """Meta bytes [..., meta_bytes] of rows whose parts have these root mean squares [..., 1 or 2]."""
         if rms.numel() and float(rms.max()) > 2.0**LOG2_MAX:
             layer = int(torch.nonzero(rms > 2.0**LOG2_MAX)[0, 0])
             raise QuantizationError(f"layer {layer}: a row's rms {float(rms.max()):.3g} is over {2**LOG2_MAX:.0f}")
         code = ((rms.clamp_min(2.0**LOG2_MIN).log2() - LOG2_MIN) / _STEP).round()
-        return code.to(torch.uint8).unsqueeze(-1)
+        return code.to(torch.uint8)
 
     def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._scales.to(meta.device)[meta.long()], None
-
-    def codes(self, units: torch.Tensor) -> torch.Tensor:
-        return torch.bucketize(units, self._edges.to(units.device), out_int32=True).to(torch.uint8)
 
     def levels(self, bits: int) -> torch.Tensor:
         return cells(bits)[0].float()

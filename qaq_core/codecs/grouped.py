@@ -10,14 +10,24 @@ from functools import cache
 
 import torch
 
-from qaq_core.codecs.base import normal_cells
+from qaq_core.codecs.base import Cells, normal_cells
 from qaq_core.errors import ConfigError, QuantizationError
 from qaq_core.packing import round_robin
 
 GROUPS = {"head": (-1,), "layer": (-3, -1), "token": (-4, -3, -1)}
 
 
-class GroupedCodec:
+@cache
+def _quantiles(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels [2^b] and inner edges [2^b - 1]."""
+    index = torch.arange(2**bits, dtype=torch.float64)
+    return (
+        torch.special.ndtri((index + 0.5) / 2**bits).float(),
+        torch.special.ndtri(index[1:] / 2**bits).float(),
+    )
+
+
+class GroupedCodec(Cells):
     """Two half-precision numbers per group. Subclasses say which, and where the cells are."""
 
     name = ""
@@ -59,6 +69,8 @@ class UniformCodec(GroupedCodec):
     """2^b equal cells between the group's smallest and largest number; levels are their midpoints."""
 
     name = "uniform"
+    # A number on the border of two cells is in the upper one, so the edge is just below it.
+    edges = torch.nextafter(torch.arange(1, 256) / 256, torch.tensor(0.0))
 
     def measure(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
         inf = float("inf")
@@ -66,9 +78,6 @@ class UniformCodec(GroupedCodec):
         high = rows if excluded is None else rows.masked_fill(excluded, -inf)
         minimum = low.amin(self.dims, keepdim=True)
         return self._store(minimum, high.amax(self.dims, keepdim=True) - minimum)
-
-    def codes(self, units: torch.Tensor) -> torch.Tensor:
-        return (units * 256).floor().clamp_(0, 255).to(torch.uint8)
 
     def levels(self, bits: int) -> torch.Tensor:
         return (torch.arange(2**bits, dtype=torch.float32) + 0.5) / 2**bits
@@ -81,6 +90,7 @@ class NormalCodec(GroupedCodec):
     """2^b equally likely cells of a normal with the group's mean and deviation; levels at mid-probability."""
 
     name = "normal"
+    edges = _quantiles(8)[1]
 
     def measure(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
         kept = torch.ones_like(rows) if excluded is None else (~excluded).to(rows.dtype)
@@ -89,9 +99,6 @@ class NormalCodec(GroupedCodec):
         deviation = (((rows - mean) * kept).square().sum(self.dims, keepdim=True) / count).sqrt()
         return self._store(mean, deviation)
 
-    def codes(self, units: torch.Tensor) -> torch.Tensor:
-        return torch.bucketize(units, _quantiles(8)[1].to(units.device), out_int32=True).to(torch.uint8)
-
     def levels(self, bits: int) -> torch.Tensor:
         return _quantiles(bits)[0]
 
@@ -99,13 +106,3 @@ class NormalCodec(GroupedCodec):
         if bits == 0 or bits >= 16:
             return float(bits == 0)
         return normal_cells(_quantiles(bits)[1].double())[1]
-
-
-@cache
-def _quantiles(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels [2^b] and inner edges [2^b - 1]."""
-    index = torch.arange(2**bits, dtype=torch.float64)
-    return (
-        torch.special.ndtri((index + 0.5) / 2**bits).float(),
-        torch.special.ndtri(index[1:] / 2**bits).float(),
-    )

@@ -47,14 +47,12 @@ class ProgressiveCodec(GaussianCodec):
     def order(self, side: int, head_dim: int) -> torch.Tensor:
         return self._orders[side]
 
-    def measure(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
-        parts = (rows[..., : self.first_dims], rows[..., self.first_dims :])
-        rms = torch.stack([part.square().mean(-1).sqrt() for part in parts])
+    def meta_of(self, rms: torch.Tensor) -> torch.Tensor:
         if rms.numel() and float(rms.max()) > float(self._table[-1]):
-            layer = int(torch.nonzero(rms > self._table[-1])[0, 1])
+            layer = int(torch.nonzero(rms > self._table[-1])[0, 0])
             most = float(self._table[-1])
             raise QuantizationError(f"layer {layer}: a row is over {most:.0f} times as large as a typical one")
-        first, rest = torch.bucketize(rms, self._borders.to(rows.device), out_int32=True).to(torch.uint8)
+        first, rest = torch.bucketize(rms, self._borders.to(rms.device), out_int32=True).to(torch.uint8).unbind(-1)
         return (first | (rest << 4)).unsqueeze(-1)
 
     def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -22,6 +22,8 @@ HALF = "dynamic-bf16"
 """The same in bfloat16, weights included."""
 QUANTIZED = {"quanto-int4": "quanto", "hqq-int4": "hqq"}
 """transformers' QuantizedCache, where its backend is installed."""
+WARM_UP = 1
+"""First steps that do not count: backends compile, and scratch is made."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def decode_speed(
 ) -> list[SpeedRow]:
     """Prefills every cache with the same tokens, then decodes the next ones from each in turn.
 
+    The first WARM_UP steps are not counted.
+
     Args:
         ids: int64 [batch, context + steps].
         caches: presets, each with "/" and a kernel of `attention.KERNELS` if not the default one; "dynamic-bf16";
@@ -64,6 +68,8 @@ def decode_speed(
     batch, context = ids.shape[0], ids.shape[1] - steps
     if context < 1:
         raise ConfigError(f"{ids.shape[1]} tokens leave no prompt before {steps} decoded ones")
+    if steps <= WARM_UP:
+        raise ConfigError(f"{steps} steps are too few: the first {WARM_UP} do not count")
     held: dict[str, Any] = {DENSE: DynamicCache()}
     held.update((name, _cache(model, fingerprint, name)) for name in caches)
     models = dict.fromkeys(held, model)
@@ -86,7 +92,8 @@ def decode_speed(
             )
             if ids.is_cuda:
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - begun)
+            if step >= WARM_UP:
+                times[name].append(time.perf_counter() - begun)
     dense = fmean(times[DENSE])
     return [
         SpeedRow(

@@ -40,7 +40,7 @@ class NativeWeaver:
         counts = torch.empty(layers, heads, len(WIDTHS), dtype=torch.int64)
         self._library.qaq_count(
             c_void_p(tags.data_ptr()),
-            c_int64(_run_stride(tags)),
+            c_int64(run_stride(tags)),
             c_int32(layers * heads),
             c_int32(tokens),
             c_int32(4 * side),
@@ -74,9 +74,9 @@ class NativeWeaver:
             half_bit=half_bit,
             shift=4 * side,
             tags_before=before.data_ptr(),
-            before_stride=_run_stride(before),
+            before_stride=run_stride(before),
             tags_after=after.data_ptr(),
-            after_stride=_run_stride(after),
+            after_stride=run_stride(after),
             held=ctypes.addressof(held_at),
             rows=ctypes.addressof(rows_at),
             moves=len(index),
@@ -89,7 +89,7 @@ class NativeWeaver:
         return rows
 
 
-def _run_stride(tags: torch.Tensor) -> int:
+def run_stride(tags: torch.Tensor) -> int:
     """Bytes from one head's tags to the next's, in a view of tags whose runs stand evenly."""
     layers, heads, tokens = tags.shape
     assert tokens <= 1 or tags.stride(2) == 1

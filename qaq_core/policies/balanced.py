@@ -4,14 +4,17 @@
 
 c_o is what an error in octet o of that layer and head costs (calibrated once per model), b_o the planes the octet
 has in a row of b bits, D the codec's distortion, w_t the token's predicted attention relative to its head's mean,
-λ the price. A row grows step by step, one width after the other; what a step gains is an entry of a table per
-layer and head, times scale² and w_t.
+λ the price. A row grows step by step, one width after the other, and gets the last width whose step gains more
+than its bits cost. What a step gains is w_t times what only the row's scales decide; so a row's scales say which
+w_t/λ each step asks for, and that is what is compared.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -27,21 +30,8 @@ REACH = 16
 SINKS = 4
 
 
-@dataclass(frozen=True)
-class Gains:
-    """What one side's tokens cost at width 0, and what each step up takes from it.
-
-    Attributes:
-        base: float32 [layers, kv_heads, n].
-        steps: float32 [steps, layers, kv_heads, n], of each step from one of CODED to the next.
-    """
-
-    base: torch.Tensor
-    steps: torch.Tensor
-
-
 class BalancedPolicy:
-    """Sensitivity-weighted allocation with one price.
+    """Sensitivity-weighted allocation with one price. native/balance.py does the same in C++.
 
     Args:
         quantizer: its codec gives D(b) and the planes of each octet at each width.
@@ -62,65 +52,88 @@ class BalancedPolicy:
         distortion = torch.tensor(
             [quantizer.codec.distortion(bits) for bits in range(9)], device=costs[KEY].device
         )
-        self._tables = [
-            _Table(costs[side], quantizer.layout(side, head_dim), distortion, quantizer.codec.split)
+        self.tables = [
+            CostTable(costs[side], quantizer.layout(side, head_dim), distortion, quantizer.codec.split)
             for side in (KEY, VALUE)
         ]
 
-    def demand(self, view: View) -> tuple[Gains, Gains]:
-        """What keys and values gain by each step."""
+    def demand(self, view: View) -> Weighed:
+        """What tokens weigh, and their rows' scales."""
         weight = token_weights(view.importance)[:, :, view.first : view.first + view.shape[2]]
-        keys, values = (table(scale, weight) for table, scale in zip(self._tables, view.scales, strict=True))
+        return Weighed(weight, view.scales, self.tables)
+
+    def widths(self, demand: Weighed, price: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (_climb(demand.weight * (need / price), least) for least in demand.thresholds)
         return keys, values
 
-    def widths(
-        self, demand: tuple[Gains, Gains], price: float, *, need: float = 1.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (_climb(gains, price / need) for gains in demand)
-        return keys, values
-
-    def error(self, demand: tuple[Gains, Gains], widths: tuple[torch.Tensor, torch.Tensor]) -> float:
+    def error(self, demand: Weighed, widths: tuple[torch.Tensor, torch.Tensor]) -> float:
         """½ · Σ w · c · D(b) · scale²: c are traces of the Fisher information, see `sensitivity`."""
-        lost = 0.0
-        for gains, width in zip(demand, widths, strict=True):
-            lost += float(gains.base.sum(dtype=torch.float64))
-            for step, reached in zip(gains.steps, CODED[1:], strict=True):
-                lost -= float((step * (width >= reached)).sum(dtype=torch.float64))
-        return lost / 2
+        total = 0.0
+        for table, scale, width in zip(self.tables, demand.scales, widths, strict=True):
+            total += float((demand.weight * table.lost(scale, width)).sum(dtype=torch.float64))
+        return total / 2
 
 
-class _Table:
-    """Cost of each width of one side, per part of the row that has a scale of its own."""
+@dataclass(frozen=True)
+class Weighed:
+    """Tokens of weight w_t [layers, kv_heads, n], and what their keys and values ask of it."""
+
+    weight: torch.Tensor
+    scales: tuple[torch.Tensor, torch.Tensor]
+    tables: Sequence[CostTable]
+
+    @cached_property
+    def thresholds(self) -> list[torch.Tensor]:
+        """See `CostTable.thresholds`."""
+        return [table.thresholds(scale) for table, scale in zip(self.tables, self.scales, strict=True)]
+
+
+class CostTable:
+    """What errors in one side's rows cost, per width and part of the row that has a scale of its own."""
 
     def __init__(self, costs: torch.Tensor, layout: RowLayout, distortion: torch.Tensor, split: int) -> None:
         planes = layout.planes[list(CODED)].long().to(costs.device)
         lost = costs.unsqueeze(-2) * distortion[planes] / costs.shape[-1]  # [layers, kv_heads, widths, octets]
         parts = (lost[..., :split], lost[..., split:]) if split else (lost,)
-        costs_of = torch.stack([part.sum(-1) for part in parts], -1)  # [layers, kv_heads, widths, parts]
-        self._base = costs_of[:, :, 0]
-        self._steps = (costs_of[:, :, :-1] - costs_of[:, :, 1:]).permute(2, 0, 1, 3)
+        self._lost = torch.stack([part.sum(-1) for part in parts])  # [parts, layers, kv_heads, widths]
 
-    def __call__(self, scale: torch.Tensor, weight: torch.Tensor) -> Gains:
-        """Gains of tokens of scales [layers, kv_heads, n, parts] and weights [layers, kv_heads, n]."""
-        worth = (scale.square() * weight.unsqueeze(-1)).unbind(-1)
-        steps = torch.empty(len(self._steps), *weight.shape, device=weight.device)
-        base = torch.zeros_like(weight)
-        for part, power in enumerate(worth):
-            base += self._base[:, :, part, None] * power
-            for out, gain in zip(steps, self._steps[..., part], strict=True):
-                if part:
-                    out.addcmul_(gain.unsqueeze(-1), power)
-                else:
-                    torch.mul(gain.unsqueeze(-1), power, out=out)
-        return Gains(base, steps)
+    def thresholds(self, scale: torch.Tensor) -> torch.Tensor:
+        """The w/λ that a row must exceed to take a step, or one after it: float32 [steps, layers, kv_heads, n].
+
+        They never fall from step to step. Sums and products are rounded one by one, so that a row's are the same
+        alone and among others.
+
+        Args:
+            scale: [layers or 1, kv_heads or 1, n, parts].
+        """
+        powers = scale.square().unbind(-1)
+        steps = (self._lost[..., :-1] - self._lost[..., 1:]).unsqueeze(-2)  # [parts, layers, kv_heads, 1, steps]
+        shape = (*steps.shape[1:3], scale.shape[2])
+        least = torch.empty(steps.shape[-1], *shape, device=scale.device)
+        for step, (before, after) in enumerate(itertools.pairwise(CODED)):
+            gained = torch.zeros(shape, device=scale.device)
+            for gain, power in zip(steps[..., step], powers, strict=True):
+                gained += gain * power
+            torch.div((after - before) / 2, gained, out=least[step])
+        for step in range(len(least) - 2, -1, -1):
+            torch.minimum(least[step], least[step + 1], out=least[step])
+        return least
+
+    def lost(self, scale: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+        """mean_o c_o · D(b_o) · scale² of rows of widths uint8 [layers, kv_heads, n], float32 of that shape."""
+        place = torch.bucketize(width, torch.tensor(CODED, device=width.device))
+        total = torch.zeros_like(scale[..., 0])
+        for lost, power in zip(self._lost, scale.square().unbind(-1), strict=True):
+            total += lost.gather(-1, place) * power
+        return total
 
 
-def _climb(gains: Gains, price: float) -> torch.Tensor:
-    """The last width whose step gains more than its half bits cost: uint8 [layers, kv_heads, n]."""
-    out = torch.zeros(gains.base.shape, dtype=torch.uint8, device=gains.base.device)
-    for gain, (before, after) in zip(gains.steps, itertools.pairwise(CODED), strict=True):
-        taken = (gain > price * (after - before) / 2).view(torch.uint8)
-        torch.maximum(out, taken.mul_(after), out=out)
+def _climb(worth: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """The width after the last step whose threshold is exceeded: uint8 [layers, kv_heads, n]."""
+    out = torch.zeros(worth.shape, dtype=torch.uint8, device=worth.device)
+    for threshold, width in zip(least, CODED[1:], strict=True):
+        taken = (worth > threshold).view(torch.uint8)
+        torch.maximum(out, taken.mul_(width), out=out)
     return out
 
 
@@ -135,7 +148,8 @@ def token_weights(importance: torch.Tensor) -> torch.Tensor:
     looked = importance.clone()
     looked[:, :, :SINKS] = 0.0
     smooth = (looked + box_mean(looked, REACH)) / 2
-    return smooth * ((1 - FLOOR) / smooth.mean(-1, keepdim=True).clamp_min(1e-30)) + FLOOR
+    mean = smooth.mean(-1, keepdim=True, dtype=torch.float64).float()
+    return smooth * (mean.clamp_min(1e-30).reciprocal() * (1 - FLOOR)) + FLOOR
 
 
 def box_mean(values: torch.Tensor, reach: int) -> torch.Tensor:

@@ -28,17 +28,20 @@ class View:
         layers, heads, _ = self.importance.shape
         return layers, heads, self.scales[0].shape[2]
 
-    def preceded(self, first: int, scales: tuple[torch.Tensor, torch.Tensor]) -> View:
-        """The same tokens with those of the scales, from position `first`, before them."""
-        keys, values = (torch.cat([old, new], 2) for old, new in zip(scales, self.scales, strict=True))
-        return View(self.importance, first, (keys, values))
-
 
 Demand = Any
 """A policy's own summary of a view."""
 
 
-class Policy(Protocol):
+class Rule(Protocol):
+    """Anything that gives widths at a price."""
+
+    def widths(self, demand: Demand, price: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Policy.widths`."""
+        ...
+
+
+class Policy(Rule, Protocol):
     exceptions: bool
     """Whether tokens are looked at again while decoding."""
 
@@ -89,11 +92,11 @@ class ErrorPolicy(Policy, Protocol):
         ...
 
 
-def solve_price(policy: Policy, demand: Demand, target_bits: float) -> float:
+def solve_price(rule: Rule, demand: Demand, target_bits: float) -> float:
     """The lowest price at which keys and values hold at most `target_bits` on average."""
 
     def is_enough(price: float) -> bool:
-        keys, values = policy.widths(demand, price)
+        keys, values = rule.widths(demand, price)
         return float(keys.float().mean() + values.float().mean()) / 4 <= target_bits
 
     return _turn(is_enough)[1]

@@ -74,9 +74,9 @@ class KiviMethod(Method):
     """A method whose rows are in the units of their groups."""
 
     def measure(
-        self, originals: torch.Tensor, start: int
+        self, quantizer: Quantizer, originals: torch.Tensor, start: int, spent: bool = False
     ) -> tuple[Pair, Pair, tuple[Outliers | None, Outliers | None]]:
-        rows, metas, _ = super().measure(originals, start)
+        rows, metas, _ = super().measure(quantizer, originals, start, spent)
         made = [Groups.of(side, row) for side, row in zip((KEY, VALUE), rows, strict=True)]
         units = (made[KEY].units(rows[KEY]), made[VALUE].units(rows[VALUE]))
         return units, metas, (made[KEY], made[VALUE])

@@ -48,5 +48,11 @@ def slowest_to_median(records: Sequence[Record]) -> float | None:
     return max(means) / statistics.median(means) if len(means) > 1 else None
 
 
+def added_ms(routed: Sequence[Record], direct: Sequence[Record]) -> float:
+    """What a router adds to a token's way from the worker to the client, between the medians of both ways."""
+    ways = [statistics.median(s for record in records for s in record.carried) for records in (routed, direct)]
+    return (ways[0] - ways[1]) * 1e3
+
+
 def _gaps(record: Record) -> list[float]:
     return [after - before for before, after in zip(record.tokens, record.tokens[1:], strict=False)]

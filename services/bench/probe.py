@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import statistics
 import time
 from collections.abc import AsyncIterator
 
@@ -37,6 +36,12 @@ class Probe:
         await asyncio.sleep(HEARTBEAT_S * 1.5)
         members = [member for kind in _KINDS for member in await self._registry.members(kind)]
         return {f"{member.kind} {member.address}": member.rss_bytes for member in members}
+
+    async def router_ms(self) -> float | None:
+        """How long the last tokens were in a router, at the median, as it says after this call."""
+        await asyncio.sleep(HEARTBEAT_S * 1.5)
+        told = [member.info.get("relay_ms") for member in await self._registry.members("router")]
+        return max((ms for ms in told if ms is not None), default=None)
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
@@ -76,9 +81,3 @@ class Probe:
                 if reply.HasField("token"):
                     record.arrived(reply.token.chosen_at)
         return record
-
-
-def overhead_ms(routed: list[Record], direct: list[Record]) -> float:
-    """What the router adds to a token's way, between the medians of both ways."""
-    ways = [[seconds for record in records for seconds in record.carried] for records in (routed, direct)]
-    return (statistics.median(ways[0]) - statistics.median(ways[1])) * 1e3

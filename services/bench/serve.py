@@ -14,7 +14,7 @@ from services.bench import figures
 from services.bench.arrivals import Arrival, Script
 from services.bench.figures import Percentiles
 from services.bench.load import Load, Prompts, Record
-from services.bench.probe import Probe, overhead_ms
+from services.bench.probe import Probe
 from services.common.channel import open_channel
 from services.common.redis import connect
 
@@ -22,6 +22,19 @@ Report = Callable[[str, float | None], None]
 
 _ROUNDS = 4
 _WARM = 0.2  # share of the sessions that are opened before memory counts as a baseline
+
+
+class RouterCost(BaseModel):
+    """What a router adds to one stream, medians compared with a stream that goes past it.
+
+    Attributes:
+        way_ms: to a token's way from the worker's choice to the client.
+        inside_ms: the part of the way from the token's arrival in the router until gRPC has taken it for the
+            client, as the router itself measures it.
+    """
+
+    way_ms: float
+    inside_ms: float | None
 
 
 class Streams(BaseModel):
@@ -68,7 +81,7 @@ class ServeResult(BaseModel):
     tokens_per_second: float
     ttft_ms: Percentiles
     itl_ms: Percentiles
-    router_overhead_ms: float | None
+    router: RouterCost | None
     kv_bytes_peak: int | None
     sessions_per_gb: float | None
     streams: Streams | None
@@ -111,7 +124,7 @@ async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: 
         report("one request to warm up", None)
         await bench.streams(1)
         report("the router's share of a token's way", 0.1)
-        overhead = await bench.overhead()
+        cost = await bench.router()
         report(f"{plan.streams} streams at once", 0.2)
         streams = await bench.together()
         report("the load", 0.4)
@@ -129,7 +142,7 @@ async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: 
         tokens_per_second=figures.tokens_per_second(records),
         ttft_ms=figures.first_tokens(records),
         itl_ms=figures.between_tokens(records),
-        router_overhead_ms=overhead,
+        router=cost,
         kv_bytes_peak=peak,
         sessions_per_gb=probe.sessions_at_peak / peak * 1e9 if probe and peak else None,
         streams=streams,
@@ -150,7 +163,7 @@ class _Bench:
         await load.closed([[arrival]] * count, count)
         return load.records
 
-    async def overhead(self) -> float | None:
+    async def router(self) -> RouterCost | None:
         """Streams through the router and past it, in turns."""
         if self._probe is None:
             return None
@@ -160,7 +173,7 @@ class _Bench:
         for _ in range(_ROUNDS):
             routed += await self.streams(1)
             direct.append(await self._probe.direct(self._prompts.own(64), self._plan.stream_tokens, cache))
-        return overhead_ms(routed, direct)
+        return RouterCost(way_ms=figures.added_ms(routed, direct), inside_ms=await self._probe.router_ms())
 
     async def together(self) -> Streams | None:
         if not self._plan.streams:

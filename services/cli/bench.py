@@ -22,6 +22,7 @@ from services.cli.terminal import progress_line, screen, size
 if TYPE_CHECKING:
     from qaq_core.evaluation import SpeedRow
     from qaq_core.evaluation.attention_speed import AttentionRow
+    from qaq_core.evaluation.encode_speed import EncodeRow
 
 CACHES = "balanced,balanced/reference"
 SHAPES = "9/3/64/4096,12/2/128/16384,32/8/128/16384"
@@ -31,6 +32,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
     bench.command()(decode)
     bench.command()(attention)
+    bench.command()(encode)
     bench.command()(serve)
     bench.command()(elastic)
     bench.command()(prefix)
@@ -40,7 +42,7 @@ def register(app: typer.Typer) -> None:
 def decode(
     model: Model = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 1600,
-    steps: Annotated[int, typer.Option(min=2, help="Tokens decoded from each cache.")] = 48,
+    steps: Annotated[int, typer.Option(min=2, help="Tokens from each cache; the first is not timed.")] = 48,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
     caches: Annotated[
         str,
@@ -106,7 +108,35 @@ def attention(
         _write(json_path, {"packing": "bits of keys and values: 60% 2/2, 25% 3/2, 10% 4/4, 5% 8/8"}, rows)
 
 
-def _write(path: Path, about: dict[str, str], rows: Sequence[SpeedRow | AttentionRow]) -> None:
+def encode(
+    shape: Annotated[str, typer.Option(help="Layers/KV heads/head_dim.")] = "30/3/64",
+    tokens: Annotated[int, typer.Option(min=8, help="Of the prompt.")] = 4096,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls of each; the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch and of the kernel.")] = 1,
+    json_path: JsonPath = None,
+) -> None:
+    """Packed rows of originals, of random numbers in the default preset's frame and codec: torch against C++."""
+    import torch
+
+    from qaq_core.evaluation.encode_speed import MEAN_BITS, encode_speed, parse_shape
+
+    try:
+        dims = parse_shape(shape)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--shape") from error
+    torch.set_num_threads(threads)
+    with progress_line() as report:
+        rows = encode_speed(dims, tokens, repeat, report)
+    table = Table("what", "rows", "kernel", "milliseconds", "CPU", "faster than torch")
+    for row in rows:
+        times = (f"{row.milliseconds:.2f}", f"{row.cpu_milliseconds:.2f}", f"{row.ratio:.1f}")
+        table.add_row(row.what, f"{row.rows:,}", row.kernel, *times)
+    screen.print(table, highlight=False)
+    if json_path is not None:
+        _write(json_path, {"shape": shape, "tokens": str(tokens), "bits": f"{MEAN_BITS:.2f} an element"}, rows)
+
+
+def _write(path: Path, about: dict[str, str], rows: Sequence[SpeedRow | AttentionRow | EncodeRow]) -> None:
     import torch
 
     from qaq_core.native import library

@@ -123,6 +123,8 @@ async def _run(
         while any(not stream.times for stream in streams):
             report(f"prompts: {sum(bool(stream.times) for stream in streams)} of {sessions}")
             await asyncio.sleep(0.2)
+        report("coming within the budget")
+        await _until(lambda: engine.state.kv_bytes <= budget)
         report("streaming")
         start, before = time.monotonic(), sum(len(stream.times) for stream in streams)
         await asyncio.sleep(seconds)

@@ -98,8 +98,9 @@ def _table(result: ServeResult) -> Table:
     table.add_row("tokens", f"{result.tokens_per_second:.1f} a second")
     table.add_row("first token", _percentiles(result.ttft_ms))
     table.add_row("between tokens", _percentiles(result.itl_ms))
-    if result.router_overhead_ms is not None:
-        table.add_row("router", f"adds {result.router_overhead_ms:.2f} ms to a token's way, at the median")
+    if (cost := result.router) is not None:
+        inside = f" ({cost.inside_ms:.2f} ms of it inside the router)" if cost.inside_ms is not None else ""
+        table.add_row("router", f"adds {cost.way_ms:.2f} ms to a token's way at the median{inside}")
     if result.kv_bytes_peak is not None and result.sessions_per_gb is not None:
         table.add_row(
             "caches", f"{size(result.kv_bytes_peak)} at most, {result.sessions_per_gb:.0f} sessions a GB"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from services.cli import options
 from services.cli.terminal import screen
 
 if TYPE_CHECKING:
@@ -21,14 +22,6 @@ DEADLINE_S = 600.0
 Router = Annotated[
     str | None, typer.Option(envvar="QAQ_ROUTER", help="host:port; else the running stack's, else 127.0.0.1:7700.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Ends the text before this; may be given again.")]
-TargetBits = Annotated[float | None, typer.Option(help="Mean bits per element of the cache.")]
-Preset = Annotated[str | None, typer.Option(help="balanced, paper or exact.")]
 Session = Annotated[str, typer.Option(help="Continue this session.")]
 
 
@@ -40,15 +33,25 @@ def register(app: typer.Typer) -> None:
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text; standard input if it is left out.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the text from a file.")] = None,
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    preset: Preset = None,
-    target_bits: TargetBits = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    logit_bias: options.LogitBias = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    stop_token_id: options.StopTokenId = None,
+    ignore_eos: options.IgnoreEos = False,
+    preset: options.Preset = None,
+    target_bits: options.TargetBits = None,
+    target_compression: options.TargetCompression = None,
+    target_error: options.TargetError = None,
     session: Session = "",
+    tenant: options.Tenant = None,
     router: Router = None,
 ) -> None:
     """Continues a text."""
@@ -59,25 +62,52 @@ def generate(
     text = prompt_file.read_text() if prompt_file else prompt if prompt is not None else sys.stdin.read()
     request = generate_pb2.GenerateRequest(
         prompt=text,
-        sampling=_given(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
-        stop={"max_new_tokens": max_new_tokens, "stop": stop or []},
-        cache=_given(preset=preset, target_bits=target_bits) or None,
+        sampling=options.given(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            logit_bias=options.biases(logit_bias),
+            seed=seed,
+        ),
+        stop=options.given(
+            max_new_tokens=max_new_tokens, stop=stop, stop_token_ids=stop_token_id, ignore_eos=ignore_eos
+        ),
+        cache=options.given(
+            preset=preset,
+            target_bits=target_bits,
+            target_compression=target_compression,
+            target_error=target_error,
+        )
+        or None,
         session_id=session,
     )
     with inference(router) as stub:
-        follow(stub.Generate(request, timeout=DEADLINE_S))
+        follow(stub.Generate(request, timeout=DEADLINE_S, metadata=options.metadata(tenant)))
 
 
 def chat(
     message: Annotated[str | None, typer.Argument(help="One question; without it a conversation.")] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    preset: Preset = None,
-    target_bits: TargetBits = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    logit_bias: options.LogitBias = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    preset: options.Preset = None,
+    target_bits: options.TargetBits = None,
+    target_compression: options.TargetCompression = None,
+    target_error: options.TargetError = None,
+    tenant: options.Tenant = None,
     router: Router = None,
 ) -> None:
     """Talks with the model. The session's cache stays with the worker between the turns."""
@@ -85,17 +115,33 @@ def chat(
 
     from services.cli.streaming import follow
 
-    cache = _given(preset=preset, target_bits=target_bits) or None
-    with inference(router) as stub, _session(stub, cache) as session:
+    sampling = options.given(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        logit_bias=options.biases(logit_bias),
+        seed=seed,
+    )
+    cache = options.given(
+        preset=preset,
+        target_bits=target_bits,
+        target_compression=target_compression,
+        target_error=target_error,
+    )
+    with inference(router) as stub, _session(stub, cache or None) as session:
         opening = [{"role": "system", "content": system}] if system else []
         for line in [message] if message is not None else _lines():
             request = generate_pb2.ChatRequest(
                 messages=[*opening, {"role": "user", "content": line}],
-                sampling=_given(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
-                stop={"max_new_tokens": max_new_tokens},
+                sampling=sampling,
+                stop=options.given(max_new_tokens=max_new_tokens, stop=stop),
                 session_id=session,
             )
-            follow(stub.Chat(request, timeout=DEADLINE_S))
+            follow(stub.Chat(request, timeout=DEADLINE_S, metadata=options.metadata(tenant)))
             opening = []
 
 
@@ -179,8 +225,3 @@ def _lines() -> Iterator[str]:
             return
         if line.strip():
             yield line
-
-
-def _given(**fields: Any) -> dict[str, Any]:
-    """The options that were given; the rest is left to the server's defaults."""
-    return {name: value for name, value in fields.items() if value is not None}

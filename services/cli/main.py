@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from services.cli import bench, calibrate, client, demo, eval, paper, roles, stack
+from services.cli import bench, calibrate, client, demo, doctor, eval, paper, roles, stack
 from services.cli.terminal import errors
 
 
@@ -57,5 +57,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (demo, stack, client, roles, eval, paper, bench, calibrate):
+for module in (demo, doctor, stack, client, roles, eval, paper, bench, calibrate):
     module.register(app)

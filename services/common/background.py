@@ -8,7 +8,14 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import structlog
+
 T = TypeVar("T")
+
+CLOSE_S = 20.0
+CANCEL_AGAIN_S = 1.0
+
+log = structlog.get_logger()
 
 
 class BackgroundLoop:
@@ -37,7 +44,10 @@ class BackgroundLoop:
         return future
 
     def close(self, clean_up: Callable[[], Awaitable[None]]) -> None:
-        """Cancels what runs, awaits `clean_up` on the loop and ends the thread. Again does nothing."""
+        """Cancels what runs, awaits `clean_up` on the loop and ends the thread. Again does nothing.
+
+        Work and `clean_up` that have not ended after `CLOSE_S` are logged and left.
+        """
         with self._guard:
             if self._closed:
                 return
@@ -58,7 +68,12 @@ class BackgroundLoop:
     async def _shut(self, clean_up: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(0)  # lets what was submitted last begin, so that it can say why it ended
         running = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        await clean_up()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                while running:
+                    for task in running:
+                        task.cancel()  # once more, if what the task waited for swallowed it
+                    _, running = await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
+                await clean_up()
+        except TimeoutError:
+            log.error("work has not ended; going on without it", tasks=[str(task) for task in running])

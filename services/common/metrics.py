@@ -36,6 +36,11 @@ time_to_first_token_seconds = Histogram(
     "qaq_time_to_first_token_seconds", "From a request to its first token", buckets=(*SECONDS, 60.0, 120.0)
 )
 inter_token_seconds = Histogram("qaq_inter_token_seconds", "Between one token and the next", buckets=SECONDS)
+relay_seconds = Histogram(
+    "qaq_relay_seconds",
+    "A token in the router: from its arrival from the worker until it is on its way to the client",
+    buckets=(0.00005, 0.0001, 0.00015, 0.0002, 0.0003, *SECONDS),
+)
 resumed = Counter("qaq_resumed_total", "Streams that went on on another worker")
 sessions = Gauge("qaq_sessions", "Sessions that hold a cache")
 queue_depth = Gauge("qaq_queue_depth", "Requests that wait")

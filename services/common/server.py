@@ -19,6 +19,9 @@ from services.common.interceptor import StatusInterceptor
 MAX_REQUEST_BYTES = 5 << 20
 # Larger than what is accepted, so that most oversized requests get a sentence and not a bare transport error.
 _TRANSPORT_BYTES = 16 << 20
+STOP_S = 5.0
+"""Beyond its grace a server may take so long to stop: it waits for every handler that was cancelled."""
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -103,10 +106,17 @@ class GrpcServer:
 
     async def stop(self, grace: float = 2.0) -> None:
         """Reports NOT_SERVING, lets running calls end for `grace` seconds, then cancels them."""
-        if self._server is not None:
-            await self._health.enter_graceful_shutdown()
-            await self._server.stop(grace)
-            self._server = None
+        server, self._server = self._server, None
+        if server is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        # Not cancelled when it takes too long: gRPC would wait for ever for what it then lost.
+        stopping = asyncio.create_task(server.stop(grace), name="stop")
+        await asyncio.wait([stopping], timeout=grace + STOP_S)
+        if stopping.done():
+            stopping.result()
+        else:
+            log.error("calls that were cancelled have not ended; going on without them")
 
 
 def reachable(host: str, port: int, advertise_host: str | None) -> str:

@@ -69,6 +69,8 @@ class WorkerSettings(CommonSettings):
     staging_budget_bytes: originals in host memory that the store has not taken; when there are more, nothing new
         is admitted.
     requantize_wait: decode waits for re-quantized rows, as the paper does.
+    tenant_salt: of this deployment; whoever does not know it cannot make its page ids.
+    prefix_sharing: who finds a stored prefix: the tenant that sent it first, or all.
     prefix_reuse: a prompt begins with the pages of it that are stored.
     prefix_rest: last tokens of a prompt that are computed all the same: the attention of their queries says how
         many bits the others are worth.
@@ -93,6 +95,7 @@ class WorkerSettings(CommonSettings):
     requantize_wait: bool = False
     tenant_salt: SecretStr = SecretStr("")
     prefix_reuse: bool = True
+    prefix_sharing: Literal["tenant", "all"] = "tenant"
     prefix_rest: int = Field(default=128, ge=1)
     prefix_timeout_s: float = Field(default=10.0, gt=0)
 

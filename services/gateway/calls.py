@@ -22,6 +22,8 @@ Call = Any  # grpc.aio.UnaryStreamCall, which has no types
 Tagged = tuple[int, generate_pb2.GenerateReply]
 
 _WAITING = 64  # messages of all calls that wait for the client; gRPC's own flow control holds back the rest
+END_S = 5.0
+"""How long to wait for what was cancelled."""
 
 log = structlog.get_logger()
 
@@ -62,7 +64,7 @@ async def merged(calls: Sequence[Call]) -> AsyncGenerator[Tagged, None]:
             call.cancel()
         for reader in readers:
             reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
+        await asyncio.wait(readers, timeout=END_S)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -81,7 +83,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         for each in (task, gone):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.wait([task, gone], timeout=END_S)
 
 
 async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:

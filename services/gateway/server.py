@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 
+import structlog
 import uvicorn
 
 from services.common import log, metrics
@@ -19,7 +20,10 @@ from services.gateway.app import make_app
 from services.gateway.routers import Routers
 
 GRACE_S = 2
+STOP_S = 5.0
 _POLL_S = 0.01
+
+_log = structlog.get_logger()
 
 
 class GatewayServer:
@@ -58,7 +62,10 @@ class GatewayServer:
 
             async def end() -> None:
                 server.should_exit = True
-                await task
+                _, late = await asyncio.wait([task], timeout=GRACE_S + STOP_S)
+                for left in late:
+                    left.cancel()
+                    _log.error("requests have not ended; going on without them")
 
             stack.push_async_callback(end)
             while not server.started and not task.done():  # noqa: ASYNC110 (uvicorn sets no event)

@@ -40,6 +40,7 @@ PUT_TIMEOUT_S = 15.0
 ROWS_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 5.0
+CODECS_REMEMBERED = 4096
 TOUCH_EVERY_S = 60.0
 _TOUCH_IDS = 4096
 _TRIES = 2
@@ -212,8 +213,24 @@ class RemoteOriginals:
         return RowReply(np.frombuffer(reply.found, np.uint8) != 0, np.frombuffer(reply.planes, np.uint8))
 
     async def _put_codec(self, quantizer: Quantizer) -> None:
+        """Gives the service a quantizer, and before it the one that it rests on."""
+        base = quantizer.base
+        if base is not None and base.id not in self._codecs:
+            await self._put_codec(base)
         pieces = wire.codec_pieces(quantizer.id, quantizer.to_bytes())
-        await self._call(quantizer.id, lambda stub: stub.PutCodec(iter(pieces), timeout=PUT_TIMEOUT_S))
+
+        def call(stub: Stub) -> Awaitable[pb.PutCodecReply]:
+            return stub.PutCodec(iter(pieces), timeout=PUT_TIMEOUT_S)
+
+        try:
+            await self._call(quantizer.id, call)
+        except _CodecUnknown:
+            if base is None:
+                raise
+            await self._put_codec(base)
+            await self._call(quantizer.id, call)
+        if len(self._codecs) >= CODECS_REMEMBERED:
+            self._codecs.clear()
         self._codecs.add(quantizer.id)
 
     async def _match(self, page_ids: list[bytes]) -> int:

@@ -23,6 +23,8 @@ from services.originals.store import PageStore
 MAX_IDS = 65_536
 MAX_CODEC_BYTES = 256 << 20
 _QUANTIZERS_KEPT = 8
+_MEANS_KEPT = 1024
+"""Quantizers that are means on top of another's tables: some tens of KB each."""
 
 
 class OriginalsService(originals_pb2_grpc.OriginalsServicer):
@@ -31,6 +33,7 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
     def __init__(self, store: PageStore) -> None:
         self._store = store
         self._quantizers: OrderedDict[bytes, Quantizer] = OrderedDict()
+        self._centered: OrderedDict[bytes, Quantizer] = OrderedDict()
         # One thread keeps the event loop free; torch spreads large batches, replicas use further cores.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requantize")
         self._rows_requantized = self._rows_missing = self._requantize_bytes = 0
@@ -64,7 +67,7 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
             if len(tables) > MAX_CODEC_BYTES:
                 raise InvalidArgument(f"the tables are over {MAX_CODEC_BYTES:,} bytes")
         _check_codec_id(codec_id)
-        quantizer = await self._in_thread(_parse_quantizer, bytes(tables))
+        quantizer = await self._parsed(bytes(tables))
         if quantizer.id != codec_id:
             raise InvalidArgument("codec_id is not the fingerprint of the tables; send the quantizer's own id")
         await self._store.put_codec(codec_id, bytes(tables))
@@ -112,17 +115,26 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
 
     async def _quantizer(self, codec_id: bytes) -> Quantizer:
         _check_codec_id(codec_id)
-        if codec_id in self._quantizers:
-            self._quantizers.move_to_end(codec_id)
-            return self._quantizers[codec_id]
+        for kept in (self._centered, self._quantizers):
+            if codec_id in kept:
+                kept.move_to_end(codec_id)
+                return kept[codec_id]
         tables = await self._store.get_codec(codec_id)
         if tables is None:
             raise FailedPrecondition(f"codec {codec_id.hex()} is not known; call PutCodec first")
-        quantizer = await self._in_thread(_parse_quantizer, tables)
-        self._quantizers[codec_id] = quantizer
-        while len(self._quantizers) > _QUANTIZERS_KEPT:
-            self._quantizers.popitem(last=False)
+        quantizer = await self._parsed(tables)
+        kept, most = (self._quantizers, _QUANTIZERS_KEPT)
+        if quantizer.base is not None:
+            kept, most = self._centered, _MEANS_KEPT
+        kept[codec_id] = quantizer
+        while len(kept) > most:
+            kept.popitem(last=False)
         return quantizer
+
+    async def _parsed(self, tables: bytes) -> Quantizer:
+        base_id = await self._in_thread(_base_of, tables)
+        base = None if base_id is None else await self._quantizer(base_id)
+        return await self._in_thread(_parse_quantizer, tables, base)
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
@@ -147,9 +159,16 @@ def _requantize(quantizer: Quantizer, rows: RowRequest, raw: bytearray) -> bytes
         raise InvalidArgument(f"the codec's tables do not fit pages of {rows.shape}: {error}") from error
 
 
-def _parse_quantizer(tables: bytes) -> Quantizer:
+def _base_of(tables: bytes) -> bytes | None:
     try:
-        return Quantizer.from_bytes(tables)
+        return Quantizer.base_of(tables)
+    except Exception as error:  # whatever the parsers of untrusted bytes raise
+        raise InvalidArgument(f"tables are not those of a quantizer: {error}") from error
+
+
+def _parse_quantizer(tables: bytes, base: Quantizer | None) -> Quantizer:
+    try:
+        return Quantizer.from_bytes(tables, base)
     except Exception as error:  # whatever the parsers of untrusted bytes raise
         raise InvalidArgument(f"tables are not those of a quantizer: {error}") from error
 

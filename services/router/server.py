@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
@@ -55,14 +56,19 @@ class RouterServer:
                 max_request_bytes=settings.max_prompt_bytes + _MESSAGE_MARGIN,
             )
             sessions = SessionDirectory(redis, settings.session_ttl_s)
+            service = InferenceService(settings, sessions, pool, prompts)
             server.add(
                 generate_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
                 generate_pb2_grpc.add_InferenceServicer_to_server,
-                InferenceService(settings, sessions, pool, prompts),
+                service,
             )
             address = await server.start()
             stack.push_async_callback(server.stop)
-            await stack.enter_async_context(registry.announce("router", address, {"model": settings.model}))
+
+            def facts() -> dict[str, Any]:
+                return {"model": settings.model, "relay_ms": service.pace.median_ms}
+
+            await stack.enter_async_context(registry.announce("router", address, facts))
             self._stack = stack.pop_all()
         return address
 

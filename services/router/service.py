@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from services.common.settings import RouterSettings
 from services.router import validation
 from services.router.admission import Admission
+from services.router.pace import Pace
 from services.router.prompts import Prompts
 from services.router.sessions import Session, SessionDirectory
 from services.router.turns import Turn
@@ -28,7 +29,11 @@ Encode = Callable[[list[int]], Awaitable[list[int]]]
 
 
 class InferenceService(generate_pb2_grpc.InferenceServicer):
-    """Stateless over Redis but for the turns that run through it."""
+    """Stateless over Redis but for the turns that run through it.
+
+    Attributes:
+        pace: how long tokens lately were in this router.
+    """
 
     def __init__(
         self, settings: RouterSettings, sessions: SessionDirectory, pool: WorkerPool, prompts: Prompts
@@ -37,6 +42,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self._sessions = sessions
         self._pool = pool
         self._prompts = prompts
+        self.pace = Pace()
         self._turns: dict[str, Turn] = {}
         self._admission = Admission(settings.max_queue, lambda: pool.capacity)
         pool.refreshed = self._admission.wake
@@ -147,9 +153,16 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                     output=request.output,
                     held=len(held),
                     branch_of=session.branch_of,
+                    tenant=tenant,
                 )
                 turn = self._turns[session.id] = Turn(
-                    self._sessions, self._pool, session, run, len(held), self._settings.resume_timeout_s
+                    self._sessions,
+                    self._pool,
+                    session,
+                    run,
+                    len(held),
+                    self._settings.resume_timeout_s,
+                    self.pace,
                 )
                 try:
                     slots = max(1, request.choices)
@@ -202,9 +215,15 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
 
 
 def _tenant(context: grpc.aio.ServicerContext) -> str:
-    """Whom a call counts for in the queue: its metadata `qaq-tenant`. Callers without one share a turn."""
+    """Whose a call is: its metadata `qaq-tenant`. Callers without one are one tenant.
+
+    Raises:
+        InvalidArgument: the name is too long.
+    """
     metadata = dict(context.invocation_metadata() or ())
-    return str(metadata.get("qaq-tenant", ""))
+    tenant = str(metadata.get("qaq-tenant", ""))
+    validation.tenant(tenant)
+    return tenant
 
 
 def _seeded(params: common_pb2.SamplingParams) -> common_pb2.SamplingParams:

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from services.common import metrics
 from services.common.errors import StatusError
+from services.router.pace import Pace
 from services.router.relay import Relay
 from services.router.sessions import Session, SessionDirectory
 from services.router.tokenlog import LogWriter
@@ -25,7 +26,7 @@ class Turn:
     Args:
         request: what the worker is asked; its token_ids are the log with the new prompt at the end.
         held: tokens of the log before the prompt.
-        patience_s: see `Relay`.
+        patience_s, pace: see `Relay`.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Turn:
         request: worker_pb2.RunRequest,
         held: int,
         patience_s: float,
+        pace: Pace,
     ) -> None:
         self._session = session
-        self._relay = Relay(sessions, pool, session, request, patience_s)
+        self._relay = Relay(sessions, pool, session, request, patience_s, pace)
         self._log = LogWriter(sessions, session.id, held, request.token_ids[held:], self.end)
         self._clocks = [TokenClock() for _ in range(max(1, request.choices))]
         self._ended = False

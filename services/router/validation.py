@@ -18,6 +18,7 @@ MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 MAX_SESSION_ID_BYTES = 128
 MAX_MESSAGES = 4096
+MAX_TENANT = 128
 MAX_TEMPERATURE = 100.0
 PRESETS = ("balanced", "paper", "exact")
 
@@ -73,6 +74,14 @@ def model(name: str, served: common_pb2.ModelInfo) -> None:
     """
     if name and name not in (served.name, served.source):
         raise NotFound(f'model "{name[:100]}" is not served here; use "{served.name}" or leave model empty')
+
+
+def tenant(name: str) -> None:
+    """Raises:
+    InvalidArgument: the name is too long. Its characters are gRPC's to check.
+    """
+    if len(name) > MAX_TENANT:
+        raise InvalidArgument(f"the metadata qaq-tenant has {len(name)} characters; send at most {MAX_TENANT}")
 
 
 def session_id(identifier: str) -> None:

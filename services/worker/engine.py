@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import Future
 
+import structlog
 import torch
 from qaq.v1 import worker_pb2
 
@@ -27,6 +28,9 @@ from services.worker.sessions import Sessions
 from services.worker.state import State, observe
 
 STORE_POLL_S = 0.005
+STOP_S = 120.0
+
+log = structlog.get_logger()
 
 
 class Engine:
@@ -59,9 +63,11 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends every generation with UNAVAILABLE and waits for the thread, at most for one step."""
+        """Ends every generation with UNAVAILABLE and waits for the thread: for one step, and never without end."""
         self._inbox.stop()
-        self._thread.join()
+        self._thread.join(STOP_S)
+        if self._thread.is_alive():
+            log.error("a step does not end; going on without it", seconds=STOP_S)
 
     def drain(self, patience_s: float) -> int:
         """Takes nothing new, waits for the store to have what was computed, and stops. Others go on from there.

@@ -23,8 +23,9 @@ HIGH, RAISED_TO, LOW, LOWERED_TO = 1.0, 0.95, 0.85, 0.92
 """Shares of the budget: over the first the price rises to reach the second, under the third it falls to reach the
 fourth."""
 
-SLICE_S = 0.25
-"""Time of one step after which no further sequence is brought to a new price."""
+SLICE_S, LONGEST_SLICE_S = 0.25, 1.0
+"""Between two steps sequences are brought to a new price for as long as the step before took, within these:
+streams go on at half their pace, and many sequences, whose steps are long, need not wait for many of them."""
 
 TRIED = tuple(2.0**k for k in range(14))
 """Prices to look at, in units of the lowest that is paid: a factor of 4 is worth about a bit."""
@@ -57,19 +58,29 @@ class Pressure:
     """
 
     def __init__(self, budget: int | None, floor_bits: float, widen_bytes_per_s: float) -> None:
-        self.budget = budget
+        self._budget, self._anew = budget, False
         self.price = 0.0
         self._floor_bits = floor_bits
         self._rate = widen_bytes_per_s
         self._behind: deque[Session] = deque()
-        self._looked = self._moved = time.monotonic()
+        self._looked = self._moved = self._told = time.monotonic()
+
+    @property
+    def budget(self) -> int | None:
+        return self._budget
+
+    @budget.setter
+    def budget(self, kv_bytes: int | None) -> None:
+        """For any thread. The price is looked for anew, even while sequences are brought to an earlier one."""
+        self._budget, self._anew = kv_bytes, True
 
     def step(self, running: Sequence[Session], shelf: Shelf) -> None:
         """Between two forward passes. `running` sessions may be at any place of their prompt."""
         settled = [session for session in running if not session.prefilling]
-        if self.budget is not None:
+        budget = self.budget
+        if budget is not None:
             growing = sum(session.sequence.packed.nbytes for session in running if session.prefilling)
-            self._balance(settled, shelf, growing)
+            self._balance(budget, settled, shelf, growing)
         elif self.price:
             self._set(0.0, [*settled, *shelf])
         for session in settled:  # those that came since, and those that began before the price changed
@@ -107,13 +118,12 @@ class Pressure:
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _balance(self, settled: Sequence[Session], shelf: Shelf, used: int) -> None:
+    def _balance(self, budget: int, settled: Sequence[Session], shelf: Shelf, used: int) -> None:
         """Finds the price for what is held now; `used` bytes of it by others than `settled`."""
-        assert self.budget is not None
-        if self._behind:
+        if self._behind and not self._anew:
             return
         used += sum(session.sequence.nbytes for session in settled)
-        while used + sum(session.sequence.nbytes for session in shelf) > self.budget * HIGH and shelf.evict():
+        while used + sum(session.sequence.nbytes for session in shelf) > budget * HIGH and shelf.evict():
             pass
         everyone = [*settled, *shelf]
         used += sum(session.sequence.nbytes for session in shelf)
@@ -123,11 +133,11 @@ class Pressure:
             if self.price:
                 self._set(0.0, everyone)
             return
-        over = used > self.budget * HIGH
-        if over and time.monotonic() - self._moved > ROUNDS_S:
-            room = RAISED_TO * self.budget
-        elif self.price and used < self.budget * LOW and self._at_rest(everyone):
-            room = LOWERED_TO * self.budget
+        over, anew, self._anew = used > budget * HIGH, self._anew, False
+        if over and (anew or time.monotonic() - self._moved > ROUNDS_S):
+            room = RAISED_TO * budget
+        elif self.price and used < budget * LOW and self._at_rest(everyone):
+            room = LOWERED_TO * budget
         else:
             return
         held = sum(session.sequence.packed.nbytes for session in giving)
@@ -168,12 +178,14 @@ class Pressure:
         self._behind = deque(everyone)
 
     def _bring_up(self, here: set[int]) -> None:
-        """Tells sequences the price, one after the other, until the step's time is over."""
-        ends = time.monotonic() + SLICE_S
+        """Tells sequences the price, one after the other, until the time for that is over."""
+        now = time.monotonic()
+        ends = now + min(max(now - self._told, SLICE_S), LONGEST_SLICE_S)
         while self._behind and time.monotonic() < ends:
             session = self._behind.popleft()
             if id(session) in here and not session.prefilling:
                 session.sequence.reprice(self.price)
+        self._told = time.monotonic()
 
     def _allow(self, everyone: Sequence[Session]) -> None:
         """Shares out the bytes that may be fetched since the last step."""

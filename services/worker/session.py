@@ -6,8 +6,15 @@ import copy
 import secrets
 from collections.abc import Callable, Sequence
 
+from blake3 import blake3
+
 from qaq_core import Method, Originals, PageShape, SequenceCache, page_id
 from services.worker.prefix import PrefixLoad
+
+
+def page_salt(secret: str, tenant: str) -> bytes:
+    """What a tenant's page ids hold, so that no other tenant finds them, nor anybody without the secret."""
+    return blake3(tenant.encode(), key=blake3(secret.encode()).digest()).digest()
 
 
 class PageNames:

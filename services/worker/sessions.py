@@ -12,7 +12,7 @@ from services.common.errors import ResourceExhausted
 from services.common.settings import WorkerSettings
 from services.worker.methods import Methods
 from services.worker.pressure import Pressure
-from services.worker.session import Session
+from services.worker.session import Session, page_salt
 from services.worker.shelf import Shelf
 
 
@@ -50,7 +50,8 @@ class Sessions:
             branch.resume(tokens)
             return branch
         settings = self._settings
-        salt = settings.tenant_salt.get_secret_value().encode()
+        tenant = "" if settings.prefix_sharing == "all" else request.tenant
+        salt = page_salt(settings.tenant_salt.get_secret_value(), tenant)
         session = Session(method, self._originals, self._fingerprint, tokens, salt, settings.requantize_wait)
         if settings.prefix_reuse:
             session.load(request.page_ids, settings.prefix_rest, settings.prefix_timeout_s)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
 
+from qaq_core import native
 from qaq_core.cache import QAQCache
 from qaq_core.errors import ConfigError
 from qaq_core.loading import LoadedModel
@@ -36,6 +38,27 @@ def test_greedy_text_is_that_of_the_dynamic_cache(smollm2: LoadedModel) -> None:
     assert torch.equal(generated(smollm2.model, inputs, cache, new=24), expected)
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 23
     assert len(cache.sequences[0].packed) > 16
+
+
+def test_the_kernel_changes_speed_only(smollm2: LoadedModel) -> None:
+    """The demo's question about the beginning of its text: the same greedy answer from either kernel."""
+    if native.library() is None:
+        pytest.skip("the C++ library is not built")
+    question = f'{topics["with"][:600]}\n\nAccording to the text above, what is the "with" statement used for?'
+    inputs = smollm2.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answers, held = {}, {}
+    for kernel in ("cpu", "reference"):
+        cache = QAQCache.for_model(smollm2.model, fingerprint=smollm2.fingerprint, kernel=kernel)
+        answers[kernel] = generated(smollm2.model, inputs, cache, new=13).tolist()
+        held[kernel] = cache.nbytes
+        assert cache.sequences[0].packed.stop > 100
+    assert answers["cpu"] == answers["reference"]
+    assert held["cpu"] == pytest.approx(held["reference"], rel=0.01)
 
 
 def test_balanced_answers_in_english(smollm2: LoadedModel) -> None:

@@ -14,9 +14,9 @@ from qaq_core.exceptions import PATIENCE, Exceptions
 from qaq_core.method import Method
 from qaq_core.originals import InProcessOriginals, RowReply, RowRequest
 from qaq_core.pages import KEY, VALUE
-from qaq_core.policies import View
 from qaq_core.quantizer import Quantizer
 from qaq_core.sequence import SequenceCache
+from qaq_core.window import to_log_byte
 from tests.core.models import calibration, tiny
 from tests.core.rows import normal
 from tests.core.test_sequence import agrees_with_originals
@@ -72,11 +72,11 @@ class Subject:
 
     def review(self, attention: float, elsewhere: float = 1e-4) -> None:
         """Looks at the tokens as if one old position had got that much attention everywhere."""
-        view = self.sequence._view()
-        importance = torch.full_like(view.importance, elsewhere)
+        kept = self.sequence._kept()
+        importance = torch.full(kept.state.shape, elsewhere)
         importance[:, :, OLD] = attention
         assert self.sequence.price.own is not None
-        self.exceptions.review(View(importance, view.first, view.scales), self.sequence.price.own)
+        self.exceptions.review(replace(kept, state=to_log_byte(importance)), self.sequence.price.own)
 
     def widths(self, side: int) -> torch.Tensor:
         """[layers, kv_heads] at the old position."""
@@ -141,11 +141,11 @@ def test_rows_packed_from_the_rounded_window_come_back_whole() -> None:
     position = sequence.packed.stop - 2
     assert position >= sequence.exceptions.rounded_from
     originals.prompt = False
-    view = sequence._view()
-    importance = torch.full_like(view.importance, 1e-6)
+    kept = sequence._kept()
+    importance = torch.full(kept.state.shape, 1e-6)
     importance[:, :, position] = 1.0
     assert sequence.price.own is not None
-    subject.exceptions.review(View(importance, view.first, view.scales), sequence.price.own)
+    subject.exceptions.review(replace(kept, state=to_log_byte(importance)), sequence.price.own)
     rounded = [
         request.have[request.position >= sequence.exceptions.rounded_from] for request, *_ in originals.waiting
     ]

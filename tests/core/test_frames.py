@@ -76,7 +76,10 @@ def test_scores_and_outputs_are_restored(seed: int, dim: int, start: int) -> Non
         assert center is not None
         scores = frame.query(layer, query) @ wide[2].transpose(1, 2) + center
         assert relative(scores, query.double() @ wide[0].double().transpose(1, 2)) < 1e-5
-        output = frame.restore(layer, weights @ wide[3], weights.sum(-1))
+        taken = frame.value_center(layer)
+        assert taken is not None
+        centers = weights.sum(-1, keepdim=True) * taken.repeat_interleave(group, 0).unsqueeze(1)
+        output = frame.restore(layer, weights @ wide[3]) + centers
         assert relative(output, weights.double() @ wide[1].double()) < 1e-5
 
 
@@ -139,4 +142,37 @@ def test_the_plain_frame_changes_nothing() -> None:
     assert frame.query(0, rows) is rows
     assert frame.center_scores(0, rows, 0, 5) is None
     assert frame.center(0, 5) is None
-    assert frame.restore(0, rows, rows[..., 0]) is rows
+    assert frame.restore(0, rows) is rows
+    assert frame.value_center(0) is None
+    assert frame.centered_on(rows, 0) is frame
+
+
+def test_a_sequence_is_centered_on_its_own_means() -> None:
+    """Rows of tokens that share a large offset, before RoPE, are small; what is restored is the same."""
+    layers, heads, dim, n, start = 2, 2, 32, 400, 50
+    model = linear_frame(layers, heads, dim, kinds=2)
+    offset = 20 * normal(3, layers, 2, heads, dim)
+    turned = [
+        rope(offset[layer, KEY, head], model.frequencies[layer], start + t)
+        for layer in range(layers)
+        for head in range(heads)
+        for t in range(n)
+    ]
+    keys = torch.stack(turned).view(layers, heads, n, dim) + normal(4, layers, heads, n, dim)
+    values = offset[:, VALUE].unsqueeze(2) + normal(5, layers, heads, n, dim)
+    own = model.centered_on(torch.stack([keys, values], 1).float(), start)
+    for side, originals in ((KEY, keys), (VALUE, values)):
+        before, after = (frame.rows(side, originals.float(), start).square().mean() for frame in (model, own))
+        assert after < 0.05 * before
+    query = normal(6, heads, 1, dim)
+    for layer in range(layers):
+        centers = own.center_scores(layer, query, start, start + n)
+        assert centers is not None
+        scores = own.query(layer, query) @ own.rows(KEY, keys.float(), start)[layer].mT + centers
+        assert relative(scores, query.double() @ keys[layer].double().mT) < 1e-4
+
+
+def test_few_tokens_move_the_means_little() -> None:
+    model = linear_frame(1, 1, 32)
+    own = model.centered_on(torch.full((1, 2, 1, 1, 32), 33.0), 0)
+    assert float((own.value_mean - model.value_mean).abs().max()) < 2.0

@@ -1,268 +1,195 @@
-"""Every implementation of decode attention against float64 over the same dequantized numbers."""
+"""Every implementation of decode attention against float64 over the same decoded numbers.
+
+One at a time: Triton's interpreter takes half a second for what the others do in a millisecond, so it is shown
+fewer cases, of every kind.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
-from qaq_core import attention, codecs, native
 from qaq_core import packed as packed_module
-from qaq_core.attention import Attention, CpuAttention, LayerTokens, ReferenceAttention, cpu
-from qaq_core.codecs import Codec, GaussianCodec, NormalCodec, ProgressiveCodec, UniformCodec
-from qaq_core.errors import ConfigError
-from qaq_core.frames import LinearFrame, PlainFrame, rotate_pairs
-from qaq_core.native import library
-from qaq_core.outliers import split_outliers
-from qaq_core.packed import PackedTokens
+from qaq_core.attention import Attention, TritonAttention, cpu, triton
+from qaq_core.attention.handover import Handover
 from qaq_core.packing import HALF, WIDTHS
-from qaq_core.pages import KEY, VALUE
-from qaq_core.quantizer import Quantizer
+from qaq_core.pages import VALUE
 from qaq_core.window import Reduction, Statistic
-from tests.core.rows import HEAD_DIMS, normal
+from tests.core.conformance import EXACT, GROUPED, QUANTIZERS, Subject, forced, kernels, make, relative, subject
+from tests.core.rows import normal
 
-GROUPS = ("head", "layer", "token")
-NAMES = ("progressive", "gaussian", *(f"{codec}-{group}" for codec in ("uniform", "normal") for group in GROUPS))
-SINKS = 4
-CPU = torch.device("cpu")
-KERNELS = ("reference", "generic", "avx2")
+KERNELS = ("reference", "generic", "avx2", "triton")
 
 
-@pytest.fixture(params=KERNELS)
+def each(names: str, cases: Any, few: Any = None) -> pytest.MarkDecorator:
+    """Every implementation with every case; Triton with `few` of them if any are given."""
+    params = [
+        (kernel, *(case if isinstance(case, tuple) else (case,)))
+        for kernel in KERNELS
+        for case in (few if few is not None and kernel == "triton" else cases)
+    ]
+    return pytest.mark.parametrize(f"kernel,{names}", params, indirect=["kernel"])
+
+
+@pytest.fixture
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of an implementation; the C++ ones with their instruction set forced."""
-    if request.param == "reference":
-        yield request.param
-        return
-    loaded = library()
-    if loaded is None:
-        pytest.skip("the C++ library is not built")
-    before = loaded.qaq_isa()
-    if loaded.qaq_use(request.param.encode()):
+    if request.param not in kernels():
         pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    loaded.qaq_use(before)
-
-
-def make(kernel: str, codec: Codec) -> Attention:
-    return _made(kernel, json.dumps(codec.settings()))
-
-
-@cache
-def _made(kernel: str, settings: str) -> Attention:
-    """Once per codec: lookup tables take longer than a test."""
-    codec = codecs.make(**json.loads(settings))
-    return ReferenceAttention(codec, CPU) if kernel == "reference" else CpuAttention(codec)
-
-
-def quantizers(layers: int, heads: int, dim: int) -> dict[str, Quantizer]:
-    """Every codec, the progressive one with random orders of units, in frames of random matrices or none."""
-    pairs = torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)
-    frame = LinearFrame(
-        key_matrix=torch.eye(dim) + 0.3 * dim**-0.5 * normal(1, layers, heads, dim, dim),
-        value_matrix=torch.eye(dim) + 0.3 * dim**-0.5 * normal(2, layers, heads, dim, dim),
-        key_mean=3 * normal(3, layers, heads, dim),
-        value_mean=normal(4, layers, heads, dim),
-        frequencies=torch.tensor([10_000.0, 500.0], dtype=torch.float64)[:, None] ** -pairs,
-        kind=torch.arange(layers) % 2,
-    )
-    units = torch.arange(dim // 8).repeat_interleave(8)
-    orders = [units[normal(5 + side, dim).argsort()].tolist() for side in (KEY, VALUE)]
-    made = {
-        "progressive": Quantizer(frame, ProgressiveCodec(orders)),
-        "gaussian": Quantizer(frame, GaussianCodec()),
-    }
-    for codec in (UniformCodec, NormalCodec):
-        for group in GROUPS:
-            made[f"{codec.name}-{group}"] = Quantizer(PlainFrame(), codec(group))
-    return made
-
-
-def decoded(quantizer: Quantizer, side: int, rows: torch.Tensor, meta: torch.Tensor, width: int) -> torch.Tensor:
-    """What rows [n, dim] with meta [n, m] become at a width, by the definition of a row."""
-    codec, dim = quantizer.codec, rows.shape[1]
-    scale, offset = codec.affine(meta)
-    scale = scale.expand(-1, 2)[:, (torch.arange(dim) >= 8 * codec.split).long() if codec.split else [0] * dim]
-    shift = torch.zeros(len(rows), 1) if offset is None else offset.unsqueeze(-1)
-    units = (rows - shift) / scale
-    if width == HALF:
-        return shift + scale * units.half().float()
-    held = codec.order(side, dim)[: width * dim // 16].tolist()
-    codes, levels = codec.codes(units).long(), torch.zeros_like(units)
-    for octet in range(dim // 8):
-        bits, dims = held.count(octet), slice(8 * octet, 8 * octet + 8)
-        if bits:
-            levels[:, dims] = codec.levels(bits)[codes[:, dims] >> (8 - bits)]
-    return shift + scale * levels
-
-
-class Subject:
-    """One layer's tokens of random numbers and widths, and what they decode to in float64."""
-
-    def __init__(
-        self,
-        quantizer: Quantizer,
-        dim: int,
-        packed: int,
-        heads: int = 2,
-        layers: int = 2,
-        widths: tuple[int, ...] = WIDTHS,
-        sinks: int = SINKS,
-        recent: int = 17,
-        dtype: torch.dtype = torch.float16,
-        size: float = 1.0,
-    ) -> None:
-        self.heads, self.layers, self.dim, self.sinks = heads, layers, dim, sinks
-        self.length = sinks + packed + recent
-        self.quantizer, frame = quantizer, quantizer.frame
-        exact = normal(1, 2, layers, heads, sinks + recent + 5, dim).to(dtype)
-        self.exact = exact[:, :, :, : sinks + recent]  # a view of a larger buffer, as a sequence's is
-        self.packed = PackedTokens(quantizer, (layers, heads, dim), sinks, CPU) if packed else None
-        whole = torch.zeros(2, layers, heads, self.length, dim, dtype=torch.float64)
-        whole[:, :, :, :sinks] = self.exact[:, :, :, :sinks]
-        whole[:, :, :, sinks + packed :] = self.exact[:, :, :, sinks:]
-        self.whole = whole
-        if self.packed is None:
-            return
-        generator = torch.Generator().manual_seed(packed)
-        chosen, rows, metas = [], [], []
-        for side in (KEY, VALUE):
-            row = quantizer.rows(side, normal(2 + side, layers, heads, packed, dim) * size, sinks)
-            meta = quantizer.codec.measure(row, None)
-            pick = torch.randint(0, len(widths), (layers, heads, packed), generator=generator)
-            width = torch.tensor(widths, dtype=torch.uint8)[pick]
-            full = meta.expand(layers, heads, packed, -1)
-            seen = torch.zeros_like(row)
-            for w in width.unique().tolist():
-                seen[width == w] = decoded(quantizer, side, row[width == w], full[width == w], w)
-            middle = seen.double()
-            if isinstance(frame, LinearFrame):
-                mean = (frame.value_mean if side else frame.key_mean).unsqueeze(2).expand_as(seen)
-                if side == KEY:
-                    angle = frame._angles(sinks + packed)[frame.kind, sinks : sinks + packed].unsqueeze(1)
-                    mean = rotate_pairs(mean, angle)
-                matrix = frame.value_matrix if side else frame.key_matrix
-                middle = middle @ matrix.double().inverse().mT + mean
-            whole[side, :, :, sinks : sinks + packed] = middle
-            chosen.append(width)
-            rows.append(row)
-            metas.append(meta)
-        for first in range(0, packed, 43):  # as decoding does: some at a time
-            part = slice(first, min(packed, first + 43))
-            cut = [tuple(t[:, :, part] for t in pair) for pair in (chosen, rows, metas)]
-            self.packed.append(cut[0], cut[1], cut[2], (None, None))  # type: ignore[arg-type]
-
-    def tokens(self, layer: int) -> LayerTokens:
-        return LayerTokens(layer, self.exact[KEY, layer], self.exact[VALUE, layer], self.sinks, self.packed)
-
-    def check(
-        self, one: Attention, group: int, scaling: float = 0.1, window: int | None = None, n: int = 1
-    ) -> None:
-        """Output and both statistics of every layer, to 1e-3 relative."""
-        for layer in range(self.layers):
-            query = normal(9 + layer, self.heads * group, n, self.dim)
-            keys, values = (self.whole[side, layer].repeat_interleave(group, 0) for side in (KEY, VALUE))
-            scores = query.double() @ keys.transpose(1, 2) * scaling
-            if window is not None and window < self.length:
-                scores[..., : self.length - window] = float("-inf")
-            p = scores.softmax(-1)
-            grouped = p.view(self.heads, group, n, self.length)
-            statistics: dict[Statistic, torch.Tensor] = {
-                "max": grouped.amax((1, 2)),
-                "mean_square": grouped.square().mean((1, 2)),
-            }
-            for name, statistic in statistics.items():
-                seen = torch.full((self.heads, self.length), torch.nan)
-                got = one(query, self.tokens(layer), scaling, window, Reduction(name, seen))
-                assert relative(got, p @ values) < 1e-3
-                assert relative(seen, statistic) < 1e-3
-                assert bool((seen[statistic == 0] < 1e-30).all())
-            assert torch.equal(one(query, self.tokens(layer), scaling, window), got)
-
-
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm())
+    with forced(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few tokens; Triton takes one at a time."""
     monkeypatch.setattr(packed_module, "BLOCK_TOKENS", 48)
+    monkeypatch.setattr(triton, "SPLIT", 64)
+    monkeypatch.setattr(triton, "TILE", 64)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("dim", HEAD_DIMS)
-@pytest.mark.parametrize("name", ["progressive", "gaussian"])
+def statistics(one: Attention, turn: int) -> list[Statistic]:
+    """Both, or the one whose turn it is."""
+    both: list[Statistic] = ["max", "mean_square"]
+    return both if not isinstance(one, TritonAttention) else [both[turn % 2]]
+
+
+@each("dim", range(32, 257, 16))
+def test_every_head_dim_and_group(kernel: str, dim: int) -> None:
+    mine = subject("progressive", dim, 61, heads=1 if kernel == "triton" else 2)
+    one = make(kernel, mine.quantizer.codec)
+    for group in (dim // 16,) if kernel == "triton" else range(1, 17):
+        mine.check(one, group, statistics=statistics(one, group)[:1])
+
+
+@each(
+    "name,dim,width",
+    [
+        (name, dim, width)
+        for name, dim in (("progressive", 32), ("progressive", 80), ("gaussian", 64))
+        for width in WIDTHS
+    ],
+    [("progressive", 32, 0), ("progressive", 32, 3), ("gaussian", 32, HALF)],
+)
 def test_every_width(kernel: str, name: str, dim: int, width: int) -> None:
-    quantizer = quantizers(2, 2, dim)[name]
-    Subject(quantizer, dim, 61, widths=(width,)).check(make(kernel, quantizer.codec), group=3)
+    mine = subject(name, dim, 61, widths=(width,))
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=3, statistics=statistics(one, width))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_codec_and_group(kernel: str, name: str) -> None:
-    quantizer = quantizers(2, 2, 64)[name]
-    Subject(quantizer, 64, 131).check(make(kernel, quantizer.codec), group=3)
+@each("name", QUANTIZERS, ["gaussian", "uniform-head", "uniform-layer", "normal-token"])
+def test_every_codec(kernel: str, name: str) -> None:
+    mine = subject(name, 32, 61)
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=3, statistics=statistics(one, 0))
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
-@pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_every_group_size(kernel: str, dim: int, group: int) -> None:
-    quantizer = quantizers(2, 2, dim)["progressive"]
-    Subject(quantizer, dim, 77).check(make(kernel, quantizer.codec), group)
+@each("name", GROUPED, ["normal-head"])
+def test_outliers(kernel: str, name: str) -> None:
+    mine = subject(name, 32, 60, outliers=0.1)
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=2)
+    if isinstance(one, Handover):
+        assert one.handed_over["outliers"] >= 2
 
 
-@pytest.mark.parametrize("packed", [1, 7, 9, 33, 47, 48, 49, 96])
+@each("packed", [1, 7, 9, 33, 47, 48, 49, 96], [1, 49])
 def test_every_length(kernel: str, packed: int) -> None:
-    quantizer = quantizers(2, 2, 32)["progressive"]
-    Subject(quantizer, 32, packed).check(make(kernel, quantizer.codec), group=2)
+    mine = subject("progressive", 32, packed)
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=2, statistics=statistics(one, packed))
 
 
-@pytest.mark.parametrize(("sinks", "recent"), [(4, 1), (4, 40), (1, 16), (0, 16)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_exact_tokens(kernel: str, dtype: torch.dtype, sinks: int, recent: int) -> None:
-    quantizer = quantizers(2, 2, 32)["progressive"]
-    one = make(kernel, quantizer.codec)
-    for packed in (0, 50):
-        Subject(quantizer, 32, packed, sinks=sinks, recent=recent, dtype=dtype).check(one, group=2)
+@each("widths", [[1, 2, 3], [4], [*WIDTHS]], [])
+def test_many_rows_of_a_width(kernel: str, widths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that are full, and positions that are far apart; more query heads than stand together."""
+    monkeypatch.setattr(packed_module, "BLOCK_TOKENS", 600)
+    mine = subject("progressive", 32, 700, heads=1, widths=tuple(widths))
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=5, statistics=statistics(one, 0))
 
 
-@pytest.mark.parametrize("window", [1, 17, 18, 40, 67, 120, 1000])
-@pytest.mark.parametrize("name", ["progressive", "uniform-layer"])
+WINDOWS = [(sinks, recent) for sinks, recent in ((4, 1), (4, 40), (1, 16), (0, 16))]
+
+
+@each("packed,width", [(35, 1), (33, 3), (47, 1)], [(35, 1)])
+def test_few_rows_after_a_full_tile(kernel: str, packed: int, width: int) -> None:
+    """Their few bytes are the pool's last: what reads rows 16 bytes at a time may not read beyond them."""
+    mine = subject("progressive", 32, packed, widths=(width,))
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=2, statistics=statistics(one, packed))
+
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@each(
+    "dtype,sinks,recent,packed",
+    [(dtype, sinks, recent, packed) for dtype in TYPES for sinks, recent in WINDOWS for packed in (0, 50)],
+    [(torch.bfloat16, 0, 1, 40), (torch.float32, 4, 70, 0)],
+)
+def test_exact_tokens(kernel: str, dtype: torch.dtype, sinks: int, recent: int, packed: int) -> None:
+    mine = subject("progressive", 32, packed, sinks=sinks, recent=recent, dtype=dtype)
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=2, statistics=statistics(one, recent))
+
+
+@each(
+    "name,window",
+    [(name, window) for name in ("progressive", "uniform-layer") for window in (1, 17, 18, 40, 67, 120, 1000)],
+    [("progressive", 18), ("uniform-layer", 67)],
+)
 def test_sliding_window(kernel: str, name: str, window: int) -> None:
-    quantizer = quantizers(2, 2, 32)[name]
-    Subject(quantizer, 32, 100).check(make(kernel, quantizer.codec), group=2, window=window)
+    mine = subject(name, 32, 100)
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=2, window=window, statistics=statistics(one, window))
 
 
-@pytest.mark.parametrize(("size", "scaling"), [(1e-3, 1.0), (300.0, 0.1), (1.0, 20.0), (1.0, 1e-6)])
-def test_extreme_numbers(kernel: str, size: float, scaling: float) -> None:
-    quantizer = quantizers(2, 2, 64)["progressive"]
-    Subject(quantizer, 64, 100, size=size).check(make(kernel, quantizer.codec), group=3, scaling=scaling)
+@each(
+    "size,spread,scaling",
+    [(1e-3, 0.0, 1.0), (300.0, 0.0, 0.1), (1.0, 0.0, 20.0), (1.0, 0.0, 1e-6), (1.0, 3.0, 0.1)],
+    [(1.0, 3.0, 0.1)],
+)
+def test_extreme_numbers(kernel: str, size: float, spread: float, scaling: float) -> None:
+    mine = subject("progressive", 64, 100, size=size, spread=spread)
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=3, scaling=scaling, statistics=statistics(one, 0))
 
 
-def test_rows_that_moved(kernel: str) -> None:
-    quantizer = quantizers(2, 2, 64)["progressive"]
-    subject = Subject(quantizer, 64, 131, widths=(2, 4, 8))
-    one, packed = make(kernel, quantizer.codec), subject.packed
-    subject.check(one, group=2)
+@each("packed", [131])
+def test_many_splits_and_tiles(kernel: str, packed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "SPLIT", 32)
+    monkeypatch.setattr(triton, "TILE", 16)
+    mine = subject("progressive", 32, packed, heads=1)
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group=2, statistics=statistics(one, 0))
+
+
+@each("group", [2])
+def test_rows_that_moved(kernel: str, group: int) -> None:
+    mine = Subject("progressive", 64, 61, widths=(2, 4, 8))
+    one, packed = make(kernel, mine.quantizer.codec), mine.packed
     assert packed is not None
     index = torch.arange(0, packed.tags.numel(), 5)
     narrow = torch.ones(len(index), dtype=torch.uint8)
     packed.change(
         VALUE, index, narrow, torch.empty(0, dtype=torch.uint8), torch.zeros(len(index), dtype=torch.long)
     )
-    query = normal(3, 4, 1, 64)
-    expected = make("reference", quantizer.codec)(query, subject.tokens(1), 0.1)
-    assert relative(one(query, subject.tokens(1), 0.1), expected.double()) < 1e-5
+    query = mine.query(1, group)
+    expected = make("reference", mine.quantizer.codec)(query, mine.tokens(1), 0.1)
+    assert relative(one(query, mine.tokens(1), 0.1), expected.double()) < 1e-3
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@each("threads", [1, 3], [1])
 def test_a_batch_is_each_sequence_by_itself(kernel: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantizer = quantizers(2, 2, 64)["progressive"]
-    one, before = make(kernel, quantizer.codec), torch.get_num_threads()
     monkeypatch.setattr(cpu, "_ALONE", 0)
-    layers = [Subject(quantizer, 64, packed).tokens(1) for packed in (0, 131, 48, 7, 300)]
+    lengths = (0, 50, 7) if kernel == "triton" else (0, 131, 48, 7, 300)
+    layers = [subject("progressive", 64, packed).tokens(1) for packed in lengths]
+    one, before = make(kernel, subject("progressive", 64, 7).quantizer.codec), torch.get_num_threads()
+    reference = make("reference", subject("progressive", 64, 7).quantizer.codec)
     query = normal(3, len(layers), 6, 1, 64)
     seen = [torch.full((2, tokens.length), torch.nan) for tokens in layers]
     torch.set_num_threads(threads)
@@ -272,56 +199,51 @@ def test_a_batch_is_each_sequence_by_itself(kernel: str, threads: int, monkeypat
         torch.set_num_threads(before)
     for i, tokens in enumerate(layers):
         alone = torch.full_like(seen[i], torch.nan)
-        assert relative(out[i], one(query[i], tokens, 0.1, 60, Reduction("mean_square", alone)).double()) < 1e-5
-        assert relative(seen[i], alone.double()) < 1e-5
+        expected = reference(query[i], tokens, 0.1, 60, Reduction("mean_square", alone))
+        assert relative(out[i], expected.double()) < 1e-3
+        assert relative(seen[i], alone.double()) < 1e-3
 
 
-def test_nan_is_not_hidden(kernel: str) -> None:
-    quantizer = quantizers(2, 2, 32)["progressive"]
-    subject = Subject(quantizer, 32, 60)
-    query = normal(3, 4, 1, 32)
+@each("dtype", [torch.float32])
+def test_a_batch_of_several_kinds(kernel: str, dtype: torch.dtype) -> None:
+    """Without packed tokens, in another dtype, watched by nobody, a prompt's end; some with means of their own."""
+    mine = [
+        subject("progressive", 32, 50, mean=1.0),
+        subject("progressive", 32, 50, dtype=dtype, mean=-2.0),
+        subject("progressive", 32, 0),
+        subject("progressive", 32, 7),
+    ]
+    seen = torch.full((2, mine[1].length), torch.nan)
+    shown: list[torch.Tensor] = []
+    observers = [None, Reduction("max", seen), None, lambda p, first: shown.append(p)]
+    query, layers = normal(3, 4, 4, 1, 32), [one.tokens(0) for one in mine]
+    out = make(kernel, mine[0].quantizer.codec).batch(query, layers, 0.1, None, observers)
+    for i, one in enumerate(mine):
+        p = one.probabilities(query[i], 0, 0.1, None)
+        assert relative(out[i], one.output(p, 0)) < EXACT
+    p = mine[1].probabilities(query[1], 0, 0.1, None).view(2, 2, -1)
+    assert relative(seen, p.amax(1)) < EXACT
+    assert shown[0].shape == (2, 2, 1, mine[3].length)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@each("dim", [32])
+def test_nan_is_not_hidden(kernel: str, dim: int) -> None:
+    mine = subject("progressive", dim, 40)
+    query = mine.query(0, 2).clone()
     query[1, 0, 5] = torch.nan
-    out = make(kernel, quantizer.codec)(query, subject.tokens(0), 0.1)
+    seen = torch.zeros(2, mine.length)
+    out = make(kernel, mine.quantizer.codec)(query, mine.tokens(0), 0.1, None, Reduction("max", seen))
     assert out.isnan().all(-1).squeeze(1).tolist() == [False, True, False, False]
+    assert seen.isnan().all(1).tolist() == [True, False]
+    assert not seen[1].isnan().any()
 
 
-def test_what_the_library_does_not_do_goes_to_the_reference(kernel: str) -> None:
-    quantizer = quantizers(2, 2, 32)["uniform-head"]
-    subject, one = Subject(quantizer, 32, 60), make(kernel, quantizer.codec)
-    reference = make("reference", quantizer.codec)
-    assert subject.packed is not None
-    query, tokens = normal(3, 4, 5, 32), subject.tokens(0)
+@each("n", [5])
+def test_prompts_go_to_the_reference(kernel: str, n: int) -> None:
+    mine = subject("uniform-head", 32, 60)
+    one, reference = make(kernel, mine.quantizer.codec), make("reference", mine.quantizer.codec)
+    query, tokens = mine.query(0, 2, n), mine.tokens(0)
     assert torch.equal(one(query, tokens, 0.1), reference(query, tokens, 0.1))
-    seen: list[torch.Tensor] = []
-    one(query[:, :1], tokens, 0.1, None, lambda p, first: seen.append(p))
-    assert seen[0].shape == (2, 2, 1, subject.length)
-    rows = normal(4, 2, 2, 60, 32)
-    for side in subject.packed.sides:
-        side.outliers = split_outliers(rows, 0.1, "head")[0]
-    assert torch.equal(one(query[:, :1], tokens, 0.1), reference(query[:, :1], tokens, 0.1))
-    if isinstance(one, CpuAttention):
-        assert one.handed_over["outliers"] >= 1
-        assert one.handed_over["a prompt"] >= 2
-
-
-def test_the_kernel_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = GaussianCodec()
-    monkeypatch.setenv("QAQ_KERNEL", "reference")
-    assert attention.make(codec, CPU).name == "reference"
-    monkeypatch.setenv("QAQ_KERNEL", "quick")
-    with pytest.raises(ConfigError, match="quick"):
-        attention.make(codec, CPU)
-    monkeypatch.delenv("QAQ_KERNEL")
-    assert attention.make(codec, torch.device("meta")).name == "reference"
-    with pytest.raises(ConfigError, match="meta"):
-        attention.make(codec, torch.device("meta"), "cpu")
-    built = library() is not None
-    assert attention.make(codec, CPU).name.startswith("cpu" if built else "reference")
-
-
-def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
-    codec = GaussianCodec()
-    assert attention.make(codec, CPU).name == "reference"
-    with pytest.raises(ConfigError, match="compiler"):
-        attention.make(codec, CPU, "cpu")
+    if isinstance(one, Handover):
+        assert one.handed_over["a prompt"] >= 1

@@ -81,6 +81,27 @@ def test_its_bytes_make_the_same_quantizer(name: str) -> None:
         assert torch.equal(again.layout(side, 64).order, made.layout(side, 64).order)
 
 
+def test_a_sequences_own_rests_on_its_base() -> None:
+    base = quantizers(2, 3, 64)["balanced"]
+    originals = 3 + normal(1, 2, 2, 3, 100, 64)
+    own = base.centered_on(originals, 4)
+    raw = own.to_bytes()
+    assert len(raw) < len(base.to_bytes()) / 10
+    assert Quantizer.base_of(raw) == base.id
+    assert Quantizer.base_of(base.to_bytes()) is None
+    again = Quantizer.from_bytes(raw, base)
+    assert (again.id, again.to_bytes()) == (own.id, raw)
+    assert own.id not in (base.id, base.centered_on(originals + 1, 4).id)
+    assert (base.own_bytes, own.own_bytes) == (0, 2 * 2 * 3 * 64 * 4)
+    for side in (KEY, VALUE):
+        rows = again.rows(side, originals[:, side], 4)
+        assert torch.equal(rows, own.rows(side, originals[:, side], 4))
+        assert rows.square().mean() < base.rows(side, originals[:, side], 4).square().mean()
+    for wrong in (None, own, quantizers(2, 3, 64)["uniform-layer"], quantizers(1, 3, 64)["balanced"]):
+        with pytest.raises(ConfigError, match="means must"):
+            Quantizer.from_bytes(raw, wrong)
+
+
 def test_tables_that_share_memory_have_bytes_too() -> None:
     matrix, mean = torch.eye(16).expand(2, 1, -1, -1), torch.zeros(2, 1, 16)
     frame = LinearFrame(matrix, matrix, mean, mean, torch.ones(1, 8), torch.zeros(2))

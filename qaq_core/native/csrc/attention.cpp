@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <atomic>
 #include <cstring>
 #include <limits>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "attention.inc"
+#include "heads.h"
 #include "threads.h"
 
 #if defined(__x86_64__)
@@ -36,8 +38,13 @@ int qaq_use(const char* isa) {
     return 0;
 }
 
+Chosen head_attention() {
+    const bool is_avx2 = use_avx2;
+    return {is_avx2 ? qaq_attend_avx2 : static_cast<HeadAttention>(attend), is_avx2};
+}
+
 int qaq_attend(const QaqLayer* layers, int32_t count, int32_t threads) {
-    const auto head_of = use_avx2 ? qaq_attend_avx2 : static_cast<void (*)(const QaqLayer&, int)>(attend);
+    const HeadAttention head_of = head_attention().attend;
     int heads = 0;
     for (int i = 0; i < count; ++i) heads += layers[i].kv_heads;
     std::atomic<bool> failed{false};

@@ -7,7 +7,7 @@
 
 extern "C" {
 
-enum { QAQ_INTERFACE = 5 };  // changes whenever something here or in weave.h does
+enum { QAQ_INTERFACE = 14 };  // changes whenever something here or in the other headers of C structures does
 
 enum { QAQ_WIDTHS = 14 };  // 0..8, 10, 12, 14, 16 and 32 half bits, in this order; a tag's nibble is an index into it
 
@@ -42,16 +42,16 @@ struct QaqLayer {
     const float* query;   // [kv_heads * group][dim], scaled; rows here and below stand `stride` floats apart
     const float* framed;  // the same as it meets packed keys
     int64_t stride;
-    const float* mean;    // [kv_heads][dim], keys' mean before RoPE, or null for 0
-    const float* angles;  // [positions][dim] RoPE's cosines and sines from position 0, where there is a mean
+    const float* key_mean;    // [kv_heads][dim], before RoPE, or null for 0
+    const float* value_mean;  // [kv_heads][dim], or null for 0
+    const float* angles;  // [positions][dim] RoPE's cosines and sines, where there is a key_mean: from position 0 to
+                          // 64 beyond the last packed token
     const uint8_t* tags;  // [kv_heads][packed]
     int64_t tags_head_stride;
     const float* levels;  // [9][256], of b bits at 256·b
     QaqSide key, value;
-    float* out_exact;   // [kv_heads * group][dim], over sinks and recent tokens
+    float* out_exact;   // [kv_heads * group][dim], over sinks and recent tokens, and what centering took from packed values
     float* out_packed;  // [kv_heads * group][dim], over packed values in their frame
-    float* mass;        // [kv_heads * group], `mass_stride` floats apart: total weight of the packed tokens
-    int64_t mass_stride;
     float* seen;        // [kv_heads][tokens], the statistic, where one is asked for
 };
 

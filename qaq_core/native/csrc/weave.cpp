@@ -2,11 +2,9 @@
 
 #include <cstring>
 
-#include "attention.h"
+#include "widths.h"
 
 namespace {
-
-constexpr int HALF_BITS[QAQ_WIDTHS] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 32};
 
 // Adds how often each nibble occurs to counts [16]. Four tables, so that equal neighbours do not wait for each other.
 void count(const uint8_t* tags, int n, int shift, int64_t* counts) {

@@ -4,7 +4,6 @@ import pytest
 
 from services.bench import figures
 from services.bench.load import Record
-from services.bench.probe import overhead_ms
 
 
 def record(sent: float, *tokens: float, carried: float = 0.0) -> Record:
@@ -32,4 +31,4 @@ def test_nothing_measured() -> None:
 
 def test_the_routers_share_is_between_the_medians() -> None:
     routed, direct = [record(0, 1, 2, carried=0.003)], [record(0, 1, 2, carried=0.001)]
-    assert overhead_ms(routed, direct) == pytest.approx(2)
+    assert figures.added_ms(routed, direct) == pytest.approx(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,8 +14,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from qaq.v1 import generate_pb2 as pb
 from qaq.v1 import generate_pb2_grpc
 from redis import exceptions as redis_errors
+from structlog.testing import capture_logs
 
 from qaq_core import errors as core
+from services.common import server as server_module
 from services.common.channel import open_channel
 from services.common.errors import InvalidArgument, ResourceExhausted
 from services.common.server import GrpcServer, PortTakenError
@@ -45,6 +48,27 @@ class Failing(generate_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateReply]:
         yield pb.GenerateReply(session_id="one")
         raise ResourceExhausted("the queue is full", retry_after_ms=250)
+
+
+async def test_a_stop_that_does_not_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "STOP_S", 0.1)
+    server = GrpcServer()
+    await server.start()
+    inner = server._server
+    assert inner is not None
+    let_go = asyncio.Event()
+
+    async def endless(grace: float) -> None:
+        await let_go.wait()
+
+    with monkeypatch.context() as patched, capture_logs() as logs:
+        patched.setattr(inner, "stop", endless)
+        await server.stop(0)
+    assert [entry["event"] for entry in logs] == [
+        "calls that were cancelled have not ended; going on without them"
+    ]
+    let_go.set()
+    await inner.stop(0)
 
 
 @pytest.fixture

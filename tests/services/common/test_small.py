@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import threading
 import urllib.request
 from concurrent.futures import Future
 
@@ -11,7 +13,7 @@ import pytest
 import structlog
 from pydantic import ValidationError
 
-from services.common import log, metrics
+from services.common import background, log, metrics
 from services.common.background import BackgroundLoop
 from services.common.embedded_redis import free_port
 from services.common.settings import OriginalsSettings, RouterSettings, WorkerSettings
@@ -67,6 +69,29 @@ def test_metrics_are_served() -> None:
         text = reply.read().decode()
     for name in ("qaq_originals_corrupt_total", "TYPE qaq_kv_bits gauge", "qaq_lambda", "qaq_pages_unacked"):
         assert name in text
+
+
+def test_background_work_that_swallows_a_cancel_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "CANCEL_AGAIN_S", 0.01)
+    loop = BackgroundLoop("test", lambda: RuntimeError("closed"))
+    begun = threading.Event()
+
+    async def stubborn() -> None:
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        await asyncio.sleep(60)
+
+    async def clean_up() -> None:
+        cleaned.append("up")
+
+    cleaned: list[str] = []
+    work = loop.submit(stubborn())
+    assert begun.wait(10)
+    loop.close(clean_up)
+    with pytest.raises(RuntimeError, match="closed"):
+        work.result(0)
+    assert cleaned == ["up"]
 
 
 def test_background_work_ends_with_the_loop() -> None:

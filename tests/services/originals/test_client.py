@@ -84,6 +84,22 @@ async def test_rows_are_bit_identical_to_the_workers_own(
     assert await getranges(redis) >= before + int(reply.found.sum())
 
 
+async def test_a_sequences_own_means_follow_the_tables_they_rest_on(
+    remote: RemoteOriginals, redis: Redis, quantizer: Quantizer
+) -> None:
+    pages = make_pages(2)
+    await wait(remote.put(pages))
+    request = make_request(pages, 50, quantizer.meta_bytes)
+    for seed in range(2):
+        tokens = torch.randn(
+            SHAPE.layers, 2, SHAPE.kv_heads, 90, SHAPE.head_dim, generator=torch.Generator().manual_seed(seed)
+        )
+        own = quantizer.centered_on(tokens + 2, 0)
+        assert same(await wait(remote.requantize(request, own)), local(pages, request, own))
+        assert not same(local(pages, request, own), local(pages, request, quantizer))
+        assert await redis.exists(*(f"qaq:codec:{one.id.hex()}" for one in (own, quantizer))) == 2
+
+
 async def test_the_answer_depends_on_what_redis_holds(
     remote: RemoteOriginals, redis: Redis, quantizer: Quantizer
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import torch
 from pydantic import SecretStr
 from qaq.v1 import originals_pb2 as pb
 from qaq.v1 import originals_pb2_grpc
@@ -105,6 +106,14 @@ async def test_bad_codecs(stub: Stub, quantizer: Quantizer) -> None:
         code, message = await status(stub.PutCodec(iter(wire.codec_pieces(codec_id, raw)), timeout=10))
         assert code is Code.INVALID_ARGUMENT
         assert said in message
+
+
+async def test_means_without_the_tables_they_rest_on(stub: Stub, quantizer: Quantizer) -> None:
+    own = quantizer.centered_on(torch.ones(SHAPE.layers, 2, SHAPE.kv_heads, 70, SHAPE.head_dim), 0)
+    pieces = wire.codec_pieces(own.id, own.to_bytes())
+    code, message = await status(stub.PutCodec(iter(pieces), timeout=10))
+    assert code is Code.FAILED_PRECONDITION
+    assert quantizer.id.hex() in message
 
 
 async def test_a_codec_in_pieces(stub: Stub, redis: Redis, quantizer: Quantizer) -> None:

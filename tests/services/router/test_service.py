@@ -188,6 +188,15 @@ async def test_a_busy_worker_is_passed_over(client: Stub, worker: CountingWorker
         assert len(other.asked) == 1
 
 
+async def test_the_worker_is_told_the_tenant(client: Stub, worker: CountingWorker) -> None:
+    for tenant in ("", "somebody"):
+        await replies(client.Generate(request(), metadata=(("qaq-tenant", tenant),) if tenant else None))
+        assert worker.asked[-1].tenant == tenant
+    with pytest.raises(grpc.aio.AioRpcError, match="send at most 128") as refused:
+        await replies(client.Generate(request(), metadata=(("qaq-tenant", "x" * 129),)))
+    assert refused.value.code() is Code.INVALID_ARGUMENT
+
+
 async def until_waiting(count: int) -> None:
     async def waits() -> bool:
         return REGISTRY.get_sample_value("qaq_queue_depth") == count

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from qaq.v1 import common_pb2
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from services.common.errors import FailedPrecondition, NotFound
 from services.router import sessions as module
+from services.router import tokenlog
 from services.router.sessions import SessionDirectory
 from services.router.tokenlog import LogWriter
 
@@ -94,12 +97,45 @@ async def test_the_log_writer_keeps_order_and_drops_nothing(directory: SessionDi
     assert await directory.tokens(session.id) == [9, *range(200)]
 
 
+async def test_the_log_writer_collects_tokens(
+    directory: SessionDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
+    write, written = directory.write, []
+
+    async def counted(identifier: str, offset: int, tokens: Sequence[int]) -> bool:
+        written.append((offset, len(tokens)))
+        return await write(identifier, offset, tokens)
+
+    monkeypatch.setattr(directory, "write", counted)
+    monkeypatch.setattr(tokenlog, "LAG_S", 60.0)
+    writer = LogWriter(directory, session.id, 0, [1], lambda: None)
+    for token in range(2, 50):
+        writer.add(token)
+        await asyncio.sleep(0.001)
+    assert written == [(0, 2)]  # the prompt and the first token do not wait
+    await writer.flush()
+    assert written == [(0, 2), (2, 47)]
+    assert await directory.tokens(session.id) == [*range(1, 50)]
+
+
+async def test_the_log_writer_ends_with_its_session(directory: SessionDirectory) -> None:
+    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
+    lost = asyncio.Event()
+    writer = LogWriter(directory, session.id, 0, [1], lost.set)
+    await directory.close(session.id)
+    writer.add(2)
+    await asyncio.wait_for(lost.wait(), 10)
+    await writer.flush()
+    assert await directory.tokens(session.id) == []
+
+
 async def test_the_log_writer_repeats_what_a_lost_write_held(
     directory: SessionDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = await directory.open("m", common_pb2.CacheParams(), kept=True)
     writer = LogWriter(directory, session.id, 0, [1], lambda: None)
-    write, failures = directory.write, [ConnectionError("gone"), ConnectionError("gone")]
+    write, failures = directory.write, [RedisError("gone"), RedisError("gone")]
 
     async def flaky(*args: object) -> bool:
         if failures:

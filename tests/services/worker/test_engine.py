@@ -102,6 +102,26 @@ async def test_sequences_decode_in_one_pass(
         assert [result.tokens for result in results] == [expected(smollm2, tokens, 8) for tokens in prompts]
 
 
+async def test_a_quantized_batch_decides_as_each_alone(make_engine: MakeEngine, ids: Ids, gate: Gate) -> None:
+    """The same tokens; and the same widths but where a batch's other rounding tips the scale."""
+    prompts = [ids(STORY * 5), ids(LISTS * 6)]
+    async with make_engine(prefix_reuse=False) as engine:
+        together = [engine.submit(request(tokens, 20)) for tokens in prompts]
+        gate.open()
+        batch = await asyncio.gather(*map(outcome, together))
+        assert (2, 1) in gate.batches
+        for tokens, result in zip(prompts, batch, strict=True):
+            alone = await outcome(engine.submit(request(tokens, 20)))
+            assert result.tokens == alone.tokens
+            assert result.done is not None
+            assert alone.done is not None
+            ours, theirs = result.done.usage.cache, alone.done.usage.cache
+            for name in ("key_bits_histogram", "value_bits_histogram"):
+                held, wanted = dict(getattr(ours, name)), dict(getattr(theirs, name))
+                moved = sum(abs(held.get(width, 0) - wanted.get(width, 0)) for width in {*held, *wanted})
+                assert moved <= 0.01 * sum(wanted.values())
+
+
 async def test_a_long_prompt_does_not_hold_up_others(make_engine: MakeEngine, ids: Ids, gate: Gate) -> None:
     async with make_engine(prefill_chunk=16) as engine:
         first = engine.submit(request(ids("Hello there"), 12, cache=EXACT))
@@ -220,7 +240,7 @@ async def test_dropping_a_session_that_runs(make_engine: MakeEngine, ids: Ids) -
         await settled(engine, running=0, sessions=0)
 
 
-@pytest.mark.parametrize("where", ["commit", "take"])
+@pytest.mark.parametrize("where", ["commit", "_begin_step"])
 async def test_a_faulty_sequence_ends_alone(
     smollm2: LoadedModel,
     make_engine: MakeEngine,

@@ -62,6 +62,20 @@ async def test_a_salt_hides_a_prefix(make_engine: MakeEngine, ids: Ids) -> None:
     assert loaded == [len(held.pages) * 16 - (16 if len(tokens) % 16 == 0 else 0), 0]
 
 
+@pytest.mark.parametrize("sharing", ["tenant", "all"])
+async def test_tenants_share_a_prefix_only_on_purpose(make_engine: MakeEngine, ids: Ids, sharing: str) -> None:
+    tokens = ids(STORY)
+    async with make_engine(prefix_sharing=sharing, **SMALL) as engine:
+        await outcome(engine.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True, tenant="a")))
+        loaded = {}
+        for tenant in ("a", "b", ""):
+            done = (await outcome(engine.submit(request(tokens, 1, cache=EXACT, tenant=tenant)))).done
+            assert done is not None
+            loaded[tenant] = done.usage.loaded_tokens
+    whole = (len(tokens) - 1) // 16 * 16
+    assert loaded == {"a": whole, "b": whole, "": whole} | ({} if sharing == "all" else {"b": 0, "": 0})
+
+
 async def test_a_session_goes_on_on_another_worker(
     smollm2: LoadedModel, make_engine: MakeEngine, ids: Ids, gate: Gate
 ) -> None:

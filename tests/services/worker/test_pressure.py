@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 from qaq_core import InProcessOriginals, SequenceCache
 from services.worker.engine import Engine
 from services.worker.generation import Generation
+from services.worker.pressure import Pressure
 from tests.services.worker.conftest import EXACT, MakeEngine, outcome, request, until
 from tests.services.worker.test_engine import LISTS, STORY
 
@@ -83,6 +84,22 @@ async def test_more_are_admitted_than_fit_at_full_bits(make_engine: MakeEngine, 
         for generation in running:
             engine.cancel(generation)
         assert (await outcome(waits)).tokens
+
+
+async def test_a_budget_that_changes_is_looked_at_at_once(
+    make_engine: MakeEngine, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while no sequence has come to the price of the budget before."""
+    monkeypatch.setattr(Pressure, "_bring_up", lambda self, here: None)
+    async with make_engine(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as engine:
+        running = engine.submit(request(ids(STORY * 6), 3000))
+        await next_token(running)
+        held, pressure, before = engine.state.kv_bytes, engine._sessions.pressure, 0.0
+        for share in (0.95, 0.9):
+            engine.set_budget(int(share * held))
+            await until(lambda before=before: pressure.price > before)
+            before = pressure.price
+        engine.cancel(running)
 
 
 async def test_full_staging_admits_nobody(make_engine: MakeEngine, ids: Ids) -> None:

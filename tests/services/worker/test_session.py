@@ -8,7 +8,7 @@ import pytest
 
 from qaq_core import InProcessOriginals, PageShape, page_id
 from qaq_core.loading import LoadedModel
-from services.worker.session import PageNames
+from services.worker.session import PageNames, page_salt
 from tests.services.worker.conftest import MakeEngine, outcome, request
 
 SHAPE = PageShape(layers=2, kv_heads=1, tokens=4, head_dim=8)
@@ -61,9 +61,9 @@ async def test_pages_of_two_turns(
             log = [*log, *result.tokens]
             told = result.pages
         assert store.match(told).result() == len(told) == (len(log) - 1) // 16
-        names, parent = [], b""
+        names, parent, salt = [], b"", page_salt("pepper", "")
         for start in range(0, len(log) // 16 * 16, 16):
-            parent = page_id(smollm2.fingerprint, "float32", b"pepper", parent, log[start : start + 16])
+            parent = page_id(smollm2.fingerprint, "float32", salt, parent, log[start : start + 16])
             names.append(parent)
         shared = len(prompt) // 16
         assert told[:shared] == names[:shared]

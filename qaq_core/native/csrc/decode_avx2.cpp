@@ -1,0 +1,32 @@
+// The same work for AVX2, FMA and F16C. Standard headers come before the pragma, so that no inline function that other
+// files share is compiled for a machine that may not be there.
+#include <algorithm>
+#include <cstring>
+
+#include "heads.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#define QAQ_AVX2
+#include "decode.inc"
+
+void qaq_decode_avx2(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend) {
+    decode(step, layer, i, head, attend);
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+
+void qaq_decode_avx2(const QaqDecode&, QaqLayer, int, int, HeadAttention) {}
+
+#endif

@@ -1,0 +1,230 @@
+"""What every implementation of attention is held to: float64 arithmetic over the numbers that rows decode to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from qaq_core import attention, codecs
+from qaq_core import packed as packed_tokens
+from qaq_core.attention import Attention, LayerTokens
+from qaq_core.codecs import Codec, GaussianCodec, NormalCodec, ProgressiveCodec, UniformCodec
+from qaq_core.frames import LinearFrame, PlainFrame, rotate_pairs
+from qaq_core.native import library
+from qaq_core.outliers import split_outliers
+from qaq_core.packed import PackedTokens
+from qaq_core.packing import WIDTHS
+from qaq_core.pages import KEY, VALUE
+from qaq_core.quantizer import Quantizer
+from qaq_core.window import Reduction, Statistic
+from tests.core.rows import decoded, normal
+
+CPU = torch.device("cpu")
+GROUPS = ("head", "layer", "token")
+GROUPED = tuple(f"{codec}-{group}" for codec in ("uniform", "normal") for group in GROUPS)
+QUANTIZERS = ("progressive", "gaussian", *GROUPED)
+EXACT = 1e-3
+"""Most relative error."""
+
+
+@cache
+def kernels() -> tuple[str, ...]:
+    """The implementations that this machine can run; C++ once per instruction set."""
+    found = ["reference"]
+    loaded = library()
+    if loaded is not None:
+        isa = loaded.qaq_isa()
+        found += [name for name in ("generic", "avx2") if loaded.qaq_use(name.encode()) == 0]
+        loaded.qaq_use(isa)
+    if attention.triton.missing(CPU) is None:
+        found.append("triton")
+    return tuple(found)
+
+
+@contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    """While this lasts, C++ uses the instruction set that an implementation is named after."""
+    loaded = library()
+    if loaded is None:
+        yield
+        return
+    before = loaded.qaq_isa()
+    loaded.qaq_use(kernel.encode())
+    try:
+        yield
+    finally:
+        loaded.qaq_use(before)
+
+
+def make(kernel: str, codec: Codec) -> Attention:
+    """An implementation; of C++ the one for any instruction set."""
+    return _made(kernel if kernel in attention.KERNELS else "cpu", json.dumps(codec.settings()))
+
+
+@cache
+def _made(kernel: str, settings: str) -> Attention:
+    """Once per codec: lookup tables take longer than a test."""
+    return attention.make(codecs.make(**json.loads(settings)), CPU, kernel)
+
+
+@cache
+def quantizer(name: str, layers: int, heads: int, dim: int) -> Quantizer:
+    """One of QUANTIZERS: the progressive codec with a random order of units, in a frame of random matrices."""
+    if name in GROUPED:
+        codec, group = name.split("-")
+        return Quantizer(PlainFrame(), {"uniform": UniformCodec, "normal": NormalCodec}[codec](group))
+    pairs = torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)
+    frame = LinearFrame(
+        key_matrix=torch.eye(dim) + 0.3 * dim**-0.5 * normal(1, layers, heads, dim, dim),
+        value_matrix=torch.eye(dim) + 0.3 * dim**-0.5 * normal(2, layers, heads, dim, dim),
+        key_mean=3 * normal(3, layers, heads, dim),
+        value_mean=normal(4, layers, heads, dim),
+        frequencies=torch.tensor([10_000.0, 500.0], dtype=torch.float64)[:, None] ** -pairs,
+        kind=torch.arange(layers) % 2,
+    )
+    if name == "gaussian":
+        return Quantizer(frame, GaussianCodec())
+    units = torch.arange(dim // 8).repeat_interleave(8)
+    return Quantizer(frame, ProgressiveCodec([units[normal(5 + s, dim).argsort()].tolist() for s in (KEY, VALUE)]))
+
+
+def subject(name: str, dim: int, packed: int, **given: Any) -> Subject:
+    """The same subject for every implementation; not to be changed."""
+    return _subject(packed_tokens.BLOCK_TOKENS, name, dim, packed, **given)
+
+
+@cache
+def _subject(block_tokens: int, *args: Any, **given: Any) -> Subject:
+    return Subject(*args, **given)
+
+
+class Subject:
+    """The tokens of all layers, of random numbers and widths, and what they decode to in float64.
+
+    Args:
+        name: one of QUANTIZERS.
+        packed: tokens that are packed, `chunk` at a time, with widths among `widths`.
+        size: of their numbers; `spread` more or less from row to row, in powers of two.
+        outliers: share of numbers kept beside the codes; grouped codecs only.
+        dtype: of exact tokens.
+        mean: a sequence's own, about this; the quantizer's if not given.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        packed: int,
+        heads: int = 2,
+        layers: int = 2,
+        widths: Sequence[int] = WIDTHS,
+        sinks: int = 4,
+        recent: int = 17,
+        dtype: torch.dtype = torch.float16,
+        size: float = 1.0,
+        spread: float = 0.0,
+        outliers: float = 0.0,
+        chunk: int = 43,
+        mean: float | None = None,
+    ) -> None:
+        self.heads, self.layers, self.dim, self.sinks = heads, layers, dim, sinks
+        self.length = sinks + packed + recent
+        self.quantizer = quantizer(name, layers, heads, dim)
+        if mean is not None:
+            self.quantizer = self.quantizer.centered_on(mean + normal(8, layers, 2, heads, 64, dim), sinks)
+        exact = normal(1, 2, layers, heads, sinks + recent + 5, dim).to(dtype)
+        self.exact = exact[:, :, :, : sinks + recent]  # a view of a larger buffer, as a sequence's is
+        self.packed = PackedTokens(self.quantizer, (layers, heads, dim), sinks, CPU) if packed else None
+        self.whole = torch.zeros(2, layers, heads, self.length, dim, dtype=torch.float64)
+        self.whole[:, :, :, :sinks] = self.exact[:, :, :, :sinks]
+        self.whole[:, :, :, sinks + packed :] = self.exact[:, :, :, sinks:]
+        if self.packed is None:
+            return
+        sizes = size * torch.exp2(spread * normal(packed, 2, layers, heads, packed, 1))
+        parts = [self._quantized(side, sizes[side], widths, outliers) for side in (KEY, VALUE)]
+        for first in range(0, packed, chunk):
+            part = slice(first, min(packed, first + chunk))
+            width, row, meta = (tuple(side[i][:, :, part] for side in parts) for i in range(3))
+            kept = tuple(side[3] and side[3].narrow(part.start, part.stop) for side in parts)
+            self.packed.append(width, row, meta, kept)  # type: ignore[arg-type]
+
+    def _quantized(self, side: int, sizes: torch.Tensor, widths: Sequence[int], ratio: float) -> tuple[Any, ...]:
+        """Random widths, rows, meta bytes and outliers of one side; what they decode to goes to `whole`."""
+        layers, heads, packed = sizes.shape[:3]
+        row = self.quantizer.rows(side, normal(2 + side, layers, heads, packed, self.dim) * sizes, self.sinks)
+        group = getattr(self.quantizer.codec, "group", "head")
+        kept, mask = split_outliers(row, ratio, group) if ratio else (None, None)
+        meta = self.quantizer.codec.measure(row, mask)
+        generator = torch.Generator().manual_seed(packed + side)
+        pick = torch.randint(0, len(widths), (layers, heads, packed), generator=generator)
+        width = torch.tensor(widths, dtype=torch.uint8)[pick]
+        full = meta.expand(layers, heads, packed, -1)
+        seen = torch.zeros_like(row)
+        for w in width.unique().tolist():
+            seen[width == w] = decoded(self.quantizer, side, row[width == w], full[width == w], w)
+        if mask is not None:
+            seen[mask] = row[mask].half().float()
+        self.whole[side, :, :, self.sinks : self.sinks + packed] = self._restored(side, seen.double())
+        return width, row, meta, kept
+
+    def _restored(self, side: int, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of packed tokens as they were before the frame."""
+        frame = self.quantizer.frame
+        if not isinstance(frame, LinearFrame):
+            return rows
+        mean = (frame.value_mean if side else frame.key_mean).unsqueeze(2).expand(rows.shape)
+        if side == KEY:
+            stop = self.sinks + rows.shape[2]
+            angles = [frame.center(layer, stop)[1][self.sinks : stop] for layer in range(self.layers)]
+            mean = rotate_pairs(mean, torch.stack(angles).unsqueeze(1))
+        matrix = frame.value_matrix if side else frame.key_matrix
+        return rows @ matrix.double().inverse().mT + mean
+
+    def tokens(self, layer: int) -> LayerTokens:
+        return LayerTokens(layer, self.exact[KEY, layer], self.exact[VALUE, layer], self.sinks, self.packed)
+
+    def query(self, layer: int, group: int, n: int = 1) -> torch.Tensor:
+        return normal(9 + layer, self.heads * group, n, self.dim)
+
+    def probabilities(self, query: torch.Tensor, layer: int, scaling: float, window: int | None) -> torch.Tensor:
+        """float64 [query_heads, n, length]."""
+        n = query.shape[1]
+        keys = self.whole[KEY, layer].repeat_interleave(len(query) // self.heads, 0)
+        own, place = torch.arange(self.length - n, self.length)[:, None], torch.arange(self.length)
+        hidden = (place > own) | (place <= own - (window or self.length))
+        return (query.double() @ keys.mT * scaling).masked_fill(hidden, float("-inf")).softmax(-1)
+
+    def output(self, probabilities: torch.Tensor, layer: int) -> torch.Tensor:
+        return probabilities @ self.whole[VALUE, layer].repeat_interleave(len(probabilities) // self.heads, 0)
+
+    def check(
+        self,
+        one: Attention,
+        group: int,
+        scaling: float = 0.1,
+        window: int | None = None,
+        layer: int = -1,
+        statistics: Sequence[Statistic] = ("max", "mean_square"),
+    ) -> None:
+        """Output and statistics of a decode step."""
+        layer %= self.layers
+        query = self.query(layer, group)
+        p = self.probabilities(query, layer, scaling, window)
+        expected = self.output(p, layer)
+        grouped = p.view(self.heads, group, self.length)
+        for name in statistics:
+            statistic = grouped.amax(1) if name == "max" else grouped.square().mean(1)
+            seen = torch.full((self.heads, self.length), torch.nan)
+            got = one(query, self.tokens(layer), scaling, window, Reduction(name, seen))
+            assert relative(got, expected) < EXACT
+            assert relative(seen, statistic) < EXACT
+            assert bool((seen[statistic == 0] < 1e-30).all())
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())

@@ -1,0 +1,101 @@
+"""A worker is drained while it streams: its sessions go on on another one, and no client notices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
+from redis.asyncio import Redis
+
+from qaq_core.default_model import default_model_path
+from qaq_core.loading import LoadedModel
+from services.common.channel import open_channel
+from services.common.embedded_redis import EmbeddedRedis
+from services.common.registry import Registry
+from services.common.settings import OriginalsSettings, RouterSettings, WorkerSettings
+from services.originals.server import OriginalsServer
+from services.router.server import RouterServer
+from services.worker.server import WorkerServer
+
+from .command import qaq
+
+Stub = generate_pb2_grpc.InferenceStub
+STORY = "The ferryman counted his passengers twice, because one of them was a ghost who paid like the others. "
+NEW = 16
+
+
+@pytest.fixture
+def workers(redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel) -> list[WorkerServer]:
+    """Two that have not started."""
+    settings = {"redis_url": redis_server.url, "page_tokens": 16, "prefix_rest": 1, "preset": "exact"}
+    return [WorkerServer(WorkerSettings(model="smollm2", **settings), smollm2) for _ in range(2)]
+
+
+@pytest.fixture
+async def client(redis_server: EmbeddedRedis, workers: list[WorkerServer]) -> AsyncIterator[Stub]:
+    """Of a router with a cache service and the first worker."""
+    common = {"redis_url": redis_server.url, "port": 0}
+    router = RouterServer(RouterSettings(model=str(default_model_path()), **common))
+    async with contextlib.AsyncExitStack() as stack:
+        for server in (OriginalsServer(OriginalsSettings(**common)), workers[0], router):
+            address = await server.start()
+            stack.push_async_callback(server.stop)
+        yield Stub(await stack.enter_async_context(open_channel(address)))
+        await workers[1].stop()
+
+
+async def opened(client: Stub) -> str:
+    return (await client.OpenSession(generate_pb2.OpenSessionRequest())).session_id
+
+
+async def holder(client: Stub, session: str) -> str:
+    listed = (await client.ListSessions(generate_pb2.ListSessionsRequest())).sessions
+    return next(info.worker for info in listed if info.session_id == session)
+
+
+async def stream(client: Stub, session: str, prompt: str, heard: list[int]) -> None:
+    """A greedy stream of NEW tokens into `heard`."""
+    request = generate_pb2.GenerateRequest(
+        prompt=prompt,
+        session_id=session,
+        sampling=common_pb2.SamplingParams(temperature=0),
+        stop=common_pb2.StopParams(max_new_tokens=NEW, ignore_eos=True),
+    )
+    async for reply in client.Generate(request, timeout=120):
+        if reply.HasField("token"):
+            assert reply.token.index == len(heard)
+            heard.append(reply.token.token_id)
+    assert len(heard) == NEW
+
+
+async def test_a_drained_worker_hands_over(client: Stub, redis: Redis, workers: list[WorkerServer]) -> None:
+    expected: list[int] = []
+    later: list[int] = []
+    whole = await opened(client)
+    await stream(client, whole, STORY, expected)
+    await stream(client, whole, STORY, later)
+    idle, running, heard = await opened(client), await opened(client), []
+    await stream(client, idle, STORY, [])
+    task = asyncio.create_task(stream(client, running, STORY, heard))
+    while len(heard) < 4:
+        assert not task.done()
+        await asyncio.sleep(0.01)
+    staying = await workers[1].start()
+    leaving = await holder(client, running)
+    told = await asyncio.to_thread(qaq, "drain", leaving)
+    assert (told.returncode, told.stdout) == (
+        0,
+        "Handed over 1 running generations; stop the process now.\n",
+    ), told.stderr
+    await task
+    assert heard == expected
+
+    assert [member.address for member in await Registry(redis).members("worker")] == [staying]
+    assert await holder(client, running) == staying
+    moved: list[int] = []
+    await stream(client, idle, STORY, moved)  # an idle session is taken up there as well
+    assert moved == later
+    assert await holder(client, idle) == staying
