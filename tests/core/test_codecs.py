@@ -73,9 +73,9 @@ def test_distortion_is_the_measured_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("bits", LLOYD_MAX)
-def test_nesting_costs_less_than_two_percent(bits: int) -> None:
+def test_nesting_and_the_grid_of_bytes_cost_less_than_four_percent(bits: int) -> None:
     ratio = GaussianCodec().distortion(bits) / LLOYD_MAX[bits]
-    assert 0.999 < ratio < 1.02
+    assert 0.999 < ratio < (1.02 if bits < 5 else 1.04)
 
 
 def test_dropping_a_gaussian_row_costs_its_variance_and_more_bits_always_help() -> None:
