@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import torch
 from redis.asyncio import Redis
 
 from qaq_core.loading import LoadedModel, default_model_path, load_model
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
+
+# The tests' tensors are small, and there are other processes: more threads wait for each other most of the time.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
