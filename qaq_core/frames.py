@@ -7,20 +7,24 @@ their layer and head:
     value y = V·(v - μ_V)            output Σp·v = V⁻¹·Σp·y + (Σp)·μ_V
 
 with μ the mean of a head's keys before RoPE and t the token's position. Means are the model's, from its
-calibration, or a sequence's own (`centered_on`), which leave less to quantize. Worker and cache service must make
-the same rows, in torch or in C++ (`encoding`): products are taken in double precision and rounded once, so that
-the order of their sums does not show.
+calibration, or a sequence's own (`centered_on`), which leave less to quantize; a long sequence has axes of its own
+too (`turned`), to which rows are turned after that. Worker and cache service must make the same rows, in torch or in
+C++ (`encoding`): products are taken in double precision and rounded once, so that the order of their sums does not
+show.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from qaq_core.errors import ConfigError
-from qaq_core.pages import KEY
+from qaq_core.pages import KEY, VALUE
+
+if TYPE_CHECKING:
+    from qaq_core.axes import Axes
 
 PRIOR_TOKENS = 32
 """A sequence's own means are drawn to the model's as if so many of its tokens had been like those."""
@@ -72,7 +76,7 @@ class Frame(Protocol):
         ...
 
     def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What `query` and `restore` are made of, or None if they leave everything as it is.
+        """What `query` and `restore` are made of, but for axes, or None if they leave everything as it is.
 
         Returns:
             matrices [layers, kv_heads, head_dim, head_dim] that a query is multiplied with from the right, and an
@@ -132,9 +136,13 @@ class LinearFrame:
         value_mean: [layers, kv_heads, head_dim].
         frequencies: float64 [kinds, head_dim/2], RoPE's angle per position and pair (i, i + head_dim/2).
         kind: int64 [layers], which frequencies a layer uses.
+
+    Attributes:
+        axes: to which keys' and values' rows are turned, or None.
     """
 
     name = "linear"
+    axes: tuple[Axes, Axes] | None = None
 
     def __init__(
         self,
@@ -168,6 +176,13 @@ class LinearFrame:
             "kind": self.kind,
         }
 
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """What a sequence does not share with others, if this is a sequence's."""
+        own = {"key_mean": self.key_mean, "value_mean": self.value_mean}
+        for side, axes in zip(("key", "value"), self.axes or (), strict=False):
+            own |= {f"{side}_{name}": tensor for name, tensor in vars(axes).items()}
+        return own
+
     def rows(self, side: int, originals: torch.Tensor, start: int) -> torch.Tensor:
         tokens = originals.shape[2]
         rows = torch.empty(originals.shape, device=originals.device)
@@ -177,6 +192,8 @@ class LinearFrame:
             if angles is not None:
                 center = rotate_pairs(center, angles[self._kinds[layer], start : start + tokens])
             rows[layer] = (own.float() - center).double() @ self.matrices[side][layer].double()
+            if self.axes is not None:
+                rows[layer] = self.axes[side].rows(layer, rows[layer])
         return rows
 
     def rows_at(
@@ -196,6 +213,8 @@ class LinearFrame:
         for where, mine in zip(present.tolist(), order.split(counts[present].tolist()), strict=True):
             matrix = self.matrices[side][where // heads, where % heads].double()
             rows[mine] = (centered[mine] @ matrix).float()
+            if self.axes is not None:
+                rows[mine] = self.axes[side].head_rows(where // heads, where % heads, rows[mine])
         return rows
 
     def centers(self, side: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -208,7 +227,10 @@ class LinearFrame:
 
     def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         inverse = self._key_inverse[layer]
-        return (query.reshape(len(inverse), -1, query.shape[-1]) @ inverse).view(query.shape)
+        framed = query.reshape(len(inverse), -1, query.shape[-1]) @ inverse
+        if self.axes is not None:
+            framed = self.axes[KEY].query(layer, framed)
+        return framed.view(query.shape)
 
     def center_scores(self, layer: int, query: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
         group = query.shape[0] // self.key_mean.shape[1]
@@ -223,7 +245,10 @@ class LinearFrame:
 
     def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
         back = self._output_map[layer]
-        return (output.reshape(len(back), -1, output.shape[-1]) @ back).view(output.shape)
+        sums = output.reshape(len(back), -1, output.shape[-1])
+        if self.axes is not None:
+            sums = self.axes[VALUE].restore(layer, sums)
+        return (sums @ back).view(output.shape)
 
     def value_center(self, layer: int) -> torch.Tensor | None:
         return self.value_mean[layer]
@@ -249,6 +274,15 @@ class LinearFrame:
             raise ConfigError(f"means must have the shape {list(self.key_mean.shape)}")
         other = copy.copy(self)
         other.key_mean, other.value_mean = key_mean.float(), value_mean.float()
+        return other
+
+    def turned(self, axes: tuple[Axes, Axes]) -> LinearFrame:
+        """The same, with rows that are turned to these axes."""
+        layers, heads, dim = self.key_mean.shape
+        if any(one.shape != (layers, heads, dim) for one in axes):
+            raise ConfigError(f"axes must be those of {layers} layers, {heads} heads and {dim} dims")
+        other = copy.copy(self)
+        other.axes = axes
         return other
 
     def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:

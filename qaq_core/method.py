@@ -10,6 +10,7 @@ import torch
 
 from qaq_core import allocation
 from qaq_core import attention as kernels
+from qaq_core.adaptation import Adaptation
 from qaq_core.allocation import Allocator
 from qaq_core.attention import Attention
 from qaq_core.errors import ConfigError
@@ -69,7 +70,7 @@ class Method:
         group: tokens that leave the recent window at a time; as many always stay.
         kernel: which attention to run, one of `attention.KERNELS`; the environment's QAQ_KERNEL if not given.
         outlier_ratio: share of numbers kept beside the codes; 0 for none.
-        own_means: a sequence is centered on the means of its first packed tokens instead of the model's.
+        adaptation: what a sequence's quantizer takes from its first packed tokens; None if all have the model's.
     """
 
     preset: str
@@ -83,7 +84,7 @@ class Method:
     sinks: int = SINKS
     group: int = GROUP
     outlier_ratio: float = 0.0
-    own_means: bool = False
+    adaptation: Adaptation | None = None
     page_tokens: int = PAGE_TOKENS
     kernel: str | None = None
     attention: Attention = field(init=False)

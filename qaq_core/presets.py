@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qaq_core import codecs, rivals
+from qaq_core.adaptation import Adaptation
 from qaq_core.calibration import Calibration, calibrate
 from qaq_core.codecs import GaussianCodec, GroupedCodec
 from qaq_core.codecs.progressive import ProgressiveCodec, greedy_order
@@ -57,6 +58,7 @@ def balanced(
     target: Target,
     calibration: Calibration | None = None,
     exceptions: bool = True,
+    axes: bool = True,
 ) -> dict[str, Any]:
     """The default. Without a target it holds 2.2 code bits an element after the prompt."""
     known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
@@ -77,7 +79,7 @@ def balanced(
         "policy": BalancedPolicy(quantizer, costs, exceptions),
         "window": DecayWindow(),
         "target": wanted,
-        "own_means": True,
+        "adaptation": Adaptation(costs, axes),
     }
 
 

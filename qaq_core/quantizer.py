@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from qaq_core import codecs, encoding
+from qaq_core.axes import Axes
 from qaq_core.codecs import Codec
 from qaq_core.encoding import Encoder
 from qaq_core.errors import ConfigError, QuantizationError
@@ -33,7 +35,7 @@ class Quantizer:
     Attributes:
         id: 16 bytes that name frame and codec; the cache service looks them up by it.
         meta_bytes: scale bytes of a row.
-        base: the one that this differs from in its means alone, or None.
+        base: the one that this sequence's own rests on, or None.
     """
 
     def __init__(
@@ -57,12 +59,21 @@ class Quantizer:
         """A sequence's own: centered on those tokens, see `Frame.centered_on`. It rests on this one."""
         return Quantizer(self.frame.centered_on(originals, start), self.codec, self, self.kernel)
 
+    def turned(self, axes: tuple[Axes, Axes]) -> Quantizer:
+        """A sequence's own, from its own, with rows that are turned to these axes."""
+        assert isinstance(self.frame, LinearFrame), "only linear frames are turned"
+        return Quantizer(self.frame.turned(axes), self.codec, self.base, self.kernel)
+
     @property
     def own_bytes(self) -> int:
         """Memory of what a sequence does not share with others."""
+        return sum(tensor.nbytes for tensor in self._own_tensors().values())
+
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
         if self.base is None:
-            return 0
-        return sum(tensor.nbytes for name, tensor in self.frame.tensors().items() if name in _MEANS)
+            return {}
+        assert isinstance(self.frame, LinearFrame)
+        return self.frame.own_tensors()
 
     def spread(self, scale: torch.Tensor, head_dim: int) -> torch.Tensor:
         """Scales [..., 1 or 2] of rows as those of their dims: [..., 1 or head_dim]."""
@@ -146,17 +157,14 @@ class Quantizer:
         return self._encoders[device.type]
 
     def to_bytes(self) -> bytes:
-        """Frame and codec as safetensors, or the base's id and the means; the same tables give the same bytes."""
+        """Frame and codec as safetensors, or the base's id and what is a sequence's own; the same give the same bytes."""
         described: dict[str, object] = {"frame": self.frame.name, "codec": self.codec.settings()}
         if self.base is not None:
             described = {"base": self.base.id.hex()}
         note = torch.frombuffer(bytearray(json.dumps(described, sort_keys=True).encode()), dtype=torch.uint8)
         # Clones: a file cannot hold tensors that share memory, as keys' and values' tables may.
-        tensors = {
-            name: tensor.cpu().contiguous().clone()
-            for name, tensor in self.frame.tensors().items()
-            if self.base is None or name in _MEANS
-        }
+        held = self.frame.tensors() if self.base is None else self._own_tensors()
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in held.items()}
         return save_tensors({**tensors, _SETTINGS: note})
 
     @staticmethod
@@ -173,11 +181,21 @@ class Quantizer:
         if "base" in described:
             if base is None or base.base is not None or not isinstance(base.frame, LinearFrame):
                 raise ConfigError("means must rest on a complete quantizer with a linear frame")
-            return cls(base.frame.with_means(**tensors), base.codec, base)
+            frame = base.frame.with_means(*(tensors.pop(name) for name in _MEANS))
+            return cls(frame.turned(_axes_of(tensors)) if tensors else frame, base.codec, base)
         frames = {PlainFrame.name: PlainFrame, LinearFrame.name: LinearFrame}
         if described["frame"] not in frames:
             raise ConfigError(f"unknown frame {described['frame']!r}")
         return cls(frames[described["frame"]](**tensors), codecs.make(**described["codec"]))
+
+
+def _axes_of(tensors: dict[str, torch.Tensor]) -> tuple[Axes, Axes]:
+    """Those that `LinearFrame.own_tensors` names."""
+    names = [field.name for field in fields(Axes)]
+    keys, values = ([tensors.get(f"{side}_{name}") for name in names] for side in ("key", "value"))
+    if len(tensors) != 2 * len(names) or any(part is None for part in (*keys, *values)):
+        raise ConfigError(f"{', '.join(tensors)} are not the tables of axes")
+    return Axes(*keys), Axes(*values)
 
 
 def _room(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

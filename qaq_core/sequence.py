@@ -26,9 +26,6 @@ from qaq_core.staging import Staging
 from qaq_core.statistics import CacheStatistics
 from qaq_core.window import PromptWatch
 
-OWN_MEANS_TOKENS = 64
-"""Fewer tokens than these know too little of what is to come to be centered on their own means."""
-
 
 class SequenceCache:
     """The quantized cache of one sequence.
@@ -281,8 +278,8 @@ class SequenceCache:
         """Quantizes the oldest exact tokens after the sinks; finds the price anew if told to, or if it must."""
         method, packed, sinks = self.method, self.packed, self.method.sinks
         originals = self.exact.spend(sinks, sinks + tokens)
-        if method.own_means and not len(packed) and tokens >= OWN_MEANS_TOKENS:
-            packed.quantizer = method.quantizer.centered_on(originals, packed.stop)
+        if method.adaptation is not None and not len(packed):
+            packed.quantizer = method.adaptation(method.quantizer, originals, packed.stop)
         rows, metas, outliers = method.measure(packed.quantizer, originals, packed.stop, spent=True)
         kept = Kept(self.importance.state[:, :, : self.length], packed.stop, metas)
         if solve or self.price.wanted(len(packed)):

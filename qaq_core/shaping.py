@@ -40,14 +40,14 @@ def shaped(covariance: torch.Tensor, fisher: torch.Tensor) -> tuple[torch.Tensor
     dim = sigma.shape[-1]
     mix = torch.block_diag(*[hadamard(OCTET)] * (dim // OCTET)).to(sigma.device)
     matrix = mix @ axes.flip(-1).mT @ balance
-    variance = _octet_means(matrix @ sigma @ matrix.mT)
+    variance = octet_means(matrix @ sigma @ matrix.mT)
     matrix = matrix / variance.sqrt().repeat_interleave(OCTET, -1).unsqueeze(-1)
     matrix = (matrix / (matrix.abs().amax((-2, -1), keepdim=True) / LARGEST).clamp_min(1.0)).to(torch.float16)
     back = torch.linalg.inv(matrix.double())
-    return matrix, _octet_means(back.mT @ cost @ back).float()
+    return matrix, octet_means(back.mT @ cost @ back).float()
 
 
-def _octet_means(matrix: torch.Tensor) -> torch.Tensor:
+def octet_means(matrix: torch.Tensor) -> torch.Tensor:
     """Means of the diagonal over octets."""
     return matrix.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, OCTET)).mean(-1)
 

@@ -13,7 +13,7 @@ from ctypes import c_int32, c_void_p
 import numpy as np
 import torch
 
-from qaq_core.attention.handover import Handover
+from qaq_core.attention.handover import Handover, framed, restored
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
 from qaq_core.codecs import Codec
 from qaq_core.native import library
@@ -59,10 +59,10 @@ class CpuAttention(Handover):
         query = (query.transpose(0, 1).float() * scaling).contiguous()
         heads, batch, dim = query.shape
         layer, packed = tokens[0].layer, next((mine.packed for mine in tokens if mine.packed is not None), None)
-        frame = None if packed is None else packed.quantizer.frame
-        framed = query if frame is None else frame.query(layer, query).contiguous()
+        frames = [(mine.packed or packed).quantizer.frame for mine in tokens] if packed is not None else []
+        asked = framed(frames, layer, query) if frames else query
         exact, middle = torch.empty(2, heads, batch, dim).unbind()
-        if frame is not None and any(mine.packed is None for mine in tokens):
+        if frames and any(mine.packed is None for mine in tokens):
             middle.zero_()
         calls = np.empty(batch, LAYER)
         size, alive = 0, []
@@ -70,12 +70,12 @@ class CpuAttention(Handover):
             alive.append(self._fill(calls, i, heads, mine, sliding_window, observe))
             size += 2 * mine.keys.shape[0] * mine.length * dim
         place = np.arange(batch, dtype=np.uintp) * np.uintp(dim * 4)
-        for name, rows in (("query", query), ("framed", framed), ("out_exact", exact), ("out_packed", middle)):
+        for name, rows in (("query", query), ("framed", asked), ("out_exact", exact), ("out_packed", middle)):
             calls[name] = rows.data_ptr() + place
         calls["stride"] = batch * dim
         if self.library.qaq_attend(c_void_p(calls.ctypes.data), c_int32(batch), c_int32(self.threads(size))):
             raise MemoryError("no memory for the attention kernel's scratch")
-        out = exact if frame is None else exact.add_(frame.restore(layer, middle))
+        out = exact.add_(restored(frames, layer, middle)) if frames else exact
         return out.transpose(0, 1).unsqueeze(2)
 
     def _fill(

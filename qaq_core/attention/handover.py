@@ -7,11 +7,15 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from qaq_core.attention.reference import LayerTokens, Observer, ReferenceAttention
 from qaq_core.window import Reduction
+
+if TYPE_CHECKING:
+    from qaq_core.frames import Frame
 
 log = logging.getLogger(__name__)
 
@@ -107,3 +111,13 @@ def _warn(kernel: str, reason: str) -> None:
     log.warning(
         "the %s attention kernel does not take %s: torch operations run instead, more slowly", kernel, reason
     )
+
+
+def framed(frames: Sequence[Frame], layer: int, query: torch.Tensor) -> torch.Tensor:
+    """Queries [heads, sequences, head_dim] as they meet each sequence's packed keys."""
+    return torch.cat([frame.query(layer, query[:, i : i + 1]) for i, frame in enumerate(frames)], 1)
+
+
+def restored(frames: Sequence[Frame], layer: int, output: torch.Tensor) -> torch.Tensor:
+    """Sums of each sequence's packed values [heads, sequences, head_dim], as they were."""
+    return torch.cat([frame.restore(layer, output[:, i : i + 1]) for i, frame in enumerate(frames)], 1)

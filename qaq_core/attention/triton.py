@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from qaq_core import packed as packed_tokens
-from qaq_core.attention.handover import Handover
+from qaq_core.attention.handover import Handover, framed, restored
 from qaq_core.attention.reference import LayerTokens, Observer, ReferenceAttention
 from qaq_core.attention.triton_table import NIBBLE, Table
 from qaq_core.codecs import Codec
@@ -95,8 +95,6 @@ class TritonAttention(Handover):
         heads, batch, dim = query.shape
         layer, kv_heads = tokens[0].layer, tokens[0].keys.shape[0]
         packed = next((mine.packed for mine in tokens if mine.packed is not None), None)
-        frame = None if packed is None else packed.quantizer.frame
-        # Sequences may have means of their own; a frame's matrices are the same for all.
         frames = [(mine.packed or packed).quantizer.frame for mine in tokens] if packed is not None else []
         octets = _power_of_two(dim // 8)
         per_block = -(-packed_tokens.BLOCK_TOKENS // SPLIT)
@@ -106,8 +104,8 @@ class TritonAttention(Handover):
         shape = (batch, kv_heads, heads // kv_heads, dim)
         peaks, masses = self._empty(2, batch, kv_heads, splits, GROUP).unbind()
         sums = self._empty(batch, kv_heads, splits, GROUP, 8 * octets)
-        if packed is not None and frame is not None:
-            framed = frame.query(layer, query).contiguous()
+        if packed is not None:
+            asked = framed(frames, layer, query)
             stop = max(TILE, max(mine.packed.stop for mine in tokens if mine.packed))
             centers = [center for own in frames if (center := own.center(layer, stop)) is not None]
             mean, angles = self._scales, self._scales
@@ -115,7 +113,7 @@ class TritonAttention(Handover):
                 mean, angles = torch.stack([center[0] for center in centers]), centers[0][1]
             offset = packed.affine(KEY, layer, 0, 1)[1]
             self._kernels.packed_split[splits, kv_heads, batch](
-                *(sequences, query, framed, mean, angles, *self._layout(packed.quantizer, dim)),
+                *(sequences, query, asked, mean, angles, *self._layout(packed.quantizer, dim)),
                 *(self._levels, self._scales, peaks, masses, sums, *shape),
                 *(splits, packed_tokens.BLOCK_TOKENS, per_block),
                 HALF_DIM=_power_of_two(max(16, dim // 2)),
@@ -141,7 +139,7 @@ class TritonAttention(Handover):
             longest = max(mine.length for mine in tokens)
             grid = (-(-longest // SPLIT), kv_heads, batch)
             self._kernels.observe[grid](sequences, norms, batch, shape[2], TILE=SPLIT)
-        out = exact if frame is None else exact.add_(frame.restore(layer, middle))
+        out = exact.add_(restored(frames, layer, middle)) if frames else exact
         taken = [one for own in frames if (one := own.value_center(layer)) is not None]
         if taken:
             out.addcmul_(mass.unsqueeze(-1), torch.stack(taken, 1).repeat_interleave(heads // kv_heads, 0))

@@ -18,7 +18,7 @@ import torch
 from qaq_core.errors import ConfigError
 
 KERNELS = ("auto", "cpu", "triton", "reference")
-INTERFACE = 14
+INTERFACE = 15
 """QAQ_INTERFACE of csrc/attention.h; a library that was built from another is not used."""
 
 

@@ -18,6 +18,7 @@ import torch
 from qaq_core.codecs import Codec, GaussianCodec
 from qaq_core.codecs.base import Cells
 from qaq_core.frames import Frame, LinearFrame, PlainFrame
+from qaq_core.native.axes import NativeAxes
 
 if TYPE_CHECKING:
     from qaq_core.encoding import Encoder, Layouts
@@ -52,6 +53,7 @@ class _Frame(ctypes.Structure):
         *((name, c_void_p) for name in ("matrices", "means", "angles")),
         ("angles_stride", c_int64),
         ("kind", c_void_p),
+        ("axes", NativeAxes),
     ]
 
 
@@ -257,6 +259,8 @@ def _frame(frame: LinearFrame, side: int, stop: int) -> tuple[_Frame, object]:
         angles_stride=0 if angles is None else angles.stride(0),
         kind=frame.kind.data_ptr(),
     )
+    if frame.axes is not None:
+        given.axes = NativeAxes(*(part.data_ptr() for part in vars(frame.axes[side]).values()))
     return given, angles
 
 

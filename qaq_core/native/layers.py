@@ -16,6 +16,8 @@ import torch
 
 from qaq_core import packed as packed_tokens
 from qaq_core.codecs import Codec
+from qaq_core.frames import LinearFrame
+from qaq_core.native.axes import NativeAxes
 from qaq_core.packed import PackedTokens
 from qaq_core.packing import WIDTHS
 
@@ -42,6 +44,7 @@ class _Side(Structure):
         ("scale", c_void_p),
         ("offset", c_void_p),
         ("affine_head_stride", c_int64),
+        ("axes", NativeAxes),
     ]
 
 
@@ -140,6 +143,11 @@ class Describer:
                 record["value_mean"] = shift.data_ptr()
             alive += [center, shift]
         alive += [self._fill(records[side], index, packed) for index, side in enumerate(SIDES)]
+        if isinstance(frame, LinearFrame) and frame.axes is not None:
+            for side, axes in zip(SIDES, frame.axes, strict=True):
+                for name, part in vars(axes).items():
+                    records[side]["axes"][name] = addresses(part)
+                alive.append(axes)
         return Description(packed.version, records, alive)
 
     def _fill(self, side: Any, index: int, packed: PackedTokens) -> tuple[object, ...]:

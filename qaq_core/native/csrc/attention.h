@@ -5,9 +5,11 @@
 #pragma once
 #include <cstdint>
 
+#include "axes.h"
+
 extern "C" {
 
-enum { QAQ_INTERFACE = 14 };  // changes whenever something here or in the other headers of C structures does
+enum { QAQ_INTERFACE = 15 };  // changes whenever something here or in the other headers of C structures does
 
 enum { QAQ_WIDTHS = 14 };  // 0..8, 10, 12, 14, 16 and 32 half bits, in this order; a tag's nibble is an index into it
 
@@ -32,6 +34,7 @@ struct QaqSide {
     const float* scale;     // [kv_heads or 1][tokens][parts], where meta is null
     const float* offset;    // [kv_heads or 1][tokens] or null for 0
     int64_t affine_head_stride;  // in tokens, of meta, scale and offset; 0 where all heads share a row
+    QaqAxes axes;  // of the layer's heads
 };
 
 struct QaqLayer {

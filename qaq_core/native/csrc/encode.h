@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "axes.h"
+
 extern "C" {
 
 // Vectors [layers][heads][tokens][dim]; strides in elements, those of one vector are contiguous.
@@ -23,6 +25,7 @@ struct QaqFrame {
     const float* angles;     // [kinds][angles_stride / dim][dim], cosines and sines by position; null: means stay
     int64_t angles_stride;
     const int64_t* kind;     // [layers]
+    QaqAxes axes;            // of all layers' heads
 };
 
 // Rows of consecutive positions from `start` on, floats, of originals of QaqType; they may be written over originals
