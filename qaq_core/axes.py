@@ -13,6 +13,7 @@ whatever they were rounded to, so queries and outputs are brought back exactly, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,10 @@ class Axes:
 
     def __post_init__(self) -> None:
         layers, heads, dim = self.shape
-        if self.reflections.shape != (layers, heads, dim * (dim + 1) // 2 - 1) or self.after.shape != self.before.shape:
+        if (
+            self.reflections.shape != (layers, heads, dim * (dim + 1) // 2 - 1)
+            or self.after.shape != self.before.shape
+        ):
             raise ConfigError(f"axes of {dim} dims do not have {self.reflections.shape[-1]} numbers")
 
     @property
@@ -56,19 +60,24 @@ class Axes:
         """U of each head, float64 [kv_heads, head_dim, head_dim]."""
         _, heads, dim = self.shape
         turned = torch.eye(dim, dtype=torch.float64, device=self.reflections.device).repeat(heads, 1, 1)
-        begin = 0
-        for first in range(dim - 1):
-            vector = self.reflections[layer, :, begin : begin + dim - first].double()
-            weight = 2 / vector.square().sum(-1, keepdim=True).clamp_min(1)
+        for first, vector in self._vectors(layer):
             part = turned[:, first:]
-            part -= (weight * vector).unsqueeze(-1) * (vector.unsqueeze(-2) @ part)
-            begin += dim - first
+            part -= (vector * (2 / _square(vector))).unsqueeze(-1) * (vector.unsqueeze(-2) @ part)
         return turned
 
     def rows(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """Rows float32 [kv_heads, n, head_dim] of a layer, turned; in double precision, rounded once."""
+        """Rows float32 [kv_heads, n, head_dim] of a layer, turned.
+
+        Every reflection is rounded to float32. Products of a float and a whole number are exact in double precision
+        and their sums all but exact, so that a row is the same bits wherever it is made.
+        """
         before, after = self._scales(layer)
-        return ((rows.double() * before) @ self.matrix(layer).mT * after).float()
+        rows = rows * before.float()
+        for first, vector in self._vectors(layer):
+            part = rows[..., first:].double()
+            share = (part @ vector.unsqueeze(-1) * 2 / _square(vector).unsqueeze(-1)).float().double()
+            rows[..., first:] = (part - share * vector.unsqueeze(-2)).float()
+        return rows * after.float()
 
     def head_rows(self, layer: int, head: int, rows: torch.Tensor) -> torch.Tensor:
         """The same of one head's rows [n, head_dim]."""
@@ -84,6 +93,13 @@ class Axes:
         """Sums of turned rows, float32 [kv_heads, n, head_dim], as they were."""
         before, after = self._scales(layer)
         return ((output / after.float()) @ self.matrix(layer).float()) / before.float()
+
+    def _vectors(self, layer: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The reflections' vectors float64 [kv_heads, head_dim - first], and the first dim of each."""
+        begin, dim = 0, self.shape[2]
+        for first in range(dim - 1):
+            yield first, self.reflections[layer, :, begin : begin + dim - first].double()
+            begin += dim - first
 
     def _scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """R and L by dim, float64 [kv_heads, 1, head_dim]."""
@@ -112,6 +128,11 @@ def fitted(rows: torch.Tensor, costs: torch.Tensor) -> Axes:
     along = torch.stack([turn.matrix(layer) for layer in range(len(rows))]) * weight.unsqueeze(-2)
     spread = octet_means(along @ covariance @ along.mT)
     return Axes(reflections, before, spread.rsqrt().float())
+
+
+def _square(vectors: torch.Tensor) -> torch.Tensor:
+    """Of vectors [..., d]: [..., 1]; 1 for those of zeros, which reflect nothing."""
+    return vectors.square().sum(-1, keepdim=True).clamp_min(1)
 
 
 def _reflections(vectors: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from qaq_core import attention, codecs
 from qaq_core import packed as packed_tokens
 from qaq_core.attention import Attention, LayerTokens
+from qaq_core.axes import Axes
 from qaq_core.codecs import Codec, GaussianCodec, NormalCodec, ProgressiveCodec, UniformCodec
 from qaq_core.frames import LinearFrame, PlainFrame, rotate_pairs
 from qaq_core.native import library
@@ -22,7 +23,7 @@ from qaq_core.packing import WIDTHS
 from qaq_core.pages import KEY, VALUE
 from qaq_core.quantizer import Quantizer
 from qaq_core.window import Reduction, Statistic
-from tests.core.rows import decoded, normal
+from tests.core.rows import decoded, normal, turned
 
 CPU = torch.device("cpu")
 GROUPS = ("head", "layer", "token")
@@ -112,7 +113,7 @@ class Subject:
         size: of their numbers; `spread` more or less from row to row, in powers of two.
         outliers: share of numbers kept beside the codes; grouped codecs only.
         dtype: of exact tokens.
-        mean: a sequence's own, about this; the quantizer's if not given.
+        mean: a sequence's own, about this, and axes of its own; the quantizer's means if not given.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Subject:
         self.length = sinks + packed + recent
         self.quantizer = quantizer(name, layers, heads, dim)
         if mean is not None:
-            self.quantizer = self.quantizer.centered_on(mean + normal(8, layers, 2, heads, 64, dim), sinks)
+            self.quantizer = turned(self.quantizer, dim, mean)
         exact = normal(1, 2, layers, heads, sinks + recent + 5, dim).to(dtype)
         self.exact = exact[:, :, :, : sinks + recent]  # a view of a larger buffer, as a sequence's is
         self.packed = PackedTokens(self.quantizer, (layers, heads, dim), sinks, CPU) if packed else None
@@ -183,6 +184,8 @@ class Subject:
             angles = [frame.center(layer, stop)[1][self.sinks : stop] for layer in range(self.layers)]
             mean = rotate_pairs(mean, torch.stack(angles).unsqueeze(1))
         matrix = frame.value_matrix if side else frame.key_matrix
+        if frame.axes is not None:
+            rows = torch.stack([_turned_back(frame.axes[side], layer, mine) for layer, mine in enumerate(rows)])
         return rows @ matrix.double().inverse().mT + mean
 
     def tokens(self, layer: int) -> LayerTokens:
@@ -224,6 +227,13 @@ class Subject:
             assert relative(got, expected) < EXACT
             assert relative(seen, statistic) < EXACT
             assert bool((seen[statistic == 0] < 1e-30).all())
+
+
+def _turned_back(axes: Axes, layer: int, rows: torch.Tensor) -> torch.Tensor:
+    before, after = (
+        part[layer].double().repeat_interleave(8, -1).unsqueeze(1) for part in (axes.before, axes.after)
+    )
+    return (rows / after) @ axes.matrix(layer) / before
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from qaq_core.axes import Axes
 from qaq_core.codecs import NormalCodec, ProgressiveCodec, UniformCodec
 from qaq_core.codecs.progressive import greedy_order
 from qaq_core.frames import LinearFrame, PlainFrame
@@ -36,6 +37,23 @@ def linear_frame(layers: int, heads: int, dim: int, seed: int = 0, kinds: int = 
         frequencies=bases[:, None] ** -pairs,
         kind=torch.arange(layers) % kinds,
     )
+
+
+def axes(layers: int, heads: int, dim: int, seed: int = 0) -> Axes:
+    """Random reflections, some of which reflect nothing, and octets of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(-127, 128, (layers, heads, dim * (dim + 1) // 2 - 1), generator=generator)
+    numbers[..., : 2 * dim - 1] *= torch.randint(0, 2, (layers, heads, 1), generator=generator)
+    before, after = torch.exp2(0.3 * normal(seed, 2, layers, heads, dim // 8) - 0.5)
+    return Axes(numbers.to(torch.int8), before, after)
+
+
+def turned(model: Quantizer, seed: int = 0, mean: float = 0.0) -> Quantizer:
+    """A sequence's own quantizer with means of its own, about that one, and axes."""
+    assert isinstance(model.frame, LinearFrame)
+    layers, heads, dim = model.frame.key_mean.shape
+    own = model.centered_on(mean + normal(seed + 8, layers, 2, heads, 64, dim), 4)
+    return own.turned((axes(layers, heads, dim, seed), axes(layers, heads, dim, seed + 1)))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from qaq_core.attention.decoding import LayerwiseStep, NativeStep
 from qaq_core.cache import QAQCache
 from qaq_core.method import Method
 from qaq_core.native import library
+from qaq_core.quantizer import Quantizer
 from qaq_core.sequence import SequenceCache
 from tests.core.models import calibration, tiny, token_ids
-from tests.core.rows import normal
+from tests.core.rows import normal, turned
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library is not built")
 
@@ -36,6 +38,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def method(kind: str, preset: str = "balanced", dtype: torch.dtype = torch.float32) -> Method:
     settings = {"calibration": calibration(kind)} if preset != "exact" else {}
     return Method.for_model(tiny(kind).to(dtype), preset=preset, **settings)
+
+
+def turning(quantizer: Quantizer, originals: torch.Tensor, start: int) -> Quantizer:
+    """Axes of its own for every sequence, as short as it is."""
+    return turned(quantizer, originals.shape[3])
 
 
 def fresh(method: Method, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -83,10 +90,13 @@ def stepped(
     ],
 )
 @pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("own", [False, True])
 def test_the_step_in_cpp_is_the_step(
-    isa: str, kind: str, preset: str, dtype: torch.dtype, window: int | None
+    isa: str, kind: str, preset: str, dtype: torch.dtype, window: int | None, own: bool
 ) -> None:
     subject = method(kind, preset, dtype)
+    if own and subject.adaptation is not None:
+        subject = replace(subject, adaptation=turning)
     ours, theirs = filled(subject, LENGTHS), filled(subject, LENGTHS)
     got, expected = stepped(subject, ours, True, window), stepped(subject, theirs, False, window)
     for one, other in zip(got, expected, strict=True):

@@ -21,7 +21,7 @@ from qaq_core.native.encode import NativeEncoder
 from qaq_core.packing import HALF, WIDTHS
 from qaq_core.pages import KEY, VALUE
 from qaq_core.quantizer import Quantizer
-from tests.core.rows import HEAD_DIMS, linear_frame, normal, page_shape, quantizers, request
+from tests.core.rows import HEAD_DIMS, linear_frame, normal, page_shape, quantizers, request, turned
 
 LAYERS, HEADS = 3, 2
 CPU = torch.device("cpu")
@@ -46,6 +46,7 @@ def pair(name: str, dim: int) -> tuple[Quantizer, Quantizer]:
     """In torch and in C++."""
     named = quantizers(LAYERS, HEADS, dim)
     named["gaussian"] = Quantizer(named["balanced"].frame, GaussianCodec())
+    named["turned"] = turned(named["balanced"])
     return named[name].using("reference"), named[name].using("cpu")
 
 
@@ -79,7 +80,7 @@ def agree(name: str, dim: int, side: int, originals: torch.Tensor, start: int, s
     n=st.sampled_from((1, 2, 7, 48, 49, 103)),
     log=st.floats(-12, 8),
 )
-@pytest.mark.parametrize("name", ["balanced", "gaussian", "uniform-layer", "normal-head"])
+@pytest.mark.parametrize("name", ["balanced", "turned", "gaussian", "uniform-layer", "normal-head"])
 def test_every_quantizer(
     name: str, seed: int, dim: int, side: int, dtype: torch.dtype, n: int, log: float
 ) -> None:
@@ -87,7 +88,7 @@ def test_every_quantizer(
     agree(name, dim, side, originals, 5, seed)
 
 
-@pytest.mark.parametrize("name", ["balanced", "gaussian", "normal-layer"])
+@pytest.mark.parametrize("name", ["balanced", "turned", "gaussian", "normal-layer"])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_rows_that_are_nothing_like_typical_ones(name: str, dim: int) -> None:
     zeros = torch.zeros(LAYERS, HEADS, 7, dim)
@@ -101,7 +102,7 @@ def test_rows_that_are_nothing_like_typical_ones(name: str, dim: int) -> None:
 
 
 @given(seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS), dtype=st.sampled_from(DTYPES))
-@pytest.mark.parametrize("name", ["balanced", "uniform-layer"])
+@pytest.mark.parametrize("name", ["balanced", "turned", "uniform-layer"])
 def test_requests(name: str, seed: int, dim: int, dtype: torch.dtype) -> None:
     """Rows of anywhere, in any order, as the cache service gets them."""
     n, rng = 150, np.random.default_rng(seed)
