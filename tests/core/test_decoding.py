@@ -22,7 +22,7 @@ LENGTHS = (1, 3, 19, 60)
 """Tokens before the step: only sinks, nothing packed, little packed, more packed."""
 
 
-@pytest.fixture(params=["generic", "avx2"])
+@pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     loaded = library()
     assert loaded is not None
