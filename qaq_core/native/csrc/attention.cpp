@@ -9,6 +9,7 @@
 #include <new>
 #include <numeric>
 #include <type_traits>
+#include <memory>
 #include <vector>
 
 #include "attention.inc"

@@ -11,6 +11,7 @@
 #include <new>
 #include <numeric>
 #include <type_traits>
+#include <memory>
 #include <vector>
 
 #if defined(__clang__)

@@ -2,6 +2,8 @@
 // files share is compiled for a machine that may not be there.
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "isa.h"
 

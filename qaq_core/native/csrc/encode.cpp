@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "attention.h"
 #include "encode_kernels.h"
