@@ -1,9 +1,9 @@
 """A sequence's own axes: its rows turned to where its own numbers are large.
 
-A frame's matrices come from the model's calibration, and a text's vectors do not spread quite as those did. So a
-long sequence turns its rows once more. With C what an error in each dim costs and Σ the covariance of the rows that
-are to be quantized, both in the model's frame, the axes are the eigenvectors U of C^½ Σ C^½, where an error costs the
-same in every direction (Karhunen-Loève), sorted by what lies along them:
+A frame's matrices come from the model's calibration, and a text's vectors do not spread quite as those did. So
+a long sequence turns its rows once more. With C what an error in each dim costs and Σ the covariance of the rows
+that are to be quantized, both in the model's frame, the axes are the eigenvectors U of C^½ Σ C^½, where an error
+costs the same in every direction (Karhunen-Loève), sorted by what lies along them:
 
     y' = L·U·R·y,    R = C^½,    L = C^-½ and what makes every octet's variance 1
 
@@ -33,8 +33,8 @@ class Axes:
     """Of one side's rows.
 
     Attributes:
-        reflections: int8 [layers, kv_heads, d·(d+1)/2 - 1]: the vectors of d-1 reflections, the i-th of which leaves
-            the first i dims alone and so has d-i numbers. A vector of zeros reflects nothing.
+        reflections: int8 [layers, kv_heads, d·(d+1)/2 - 1], the vectors of d-1 reflections. The i-th leaves the
+            first i dims alone and so has d-i numbers. A vector of zeros reflects nothing.
         before, after: R and L, float32 [layers, kv_heads, octets].
     """
 
@@ -68,8 +68,8 @@ class Axes:
     def rows(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """Rows float32 [kv_heads, n, head_dim] of a layer, turned.
 
-        Every reflection is rounded to float32. Products of a float and a whole number are exact in double precision
-        and their sums all but exact, so that a row is the same bits wherever it is made.
+        Every reflection is rounded to float32. Products of a float and a whole number are exact in double
+        precision, and their sums all but exact, so that a row is the same bits wherever it is made.
         """
         before, after = self._scales(layer)
         rows = rows * before.float()

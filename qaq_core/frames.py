@@ -7,10 +7,10 @@ their layer and head:
     value y = V·(v - μ_V)            output Σp·v = V⁻¹·Σp·y + (Σp)·μ_V
 
 with μ the mean of a head's keys before RoPE and t the token's position. Means are the model's, from its
-calibration, or a sequence's own (`centered_on`), which leave less to quantize; a long sequence has axes of its own
-too (`turned`), to which rows are turned after that. Worker and cache service must make the same rows, in torch or in
-C++ (`encoding`): products are taken in double precision and rounded once, so that the order of their sums does not
-show.
+calibration, or a sequence's own (`centered_on`), which leave less to quantize; a long sequence has axes of its
+own too (`turned`), to which rows are turned after that. Worker and cache service must make the same rows, in torch
+or in C++ (`encoding`): products are taken in double precision and rounded once, so that the order of their sums
+does not show.
 """
 
 from __future__ import annotations

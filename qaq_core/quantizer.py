@@ -157,7 +157,7 @@ class Quantizer:
         return self._encoders[device.type]
 
     def to_bytes(self) -> bytes:
-        """Frame and codec as safetensors, or the base's id and what is a sequence's own; the same give the same bytes."""
+        """Frame and codec as safetensors, or the base's id and a sequence's own; the same give the same bytes."""
         described: dict[str, object] = {"frame": self.frame.name, "codec": self.codec.settings()}
         if self.base is not None:
             described = {"base": self.base.id.hex()}
@@ -192,10 +192,11 @@ class Quantizer:
 def _axes_of(tensors: dict[str, torch.Tensor]) -> tuple[Axes, Axes]:
     """Those that `LinearFrame.own_tensors` names."""
     names = [field.name for field in fields(Axes)]
-    keys, values = ([tensors.get(f"{side}_{name}") for name in names] for side in ("key", "value"))
-    if len(tensors) != 2 * len(names) or any(part is None for part in (*keys, *values)):
+    sides = [[f"{side}_{name}" for name in names] for side in ("key", "value")]
+    if set(tensors) != {*sides[KEY], *sides[VALUE]}:
         raise ConfigError(f"{', '.join(tensors)} are not the tables of axes")
-    return Axes(*keys), Axes(*values)
+    keys, values = (Axes(*(tensors[name] for name in side)) for side in sides)
+    return keys, values
 
 
 def _room(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

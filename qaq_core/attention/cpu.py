@@ -67,7 +67,7 @@ class CpuAttention(Handover):
         calls = np.empty(batch, LAYER)
         size, alive = 0, []
         for i, (mine, observe) in enumerate(zip(tokens, observers, strict=True)):
-            alive.append(self._fill(calls, i, heads, mine, sliding_window, observe))
+            alive.append(self.fill(calls, i, heads, mine, sliding_window, observe))
             size += 2 * mine.keys.shape[0] * mine.length * dim
         place = np.arange(batch, dtype=np.uintp) * np.uintp(dim * 4)
         for name, rows in (("query", query), ("framed", asked), ("out_exact", exact), ("out_packed", middle)):
@@ -78,7 +78,7 @@ class CpuAttention(Handover):
         out = exact.add_(restored(frames, layer, middle)) if frames else exact
         return out.transpose(0, 1).unsqueeze(2)
 
-    def _fill(
+    def fill(
         self,
         calls: np.ndarray,
         i: int,

@@ -72,7 +72,9 @@ class LayerwiseStep:
         return self._attention.batch(query, tokens, scaling, sliding_window, observers)
 
 
-class _Decode(Structure):
+class Decode(Structure):
+    """QaqDecode of native/csrc/decode.h."""
+
     _fields_ = [
         ("type", c_int32),
         *((name, c_void_p) for name in ("query", "key", "value")),
@@ -97,7 +99,7 @@ class NativeStep:
         self._records["kv_heads"], self._records["group"] = shape.kv_heads, shape.query_heads // shape.kv_heads
         self._records["dim"] = shape.head_dim
         self._scratch = torch.empty(batch, shape.query_heads, 4 * shape.head_dim)
-        self._call = _Decode(type=TYPES[method.dtype], scratch=self._scratch.data_ptr())
+        self._call = Decode(type=TYPES[method.dtype], scratch=self._scratch.data_ptr())
         self._records_at = _rows_of(self._records)
         self._originals_at = _rows_of(self._originals) if method.dtype != method.window_dtype else None
         maps = [addresses(part).tolist() for part in method.quantizer.frame.maps() or ()]

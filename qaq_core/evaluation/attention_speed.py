@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from ctypes import byref, c_int32, c_void_p
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from qaq_core.attention import CpuAttention, LayerTokens, ReferenceAttention
+from qaq_core.attention.decoding import Decode
 from qaq_core.codecs import ProgressiveCodec
 from qaq_core.codecs.progressive import greedy_order
 from qaq_core.frames import LinearFrame, rotate_pairs
 from qaq_core.native import library
+from qaq_core.native.layers import LAYER, TYPES
 from qaq_core.packed import PackedTokens
 from qaq_core.quantizer import Quantizer
 
@@ -70,8 +74,7 @@ def attention_speed(
     codec = packed.quantizer.codec
     calls: dict[str, Callable[[], torch.Tensor]] = {}
     if library() is not None:
-        kernel = CpuAttention(codec)
-        calls["qaq/cpu"] = lambda: kernel(query, layer, scaling)
+        calls["qaq/cpu"] = _DecodeCall(CpuAttention(codec), query, layer, scaling)
     reference = ReferenceAttention(codec, torch.device("cpu"))
     calls["qaq/reference"] = lambda: reference(query, layer, scaling)
     calls |= _dense(query, keys, values)
@@ -102,6 +105,32 @@ def attention_speed(
         )
         for name in calls
     ]
+
+
+class _DecodeCall:
+    """What a decode step calls for a layer (`attention.decoding`): the tokens are described before, and one call
+    takes the last one in, brings queries into the frame, attends, and brings outputs back."""
+
+    def __init__(self, kernel: CpuAttention, query: torch.Tensor, layer: LayerTokens, scaling: float) -> None:
+        assert layer.packed is not None
+        self._library, self._records = kernel.library, np.empty(1, LAYER)
+        self._alive = kernel.fill(self._records, 0, len(query), layer, None, None), kernel, layer
+        self._query = query.contiguous()
+        self._keys, self._values = (rows[:, -1].float().contiguous() for rows in (layer.keys, layer.values))
+        self._scratch, self._out = torch.empty(len(query), 4 * query.shape[2]), torch.empty(query.shape)
+        self._maps = layer.packed.quantizer.frame.maps() or ()
+        self._call = Decode(type=TYPES[torch.float32], scaling=scaling, scratch=self._scratch.data_ptr())
+        if self._maps:
+            self._call.query_map, self._call.output_map = (part.data_ptr() for part in self._maps)
+        numbers = 2 * layer.keys.shape[0] * layer.length * query.shape[2]
+        self._rest = c_void_p(self._records.ctypes.data), c_int32(1), c_int32(kernel.threads(numbers))
+
+    def __call__(self) -> torch.Tensor:
+        call, out = self._call, self._out
+        call.query, call.out = self._query.data_ptr(), out.data_ptr()
+        call.key, call.value = self._keys.data_ptr(), self._values.data_ptr()
+        self._library.qaq_decode(byref(call), *self._rest)
+        return out
 
 
 def _state(

@@ -40,7 +40,7 @@ def kernels() -> tuple[str, ...]:
     loaded = library()
     if loaded is not None:
         isa = loaded.qaq_isa()
-        found += [name for name in ("generic", "avx2") if loaded.qaq_use(name.encode()) == 0]
+        found += [name for name in ("generic", "avx2", "avx512") if loaded.qaq_use(name.encode()) == 0]
         loaded.qaq_use(isa)
     if attention.triton.missing(CPU) is None:
         found.append("triton")

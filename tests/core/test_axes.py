@@ -66,7 +66,7 @@ def test_fitted_axes_diagonalize_what_errors_cost_and_octets_have_variance_one(d
 
 
 def test_the_same_bits_lose_less_along_own_axes() -> None:
-    """Of rows whose directions are not the frame's, at two bits an element. Errors are weighed in the model's frame."""
+    """Of rows whose directions are not the frame's, at two bits; errors are weighed in the model's frame."""
     model = quantizers(2, 2, 64)["balanced"]
     originals = torch.stack([skewed(2, 2, 2000, 64)] * 2, 1)
     costs = (2.0 ** (-torch.arange(8.0) / 1.5)).repeat(2, 2, 1)

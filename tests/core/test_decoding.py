@@ -24,7 +24,7 @@ LENGTHS = (1, 3, 19, 60)
 """Tokens before the step: only sinks, nothing packed, little packed, more packed."""
 
 
-@pytest.fixture(params=["generic", "avx2"])
+@pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     loaded = library()
     assert loaded is not None
@@ -99,9 +99,10 @@ def test_the_step_in_cpp_is_the_step(
         subject = replace(subject, adaptation=turning)
     ours, theirs = filled(subject, LENGTHS), filled(subject, LENGTHS)
     got, expected = stepped(subject, ours, True, window), stepped(subject, theirs, False, window)
+    most = 5e-4 if own else 1e-4  # queries that were turned differ in a last bit, and so in one of their integers
     for one, other in zip(got, expected, strict=True):
         assert one.shape == other.shape
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+        assert torch.allclose(one, other, rtol=most, atol=most * float(other.abs().max()))
     for mine, other in zip(ours, theirs, strict=True):
         for room, wanted in zip(mine.exact.places(), other.exact.places(), strict=True):
             if wanted is not None:
@@ -110,7 +111,7 @@ def test_the_step_in_cpp_is_the_step(
                 assert torch.equal(room[:, :, :, :stop], wanted[:, :, :, :stop])
         assert mine.importance.statistic is not None
         assert other.importance.statistic is not None
-        assert torch.allclose(mine.importance.statistic, other.importance.statistic, rtol=1e-3, atol=1e-7)
+        assert torch.allclose(mine.importance.statistic, other.importance.statistic, rtol=10 * most, atol=1e-7)
 
 
 def test_halves_are_rounded_as_everywhere(isa: str) -> None:

@@ -29,7 +29,7 @@ EVERY = torch.tensor(WIDTHS, dtype=torch.uint8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=["generic", "avx2"], autouse=True)
+@pytest.fixture(params=["generic", "avx2", "avx512"], autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[None]:
     loaded = library()
     if loaded is None:

@@ -21,7 +21,7 @@ from qaq_core.window import Reduction, Statistic
 from tests.core.conformance import EXACT, GROUPED, QUANTIZERS, Subject, forced, kernels, make, relative, subject
 from tests.core.rows import normal
 
-KERNELS = ("reference", "generic", "avx2", "triton")
+KERNELS = ("reference", "generic", "avx2", "avx512", "triton")
 
 
 def each(names: str, cases: Any, few: Any = None) -> pytest.MarkDecorator:

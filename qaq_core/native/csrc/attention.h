@@ -60,7 +60,7 @@ struct QaqLayer {
 
 int qaq_interface(void);
 
-// Name of the instruction set that qaq_attend uses: "avx2" or "generic".
+// Name of the instruction set in use: "avx512", "avx2" or "generic".
 const char* qaq_isa(void);
 
 // Uses the named instruction set from now on; 0 if this machine has it, else -1 and nothing changes.

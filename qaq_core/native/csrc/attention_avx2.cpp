@@ -1,6 +1,6 @@
 // The same operation for AVX2, FMA and F16C. Standard headers come before the pragma, so that no inline function that
 // other files share is compiled for a machine that may not be there.
-#include "attention.h"
+#include "isa.h"
 
 #if defined(__x86_64__)
 
@@ -11,6 +11,7 @@
 #include <new>
 #include <numeric>
 #include <type_traits>
+#include <memory>
 #include <vector>
 
 #if defined(__clang__)
@@ -23,7 +24,7 @@
 #define QAQ_AVX2
 #include "attention.inc"
 
-void qaq_attend_avx2(const QaqLayer& layer, int head) { attend(layer, head); }
+void attend_avx2(const QaqLayer& layer, int head) { attend(layer, head); }
 
 #if defined(__clang__)
 #pragma clang attribute pop

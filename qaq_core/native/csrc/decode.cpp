@@ -1,22 +1,28 @@
+// Generic code, and the loop over sequences and heads.
 #include "decode.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
+#include <vector>
 #include <new>
 
 #include "decode.inc"
-#include "heads.h"
+#include "isa.h"
 #include "threads.h"
 
+void decode_generic(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend) {
+    decode(step, layer, i, head, attend);
+}
+
 int qaq_decode(const QaqDecode* step, const QaqLayer* layers, int32_t count, int32_t threads) {
-    const Chosen chosen = head_attention();
-    const auto run = chosen.is_avx2 ? qaq_decode_avx2 : decode;
+    const InstructionSet& set = instruction_set();
     const int heads = layers[0].kv_heads;  // of all alike: they are one model's
     std::atomic<bool> failed{false};
     in_parallel(threads, count * heads, [&](int task) {
         try {
-            run(*step, layers[task / heads], task / heads, task % heads, chosen.attend);
+            set.decode(*step, layers[task / heads], task / heads, task % heads, set.attend);
         } catch (const std::bad_alloc&) {
             failed = true;
         }

@@ -2,8 +2,10 @@
 // files share is compiled for a machine that may not be there.
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <vector>
 
-#include "heads.h"
+#include "isa.h"
 
 #if defined(__x86_64__)
 
@@ -17,16 +19,12 @@
 #define QAQ_AVX2
 #include "decode.inc"
 
-void qaq_decode_avx2(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend) {
+void decode_avx2(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend) {
     decode(step, layer, i, head, attend);
 }
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-
-#else
-
-void qaq_decode_avx2(const QaqDecode&, QaqLayer, int, int, HeadAttention) {}
 
 #endif

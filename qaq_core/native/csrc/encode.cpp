@@ -5,20 +5,18 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "attention.h"
 #include "encode_kernels.h"
 #include "encode.inc"
+#include "isa.h"
 #include "threads.h"
 
-static const EncodeKernels generic{frame_rows, rms_rows, encode_rows};
+const EncodeKernels encode_generic{frame_rows, rms_rows, encode_rows};
 
-static const EncodeKernels& kernels() {
-#if defined(__x86_64__)
-    if (std::strcmp(qaq_isa(), "avx2") == 0) return encode_avx2;
-#endif
-    return generic;
-}
+static const EncodeKernels& kernels() { return instruction_set().encode; }
 
 // Calls part(begin, end) for parts of all vectors, on up to `threads` threads.
 template <class Part>

@@ -25,5 +25,3 @@ struct EncodeKernels {
     void (*rms)(const QaqSpan& rows, int64_t begin, int64_t end, int dim, int split, float* out);
     void (*encode)(const QaqEncode& job, int64_t begin, int64_t end);
 };
-
-extern const EncodeKernels encode_avx2;  // encode_avx2.cpp

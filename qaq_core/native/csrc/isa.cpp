@@ -1,0 +1,54 @@
+// The choice of instruction set at run time.
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+
+// Tables are made when they are asked for: other files' constants might not be there yet when this one's are.
+static const InstructionSet* best_first(int& count) {
+    static const InstructionSet all[] = {
+#if defined(__x86_64__)
+        {"avx512",
+         [] {
+             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                    __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni") &&
+                    __builtin_cpu_supports("fma");
+         },
+         attend_avx512, decode_avx512, encode_avx512},
+        {"avx2",
+         [] {
+             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+         },
+         attend_avx2, decode_avx2, encode_avx2},
+#endif
+        {"generic", [] { return true; }, attend_generic, decode_generic, encode_generic},
+    };
+    count = int(sizeof all / sizeof *all);
+    return all;
+}
+
+// The best that runs here, or null; of that name if one is given.
+static const InstructionSet* find(const char* name) {
+    int count;
+    const InstructionSet* all = best_first(count);
+    for (int i = 0; i < count; ++i)
+        if ((!name || std::strcmp(name, all[i].name) == 0) && all[i].runs()) return all + i;
+    return nullptr;
+}
+
+static std::atomic<const InstructionSet*>& in_use() {
+    static std::atomic<const InstructionSet*> chosen{find(nullptr)};
+    return chosen;
+}
+
+const InstructionSet& instruction_set() { return *in_use(); }
+
+const char* qaq_isa(void) { return instruction_set().name; }
+
+int qaq_use(const char* isa) {
+    const InstructionSet* wanted = find(isa);
+    if (wanted) in_use() = wanted;
+    return wanted ? 0 : -1;
+}
