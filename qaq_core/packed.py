@@ -87,7 +87,7 @@ class PackedTokens:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of tags, meta bytes, outliers and own means: what does not change with the widths."""
+        """Bytes of tags, meta bytes, outliers, own means and axes: what does not change with the widths."""
         parts = [part for side in self.sides for part in (side.meta, side.outliers)]
         return (
             self.tags.numel() + self.quantizer.own_bytes + sum(part.nbytes for part in parts if part is not None)

@@ -23,8 +23,8 @@ from services.originals.store import PageStore
 MAX_IDS = 65_536
 MAX_CODEC_BYTES = 256 << 20
 _QUANTIZERS_KEPT = 8
-_MEANS_KEPT = 1024
-"""Quantizers that are means on top of another's tables: some tens of KB each."""
+_OWN_KEPT_BYTES = 256 << 20
+"""Of sequences' own quantizers, which rest on another's tables; asked for again from Redis beyond."""
 
 
 class OriginalsService(originals_pb2_grpc.OriginalsServicer):
@@ -33,7 +33,7 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
     def __init__(self, store: PageStore) -> None:
         self._store = store
         self._quantizers: OrderedDict[bytes, Quantizer] = OrderedDict()
-        self._centered: OrderedDict[bytes, Quantizer] = OrderedDict()
+        self._own: OrderedDict[bytes, Quantizer] = OrderedDict()
         # One thread keeps the event loop free; torch spreads large batches, replicas use further cores.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requantize")
         self._rows_requantized = self._rows_missing = self._requantize_bytes = 0
@@ -70,7 +70,7 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
         quantizer = await self._parsed(bytes(tables))
         if quantizer.id != codec_id:
             raise InvalidArgument("codec_id is not the fingerprint of the tables; send the quantizer's own id")
-        await self._store.put_codec(codec_id, bytes(tables))
+        await self._store.put_codec(codec_id, bytes(tables), own=quantizer.base is not None)
         return pb.PutCodecReply()
 
     async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
@@ -115,7 +115,7 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
 
     async def _quantizer(self, codec_id: bytes) -> Quantizer:
         _check_codec_id(codec_id)
-        for kept in (self._centered, self._quantizers):
+        for kept in (self._own, self._quantizers):
             if codec_id in kept:
                 kept.move_to_end(codec_id)
                 return kept[codec_id]
@@ -123,12 +123,14 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
         if tables is None:
             raise FailedPrecondition(f"codec {codec_id.hex()} is not known; call PutCodec first")
         quantizer = await self._parsed(tables)
-        kept, most = (self._quantizers, _QUANTIZERS_KEPT)
-        if quantizer.base is not None:
-            kept, most = self._centered, _MEANS_KEPT
-        kept[codec_id] = quantizer
-        while len(kept) > most:
-            kept.popitem(last=False)
+        if quantizer.base is None:
+            self._quantizers[codec_id] = quantizer
+            while len(self._quantizers) > _QUANTIZERS_KEPT:
+                self._quantizers.popitem(last=False)
+        else:
+            self._own[codec_id] = quantizer
+            while len(self._own) > 1 and sum(one.own_bytes for one in self._own.values()) > _OWN_KEPT_BYTES:
+                self._own.popitem(last=False)
         return quantizer
 
     async def _parsed(self, tables: bytes) -> Quantizer:

@@ -144,8 +144,9 @@ class PageStore:
                 pipe.expire(_page_key(page_id), self._ttl_s)
             return sum(await pipe.execute())
 
-    async def put_codec(self, codec_id: bytes, tables: bytes) -> None:
-        await self._redis.set(_codec_key(codec_id), tables, ex=CODEC_TTL_S)
+    async def put_codec(self, codec_id: bytes, tables: bytes, own: bool = False) -> None:
+        """Stores a model's tables, or what is a sequence's own, for as long as its pages."""
+        await self._redis.set(_codec_key(codec_id), tables, ex=self._ttl_s if own else CODEC_TTL_S)
 
     async def get_codec(self, codec_id: bytes) -> bytes | None:
         value = await self._redis.get(_codec_key(codec_id))

@@ -21,10 +21,11 @@ from qaq_core.originals import InProcessOriginals, RowReply, RowRequest
 from qaq_core.quantizer import Quantizer
 from services.common.embedded_redis import EmbeddedRedis, free_port
 from services.common.settings import OriginalsSettings
-from services.originals import batches, client, replicas
+from services.originals import batches, client, replicas, service
 from services.originals.client import RemoteOriginals
 from services.originals.server import OriginalsServer
 from services.originals.store import HEADER_BYTES
+from tests.core.rows import turned
 from tests.services.originals.conftest import SHAPE, getranges, make_pages, make_request
 
 T = TypeVar("T")
@@ -98,6 +99,19 @@ async def test_a_sequences_own_means_follow_the_tables_they_rest_on(
         assert same(await wait(remote.requantize(request, own)), local(pages, request, own))
         assert not same(local(pages, request, own), local(pages, request, quantizer))
         assert await redis.exists(*(f"qaq:codec:{one.id.hex()}" for one in (own, quantizer))) == 2
+
+
+async def test_sequences_own_quantizers_are_more_than_the_service_keeps(
+    remote: RemoteOriginals, quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those it let go of it finds in Redis again; they have axes too."""
+    monkeypatch.setattr(service, "_OWN_KEPT_BYTES", 1)
+    pages = make_pages(2)
+    await wait(remote.put(pages))
+    request = make_request(pages, 50, quantizer.meta_bytes)
+    own = [turned(quantizer, seed) for seed in (1, 2)]
+    for one in (*own, *own):
+        assert same(await wait(remote.requantize(request, one)), local(pages, request, one))
 
 
 async def test_the_answer_depends_on_what_redis_holds(

@@ -138,3 +138,10 @@ async def test_codecs(store: PageStore) -> None:
     assert await store.get_codec(bytes(16)) is None
     await store.put_codec(bytes(16), b"tables")
     assert await store.get_codec(bytes(16)) == b"tables"
+
+
+async def test_a_sequences_codec_lives_as_long_as_its_pages(store: PageStore, redis: Redis) -> None:
+    await store.put_codec(bytes(16), b"tables")
+    await store.put_codec(b"1" * 16, b"means", own=True)
+    model, own = [await redis.ttl(f"qaq:codec:{name.hex()}") for name in (bytes(16), b"1" * 16)]
+    assert 0 < own < model
