@@ -108,8 +108,8 @@ def attention_speed(
 
 
 class _DecodeCall:
-    """What a decode step calls for a layer (`attention.decoding`): the tokens are described before, and one call takes
-    the last one in, brings queries into the frame, attends, and brings outputs back."""
+    """What a decode step calls for a layer (`attention.decoding`): the tokens are described before, and one call
+    takes the last one in, brings queries into the frame, attends, and brings outputs back."""
 
     def __init__(self, kernel: CpuAttention, query: torch.Tensor, layer: LayerTokens, scaling: float) -> None:
         assert layer.packed is not None
