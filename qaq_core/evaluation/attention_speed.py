@@ -39,7 +39,7 @@ class AttentionRow:
 
     Attributes:
         shape: query heads/KV heads/head_dim. packing: "mixed", or "dense".
-        microseconds: median of a call.
+        microseconds: median of a call. cpu_microseconds: of its CPU time, which tells more on a busy machine.
         error: relative, against float64 over the same numbers.
         ratio_to: other backends' time over this one's.
     """
@@ -49,6 +49,7 @@ class AttentionRow:
     backend: str
     packing: str
     microseconds: float
+    cpu_microseconds: float
     error: float
     ratio_to: dict[str, float]
 
@@ -79,6 +80,7 @@ def attention_speed(
     calls["qaq/reference"] = lambda: reference(query, layer, scaling)
     calls |= _dense(query, keys, values)
     times: dict[str, list[float]] = {name: [] for name in calls}
+    cpu_times: dict[str, list[float]] = {name: [] for name in calls}
     expected = _exactly(query, keys, values)
     errors = {
         name: float((call().view(query.shape) - expected).norm() / expected.norm()) for name, call in calls.items()
@@ -89,8 +91,9 @@ def attention_speed(
             report(f"attention {'/'.join(map(str, shape))}", i / repeat)
         for name, call in calls.items():
             flush.add_(1)
-            begun = time.perf_counter()
+            begun, cpu_begun = time.perf_counter(), time.process_time()
             call()
+            cpu_times[name].append(time.process_time() - cpu_begun)
             times[name].append(time.perf_counter() - begun)
     micros = {name: median(mine) * 1e6 for name, mine in times.items()}
     return [
@@ -100,6 +103,7 @@ def attention_speed(
             backend=name,
             packing="mixed" if name.startswith("qaq/") else "dense",
             microseconds=micros[name],
+            cpu_microseconds=median(cpu_times[name]) * 1e6,
             error=errors[name],
             ratio_to={other: micros[other] / micros[name] for other in micros if other != name},
         )

@@ -29,6 +29,8 @@ CPU = torch.device("cpu")
 GROUPS = ("head", "layer", "token")
 GROUPED = tuple(f"{codec}-{group}" for codec in ("uniform", "normal") for group in GROUPS)
 QUANTIZERS = ("progressive", "gaussian", *GROUPED)
+INSTRUCTION_SETS = ("avx512", "avx2", "generic")
+"""Of the C++ library, the best first."""
 EXACT = 1e-3
 """Most relative error."""
 
@@ -40,7 +42,7 @@ def kernels() -> tuple[str, ...]:
     loaded = library()
     if loaded is not None:
         isa = loaded.qaq_isa()
-        found += [name for name in ("generic", "avx2", "avx512") if loaded.qaq_use(name.encode()) == 0]
+        found += [name for name in INSTRUCTION_SETS if loaded.qaq_use(name.encode()) == 0]
         loaded.qaq_use(isa)
     if attention.triton.missing(CPU) is None:
         found.append("triton")

@@ -15,6 +15,7 @@ from qaq_core.method import Method
 from qaq_core.native import library
 from qaq_core.quantizer import Quantizer
 from qaq_core.sequence import SequenceCache
+from tests.core.conformance import INSTRUCTION_SETS
 from tests.core.models import calibration, tiny, token_ids
 from tests.core.rows import normal, turned
 
@@ -24,7 +25,7 @@ LENGTHS = (1, 3, 19, 60)
 """Tokens before the step: only sinks, nothing packed, little packed, more packed."""
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+@pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     loaded = library()
     assert loaded is not None

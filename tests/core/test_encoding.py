@@ -21,6 +21,7 @@ from qaq_core.native.encode import NativeEncoder
 from qaq_core.packing import HALF, WIDTHS
 from qaq_core.pages import KEY, VALUE
 from qaq_core.quantizer import Quantizer
+from tests.core.conformance import INSTRUCTION_SETS
 from tests.core.rows import HEAD_DIMS, linear_frame, normal, page_shape, quantizers, request, turned
 
 LAYERS, HEADS = 3, 2
@@ -29,7 +30,7 @@ EVERY = torch.tensor(WIDTHS, dtype=torch.uint8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"], autouse=True)
+@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[None]:
     loaded = library()
     if loaded is None:

@@ -6,6 +6,8 @@ fewer cases, of every kind.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +17,25 @@ import torch
 from qaq_core import packed as packed_module
 from qaq_core.attention import Attention, TritonAttention, cpu, triton
 from qaq_core.attention.handover import Handover
+from qaq_core.native import library
 from qaq_core.packing import HALF, WIDTHS
 from qaq_core.pages import VALUE
 from qaq_core.window import Reduction, Statistic
-from tests.core.conformance import EXACT, GROUPED, QUANTIZERS, Subject, forced, kernels, make, relative, subject
+from tests.core.conformance import (
+    EXACT,
+    GROUPED,
+    INSTRUCTION_SETS,
+    QUANTIZERS,
+    Subject,
+    forced,
+    kernels,
+    make,
+    relative,
+    subject,
+)
 from tests.core.rows import normal
 
-KERNELS = ("reference", "generic", "avx2", "avx512", "triton")
+KERNELS = ("reference", *INSTRUCTION_SETS, "triton")
 
 
 def each(names: str, cases: Any, few: Any = None) -> pytest.MarkDecorator:
@@ -110,6 +124,13 @@ def test_many_rows_of_a_width(kernel: str, widths: list[int], monkeypatch: pytes
     mine = subject("progressive", 32, 700, heads=1, widths=tuple(widths))
     one = make(kernel, mine.quantizer.codec)
     mine.check(one, group=5, statistics=statistics(one, 0))
+
+
+@each("group", [17, 21], [])
+def test_very_many_query_heads(kernel: str, group: int) -> None:
+    mine = subject("progressive", 80, 61, heads=1)
+    one = make(kernel, mine.quantizer.codec)
+    mine.check(one, group, statistics=statistics(one, group))
 
 
 WINDOWS = [(sinks, recent) for sinks, recent in ((4, 1), (4, 40), (1, 16), (0, 16))]
@@ -247,3 +268,21 @@ def test_prompts_go_to_the_reference(kernel: str, n: int) -> None:
     assert torch.equal(one(query, tokens, 0.1), reference(query, tokens, 0.1))
     if isinstance(one, Handover):
         assert one.handed_over["a prompt"] >= 1
+
+
+def test_an_instruction_set_that_is_not_there_changes_nothing() -> None:
+    loaded = library()
+    if loaded is None:
+        pytest.skip("the C++ library is not built")
+    before = loaded.qaq_isa()
+    assert before.decode() in INSTRUCTION_SETS
+    assert loaded.qaq_use(b"mmx") == -1
+    assert loaded.qaq_isa() == before
+
+
+def test_the_best_instruction_set_that_runs_here_is_chosen() -> None:
+    if library() is None:
+        pytest.skip("the C++ library is not built")
+    code = "from qaq_core.native import library; print(library().qaq_isa().decode())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert said == next(name for name in INSTRUCTION_SETS if name in kernels())

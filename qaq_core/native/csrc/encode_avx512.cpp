@@ -12,21 +12,11 @@
 #include "attention.h"
 #include "isa.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,avx2,fma,f16c,popcnt"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,avx2,fma,f16c,popcnt")
-#endif
-#include <immintrin.h>
-
-#define QAQ_AVX2
-#define QAQ_AVX512
+#include "begin_avx512.inc"
 #include "encode.inc"
 
 const EncodeKernels encode_avx512{frame_rows, rms_rows, encode_rows};
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+#include "end_avx512.inc"
 
 #endif
