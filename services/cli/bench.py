@@ -8,7 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,7 +16,7 @@ from rich.table import Table
 from services.cli.bench_elastic import elastic
 from services.cli.bench_prefix import prefix
 from services.cli.bench_serve import serve
-from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
+from services.cli.stack import Compiled, Device, Dtype, JsonPath, Model, Weights, model_or_default
 from services.cli.terminal import progress_line, screen, size
 
 if TYPE_CHECKING:
@@ -47,12 +47,16 @@ def decode(
     caches: Annotated[
         str,
         typer.Option(
-            help="By comma: presets, a kernel after /: balanced/reference; dynamic-bf16, quanto-int4, hqq-int4."
+            help="By comma: presets, a kernel after /: balanced/reference; dynamic-bf16, quanto-int4, hqq-int4, "
+            "llama.cpp-f16, llama.cpp-q8_0, llama.cpp-q4_0."
         ),
     ] = CACHES,
     text: Annotated[Path | None, typer.Option(help="Text to decode; the built-in one if not given.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    weights: Weights = "plain",
+    compiled: Compiled = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the steps of QAQ's caches go.")] = False,
     json_path: JsonPath = None,
 ) -> None:
     """Decodes from each cache in turn, one step at a time, and from transformers' DynamicCache."""
@@ -65,17 +69,23 @@ def decode(
 
     names = [name.strip() for name in caches.split(",") if name.strip()]
     with progress_line() as report, calibration.shown(report):
-        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
+        if "dynamic-bf16" in names and (weights != "plain" or compiled):
+            raise ConfigError("dynamic-bf16 makes weights of its own: leave out --weights and --compiled for it")
+        loaded = load_model(
+            model_or_default(model), device, dtype, lambda what, share: report(what, None), weights, compiled
+        )
         words = builtin_text() if text is None else text.read_text(encoding="utf-8")
         ids = loaded.tokenizer(words, return_tensors="pt").input_ids
         if ids.shape[1] < context + steps:
             raise ConfigError(f"the text has {ids.shape[1]} tokens; ask for a shorter context, or give --text")
         # Each sequence begins somewhere else in the text.
         ids = torch.cat([ids.roll(-37 * i, 1)[:, : context + steps] for i in range(batch)])
-        rows = decode_speed(loaded.model, loaded.fingerprint, ids.to(device), steps, names, report)
+        ids = ids.to(device)
+        rows = decode_speed(loaded.model, loaded.fingerprint, ids, steps, names, report, loaded.source)
     screen.print(_table(rows), highlight=False)
     if json_path is not None:
-        _write(json_path, {"model": loaded.name, "dtype": str(loaded.dtype).removeprefix("torch.")}, rows)
+        about = {"model": loaded.name, "dtype": str(loaded.dtype).removeprefix("torch.")}
+        _write(json_path, {**about, "weights": weights, "compiled": compiled}, rows)
 
 
 def attention(
@@ -136,7 +146,7 @@ def encode(
         _write(json_path, {"shape": shape, "tokens": str(tokens), "bits": f"{MEAN_BITS:.2f} an element"}, rows)
 
 
-def _write(path: Path, about: dict[str, str], rows: Sequence[SpeedRow | AttentionRow | EncodeRow]) -> None:
+def _write(path: Path, about: dict[str, Any], rows: Sequence[SpeedRow | AttentionRow | EncodeRow]) -> None:
     import torch
 
     from qaq_core.native import library
