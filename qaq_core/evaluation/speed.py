@@ -16,6 +16,7 @@ from transformers import DynamicCache, QuantizedCache
 from qaq_core.cache import QAQCache
 from qaq_core.errors import ConfigError
 from qaq_core.evaluation import llama_cpp
+from qaq_core.evaluation.step_parts import PartRow, step_parts
 from qaq_core.method import Method
 
 DENSE = "dynamic"
@@ -58,6 +59,7 @@ def decode_speed(
     caches: Sequence[str],
     report: Callable[[str, float], None] | None = None,
     source: str = "",
+    profiled: list[PartRow] | None = None,
 ) -> list[SpeedRow]:
     """Prefills every cache with the same tokens, then decodes the next ones from each in turn.
 
@@ -68,6 +70,7 @@ def decode_speed(
         caches: presets, each with "/" and a kernel of `attention.KERNELS` if not the default one; "dynamic-bf16";
             "quanto-int4" and "hqq-int4"; those of `llama_cpp.CACHES`.
         source: where the model came from; llama.cpp reads the same GGUF file.
+        profiled: where parts of the steps of QAQ's caches go, which then decode the same tokens once more.
     """
     batch, context = ids.shape[0], ids.shape[1] - steps
     if context < 1:
@@ -95,6 +98,10 @@ def decode_speed(
                 if step >= WARM_UP:
                     times[name].append(time.perf_counter() - begun)
         bytes_of = {name: decoder.nbytes for name, decoder in held.items()}
+        if profiled is not None:
+            for name, decoder in held.items():
+                if isinstance(decoder, ModelDecoder) and isinstance(decoder.cache, QAQCache):
+                    profiled += step_parts(model, name, decoder.cache, ids[:, context:])
     dense = fmean(times[DENSE])
     return [
         SpeedRow(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qaq_core.evaluation import SpeedRow
     from qaq_core.evaluation.attention_speed import AttentionRow
     from qaq_core.evaluation.encode_speed import EncodeRow
+    from qaq_core.evaluation.step_parts import PartRow
 
 CACHES = "balanced,balanced/reference"
 SHAPES = "9/3/64/4096,12/2/128/16384,32/8/128/16384"
@@ -81,11 +82,15 @@ def decode(
         # Each sequence begins somewhere else in the text.
         ids = torch.cat([ids.roll(-37 * i, 1)[:, : context + steps] for i in range(batch)])
         ids = ids.to(device)
-        rows = decode_speed(loaded.model, loaded.fingerprint, ids, steps, names, report, loaded.source)
+        parts: list[PartRow] | None = [] if profile else None
+        rows = decode_speed(loaded.model, loaded.fingerprint, ids, steps, names, report, loaded.source, parts)
     screen.print(_table(rows), highlight=False)
+    if parts:
+        screen.print(_parts_table(parts), highlight=False)
     if json_path is not None:
         about = {"model": loaded.name, "dtype": str(loaded.dtype).removeprefix("torch.")}
-        _write(json_path, {**about, "weights": weights, "compiled": compiled}, rows)
+        profiled = {} if parts is None else {"profile": [asdict(row) for row in parts]}
+        _write(json_path, {**about, "weights": weights, "compiled": compiled, **profiled}, rows)
 
 
 def attention(
@@ -172,4 +177,11 @@ def _table(rows: list[SpeedRow]) -> Table:
             f"{row.ratio_to_dynamic_cache:.2f}",
             size(row.kv_bytes),
         )
+    return table
+
+
+def _parts_table(rows: list[PartRow]) -> Table:
+    table = Table("cache", "part of a step", "CPU", "calls")
+    for row in rows:
+        table.add_row(row.cache, row.part, f"{row.milliseconds:.2f} ms", f"{row.calls:.1f}")
     return table
