@@ -72,7 +72,7 @@ def compile_layers(model: Any, report: Report | None = None) -> None:
 
 def _dispatched(eager: Callable[..., Any], index: int) -> Callable[..., Any]:
     """The forward of one layer: compiled where it can be."""
-    compiled = torch.compile(eager, fullgraph=True, dynamic=True)
+    compiled = torch.compile(eager, fullgraph=True)
 
     def forward(hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if args or hidden_states.shape[1] != 1 or not hasattr(past_key_values, "attend"):
