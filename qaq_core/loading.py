@@ -48,7 +48,7 @@ class LoadedModel:
 
     @property
     def identity(self) -> str:
-        """The same one makes the same keys and values of the same tokens: the fingerprint and what is lost of it."""
+        """Models with the same one make the same keys and values of the same tokens."""
         return self.fingerprint if self.weights in LOSSLESS else f"{self.fingerprint}/{self.weights}"
 
     @property

@@ -44,7 +44,9 @@ def pack(model: Any, weights: str) -> None:
     output = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
-            model.set_submodule(name, _packed(name, layer, "bfloat16" if _coarse(weights, layer, output) else weights))
+            model.set_submodule(
+                name, _packed(name, layer, "bfloat16" if _coarse(weights, layer, output) else weights)
+            )
 
 
 def _coarse(weights: str, layer: nn.Linear, output: nn.Module | None) -> bool:

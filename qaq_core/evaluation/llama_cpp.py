@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -56,11 +55,11 @@ class LlamaCpp:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Computes the next tokens, int64 [batch, n]; returns the last ones' logits, float32 [batch, vocabulary]."""
+        """Computes the next tokens, int64 [batch, n]; returns the last ones' logits [batch, vocabulary]."""
         for chunk in ids.split(_CHUNK, 1):
             self._compute(chunk.tolist())
         self._api.llama_synchronize(self._context)

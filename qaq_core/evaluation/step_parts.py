@@ -18,7 +18,8 @@ from qaq_core.weights import PackedLinear
 
 PARTS = ("linear", "attention", "around attention", "begin", "packing and exceptions", "next token")
 """What is told apart. linear: linear layers, the output's included. attention: the kernel. around attention: from
-transformers' call to the kernel and back. begin: what a step describes once for all layers. next token: the likeliest."""
+transformers' call to the kernel and back. begin: what a step describes once for all layers. next token: the
+likeliest one."""
 REST = "rest"
 """Norms, activations, RoPE, masks, and Python from one to the next."""
 
@@ -97,7 +98,8 @@ def step_parts(model: Any, name: str, cache: QAQCache, ids: torch.Tensor) -> lis
                 with watch.timing("next token"):
                     output.logits[:, -1].argmax(-1).tolist()
     return [
-        PartRow(name, part, watch.seconds[part] * 1000 / steps, watch.calls[part] / steps) for part in (*PARTS, REST)
+        PartRow(name, part, watch.seconds[part] * 1000 / steps, watch.calls[part] / steps)
+        for part in (*PARTS, REST)
     ]
 
 

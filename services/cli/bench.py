@@ -16,6 +16,7 @@ from rich.table import Table
 from services.cli.bench_elastic import elastic
 from services.cli.bench_prefix import prefix
 from services.cli.bench_serve import serve
+from services.cli.bench_weights import weights as bench_weights
 from services.cli.stack import Compiled, Device, Dtype, JsonPath, Model, Weights, model_or_default
 from services.cli.terminal import progress_line, screen, size
 
@@ -34,6 +35,7 @@ def register(app: typer.Typer) -> None:
     bench.command()(decode)
     bench.command()(attention)
     bench.command()(encode)
+    bench.command("weights")(bench_weights)
     bench.command()(serve)
     bench.command()(elastic)
     bench.command()(prefix)
