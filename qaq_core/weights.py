@@ -13,8 +13,8 @@ from torch import nn
 from qaq_core.errors import ConfigError
 
 WEIGHTS = ("plain", "float32", "bfloat16", "int8", "int4")
-"""plain: the layers as transformers makes them. float32, bfloat16: reordered once for oneDNN. int8: a scale for each
-output. int4: a scale and an offset for every 32 inputs. With the last two the output layer is bfloat16."""
+"""plain: the layers as transformers makes them. float32, bfloat16: reordered once for oneDNN. int8: a scale for
+each output. int4: a scale and an offset for every 32 inputs. With the last two the output layer is bfloat16."""
 LOSSLESS = ("plain", "float32")
 """Those that change numbers by the order of sums only."""
 GROUP = 32
@@ -44,14 +44,8 @@ def pack(model: Any, weights: str) -> None:
     output = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
-            model.set_submodule(
-                name, _packed(name, layer, "bfloat16" if _coarse(weights, layer, output) else weights)
-            )
-
-
-def _coarse(weights: str, layer: nn.Linear, output: nn.Module | None) -> bool:
-    """Whether these weights would be too coarse for the layer."""
-    return layer is output and weights not in LOSSLESS
+            coarse = layer is output and weights not in LOSSLESS
+            model.set_submodule(name, _packed(name, layer, "bfloat16" if coarse else weights))
 
 
 def _packed(name: str, layer: nn.Linear, weights: str) -> nn.Module:

@@ -1,8 +1,8 @@
 """Decode steps whose decoder layers are compiled by torch.compile.
 
-Layers stay transformers' own: what is compiled is their forward, once for all layers that are alike, with attention
-as an operation that is not looked into. Only steps of one token a sequence over a QAQ cache go there; prompts and
-calls with any other cache run as before.
+Layers stay transformers' own: what is compiled is their forward, once for all that are alike, with attention as an
+operation that is not looked into. Only steps of one token a sequence over a QAQ cache go there; prompts and calls
+with any other cache run as before.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_the_demo_model_goes_on_as_with_plain_weights(weights: str) -> None:
     packed = load_model(str(default_model_path()), weights=weights)
     assert (packed.identity == plain.identity) == (weights in LOSSLESS)
     assert packed.fingerprint == plain.fingerprint
-    words = "The three primary colours are red, yellow and blue. The sum of two and two is four. The capital of France is"
+    words = "The three primary colours are red, yellow and blue. Two and two is four. The capital of France is"
     ids = plain.tokenizer(words, return_tensors="pt").input_ids
     want, got = (each.model(ids).logits.log_softmax(-1) for each in (plain, packed))
     assert (want.exp() * (want - got)).sum(-1).mean() < {"float32": 1e-6, "bfloat16": 5e-3}.get(weights, 0.02)
