@@ -22,7 +22,8 @@ class WeightsRow:
     """One form of weights over all documents, with a cache in full precision.
 
     Attributes:
-        kl: of the next token's distribution to that of plain weights, mean nats. nll_delta: of the text's tokens, mean.
+        kl: of the next token's distribution to that of plain weights, mean nats.
+        nll_delta: of the text's tokens, mean.
         top1: share of tokens where both think the same one likeliest.
         prompt_tokens_per_second: of the documents, each in one pass.
         step_ms: of one sequence with a short context, median.
