@@ -38,7 +38,7 @@ _place = _Place()
 
 
 def compile_layers(model: Any, report: Report | None = None) -> None:
-    """Compiles the model's decoder layers for decode steps, of one sequence and of several: some 15 to 60 seconds.
+    """Compiles the model's decoder layers for decode steps, of one sequence and of several: up to a minute.
 
     What torch.compile has made before, it takes from its cache on disk.
 
@@ -58,16 +58,28 @@ def compile_layers(model: Any, report: Report | None = None) -> None:
     use_qaq_attention(model)
     for index, layer in enumerate(layers):
         layer.forward = _dispatched(layer.forward, index)
-    with torch.inference_mode():
-        for batch in (1, 2):
+    # What is made is for a number of threads; workers decode with one fewer than they have.
+    threads = torch.get_num_threads()
+    kinds = [(count, batch) for count in {threads, max(1, threads - 1)} for batch in (1, 2)]
+    try:
+        for done, (count, batch) in enumerate(kinds):
             if report:
-                report("compiling", (batch - 1) / 2)
-            ids = torch.zeros(batch, 1, dtype=torch.long)
-            try:
-                model(ids, position_ids=torch.zeros_like(ids), past_key_values=_Nothing(), use_cache=True)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                message = str(error).strip().splitlines()[0]
-                raise UnsupportedModelError(f"{type(model).__name__} cannot be compiled: {message}") from error
+                report("compiling", done / len(kinds))
+            torch.set_num_threads(count)
+            _run(model, batch)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def _run(model: Any, batch: int) -> None:
+    """A step of sequences without tokens."""
+    ids = torch.zeros(batch, 1, dtype=torch.long)
+    try:
+        model(ids, position_ids=torch.zeros_like(ids), past_key_values=_Nothing(), use_cache=True)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        message = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be compiled: {message}") from error
 
 
 def _dispatched(eager: Callable[..., Any], index: int) -> Callable[..., Any]:
