@@ -21,6 +21,9 @@ from qaq_core.errors import ConfigError, UnsupportedModelError
 
 Report = Callable[[str, float], None]
 
+_FORMS = 64
+"""Kinds of layers, batches and numbers of threads that may be compiled of one class of layers in a process."""
+
 
 class _Place(threading.local):
     """Which layer of which cache a compiled layer attends in.
@@ -84,7 +87,7 @@ def _run(model: Any, batch: int) -> None:
 
 def _dispatched(eager: Callable[..., Any], index: int) -> Callable[..., Any]:
     """The forward of one layer: compiled where it can be."""
-    compiled = torch.compile(eager, fullgraph=True)
+    compiled = torch.compile(eager, fullgraph=True, recompile_limit=_FORMS)
 
     def forward(hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if args or hidden_states.shape[1] != 1 or not hasattr(past_key_values, "attend"):

@@ -49,6 +49,19 @@ def test_packed_weights_are_compiled_too() -> None:
     assert torch.allclose(want, got, atol=1e-4)
 
 
+def test_several_models_of_one_kind_can_be_compiled() -> None:
+    ids = token_ids(44)
+    for nth in range(1, 6):
+        model = tiny("llama-gqa")
+        del model.model.layers[1:]
+        model.config.num_hidden_layers = 1
+        model.model.layers[0].input_layernorm.variance_epsilon = nth * 1e-6
+        want = decoded(model, ids, QAQCache.for_model(model, preset="exact"), 40)
+        compile_layers(model)
+        got = decoded(model, ids, QAQCache.for_model(model, preset="exact"), 40)
+        assert torch.allclose(want, got, atol=1e-4)
+
+
 def test_a_model_without_known_layers_is_refused() -> None:
     model = tiny("llama-gqa")
     model._no_split_modules = []
