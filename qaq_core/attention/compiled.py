@@ -87,7 +87,8 @@ def _run(model: Any, batch: int) -> None:
 
 def _dispatched(eager: Callable[..., Any], index: int) -> Callable[..., Any]:
     """The forward of one layer: compiled where it can be."""
-    compiled = torch.compile(eager, fullgraph=True, recompile_limit=_FORMS)
+    compile_: Any = torch.compile  # its overloads do not know all of its parameters
+    compiled = compile_(eager, fullgraph=True, recompile_limit=_FORMS)
 
     def forward(hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if args or hidden_states.shape[1] != 1 or not hasattr(past_key_values, "attend"):
