@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+from qaq_core.attention.compiled import compile_layers
 from qaq_core.conversion import Progress, check_gguf, converted_model, converted_tokenizer, quiet
 from qaq_core.default_model import default_model_path
 from qaq_core.errors import ConfigError, ModelLoadError
+from qaq_core.weights import LOSSLESS, pack
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,6 +34,7 @@ class LoadedModel:
         model: in eval mode, on its device. tokenizer: as transformers makes it.
         fingerprint: hex; the same weights and configuration have the same one wherever they were found.
         context_length: tokens the model was made for.
+        weights: form of its linear layers, one of `weights.WEIGHTS`.
     """
 
     model: Any
@@ -41,6 +44,12 @@ class LoadedModel:
     fingerprint: str
     dtype: torch.dtype
     context_length: int
+    weights: str = "plain"
+
+    @property
+    def identity(self) -> str:
+        """Models with the same one make the same keys and values of the same tokens."""
+        return self.fingerprint if self.weights in LOSSLESS else f"{self.fingerprint}/{self.weights}"
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -100,7 +109,12 @@ def load_tokenizer(source: str, progress: Progress | None = None) -> Any:
 
 
 def load_model(
-    source: str, device: str = "cpu", dtype: str = "auto", progress: Progress | None = None
+    source: str,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    weights: str = "plain",
+    compiled: bool = False,
 ) -> LoadedModel:
     """A causal language model with its tokenizer.
 
@@ -109,9 +123,12 @@ def load_model(
         dtype: "float32", "float16", "bfloat16", or "auto": float32 on a CPU, elsewhere the checkpoint's own
             half precision or else bfloat16.
         progress: called with a stage and how much of it is done, 0 to 1.
+        weights: form of the linear layers, see `weights.pack`.
+        compiled: decode steps go through torch.compile, see `attention.compiled`.
     Raises:
         ModelLoadError: with what to do about it.
-        ConfigError: unknown device or dtype.
+        ConfigError: unknown device, dtype or weights, or not for this machine.
+        UnsupportedModelError: its layers cannot be compiled.
     """
     progress = progress or _silent
     place = device_of(device)
@@ -127,11 +144,14 @@ def load_model(
     tokenizer = _tokenizer(checkpoint, progress)
     progress("loading weights", 0.0)
     model = _weights(directory, resolved, place, source)
+    pack(model, weights)
     progress("loading weights", 1.0)
+    if compiled:
+        compile_layers(model, progress)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context:
         raise ModelLoadError(f"{source} does not say how long its context is (max_position_embeddings)")
-    return LoadedModel(model, tokenizer, checkpoint.name, source, fingerprint, resolved, int(context))
+    return LoadedModel(model, tokenizer, checkpoint.name, source, fingerprint, resolved, int(context), weights)
 
 
 def _find(source: str, with_weights: bool, download: bool = True) -> Checkpoint:

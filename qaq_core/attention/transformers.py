@@ -56,15 +56,18 @@ def qaq_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     position_ids: torch.Tensor | None = None,
+    qaq_step: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of query [batch, query_heads, n, head_dim] over everything the cache holds.
 
+    Args:
+        qaq_step: this is a layer that is compiled, see `compiled.py`.
     Returns:
         [batch, n, query_heads, head_dim] in the query's dtype.
     """
-    source: Source | None = getattr(key, _MARK, None)
-    if source is None:
+    source: Source | None = None if qaq_step else getattr(key, _MARK, None)
+    if source is None and not qaq_step:
         return sdpa_attention_forward(
             module,
             query,
@@ -80,7 +83,10 @@ def qaq_attention(
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise UnsupportedModelError("attention with learned sinks or capped logits is not supported")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = source.cache.attend(source.layer, query, key, value, factor, sliding_window, position_ids)
+    if source is None:
+        out = torch.ops.qaq.attend(query, key, value, factor, sliding_window)
+    else:
+        out = source.cache.attend(source.layer, query, key, value, factor, sliding_window, position_ids)
     return out.transpose(1, 2).to(query.dtype), None
 
 

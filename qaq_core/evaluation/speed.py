@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, QuantizedCache
 
 from qaq_core.cache import QAQCache
 from qaq_core.errors import ConfigError
+from qaq_core.evaluation import llama_cpp
+from qaq_core.evaluation.step_parts import PartRow, step_parts
 from qaq_core.method import Method
 
 DENSE = "dynamic"
@@ -55,6 +58,8 @@ def decode_speed(
     steps: int,
     caches: Sequence[str],
     report: Callable[[str, float], None] | None = None,
+    source: str = "",
+    profiled: list[PartRow] | None = None,
 ) -> list[SpeedRow]:
     """Prefills every cache with the same tokens, then decodes the next ones from each in turn.
 
@@ -63,37 +68,40 @@ def decode_speed(
     Args:
         ids: int64 [batch, context + steps].
         caches: presets, each with "/" and a kernel of `attention.KERNELS` if not the default one; "dynamic-bf16";
-            "quanto-int4" and "hqq-int4".
+            "quanto-int4" and "hqq-int4"; those of `llama_cpp.CACHES`.
+        source: where the model came from; llama.cpp reads the same GGUF file.
+        profiled: where parts of the steps of QAQ's caches go, which then decode the same tokens once more.
     """
     batch, context = ids.shape[0], ids.shape[1] - steps
     if context < 1:
         raise ConfigError(f"{ids.shape[1]} tokens leave no prompt before {steps} decoded ones")
     if steps <= WARM_UP:
         raise ConfigError(f"{steps} steps are too few: the first {WARM_UP} do not count")
-    held: dict[str, Any] = {DENSE: DynamicCache()}
-    held.update((name, _cache(model, fingerprint, name)) for name in caches)
-    models = dict.fromkeys(held, model)
-    if HALF in held:
-        models[HALF] = copy.deepcopy(model).to(torch.bfloat16)
-    times: dict[str, list[float]] = {name: [] for name in held}
-    for name, cache in held.items():
-        _say(report, f"prompt: {name}", 0.0)
-        models[name](ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for step in range(steps):
-        _say(report, "decoding", step / steps)
-        at = context + step
-        for name, cache in held.items():
-            begun = time.perf_counter()
-            models[name](
-                ids[:, at : at + 1],
-                position_ids=torch.full((batch, 1), at, device=ids.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            if step >= WARM_UP:
-                times[name].append(time.perf_counter() - begun)
+    times: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        held: dict[str, Decoder] = {}
+        for name in dict.fromkeys((DENSE, *caches)):
+            _say(report, f"prompt: {name}", 0.0)
+            times[name] = []
+            if name.startswith(llama_cpp.PREFIX):
+                held[name] = stack.enter_context(llama_cpp.LlamaCpp(source, name, *ids.shape))
+            else:
+                held[name] = _decoder(model, fingerprint, name)
+            held[name].decode(ids[:, :context])
+        for step in range(steps):
+            _say(report, "decoding", step / steps)
+            for name, decoder in held.items():
+                begun = time.perf_counter()
+                decoder.decode(ids[:, context + step : context + step + 1])
+                if ids.is_cuda:
+                    torch.cuda.synchronize()
+                if step >= WARM_UP:
+                    times[name].append(time.perf_counter() - begun)
+        bytes_of = {name: decoder.nbytes for name, decoder in held.items()}
+        if profiled is not None:
+            for name, decoder in held.items():
+                if isinstance(decoder, ModelDecoder) and isinstance(decoder.cache, QAQCache):
+                    profiled += step_parts(model, name, decoder.cache, ids[:, context:])
     dense = fmean(times[DENSE])
     return [
         SpeedRow(
@@ -103,15 +111,53 @@ def decode_speed(
             tokens_per_second=batch / fmean(times[name]),
             median_ms=median(times[name]) * 1000,
             ratio_to_dynamic_cache=dense / fmean(times[name]),
-            kv_bytes=cache.nbytes if isinstance(cache, QAQCache) else _bytes(cache),
+            kv_bytes=bytes_of[name],
         )
-        for name, cache in held.items()
+        for name in held
     ]
 
 
-def _cache(model: Any, fingerprint: str | None, name: str) -> Any:
+class Decoder(Protocol):
+    """Sequences of one length that are decoded together."""
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Computes the next tokens, int64 [batch, n]; returns the last ones' logits [batch, vocabulary]."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of their keys and values."""
+        ...
+
+
+class ModelDecoder:
+    """A transformers model over a cache."""
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        self.model, self.cache, self._length = model, cache, 0
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Decoder`."""
+        positions = torch.full_like(ids, self._length) if ids.shape[1] == 1 else None
+        self._length += ids.shape[1]
+        output = self.model(
+            ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes if isinstance(self.cache, QAQCache) else _bytes(self.cache)
+
+
+def _decoder(model: Any, fingerprint: str | None, name: str) -> ModelDecoder:
     if name == HALF:
-        return DynamicCache()
+        return ModelDecoder(copy.deepcopy(model).to(torch.bfloat16), DynamicCache())
+    return ModelDecoder(model, DynamicCache() if name == DENSE else _cache(model, fingerprint, name))
+
+
+def _cache(model: Any, fingerprint: str | None, name: str) -> Any:
     if name in QUANTIZED:
         backend = QUANTIZED[name]
         try:

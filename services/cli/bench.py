@@ -8,7 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,13 +16,15 @@ from rich.table import Table
 from services.cli.bench_elastic import elastic
 from services.cli.bench_prefix import prefix
 from services.cli.bench_serve import serve
-from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
+from services.cli.bench_weights import weights as bench_weights
+from services.cli.stack import Compiled, Device, Dtype, JsonPath, Model, Weights, model_or_default
 from services.cli.terminal import progress_line, screen, size
 
 if TYPE_CHECKING:
     from qaq_core.evaluation import SpeedRow
     from qaq_core.evaluation.attention_speed import AttentionRow
     from qaq_core.evaluation.encode_speed import EncodeRow
+    from qaq_core.evaluation.step_parts import PartRow
 
 CACHES = "balanced,balanced/reference"
 SHAPES = "9/3/64/4096,12/2/128/16384,32/8/128/16384"
@@ -33,6 +35,7 @@ def register(app: typer.Typer) -> None:
     bench.command()(decode)
     bench.command()(attention)
     bench.command()(encode)
+    bench.command("weights")(bench_weights)
     bench.command()(serve)
     bench.command()(elastic)
     bench.command()(prefix)
@@ -47,12 +50,16 @@ def decode(
     caches: Annotated[
         str,
         typer.Option(
-            help="By comma: presets, a kernel after /: balanced/reference; dynamic-bf16, quanto-int4, hqq-int4."
+            help="By comma: presets, a kernel after /: balanced/reference; dynamic-bf16, quanto-int4, hqq-int4, "
+            "llama.cpp-f16, llama.cpp-q8_0, llama.cpp-q4_0."
         ),
     ] = CACHES,
     text: Annotated[Path | None, typer.Option(help="Text to decode; the built-in one if not given.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    weights: Weights = "plain",
+    compiled: Compiled = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the steps of QAQ's caches go.")] = False,
     json_path: JsonPath = None,
 ) -> None:
     """Decodes from each cache in turn, one step at a time, and from transformers' DynamicCache."""
@@ -65,17 +72,27 @@ def decode(
 
     names = [name.strip() for name in caches.split(",") if name.strip()]
     with progress_line() as report, calibration.shown(report):
-        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
+        if "dynamic-bf16" in names and (weights != "plain" or compiled):
+            raise ConfigError("dynamic-bf16 makes weights of its own: leave out --weights and --compiled for it")
+        loaded = load_model(
+            model_or_default(model), device, dtype, lambda what, share: report(what, None), weights, compiled
+        )
         words = builtin_text() if text is None else text.read_text(encoding="utf-8")
         ids = loaded.tokenizer(words, return_tensors="pt").input_ids
         if ids.shape[1] < context + steps:
             raise ConfigError(f"the text has {ids.shape[1]} tokens; ask for a shorter context, or give --text")
         # Each sequence begins somewhere else in the text.
         ids = torch.cat([ids.roll(-37 * i, 1)[:, : context + steps] for i in range(batch)])
-        rows = decode_speed(loaded.model, loaded.fingerprint, ids.to(device), steps, names, report)
+        ids = ids.to(device)
+        parts: list[PartRow] | None = [] if profile else None
+        rows = decode_speed(loaded.model, loaded.fingerprint, ids, steps, names, report, loaded.source, parts)
     screen.print(_table(rows), highlight=False)
+    if parts:
+        screen.print(_parts_table(parts), highlight=False)
     if json_path is not None:
-        _write(json_path, {"model": loaded.name, "dtype": str(loaded.dtype).removeprefix("torch.")}, rows)
+        about = {"model": loaded.name, "dtype": str(loaded.dtype).removeprefix("torch.")}
+        profiled = {} if parts is None else {"profile": [asdict(row) for row in parts]}
+        _write(json_path, {**about, "weights": weights, "compiled": compiled, **profiled}, rows)
 
 
 def attention(
@@ -136,7 +153,7 @@ def encode(
         _write(json_path, {"shape": shape, "tokens": str(tokens), "bits": f"{MEAN_BITS:.2f} an element"}, rows)
 
 
-def _write(path: Path, about: dict[str, str], rows: Sequence[SpeedRow | AttentionRow | EncodeRow]) -> None:
+def _write(path: Path, about: dict[str, Any], rows: Sequence[SpeedRow | AttentionRow | EncodeRow]) -> None:
     import torch
 
     from qaq_core.native import library
@@ -162,4 +179,11 @@ def _table(rows: list[SpeedRow]) -> Table:
             f"{row.ratio_to_dynamic_cache:.2f}",
             size(row.kv_bytes),
         )
+    return table
+
+
+def _parts_table(rows: list[PartRow]) -> Table:
+    table = Table("cache", "part of a step", "CPU", "calls")
+    for row in rows:
+        table.add_row(row.cache, row.part, f"{row.milliseconds:.2f} ms", f"{row.calls:.1f}")
     return table

@@ -26,6 +26,12 @@ Model = Annotated[
 Workers = Annotated[int, typer.Option(min=1, help="How many workers.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<n>.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Weights = Annotated[
+    str, typer.Option(envvar="QAQ_WEIGHTS", help="Of linear layers: plain, float32, bfloat16, int8 or int4.")
+]
+Compiled = Annotated[
+    bool, typer.Option("--compiled", envvar="QAQ_COMPILED", help="Decode steps go through torch.compile.")
+]
 Preset = Annotated[str, typer.Option(help="balanced, paper or exact.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write it there as JSON.")]
 TargetBits = Annotated[float | None, typer.Option(help="Mean bits per element of a cache; default: the preset's.")]

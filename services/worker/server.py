@@ -87,7 +87,9 @@ class WorkerServer:
 
     def _load(self, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, Engine]:
         settings = self._settings
-        loaded = self._loaded or load_model(settings.model, settings.device, settings.dtype, self._note)
+        loaded = self._loaded or load_model(
+            settings.model, settings.device, settings.dtype, self._note, settings.weights, settings.compiled
+        )
         # The engine's thread keeps the interpreter busy; by default the event loop waits 5 ms for its turn.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._note("preparing the cache", 0.0)

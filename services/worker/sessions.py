@@ -25,7 +25,7 @@ class Sessions:
 
     def __init__(self, loaded: LoadedModel, originals: Originals, settings: WorkerSettings) -> None:
         self._originals, self._settings = originals, settings
-        self._fingerprint = loaded.fingerprint
+        self._fingerprint = loaded.identity
         self._methods = Methods(loaded, settings)
         self._methods.get(common_pb2.CacheParams())
         self.shelf = Shelf(settings.max_kept)

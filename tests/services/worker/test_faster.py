@@ -1,0 +1,43 @@
+"""The engine over a model whose weights are packed and whose layers are compiled."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+
+import pytest
+import torch
+
+from qaq_core import InProcessOriginals
+from qaq_core.loading import LoadedModel, default_model_path, load_model
+from services.common.settings import WorkerSettings
+from services.worker.engine import Engine
+from tests.services.worker.conftest import EXACT, MakeEngine, outcome, request
+
+STORY = "The lighthouse keeper climbed the stairs every evening, lit the lamp and wrote the weather in his book. "
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"),
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN"),
+]
+
+
+async def test_it_says_the_same(smollm2: LoadedModel, make_engine: MakeEngine) -> None:
+    prompts = [smollm2.tokenizer(STORY * n).input_ids for n in (6, 5, 4)]
+    async with make_engine() as engine:
+        want = [await outcome(engine.submit(request(tokens, 8, cache=EXACT))) for tokens in prompts]
+    settings = WorkerSettings(model=str(default_model_path()), weights="float32", compiled=True)
+    loaded = load_model(settings.model, weights=settings.weights, compiled=settings.compiled)
+    engine = Engine(loaded, InProcessOriginals(), settings, asyncio.get_running_loop())
+    engine.start()
+    try:
+        alone = await outcome(engine.submit(request(prompts[0], 8, cache=EXACT)))
+        running = [engine.submit(request(tokens, 8, cache=EXACT)) for tokens in prompts]
+        together = [await outcome(generation) for generation in running]
+    finally:
+        await asyncio.to_thread(engine.stop)
+    assert [alone.tokens, *(each.tokens for each in together)] == [
+        want[0].tokens,
+        *(each.tokens for each in want),
+    ]
