@@ -26,16 +26,12 @@ log = structlog.get_logger()
 class Batch:
     """Computes the generations that run. Belongs to the engine's thread.
 
-    Args:
-        prefill_chunk: most tokens of a prompt that are computed at once.
-
     Attributes:
         running: in the order in which they came; those that compute their prompt, and those that decode.
     """
 
-    def __init__(self, loaded: LoadedModel, sessions: Sessions, outbox: Outbox, prefill_chunk: int) -> None:
+    def __init__(self, loaded: LoadedModel, sessions: Sessions, outbox: Outbox) -> None:
         self._loaded, self._sessions, self._outbox = loaded, sessions, outbox
-        self._prefill_chunk = prefill_chunk
         self._device = next(loaded.model.parameters()).device
         self._threads = torch.get_num_threads()
         self.running: list[Generation] = []
@@ -94,27 +90,32 @@ class Batch:
             self._outbox.put(generation, generation.progress(session.loaded))
         return session.loading is None
 
-    def prefill(self, generation: Generation) -> None:
-        """One chunk of its prompt; after the last one its first token, and that of its other choices."""
+    def prefill(self, generation: Generation, most: int) -> int:
+        """One chunk of its prompt; after the last one its first token, and that of its other choices.
+
+        Returns:
+            how many tokens it took, at most `most`.
+        """
         session = session_of(generation)
         torch.set_num_threads(self._threads)
-        start = session.sequence.length
+        start, chunk = session.sequence.length, []
         try:
-            chunk = session.next_chunk(generation.chunk(self._prefill_chunk))
+            chunk = session.next_chunk(generation.chunk(most))
             logits = self._forward([session], [chunk], len(chunk) if generation.scores_prompt else 1)[0]
             metrics.prompt_tokens.labels("computed").inc(session.sequence.length - start)
             self._outbox.put(generation, generation.progress(session.sequence.length))
             if generation.scores_prompt:
                 self._outbox.put_all(generation, generation.echo_chunk(start, logits))
             if session.lacking:
-                return
+                return len(chunk)
             others = list(generation.branches())
         except Exception as error:
             self.fail(generation, error)
-            return
+            return len(chunk)
         self.running += others
         for choice in (generation, *others):
             self._advance(choice, logits[-1])
+        return len(chunk)
 
     def decode(self, generations: Sequence[Generation]) -> None:
         """One token for each. If the pass fails, each is tried alone, so that only the faulty one ends."""
