@@ -219,7 +219,11 @@ class PackedTokens:
         self.version += 1
 
     def narrow(self, widths: tuple[torch.Tensor, torch.Tensor]) -> int:
-        """Cuts rows off that are wider than keys' and values' `widths` [layers, kv_heads, tokens]; returns how many."""
+        """Cuts rows off that are wider than keys' and values' `widths` [layers, kv_heads, tokens].
+
+        Returns:
+            how many.
+        """
         held = [self.widths(side) for side in (KEY, VALUE)]
         left = [torch.minimum(had, most) for had, most in zip(held, widths, strict=True)]
         falling = [had != has for had, has in zip(held, left, strict=True)]

@@ -55,7 +55,7 @@ class Pool:
         self._find_rows(after, side)
 
     def narrow(self, before: torch.Tensor, after: torch.Tensor, side: int) -> None:
-        """Cuts rows off at the widths of `after`, which are at most those of `before`. None is in half precision."""
+        """Cuts rows off at the widths of `after`, at most those of `before`. None is in half precision."""
         self.rows = self._weaver.narrow(self.rows, self._half_bit, before, after, side)
         self._find_rows(after, side)
 

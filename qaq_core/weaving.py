@@ -56,7 +56,7 @@ class Weaver(Protocol):
         ...
 
     def narrow(self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int) -> Rows:
-        """Rows cut off at the widths of `after`, which are at most those of `before`. None is in half precision."""
+        """Rows cut off at the widths of `after`, at most those of `before`. None is in half precision."""
         ...
 
 

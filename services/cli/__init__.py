@@ -2,10 +2,10 @@
 
 import os
 
-# Before torch is imported. Threads that wait for each other would otherwise spin for milliseconds, on processors that
-# a router, a cache service and Redis want too: torch's operations then take ten times as long.
+# Before torch is imported. Threads that wait for each other would otherwise spin for milliseconds, on processors
+# that a router, a cache service and Redis want too: torch's operations then take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from services.cli.main import app  # noqa: E402
+from services.cli.main import app
 
 __all__ = ["app"]

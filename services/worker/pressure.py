@@ -189,7 +189,7 @@ class Pressure:
         self._behind = deque(everyone)
 
     def _bring_up(self, here: set[int]) -> bool:
-        """Tells sequences the price, one after the other, until the time for that is over; False if all know it."""
+        """Tells sequences the price, one after the other, until the time for it is over; False if all know it."""
         now, behind = time.monotonic(), len(self._behind)
         ends = now + min(max(now - self._told, SLICE_S), LONGEST_SLICE_S)
         while self._behind and time.monotonic() < ends:
