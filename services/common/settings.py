@@ -61,6 +61,7 @@ class WorkerSettings(CommonSettings):
     model: local directory, GGUF file, hub id or installed wheel.
     target_bits: mean code bits per element after prefill; None takes the preset's.
     page_tokens: positions in a page of originals.
+    decode_threads: for a decode step on a CPU; None leaves one of those that prompts take to others.
     max_kept: idle sessions whose caches stay for their next turn.
     kv_budget_bytes: most bytes that all sessions' caches may hold, beside the one prompt that is being computed;
         None is unbounded.
@@ -85,6 +86,7 @@ class WorkerSettings(CommonSettings):
     target_bits: float | None = Field(default=None, gt=0, le=16)
     page_tokens: int = Field(default=32, ge=1, le=1024)
     prefill_chunk: int = Field(default=512, ge=1)
+    decode_threads: int | None = Field(default=None, ge=1)
     max_sequences: int = Field(default=8, ge=1)
     max_waiting: int = Field(default=64, ge=0)
     max_kept: int = Field(default=32, ge=0)

@@ -26,14 +26,21 @@ log = structlog.get_logger()
 class Batch:
     """Computes the generations that run. Belongs to the engine's thread.
 
+    Args:
+        decode_threads: for a decode step; all but one if not given.
+
     Attributes:
         running: in the order in which they came; those that compute their prompt, and those that decode.
     """
 
-    def __init__(self, loaded: LoadedModel, sessions: Sessions, outbox: Outbox) -> None:
+    def __init__(
+        self, loaded: LoadedModel, sessions: Sessions, outbox: Outbox, decode_threads: int | None
+    ) -> None:
         self._loaded, self._sessions, self._outbox = loaded, sessions, outbox
         self._device = next(loaded.model.parameters()).device
         self._threads = torch.get_num_threads()
+        # A step is many small operations, and each waits for its slowest thread: leave a core to the others.
+        self._decode_threads = decode_threads or max(1, self._threads - 1)
         self.running: list[Generation] = []
 
     @property
@@ -120,8 +127,7 @@ class Batch:
     def decode(self, generations: Sequence[Generation]) -> None:
         """One token for each. If the pass fails, each is tried alone, so that only the faulty one ends."""
         sessions = [session_of(g) for g in generations]
-        # A step is many small operations, and each waits for its slowest thread: leave a core to the others.
-        torch.set_num_threads(max(1, self._threads - 1))
+        torch.set_num_threads(self._decode_threads)
         try:
             logits = self._forward(sessions, [session.next_chunk(1) for session in sessions])
         except Exception as error:

@@ -53,7 +53,7 @@ class Engine:
         self._check = Checker(loaded, settings)
         self._sessions = Sessions(loaded, originals, settings)
         self._inbox, self._outbox = Inbox(originals, settings), Outbox(loop)
-        self._batch = Batch(loaded, self._sessions, self._outbox)
+        self._batch = Batch(loaded, self._sessions, self._outbox, settings.decode_threads)
         self._state = State()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
