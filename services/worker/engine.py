@@ -1,7 +1,8 @@
 """The engine: one thread that computes, for all generations of a worker.
 
 A step is at most `prefill_chunk` tokens of prompts, one prompt after the other, and then one token of every
-sequence that decodes, in one forward pass. Everything but `submit`, `cancel`, `drop` and `state` belongs to the thread.
+sequence that decodes, in one forward pass. Everything but `submit`, `cancel`, `drop` and `state` belongs to the
+thread.
 """
 
 from __future__ import annotations
