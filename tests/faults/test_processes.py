@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import grpc
 import pytest
 from prometheus_client import REGISTRY
 from qaq.v1 import (
@@ -63,14 +64,26 @@ async def hear(
     event: Callable[[], Awaitable[None]] | None = None,
 ) -> Heard:
     """A greedy stream of NEW tokens; `event` happens when token `at` has come."""
-    request = generate_pb2.GenerateRequest(
+    heard = Heard()
+    await listen(client.Generate(asked(session, prompt), timeout=300), heard, at, event)
+    assert len(heard.tokens) == NEW
+    return heard
+
+
+def asked(session: str, prompt: str = STORY) -> generate_pb2.GenerateRequest:
+    return generate_pb2.GenerateRequest(
         prompt=prompt,
         session_id=session,
         sampling=common_pb2.SamplingParams(temperature=0),
         stop=common_pb2.StopParams(max_new_tokens=NEW, ignore_eos=True),
     )
-    heard = Heard()
-    async for reply in client.Generate(request, timeout=300):
+
+
+async def listen(
+    call: grpc.aio.UnaryStreamCall, heard: Heard, at: int = 0, event: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Adds what comes to what was heard before."""
+    async for reply in call:
         match reply.WhichOneof("event"):
             case "token":
                 assert reply.token.index == len(heard.tokens)
@@ -81,8 +94,6 @@ async def hear(
             case "finished":
                 heard.text += reply.finished.text
                 heard.usage = reply.finished.usage
-    assert len(heard.tokens) == NEW
-    return heard
 
 
 async def opened(client: Stub, cache: common_pb2.CacheParams = EXACT) -> str:
@@ -139,6 +150,26 @@ async def test_a_lost_page_is_computed_again(stack: Stack, client: Stub) -> None
     assert heard.usage.loaded_tokens == 0
     assert heard.tokens == expected.tokens
     await redis.aclose()
+
+
+async def test_a_stream_is_taken_up_after_its_router_was_killed(stack: Stack, client: Stub) -> None:
+    """On another router: same tokens, same text, none lost, none repeated."""
+    expected, session, heard = await hear(client, await opened(client)), await opened(client), Heard()
+    router = stack.processes.start("router")
+    stack.processes.until_serving(router)
+
+    async def kill() -> None:
+        stack.processes.kill(router)
+
+    async with open_channel(router) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await listen(Stub(channel).Generate(asked(session), timeout=300), heard, NEW // 2, kill)
+    assert NEW // 2 <= len(heard.tokens) < NEW
+    rest = generate_pb2.RejoinRequest(session_id=session, received=len(heard.tokens))
+    await listen(client.Rejoin(rest, timeout=300), heard)
+    assert (heard.tokens, heard.text) == (expected.tokens, expected.text)
+    assert heard.usage.generated_tokens == NEW
+    assert len((await hear(client, session, " Later")).tokens) == NEW
 
 
 async def test_a_killed_worker_is_not_noticed(stack: Stack, client: Stub) -> None:
