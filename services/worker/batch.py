@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import structlog
@@ -17,6 +18,9 @@ from services.worker.outbox import Outbox
 from services.worker.session import Session
 from services.worker.sessions import Sessions
 from services.worker.state import count
+
+AHEAD = 2
+"""Prompts whose stored pages are fetched at a time."""
 
 _GOING_ON = common_pb2.FINISH_REASON_UNSPECIFIED
 
@@ -59,11 +63,6 @@ class Batch:
         return {g.request.session_id for g in self.running} - {""}
 
     @property
-    def arriving(self) -> Generation | None:
-        """The one whose prompt is computed next. One at a time: full precision takes a lot of room."""
-        return next((g for g in self.running if session_of(g).prefilling), None)
-
-    @property
     def decoding(self) -> list[Generation]:
         return [g for g in self.running if not session_of(g).prefilling]
 
@@ -82,7 +81,16 @@ class Batch:
 
     # -- a step ----------------------------------------------------------------------------------------
 
-    def loaded_prefix(self, generation: Generation) -> bool:
+    def arriving(self) -> Generation | None:
+        """The one whose prompt is computed next; None if there is none, or if all wait for the store.
+
+        One at a time, and the first `AHEAD` load what is stored: full precision takes a lot of room.
+        """
+        first = list(itertools.islice((g for g in self.running if session_of(g).prefilling), AHEAD))
+        ready = [generation for generation in first if self._loaded_prefix(generation)]
+        return next((g for g in ready if session_of(g).begun), ready[0] if ready else None)
+
+    def _loaded_prefix(self, generation: Generation) -> bool:
         """Whether what is stored of its prompt is here; asks for it if need be."""
         session = session_of(generation)
         if session.loading is None:

@@ -155,7 +155,7 @@ class Engine:
     def _compute_prompts(self) -> bool:
         """Prompts in order, `prefill_chunk` tokens of them; False if there was nothing to compute."""
         room = most = self._settings.prefill_chunk
-        while room > 0 and (prompt := self._batch.arriving) and self._batch.loaded_prefix(prompt):
+        while room > 0 and (prompt := self._batch.arriving()):
             room -= self._batch.prefill(prompt, room)
             self._send()
         return room < most

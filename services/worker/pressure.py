@@ -42,7 +42,7 @@ ROUNDS_S = 0.25
 """Least seconds from one price to the next."""
 
 OVERHEAD_BITS = 0.3
-"""Of a packed element, beside its code: tags, scales, window."""
+"""Of a packed element, beside its code: tags, scales, window. A guess for admission."""
 
 log = structlog.get_logger()
 
@@ -148,22 +148,21 @@ class Pressure:
         else:
             return
         held = sum(session.sequence.packed.nbytes for session in giving)
-        bits = 8 * (held + room - used) / elements - OVERHEAD_BITS
-        price = self._search(giving, max(bits, self._floor_bits))
+        asked = giving[:: -(-len(giving) // ASKED)]
+        bits = 8 * (held + room - used) / elements - sum(map(_overhead_bits, asked)) / len(asked)
+        price = self._search(asked, max(bits, self._floor_bits))
         self._moved = time.monotonic()
         # What is held lags behind what would be wanted now, so a price that should do may have to be passed.
         self._set(max(price, self.price * STEP) if over else min(price, self.price), everyone)
 
-    def _search(self, giving: Sequence[Session], bits: float) -> float:
+    def _search(self, asked: Sequence[Session], bits: float) -> float:
         """The lowest price that leaves so many code bits an element; 0 if no price is needed."""
-        step = -(-len(giving) // ASKED)
-        asked = [session.sequence for session in giving[::step]]
-        lowest = min(session.sequence.price.own or math.inf for session in giving)
+        lowest = min(session.sequence.price.own or math.inf for session in asked)
         prices = [lowest * factor for factor in TRIED]
 
         @functools.cache
         def left(place: int) -> float:
-            return sum(sequence.bits_at(prices[place]) for sequence in asked) / len(asked)
+            return sum(session.sequence.bits_at(prices[place]) for session in asked) / len(asked)
 
         enough = bisect.bisect_left(range(len(prices)), True, key=lambda place: left(place) <= bits)
         if enough == len(prices):
@@ -207,3 +206,9 @@ class Pressure:
         for price in back:
             held = price.allowance or 0
             price.allowance = int(min(self._rate, held + bytes_now / len(back)))
+
+
+def _overhead_bits(session: Session) -> float:
+    """What a packed element takes beside its code."""
+    packed = session.sequence.packed
+    return 8 * packed.nbytes / session.packed_elements - packed.mean_bits

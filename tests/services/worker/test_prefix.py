@@ -164,6 +164,32 @@ async def test_what_cannot_be_loaded_is_computed(
     assert store.nbytes == 0  # whatever came too late, or was not used, is forgotten too
 
 
+class Late(InProcessOriginals):
+    """Answers the first question only when the test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: Future[int] | None = None
+
+    def match(self, page_ids: Sequence[bytes]) -> Future[int]:
+        if self.first is not None:
+            return super().match(page_ids)
+        self.first = Future()
+        return self.first
+
+
+async def test_a_prompt_does_not_wait_for_what_another_one_loads(make_engine: MakeEngine, ids: Ids) -> None:
+    store = Late()
+    async with make_engine(store, prefix_timeout_s=300, **SMALL) as engine:
+        waits = engine.submit(request(ids(STORY * 2), 2, cache=EXACT))
+        goes = await outcome(engine.submit(request(ids(LISTS * 2), 2, cache=EXACT)))
+        assert len(goes.tokens) == 2
+        assert waits.replies.empty()
+        assert store.first is not None
+        store.first.set_result(0)
+        assert len((await outcome(waits)).tokens) == 2
+
+
 async def test_reuse_can_be_off(make_engine: MakeEngine, ids: Ids) -> None:
     tokens = ids(STORY * 3)
     async with make_engine(prefix_reuse=False, **SMALL) as engine:
