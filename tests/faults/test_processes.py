@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import pytest
+from openai import AsyncOpenAI
 from prometheus_client import REGISTRY
 from qaq.v1 import (
     common_pb2,
@@ -22,6 +24,8 @@ from redis.asyncio import Redis
 
 from services.common.channel import open_channel
 from services.common.redis import connect
+from services.common.settings import GatewaySettings
+from services.gateway.server import GatewayServer
 from tests.faults.conftest import PAGE_TOKENS, Processes
 
 Stub = generate_pb2_grpc.InferenceStub
@@ -170,6 +174,30 @@ async def test_a_stream_is_taken_up_after_its_router_was_killed(stack: Stack, cl
     assert (heard.tokens, heard.text) == (expected.tokens, expected.text)
     assert heard.usage.generated_tokens == NEW
     assert len((await hear(client, session, " Later")).tokens) == NEW
+
+
+async def test_a_gateways_client_does_not_notice_that_a_router_was_killed(stack: Stack) -> None:
+    """It is in the middle of a stream, which the gateway takes up on another router."""
+    processes = stack.processes
+    router = processes.start("router")
+    processes.until_serving(router)
+    gateway = GatewayServer(GatewaySettings(redis_url=processes.redis.url, port=0))
+    url = f"http://{await gateway.start()}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as openai:
+        name = (await openai.models.list()).data[0].id
+        asked: dict[str, Any] = {"model": name, "prompt": STORY, "max_tokens": NEW, "temperature": 0}
+        asked["extra_body"] = {"ignore_eos": True}
+        whole = (await openai.completions.create(**asked)).choices[0].text
+        other = processes.start("router")  # the gateway stays with the first
+        processes.until_serving(other)
+        pieces: list[str] = []
+        async for chunk in await openai.completions.create(stream=True, **asked):
+            pieces += [choice.text for choice in chunk.choices]
+            if len(pieces) == NEW // 4:
+                processes.kill(router)
+    assert "".join(pieces) == whole
+    processes.kill(other)
+    await gateway.stop()
 
 
 async def test_a_killed_worker_is_not_noticed(stack: Stack, client: Stub) -> None:
