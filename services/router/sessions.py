@@ -46,10 +46,8 @@ redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 return 1
 """
 _CUT = """
-local rest = redis.call('GETRANGE', KEYS[1], 0, ARGV[1] - 1)
-redis.call('SET', KEYS[1], rest, 'EX', ARGV[2])
+redis.call('SET', KEYS[1], redis.call('GETRANGE', KEYS[1], 0, ARGV[1] - 1), 'EX', ARGV[2])
 redis.call('DEL', KEYS[2])
-return 1
 """
 _SET_IF_OPEN = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
