@@ -51,7 +51,7 @@ class Pressure:
     """Keeps the caches of a worker within a budget. Belongs to the engine's thread.
 
     Args:
-        budget: bytes that all caches may hold, but for a prompt that is being computed; None is unbounded.
+        budget: bytes that all caches may hold, but for prompts that are being computed; None is unbounded.
         floor_bits: code bits an element that the price leaves on average.
         widen_bytes_per_s: of packed rows that may be fetched to give bits back.
 
