@@ -63,8 +63,8 @@ class WorkerSettings(CommonSettings):
     page_tokens: positions in a page of originals.
     decode_threads: for a decode step on a CPU; None leaves one of those that prompts take to others.
     max_kept: idle sessions whose caches stay for their next turn.
-    kv_budget_bytes: most bytes that all sessions' caches may hold, beside prompts that are being loaded or computed;
-        None is unbounded.
+    kv_budget_bytes: most bytes that all sessions' caches may hold, beside prompts that are being loaded or
+        computed; None is unbounded.
     kv_floor_bits: mean code bits an element that pressure leaves to the caches; admission counts on it.
     widen_bytes_per_s: of packed rows fetched to give bits back when the pressure has fallen.
     staging_budget_bytes: originals in host memory that the store has not taken; when there are more, nothing new
