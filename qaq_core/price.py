@@ -100,8 +100,12 @@ class Price:
             self.own = solve_price(allocator, allocator.demand(kept), target)
 
     def steer(self, packed: PackedTokens, length: int, fixed_bytes: int) -> None:
-        """Turns it towards what the target asks for: bits drift while tokens come and attention moves."""
-        if self.own is None or self.method.target.error is not None:
+        """Turns it towards what the target asks for: bits drift while tokens come and attention moves.
+
+        Bits that a floor has taken are not missed here.
+        """
+        squeezed = self.elastic and (self.recovering or self.paid == self.floor)
+        if self.own is None or squeezed or self.method.target.error is not None:
             return
         target = self.method.target_bits(length, len(packed), fixed_bytes)
         if target is not None:
