@@ -71,7 +71,8 @@ class Exceptions:
 
     def settle(self, kept: Kept, price: float) -> None:
         """Narrows every vector to what it wants at that price, at once."""
-        self._narrow(self._movers(kept, price, most=1.0, least=None))
+        wanted = self.allocator.widths(self.allocator.demand(kept), price)
+        self.counts.rows_narrowed += self.packed.narrow(wanted)
 
     def review(self, kept: Kept, price: float, narrow: bool = True, most_bytes: int | None = None) -> int | None:
         """Narrows what needs less and asks for what needs more. One request is under way at a time.

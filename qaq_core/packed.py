@@ -218,6 +218,29 @@ class PackedTokens:
         self.tags = after
         self.version += 1
 
+    def narrow(self, widths: tuple[torch.Tensor, torch.Tensor]) -> int:
+        """Cuts rows off that are wider than keys' and values' `widths` [layers, kv_heads, tokens].
+
+        Returns:
+            how many.
+        """
+        held = [self.widths(side) for side in (KEY, VALUE)]
+        left = [torch.minimum(had, most) for had, most in zip(held, widths, strict=True)]
+        falling = [had != has for had, has in zip(held, left, strict=True)]
+        after = tags_of(*left)
+        for side, mine in enumerate(self.sides):
+            if any(HALF in pool.rows for pool in mine.pools):  # no prefix of theirs is a code
+                index = torch.nonzero(falling[side].view(-1)).squeeze(1)
+                nothing = torch.empty(0, dtype=torch.uint8, device=self.device)
+                self.change(side, index, left[side].view(-1)[index], nothing, torch.zeros_like(index))
+                continue
+            for block, pool in enumerate(mine.pools):
+                first, last = self.block_range(block)
+                pool.narrow(self.tags[:, :, first:last], after[:, :, first:last], side)
+        self.tags = after
+        self.version += 1
+        return sum(int(mine.count_nonzero()) for mine in falling)
+
     def _from_halves(self, pool: Pool, tags: torch.Tensor, side: int, moves: Moves) -> Moves:
         """The same moves; rows in half precision that become codes are given anew, as they have no planes."""
         halves = torch.nonzero((moves.have == HALF) & (moves.keep > 0)).squeeze(1)

@@ -52,7 +52,16 @@ class Pool:
             before, after: the block's tags [layers, kv_heads, tokens]; `after` may have more tokens.
         """
         self.rows = self._weaver.weave(self.rows, self._half_bit, before, after, side, moves)
-        counts = self._weaver.count(after, side)
+        self._find_rows(after, side)
+
+    def narrow(self, before: torch.Tensor, after: torch.Tensor, side: int) -> None:
+        """Cuts rows off at the widths of `after`, at most those of `before`. None is in half precision."""
+        self.rows = self._weaver.narrow(self.rows, self._half_bit, before, after, side)
+        self._find_rows(after, side)
+
+    def _find_rows(self, tags: torch.Tensor, side: int) -> None:
+        """Finds where the rows of each layer and head begin."""
+        counts = self._weaver.count(tags, side)
         self._starts = torch.nn.functional.pad(counts.sum(1).cumsum(0), (0, 0, 1, 0)).T.tolist()
         flat = counts.view(-1, len(WIDTHS))
         self.first = (flat.cumsum(0) - flat).view(counts.shape).int()

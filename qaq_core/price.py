@@ -6,7 +6,6 @@ decode. A floor that many sequences share may be higher than what a sequence fou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -67,12 +66,11 @@ class Price:
         allocator = self.method.allocator
         return allocator.widths(allocator.demand(kept), self.paid)
 
-    def bits_at(self, floors: Sequence[float], kept: Kept) -> list[float]:
-        """Code bits an element of those tokens that each floor would leave."""
-        allocator, own = self.method.allocator, self._found
-        demand = allocator.demand(kept)
-        pairs = [allocator.widths(demand, max(own, floor)) for floor in floors]
-        return [float(keys.float().mean() + values.float().mean()) / 4 for keys, values in pairs]
+    def bits_at(self, floor: float, kept: Kept) -> float:
+        """Code bits an element of those tokens that a floor would leave."""
+        allocator = self.method.allocator
+        keys, values = allocator.widths(allocator.demand(kept), max(self._found, floor))
+        return float(keys.float().mean() + values.float().mean()) / 4
 
     # -- towards the target ----------------------------------------------------------------------------
 
@@ -102,8 +100,12 @@ class Price:
             self.own = solve_price(allocator, allocator.demand(kept), target)
 
     def steer(self, packed: PackedTokens, length: int, fixed_bytes: int) -> None:
-        """Turns it towards what the target asks for: bits drift while tokens come and attention moves."""
-        if self.own is None or self.method.target.error is not None:
+        """Turns it towards what the target asks for: bits drift while tokens come and attention moves.
+
+        Bits that a floor has taken are not missed here.
+        """
+        squeezed = self.elastic and (self.recovering or self.paid == self.floor)
+        if self.own is None or squeezed or self.method.target.error is not None:
             return
         target = self.method.target_bits(length, len(packed), fixed_bytes)
         if target is not None:

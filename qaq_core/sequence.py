@@ -93,9 +93,9 @@ class SequenceCache:
         self.faithful = shared * self.method.page_tokens
         self._begin_prompt(coming)
 
-    def bits_at(self, floors: Sequence[float]) -> list[float]:
-        """Code bits an element of the packed tokens that each floor would leave, see `reprice`."""
-        return self.price.bits_at(floors, self._kept())
+    def bits_at(self, floor: float) -> float:
+        """Code bits an element of the packed tokens that a floor would leave, see `reprice`."""
+        return self.price.bits_at(floor, self._kept())
 
     def reprice(self, floor: float) -> None:
         """Sets the least price of a bit, which sequences may share.

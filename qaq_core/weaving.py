@@ -55,6 +55,10 @@ class Weaver(Protocol):
         """
         ...
 
+    def narrow(self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int) -> Rows:
+        """Rows cut off at the widths of `after`, at most those of `before`. None is in half precision."""
+        ...
+
 
 def make(device: torch.device, kernel: str | None = None) -> Weaver:
     """The weaver to use on a device; see `native.find`."""
@@ -97,6 +101,13 @@ class TorchWeaver:
             woven[coming] = _moved(held, half_bit, old, source, moves, mine, width)
             rows[width] = woven
         return rows
+
+    def narrow(self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int) -> Rows:
+        have, want = widths_of(before, side).reshape(-1), widths_of(after, side).reshape(-1)
+        index = torch.nonzero(have != want).squeeze(1)
+        keep, nothing = want[index], torch.empty(0, dtype=torch.uint8, device=index.device)
+        moves = Moves(index, have[index], keep, keep, nothing, torch.zeros_like(index))
+        return self.weave(held, half_bit, before, after, side, moves)
 
 
 def _moved(

@@ -30,6 +30,18 @@ class _Weave(ctypes.Structure):
     ]
 
 
+class _Narrow(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("runs", "tokens", "half_bit", "shift")),
+        ("before", c_void_p),
+        ("before_stride", c_int64),
+        ("after", c_void_p),
+        ("after_stride", c_int64),
+        ("held", c_void_p),
+        ("rows", c_void_p),
+    ]
+
+
 class NativeWeaver:
     def __init__(self, library: Any) -> None:
         self._library = library
@@ -63,10 +75,7 @@ class NativeWeaver:
         index, keep, planes, offsets = (
             t.contiguous() for t in (moves.index, moves.keep, moves.planes, moves.offsets)
         )
-        held_at, rows_at = (
-            _Pointers(*(owner[width].data_ptr() if width in owner else None for width in WIDTHS))
-            for owner in (held, fresh)
-        )
+        held_at, rows_at = _pointers(held), _pointers(fresh)
         job = _Weave(
             runs=before.shape[0] * before.shape[1],
             before=before.shape[2],
@@ -87,6 +96,35 @@ class NativeWeaver:
         )
         self._library.qaq_weave(ctypes.byref(job))
         return rows
+
+    def narrow(self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int) -> Rows:
+        """See `Weaver`."""
+        counts = self.count(after, side).sum((0, 1)).tolist()
+        rows = {
+            width: torch.empty(count, width * half_bit, dtype=torch.uint8)
+            for width, count in zip(WIDTHS[1:], counts[1:], strict=True)
+            if count
+        }
+        held_at, rows_at = _pointers(held), _pointers(rows)
+        job = _Narrow(
+            runs=before.shape[0] * before.shape[1],
+            tokens=before.shape[2],
+            half_bit=half_bit,
+            shift=4 * side,
+            before=before.data_ptr(),
+            before_stride=run_stride(before),
+            after=after.data_ptr(),
+            after_stride=run_stride(after),
+            held=ctypes.addressof(held_at),
+            rows=ctypes.addressof(rows_at),
+        )
+        self._library.qaq_narrow(ctypes.byref(job))
+        return rows
+
+
+def _pointers(rows: Rows) -> Any:
+    """Where the rows of each of WIDTHS are; null for widths without any."""
+    return _Pointers(*(rows[width].data_ptr() if width in rows else None for width in WIDTHS))
 
 
 def run_stride(tags: torch.Tensor) -> int:

@@ -63,9 +63,10 @@ class WorkerSettings(CommonSettings):
     compiled: decode steps go through torch.compile, which takes up to a minute at the start.
     target_bits: mean code bits per element after prefill; None takes the preset's.
     page_tokens: positions in a page of originals.
+    decode_threads: for a decode step on a CPU; None leaves one of those that prompts take to others.
     max_kept: idle sessions whose caches stay for their next turn.
-    kv_budget_bytes: most bytes that all sessions' caches may hold, beside the one prompt that is being computed;
-        None is unbounded.
+    kv_budget_bytes: most bytes that all sessions' caches may hold, beside prompts that are being loaded or
+        computed; None is unbounded.
     kv_floor_bits: mean code bits an element that pressure leaves to the caches; admission counts on it.
     widen_bytes_per_s: of packed rows fetched to give bits back when the pressure has fallen.
     staging_budget_bytes: originals in host memory that the store has not taken; when there are more, nothing new
@@ -89,6 +90,7 @@ class WorkerSettings(CommonSettings):
     target_bits: float | None = Field(default=None, gt=0, le=16)
     page_tokens: int = Field(default=32, ge=1, le=1024)
     prefill_chunk: int = Field(default=512, ge=1)
+    decode_threads: int | None = Field(default=None, ge=1)
     max_sequences: int = Field(default=8, ge=1)
     max_waiting: int = Field(default=64, ge=0)
     max_kept: int = Field(default=32, ge=0)

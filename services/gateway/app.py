@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -17,13 +16,12 @@ from services.gateway.replies import Answer, Chat, Completion, Json, Replies
 from services.gateway.routers import Routers
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.schema import Request as Body
+from services.gateway.streams import Asked, Stream
 
 SHORT_DEADLINE_S = 30.0
 TENANT_HEADER = "x-qaq-tenant"
 MAX_TENANT = 128
 CLIENT_CLOSED_REQUEST = 499  # for the access log; its reader is gone
-
-Asked = generate_pb2.GenerateRequest | generate_pb2.ChatRequest
 
 
 def make_app(routers: Routers, timeout_s: float) -> FastAPI:
@@ -72,10 +70,11 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
         @contextlib.asynccontextmanager
         async def running() -> AsyncIterator[tuple[Answer, Replies]]:
             async with routers.stub() as stub:
-                answer = Answer(shape, (await _model(stub, body.model)).name, asked[0].choices, echo)
-                calls = [_call(stub, each)(each, timeout=timeout_s, metadata=metadata) for each in asked]
-                async with contextlib.aclosing(merged(calls)) as replies:
-                    yield answer, replies
+                name = (await _model(stub, body.model)).name
+            answer = Answer(shape, name, asked[0].choices, echo)
+            streams = [Stream(routers, each, timeout_s, metadata) for each in asked]
+            async with contextlib.aclosing(merged(streams)) as replies:
+                yield answer, replies
 
         async def whole() -> Json:
             async with running() as (answer, replies):
@@ -95,11 +94,6 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     return app
-
-
-def _call(stub: generate_pb2_grpc.InferenceStub, request: Asked) -> Any:
-    """The method that takes it."""
-    return stub.Chat if isinstance(request, generate_pb2.ChatRequest) else stub.Generate
 
 
 def _tenant(request: Request) -> tuple[tuple[str, str], ...]:

@@ -16,9 +16,9 @@ from qaq.v1 import generate_pb2
 
 from services.common.errors import StatusError
 from services.gateway import errors
+from services.gateway.streams import Stream
 
 T = TypeVar("T")
-Call = Any  # grpc.aio.UnaryStreamCall, which has no types
 Tagged = tuple[int, generate_pb2.GenerateReply]
 
 _WAITING = 64  # messages of all calls that wait for the client; gRPC's own flow control holds back the rest
@@ -32,20 +32,20 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def merged(calls: Sequence[Call]) -> AsyncGenerator[Tagged, None]:
-    """Messages of several calls as they come, with the call's place. All are cancelled when this ends.
+async def merged(calls: Sequence[Stream]) -> AsyncGenerator[Tagged, None]:
+    """Messages of several generations as they come, with their place. All are cancelled when this ends.
 
     Raises:
-        grpc.aio.AioRpcError: the first call that failed.
+        grpc.aio.AioRpcError, StatusError: of the first that failed.
     """
     queue: asyncio.Queue[Tagged | Exception | None] = asyncio.Queue(_WAITING)
 
-    async def read(place: int, call: Call) -> None:
+    async def read(place: int, call: Stream) -> None:
         try:
             async for reply in call:
                 await queue.put((place, reply))
             await queue.put(None)
-        except grpc.aio.AioRpcError as error:
+        except (grpc.aio.AioRpcError, StatusError) as error:
             await queue.put(error)
 
     readers = [asyncio.create_task(read(place, call)) for place, call in enumerate(calls)]

@@ -16,7 +16,7 @@ from services.router import validation
 from services.router.admission import Admission
 from services.router.pace import Pace
 from services.router.prompts import Prompts
-from services.router.sessions import Session, SessionDirectory
+from services.router.sessions import RUN_TTL_S, Session, SessionDirectory
 from services.router.turns import Turn
 from services.router.workers import WorkerPool
 
@@ -74,6 +74,14 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
             async for reply in replies:
                 yield reply
 
+    async def Rejoin(
+        self, request: generate_pb2.RejoinRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generate_pb2.GenerateReply]:
+        validation.session_id(request.session_id)
+        async with contextlib.aclosing(self._rest(request, context)) as replies:
+            async for reply in replies:
+                yield reply
+
     async def Tokenize(
         self, request: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.TokenizeReply:
@@ -104,8 +112,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         validation.session_id(request.session_id)
         session = await self._sessions.close(request.session_id)
         # A turn that runs through another router ends when that one notices that it lost its hold.
-        if turn := self._turns.get(session.id):
-            turn.end()
+        self._end(session.id)
         await self._drop(session)
         return generate_pb2.CloseSessionReply()
 
@@ -130,50 +137,73 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         """One generation of a session, from its place in the directory to its last message."""
         tenant = _tenant(context)
         self._admission.check(tenant)
-        async with self._session(request) as session:
-            turn: Turn | None = None
+        async with (
+            self._session(request) as session,
+            self._sessions.running(session.id, lambda: self._end(session.id)),
+        ):
+            held = await self._sessions.tokens(session.id)
+            prompt = await encode(held)
+            validation.fits(len(held), len(prompt), request.stop, self._pool.model.context_length)
+            run = worker_pb2.RunRequest(
+                session_id=session.id,
+                token_ids=prompt,
+                sampling=_seeded(request.sampling),
+                stop=request.stop,
+                cache=session.cache,
+                keep=session.kept,
+                choices=request.choices,
+                output=request.output,
+                held=len(held),
+                branch_of=session.branch_of,
+                tenant=tenant,
+            )
+            await self._sessions.note_turn(session.id, run)
+            run.token_ids[:0] = held
+            async with contextlib.aclosing(self._stream(session, run, context)) as replies:
+                async for reply in replies:
+                    yield reply
 
-            def lost() -> None:
-                if turn is not None:
-                    turn.end()
+    async def _rest(
+        self, request: generate_pb2.RejoinRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
+        """The last turn of a session from token `received` on. What is generated again is what it was."""
+        self._admission.check(tenant := _tenant(context))
+        async with (
+            self._lasting(await self._sessions.get(request.session_id)) as session,
+            self._sessions.running(session.id, lambda: self._end(session.id), RUN_TTL_S),
+        ):
+            run = validation.rejoin(request, await self._sessions.turn(session.id))
+            log, begins = await self._sessions.tokens(session.id), run.held + len(run.token_ids)
+            known = log[begins : begins + request.received]  # a router that was killed may have written fewer
+            if len(log) > begins + request.received:
+                await self._sessions.cut(session.id, begins + request.received)
+            run.token_ids[:] = [*log[: run.held], *run.token_ids, *known]
+            run.generated, run.tenant = len(known), tenant
+            async with contextlib.aclosing(self._stream(session, run, context)) as replies:
+                async for reply in replies:
+                    if not (reply.HasField("token") and reply.token.index < request.received):
+                        yield reply
 
-            async with self._sessions.running(session.id, lost):
-                held = await self._sessions.tokens(session.id)
-                prompt = await encode(held)
-                context_length = self._pool.model.context_length
-                validation.fits(len(held), len(prompt), request.stop, context_length)
-                run = worker_pb2.RunRequest(
-                    session_id=session.id,
-                    token_ids=[*held, *prompt],
-                    sampling=_seeded(request.sampling),
-                    stop=request.stop,
-                    cache=session.cache,
-                    keep=session.kept,
-                    choices=request.choices,
-                    output=request.output,
-                    held=len(held),
-                    branch_of=session.branch_of,
-                    tenant=tenant,
-                )
-                turn = self._turns[session.id] = Turn(
-                    self._sessions,
-                    self._pool,
-                    session,
-                    run,
-                    len(held),
-                    self._settings.resume_timeout_s,
-                    self.pace,
-                )
-                try:
-                    slots = max(1, request.choices)
-                    async with (
-                        self._admission.place(tenant, slots, self._deadline(context)),
-                        contextlib.aclosing(turn.replies(self._deadline(context))) as replies,
-                    ):
-                        async for reply in replies:
-                            yield reply
-                finally:
-                    del self._turns[session.id]
+    async def _stream(
+        self, session: Session, run: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
+        """A turn, once there is a place for it."""
+        turn = Turn(self._sessions, self._pool, session, run, self._settings.resume_timeout_s, self.pace)
+        self._turns[session.id] = turn
+        try:
+            async with (
+                self._admission.place(run.tenant, max(1, run.choices), self._deadline(context)),
+                contextlib.aclosing(turn.replies(self._deadline(context))) as replies,
+            ):
+                async for reply in replies:
+                    yield reply
+        finally:
+            del self._turns[session.id]
+
+    def _end(self, session_id: str) -> None:
+        """Ends the turn of a session that was closed, if it runs here."""
+        if turn := self._turns.get(session_id):
+            turn.end()
 
     @contextlib.asynccontextmanager
     async def _session(self, request: Request) -> AsyncIterator[Session]:
@@ -181,12 +211,19 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         if request.session_id:
             yield await self._sessions.get(request.session_id)
             return
-        session = await self._sessions.open(self._pool.model.name, request.cache, kept=False)
+        opened = await self._sessions.open(self._pool.model.name, request.cache, kept=False)
+        async with self._lasting(opened) as session:
+            yield session
+
+    @contextlib.asynccontextmanager
+    async def _lasting(self, session: Session) -> AsyncIterator[Session]:
+        """A session for one call alone is forgotten at its end."""
         try:
             yield session
         finally:
-            with contextlib.suppress(RedisError):  # it expires by itself
-                await self._sessions.forget(session.id)
+            if not session.kept:
+                with contextlib.suppress(RedisError):  # it expires by itself
+                    await self._sessions.forget(session.id)
 
     async def _drop(self, session: Session) -> None:
         """Frees the session's cache. A worker that cannot be asked now forgets it when it needs the room."""

@@ -1,8 +1,8 @@
 """Sessions in Redis: the directory, and each session's token log, the source of truth for its cache.
 
-`qaq:session:<id>` is a hash of facts, `…:tokens` the log as little-endian int32, `…:pages` the names of the
-stored pages of its first tokens (32 bytes each), `…:run` is held while a generation runs, and the sorted set
-`qaq:sessions` lists the ids by the time they were opened.
+`qaq:session:<id>` is a hash of facts and of what was asked last, `…:tokens` the log as little-endian int32,
+`…:pages` the names of the stored pages of its first tokens (32 bytes each), `…:run` is held while a generation
+runs, and the sorted set `qaq:sessions` lists the ids by the time they were opened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import structlog
-from qaq.v1 import common_pb2
+from qaq.v1 import common_pb2, worker_pb2
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -25,6 +25,7 @@ from services.common.errors import FailedPrecondition, NotFound
 
 RUN_TTL_S = 15
 RUN_REFRESH_S = 2.0
+LOOK_AGAIN_S = 0.1
 PAGE_ID_BYTES = 32
 INDEX = "qaq:sessions"
 
@@ -43,6 +44,10 @@ _WRITE_PAGES = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 return 1
+"""
+_CUT = """
+redis.call('SET', KEYS[1], redis.call('GETRANGE', KEYS[1], 0, ARGV[1] - 1), 'EX', ARGV[2])
+redis.call('DEL', KEYS[2])
 """
 _SET_IF_OPEN = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
@@ -92,6 +97,7 @@ class SessionDirectory:
         self._ttl_s = ttl_s
         self._write = redis.register_script(_WRITE)
         self._write_pages = redis.register_script(_WRITE_PAGES)
+        self._cut = redis.register_script(_CUT)
         self._set_if_open = redis.register_script(_SET_IF_OPEN)
         self._refresh = redis.register_script(_REFRESH)
         self._release = redis.register_script(_RELEASE)
@@ -158,6 +164,19 @@ class SessionDirectory:
         keys = [_key(identifier), _tokens_key(identifier)]
         return bool(await self._write(keys=keys, args=[offset * 4, raw, self._ttl_s]))
 
+    async def cut(self, identifier: str, tokens: int) -> None:
+        """Forgets what the log has after so many tokens, and the names of pages, which may hold some of it."""
+        await self._cut(keys=[_tokens_key(identifier), _pages_key(identifier)], args=[tokens * 4, self._ttl_s])
+
+    async def note_turn(self, identifier: str, request: worker_pb2.RunRequest) -> None:
+        """Writes down what is generated now: a request whose token_ids are the turn's prompt alone."""
+        await self._set_if_open(keys=[_key(identifier)], args=["turn", request.SerializeToString()])
+
+    async def turn(self, identifier: str) -> worker_pb2.RunRequest | None:
+        """What was generated last; None if nothing was."""
+        raw: Any = await self._redis.hget(_key(identifier), "turn")
+        return worker_pb2.RunRequest.FromString(raw) if raw else None
+
     async def pages(self, identifier: str) -> list[bytes]:
         """Names of the stored pages of the log's first tokens."""
         raw: Any = await self._redis.get(_pages_key(identifier)) or b""
@@ -211,17 +230,23 @@ class SessionDirectory:
         return found
 
     @contextlib.asynccontextmanager
-    async def running(self, identifier: str, lost: Callable[[], None]) -> AsyncIterator[None]:
+    async def running(
+        self, identifier: str, lost: Callable[[], None], patience_s: float = 0.0
+    ) -> AsyncIterator[None]:
         """Holds a session for one generation. `lost` is called when the session is closed meanwhile.
 
+        Args:
+            patience_s: how long to wait for a generation that holds it.
         Raises:
             FailedPrecondition: another generation holds it.
         """
-        holder = secrets.token_hex(8)
-        if not await self._redis.set(_run_key(identifier), holder, nx=True, ex=RUN_TTL_S):
-            raise FailedPrecondition(
-                f'session "{identifier}" is generating; wait for its stream to end, or use another session'
-            )
+        holder, ends = secrets.token_hex(8), time.monotonic() + patience_s
+        while not await self._redis.set(_run_key(identifier), holder, nx=True, ex=RUN_TTL_S):
+            if time.monotonic() >= ends:
+                raise FailedPrecondition(
+                    f'session "{identifier}" is generating; wait for its stream to end, or use another session'
+                )
+            await asyncio.sleep(LOOK_AGAIN_S)
         keeper = asyncio.create_task(self._keep(identifier, holder, lost), name=f"hold {identifier}")
         try:
             yield

@@ -24,8 +24,8 @@ class Turn:
     """A generation from its placement to its last message.
 
     Args:
-        request: what the worker is asked; its token_ids are the log with the new prompt at the end.
-        held: tokens of the log before the prompt.
+        request: what the worker is asked; its token_ids are the log with the new prompt at the end, and with what
+            was generated already.
         patience_s, pace: see `Relay`.
     """
 
@@ -35,14 +35,13 @@ class Turn:
         pool: WorkerPool,
         session: Session,
         request: worker_pb2.RunRequest,
-        held: int,
         patience_s: float,
         pace: Pace,
     ) -> None:
         self._session = session
         self._relay = Relay(sessions, pool, session, request, patience_s, pace)
-        self._log = LogWriter(sessions, session.id, held, request.token_ids[held:], self.end)
-        self._clocks = [TokenClock() for _ in range(max(1, request.choices))]
+        self._log = LogWriter(sessions, session.id, request.held, request.token_ids[request.held :], self.end)
+        self._clocks = [TokenClock(request.generated) for _ in range(max(1, request.choices))]
         self._ended = False
 
     def end(self) -> None:
@@ -100,10 +99,10 @@ class Turn:
 
 
 class TokenClock:
-    """Counts tokens and observes when they came."""
+    """Counts tokens, from those that came before, and observes when they came."""
 
-    def __init__(self) -> None:
-        self._count = 0
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._last = time.monotonic()
 
     def tick(self) -> int:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qaq.v1 import common_pb2, generate_pb2
+from qaq.v1 import common_pb2, generate_pb2, worker_pb2
 
-from services.common.errors import InvalidArgument, NotFound
+from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
@@ -92,6 +92,24 @@ def session_id(identifier: str) -> None:
         raise InvalidArgument("session_id is empty; send the one that OpenSession answered")
     if len(identifier.encode()) > MAX_SESSION_ID_BYTES:
         raise InvalidArgument(f"session_id is over {MAX_SESSION_ID_BYTES} bytes; send what OpenSession answered")
+
+
+def rejoin(request: generate_pb2.RejoinRequest, turn: worker_pb2.RunRequest | None) -> worker_pb2.RunRequest:
+    """The turn to go on with.
+
+    Raises:
+        InvalidArgument: naming the field and its range.
+        FailedPrecondition: there is no turn, or it has several choices.
+    """
+    if turn is None:
+        raise FailedPrecondition("nothing was generated in this session; send a prompt to it")
+    if turn.choices > 1:
+        raise FailedPrecondition("a generation of several choices cannot be rejoined; send the request again")
+    if request.received < 0 or (
+        turn.stop.HasField("max_new_tokens") and request.received > turn.stop.max_new_tokens
+    ):
+        raise InvalidArgument(f"received is {request.received}; send how many of its tokens arrived, 0 for none")
+    return turn
 
 
 def fits(held: int, prompt: int, stop: common_pb2.StopParams, context: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import structlog
@@ -18,6 +19,9 @@ from services.worker.session import Session
 from services.worker.sessions import Sessions
 from services.worker.state import count
 
+AHEAD = 2
+"""Prompts whose stored pages are fetched at a time."""
+
 _GOING_ON = common_pb2.FINISH_REASON_UNSPECIFIED
 
 log = structlog.get_logger()
@@ -27,17 +31,20 @@ class Batch:
     """Computes the generations that run. Belongs to the engine's thread.
 
     Args:
-        prefill_chunk: most tokens of a prompt that are computed at once.
+        decode_threads: for a decode step; all but one if not given.
 
     Attributes:
         running: in the order in which they came; those that compute their prompt, and those that decode.
     """
 
-    def __init__(self, loaded: LoadedModel, sessions: Sessions, outbox: Outbox, prefill_chunk: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, sessions: Sessions, outbox: Outbox, decode_threads: int | None
+    ) -> None:
         self._loaded, self._sessions, self._outbox = loaded, sessions, outbox
-        self._prefill_chunk = prefill_chunk
         self._device = next(loaded.model.parameters()).device
         self._threads = torch.get_num_threads()
+        # A step is many small operations, and each waits for its slowest thread: leave a core to the others.
+        self._decode_threads = decode_threads or max(1, self._threads - 1)
         self.running: list[Generation] = []
 
     @property
@@ -54,11 +61,6 @@ class Batch:
     def busy(self) -> set[str]:
         """Ids of sessions that run."""
         return {g.request.session_id for g in self.running} - {""}
-
-    @property
-    def arriving(self) -> Generation | None:
-        """The one whose prompt is computed next. One at a time: full precision takes a lot of room."""
-        return next((g for g in self.running if session_of(g).prefilling), None)
 
     @property
     def decoding(self) -> list[Generation]:
@@ -79,7 +81,16 @@ class Batch:
 
     # -- a step ----------------------------------------------------------------------------------------
 
-    def loaded_prefix(self, generation: Generation) -> bool:
+    def arriving(self) -> Generation | None:
+        """The one whose prompt is computed next; None if there is none, or if all wait for the store.
+
+        One at a time, and the first `AHEAD` load what is stored: full precision takes a lot of room.
+        """
+        first = list(itertools.islice((g for g in self.running if session_of(g).prefilling), AHEAD))
+        ready = [generation for generation in first if self._loaded_prefix(generation)]
+        return next((g for g in ready if session_of(g).begun), ready[0] if ready else None)
+
+    def _loaded_prefix(self, generation: Generation) -> bool:
         """Whether what is stored of its prompt is here; asks for it if need be."""
         session = session_of(generation)
         if session.loading is None:
@@ -94,33 +105,37 @@ class Batch:
             self._outbox.put(generation, generation.progress(session.loaded))
         return session.loading is None
 
-    def prefill(self, generation: Generation) -> None:
-        """One chunk of its prompt; after the last one its first token, and that of its other choices."""
+    def prefill(self, generation: Generation, most: int) -> int:
+        """One chunk of its prompt; after the last one its first token, and that of its other choices.
+
+        Returns:
+            how many tokens it took, at most `most`.
+        """
         session = session_of(generation)
         torch.set_num_threads(self._threads)
-        start = session.sequence.length
+        start, chunk = session.sequence.length, []
         try:
-            chunk = session.next_chunk(generation.chunk(self._prefill_chunk))
+            chunk = session.next_chunk(generation.chunk(most))
             logits = self._forward([session], [chunk], len(chunk) if generation.scores_prompt else 1)[0]
             metrics.prompt_tokens.labels("computed").inc(session.sequence.length - start)
             self._outbox.put(generation, generation.progress(session.sequence.length))
             if generation.scores_prompt:
                 self._outbox.put_all(generation, generation.echo_chunk(start, logits))
             if session.lacking:
-                return
+                return len(chunk)
             others = list(generation.branches())
         except Exception as error:
             self.fail(generation, error)
-            return
+            return len(chunk)
         self.running += others
         for choice in (generation, *others):
             self._advance(choice, logits[-1])
+        return len(chunk)
 
     def decode(self, generations: Sequence[Generation]) -> None:
         """One token for each. If the pass fails, each is tried alone, so that only the faulty one ends."""
         sessions = [session_of(g) for g in generations]
-        # A step is many small operations, and each waits for its slowest thread: leave a core to the others.
-        torch.set_num_threads(max(1, self._threads - 1))
+        torch.set_num_threads(self._decode_threads)
         try:
             logits = self._forward(sessions, [session.next_chunk(1) for session in sessions])
         except Exception as error:

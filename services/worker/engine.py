@@ -1,7 +1,8 @@
 """The engine: one thread that computes, for all generations of a worker.
 
-A step is at most one chunk of one prompt and then one token of every sequence that decodes, in one
-forward pass. Everything but `submit`, `cancel`, `drop` and `state` belongs to the thread.
+A step is at most `prefill_chunk` tokens of prompts, one prompt after the other, and then one token of every
+sequence that decodes, in one forward pass. Everything but `submit`, `cancel`, `drop` and `state` belongs to the
+thread.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Engine:
         self._check = Checker(loaded, settings)
         self._sessions = Sessions(loaded, originals, settings)
         self._inbox, self._outbox = Inbox(originals, settings), Outbox(loop)
-        self._batch = Batch(loaded, self._sessions, self._outbox, settings.prefill_chunk)
+        self._batch = Batch(loaded, self._sessions, self._outbox, settings.decode_threads)
         self._state = State()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -140,19 +141,24 @@ class Engine:
     def _step(self) -> None:
         self._drop_asked()
         self._reap()
-        self._sessions.pressure.step(self._batch.sessions, self._sessions.shelf)
-        self._admit()
-        prompt = self._batch.arriving
-        computing = prompt is not None and self._batch.loaded_prefix(prompt)
-        if prompt is not None and computing:
-            self._batch.prefill(prompt)
+        if self._sessions.pressure.step(self._batch.sessions, self._sessions.shelf):
             self._send()
+        self._admit()
+        computing = self._compute_prompts()
         decoding = self._batch.decoding
         if decoding:
             self._batch.decode(decoding)
         self._send()
         if not computing and not decoding:
             self._inbox.pause(STORE_POLL_S)  # waits for the store
+
+    def _compute_prompts(self) -> bool:
+        """Prompts in order, `prefill_chunk` tokens of them; False if there was nothing to compute."""
+        room = most = self._settings.prefill_chunk
+        while room > 0 and (prompt := self._batch.arriving()):
+            room -= self._batch.prefill(prompt, room)
+            self._send()
+        return room < most
 
     def _reap(self) -> None:
         """Lets go of generations that nobody listens to."""

@@ -6,6 +6,8 @@ few prices; when every sequence has come to it, the bytes are looked at again.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 import time
 from collections import deque
@@ -40,7 +42,7 @@ ROUNDS_S = 0.25
 """Least seconds from one price to the next."""
 
 OVERHEAD_BITS = 0.3
-"""Of a packed element, beside its code: tags, scales, window."""
+"""Of a packed element, beside its code: tags, scales, window. A guess for admission."""
 
 log = structlog.get_logger()
 
@@ -49,7 +51,7 @@ class Pressure:
     """Keeps the caches of a worker within a budget. Belongs to the engine's thread.
 
     Args:
-        budget: bytes that all caches may hold, but for a prompt that is being computed; None is unbounded.
+        budget: bytes that all caches may hold, but for prompts that are being computed; None is unbounded.
         floor_bits: code bits an element that the price leaves on average.
         widen_bytes_per_s: of packed rows that may be fetched to give bits back.
 
@@ -74,8 +76,12 @@ class Pressure:
         """For any thread. The price is looked for anew, even while sequences are brought to an earlier one."""
         self._budget, self._anew = kv_bytes, True
 
-    def step(self, running: Sequence[Session], shelf: Shelf) -> None:
-        """Between two forward passes. `running` sessions may be at any place of their prompt."""
+    def step(self, running: Sequence[Session], shelf: Shelf) -> bool:
+        """Between two forward passes. `running` sessions may be at any place of their prompt.
+
+        Returns:
+            whether any of them was brought to another price.
+        """
         settled = [session for session in running if not session.prefilling]
         budget = self.budget
         if budget is not None:
@@ -86,8 +92,9 @@ class Pressure:
         for session in settled:  # those that came since, and those that began before the price changed
             if session.sequence.price.floor != self.price and session not in self._behind:
                 self._behind.append(session)
-        self._bring_up(set(map(id, [*running, *shelf])))
+        moved = self._bring_up(set(map(id, [*running, *shelf])))
         self._allow([*settled, *shelf])
+        return moved
 
     def fits(self, need: int, running: Sequence[Session], shelf: Shelf) -> bool:
         """Whether `need` more bytes fit when all give way as far as they may; idle sessions go for it."""
@@ -141,28 +148,31 @@ class Pressure:
         else:
             return
         held = sum(session.sequence.packed.nbytes for session in giving)
-        bits = 8 * (held + room - used) / elements - OVERHEAD_BITS
-        price = self._search(giving, max(bits, self._floor_bits))
+        asked = giving[:: -(-len(giving) // ASKED)]
+        bits = 8 * (held + room - used) / elements - sum(map(_overhead_bits, asked)) / len(asked)
+        price = self._search(asked, max(bits, self._floor_bits))
         self._moved = time.monotonic()
         # What is held lags behind what would be wanted now, so a price that should do may have to be passed.
         self._set(max(price, self.price * STEP) if over else min(price, self.price), everyone)
 
-    def _search(self, giving: Sequence[Session], bits: float) -> float:
+    def _search(self, asked: Sequence[Session], bits: float) -> float:
         """The lowest price that leaves so many code bits an element; 0 if no price is needed."""
-        step = -(-len(giving) // ASKED)
-        asked = [session.sequence for session in giving[::step]]
-        lowest = min(session.sequence.price.own or math.inf for session in giving)
+        lowest = min(session.sequence.price.own or math.inf for session in asked)
         prices = [lowest * factor for factor in TRIED]
-        left = [sum(each) / len(asked) for each in zip(*(s.bits_at(prices) for s in asked), strict=True)]
-        enough = next((i for i, some in enumerate(left) if some <= bits), None)
-        if enough is None:
+
+        @functools.cache
+        def left(place: int) -> float:
+            return sum(session.sequence.bits_at(prices[place]) for session in asked) / len(asked)
+
+        enough = bisect.bisect_left(range(len(prices)), True, key=lambda place: left(place) <= bits)
+        if enough == len(prices):
             if once("pressure"):
                 log.warning("no price brings the caches into the budget", budget=self.budget)
             return prices[-1]
         if enough == 0:
             return 0.0
         # Between two prices bits fall about evenly with the price's logarithm.
-        share = (left[enough - 1] - bits) / max(left[enough - 1] - left[enough], 1e-9)
+        share = (left(enough - 1) - bits) / max(left(enough - 1) - left(enough), 1e-9)
         return prices[enough - 1] * (prices[enough] / prices[enough - 1]) ** share
 
     def _at_rest(self, everyone: Sequence[Session]) -> bool:
@@ -177,15 +187,16 @@ class Pressure:
         metrics.kv_lambda.set(price)
         self._behind = deque(everyone)
 
-    def _bring_up(self, here: set[int]) -> None:
-        """Tells sequences the price, one after the other, until the time for that is over."""
-        now = time.monotonic()
+    def _bring_up(self, here: set[int]) -> bool:
+        """Tells sequences the price, one after the other, until the time for it is over; False if all know it."""
+        now, behind = time.monotonic(), len(self._behind)
         ends = now + min(max(now - self._told, SLICE_S), LONGEST_SLICE_S)
         while self._behind and time.monotonic() < ends:
             session = self._behind.popleft()
             if id(session) in here and not session.prefilling:
                 session.sequence.reprice(self.price)
         self._told = time.monotonic()
+        return behind > 0
 
     def _allow(self, everyone: Sequence[Session]) -> None:
         """Shares out the bytes that may be fetched since the last step."""
@@ -195,3 +206,9 @@ class Pressure:
         for price in back:
             held = price.allowance or 0
             price.allowance = int(min(self._rate, held + bytes_now / len(back)))
+
+
+def _overhead_bits(session: Session) -> float:
+    """What a packed element takes beside its code."""
+    packed = session.sequence.packed
+    return 8 * packed.nbytes / session.packed_elements - packed.mean_bits

@@ -113,6 +113,11 @@ class Session:
         return packed.layers * 2 * packed.heads * len(packed) * packed.head_dim
 
     @property
+    def begun(self) -> bool:
+        """A prompt is under way."""
+        return self._prompt_left > 0
+
+    @property
     def prefilling(self) -> bool:
         """The next forward pass is a chunk of a prompt and not one decoded token."""
         return self._prompt_left > 0 or self.lacking > 1

@@ -72,6 +72,11 @@ class Subject:
         self.packed.change(side, index, new, torch.from_numpy(planes), sizes.cumsum(0) - sizes)
         flat[index] = new
 
+    def narrow(self) -> None:
+        most = self.random_widths(*self.widths.shape)
+        assert self.packed.narrow((most[KEY], most[VALUE])) == int((most < self.widths).sum())
+        self.widths = torch.minimum(self.widths, most)
+
     def agrees(self) -> None:
         """Every row is bit for bit what the quantizer makes of its original at the width it should have."""
         packed = self.packed
@@ -108,10 +113,13 @@ def test_rows_are_the_originals_quantized_through_appends_and_moves(
         subject = Subject(name, dim, seed)
         subject.append(data.draw(st.integers(1, 20)))
         for _ in range(data.draw(st.integers(1, 3))):
-            if data.draw(st.booleans()):
-                subject.append(data.draw(st.integers(1, 10)))
-            else:
-                subject.change(data.draw(st.sampled_from((KEY, VALUE))), data.draw(st.integers(1, 30)))
+            match data.draw(st.sampled_from(("append", "change", "narrow"))):
+                case "append":
+                    subject.append(data.draw(st.integers(1, 10)))
+                case "change":
+                    subject.change(data.draw(st.sampled_from((KEY, VALUE))), data.draw(st.integers(1, 30)))
+                case "narrow":
+                    subject.narrow()
         subject.agrees()
         assert subject.packed.nbytes == subject.counts()
 
@@ -156,8 +164,9 @@ def test_half_precision_rows_hold_the_row() -> None:
     assert torch.allclose(got, rows[KEY], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("width", WIDTHS[1:-1])
-def test_half_precision_rows_become_the_codes_of_what_they_hold(width: int) -> None:
+def test_half_precision_rows_become_the_codes_of_what_they_hold(width: int, at_once: bool) -> None:
     subject = Subject("balanced", 64, 0)
     original = normal(0, 2, LAYERS, HEADS, 3, 64)
     rows = [subject.quantizer.rows(side, original[side], START) for side in (KEY, VALUE)]
@@ -168,7 +177,12 @@ def test_half_precision_rows_become_the_codes_of_what_they_hold(width: int) -> N
     index = torch.tensor([1, 4, 5, 11])
     nothing = torch.empty(0, dtype=torch.uint8)
     widths = torch.full((4,), width, dtype=torch.uint8)
-    subject.packed.change(VALUE, index, widths, nothing, torch.zeros_like(index))
+    if at_once:
+        most = halves.clone()
+        most.view(-1)[index] = width
+        assert subject.packed.narrow((halves, most)) == 4
+    else:
+        subject.packed.change(VALUE, index, widths, nothing, torch.zeros_like(index))
     layout = subject.quantizer.layout(VALUE, 64)
     expected = layout.pack(subject.quantizer.codec.codes(units), 0, layout.row_bytes(width))
     assert torch.equal(subject.packed.sides[VALUE].pools[0].rows[width], expected[index])

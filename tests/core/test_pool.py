@@ -121,6 +121,26 @@ def test_appends_and_changes_agree_with_a_dictionary(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@given(data=st.data(), dim=st.sampled_from(HEAD_DIMS), seed=st.integers(0, 1 << 30))
+def test_narrowing_leaves_the_beginning_of_every_row(
+    kernel: str, data: st.DataObject, dim: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    side, tokens = data.draw(st.sampled_from((KEY, VALUE))), data.draw(st.integers(1, 9))
+    model: Model = {}
+    for key in [(i, j, t) for i in range(LAYERS) for j in range(HEADS) for t in range(tokens)]:
+        width = data.draw(st.sampled_from(WIDTHS[:-1]))
+        model[key] = torch.randint(0, 256, (width, dim // 16), dtype=torch.uint8, generator=generator)
+    pool = Pool(weaving.make(torch.device("cpu"), kernel), dim // 16)
+    before = tags(model, tokens, side)
+    pool.weave(tags({}, 0, side), before, side, moves({}, model, tokens, dict.fromkeys(model, 0)))
+    most = data.draw(st.sampled_from(WIDTHS[:-1]))
+    cut = {key: row[: most if (sum(key) + seed) % 3 else len(row)] for key, row in model.items()}
+    pool.narrow(before, tags(cut, tokens, side), side)
+    agrees(pool, cut, tokens, side)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_widths_that_nothing_comes_to_or_leaves_are_not_copied(kernel: str) -> None:
     pool = Pool(weaving.make(torch.device("cpu"), kernel), 1)
     model: Model = {

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import grpc
 import pytest
+from openai import AsyncOpenAI
 from prometheus_client import REGISTRY
 from qaq.v1 import (
     common_pb2,
@@ -21,6 +24,8 @@ from redis.asyncio import Redis
 
 from services.common.channel import open_channel
 from services.common.redis import connect
+from services.common.settings import GatewaySettings
+from services.gateway.server import GatewayServer
 from tests.faults.conftest import PAGE_TOKENS, Processes
 
 Stub = generate_pb2_grpc.InferenceStub
@@ -63,14 +68,26 @@ async def hear(
     event: Callable[[], Awaitable[None]] | None = None,
 ) -> Heard:
     """A greedy stream of NEW tokens; `event` happens when token `at` has come."""
-    request = generate_pb2.GenerateRequest(
+    heard = Heard()
+    await listen(client.Generate(asked(session, prompt), timeout=300), heard, at, event)
+    assert len(heard.tokens) == NEW
+    return heard
+
+
+def asked(session: str, prompt: str = STORY) -> generate_pb2.GenerateRequest:
+    return generate_pb2.GenerateRequest(
         prompt=prompt,
         session_id=session,
         sampling=common_pb2.SamplingParams(temperature=0),
         stop=common_pb2.StopParams(max_new_tokens=NEW, ignore_eos=True),
     )
-    heard = Heard()
-    async for reply in client.Generate(request, timeout=300):
+
+
+async def listen(
+    call: grpc.aio.UnaryStreamCall, heard: Heard, at: int = 0, event: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Adds what comes to what was heard before."""
+    async for reply in call:
         match reply.WhichOneof("event"):
             case "token":
                 assert reply.token.index == len(heard.tokens)
@@ -81,8 +98,6 @@ async def hear(
             case "finished":
                 heard.text += reply.finished.text
                 heard.usage = reply.finished.usage
-    assert len(heard.tokens) == NEW
-    return heard
 
 
 async def opened(client: Stub, cache: common_pb2.CacheParams = EXACT) -> str:
@@ -139,6 +154,50 @@ async def test_a_lost_page_is_computed_again(stack: Stack, client: Stub) -> None
     assert heard.usage.loaded_tokens == 0
     assert heard.tokens == expected.tokens
     await redis.aclose()
+
+
+async def test_a_stream_is_taken_up_after_its_router_was_killed(stack: Stack, client: Stub) -> None:
+    """On another router: same tokens, same text, none lost, none repeated."""
+    expected, session, heard = await hear(client, await opened(client)), await opened(client), Heard()
+    router = stack.processes.start("router")
+    stack.processes.until_serving(router)
+
+    async def kill() -> None:
+        stack.processes.kill(router)
+
+    async with open_channel(router) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await listen(Stub(channel).Generate(asked(session), timeout=300), heard, NEW // 2, kill)
+    assert NEW // 2 <= len(heard.tokens) < NEW
+    rest = generate_pb2.RejoinRequest(session_id=session, received=len(heard.tokens))
+    await listen(client.Rejoin(rest, timeout=300), heard)
+    assert (heard.tokens, heard.text) == (expected.tokens, expected.text)
+    assert heard.usage.generated_tokens == NEW
+    assert len((await hear(client, session, " Later")).tokens) == NEW
+
+
+async def test_a_gateways_client_does_not_notice_that_a_router_was_killed(stack: Stack) -> None:
+    """It is in the middle of a stream, which the gateway takes up on another router."""
+    processes = stack.processes
+    router = processes.start("router")
+    processes.until_serving(router)
+    gateway = GatewayServer(GatewaySettings(redis_url=processes.redis.url, port=0))
+    url = f"http://{await gateway.start()}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as openai:
+        name = (await openai.models.list()).data[0].id
+        asked: dict[str, Any] = {"model": name, "prompt": STORY, "max_tokens": NEW, "temperature": 0}
+        asked["extra_body"] = {"ignore_eos": True, "cache": {"preset": "exact"}}
+        whole = (await openai.completions.create(**asked)).choices[0].text
+        other = processes.start("router")  # the gateway stays with the first
+        processes.until_serving(other)
+        pieces: list[str] = []
+        async for chunk in await openai.completions.create(stream=True, **asked):
+            pieces += [choice.text for choice in chunk.choices]
+            if len(pieces) == NEW // 4:
+                processes.kill(router)
+    assert "".join(pieces) == whole
+    processes.kill(other)
+    await gateway.stop()
 
 
 async def test_a_killed_worker_is_not_noticed(stack: Stack, client: Stub) -> None:

@@ -57,6 +57,14 @@ class ChatRequest(_message.Message):
     output: _common_pb2.OutputParams
     def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopParams, _Mapping]] = ..., cache: _Optional[_Union[_common_pb2.CacheParams, _Mapping]] = ..., session_id: _Optional[str] = ..., choices: _Optional[int] = ..., output: _Optional[_Union[_common_pb2.OutputParams, _Mapping]] = ...) -> None: ...
 
+class RejoinRequest(_message.Message):
+    __slots__ = ("session_id", "received")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    received: int
+    def __init__(self, session_id: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
+
 class GenerateReply(_message.Message):
     __slots__ = ("session_id", "prefill", "token", "finished", "prompt")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]

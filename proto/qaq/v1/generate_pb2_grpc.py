@@ -44,6 +44,11 @@ class InferenceStub:
                 request_serializer=qaq_dot_v1_dot_generate__pb2.ChatRequest.SerializeToString,
                 response_deserializer=qaq_dot_v1_dot_generate__pb2.GenerateReply.FromString,
                 _registered_method=True)
+        self.Rejoin = channel.unary_stream(
+                '/qaq.v1.Inference/Rejoin',
+                request_serializer=qaq_dot_v1_dot_generate__pb2.RejoinRequest.SerializeToString,
+                response_deserializer=qaq_dot_v1_dot_generate__pb2.GenerateReply.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/qaq.v1.Inference/Tokenize',
                 request_serializer=qaq_dot_v1_dot_generate__pb2.TokenizeRequest.SerializeToString,
@@ -83,6 +88,13 @@ class InferenceServicer:
 
     def Chat(self, request, context):
         """As Generate, with messages laid out by the model's chat template.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rejoin(self, request, context):
+        """The rest of a session's last generation, for a client that lost its stream: also through another router.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,6 +145,11 @@ def add_InferenceServicer_to_server(servicer, server):
             'Chat': grpc.unary_stream_rpc_method_handler(
                     servicer.Chat,
                     request_deserializer=qaq_dot_v1_dot_generate__pb2.ChatRequest.FromString,
+                    response_serializer=qaq_dot_v1_dot_generate__pb2.GenerateReply.SerializeToString,
+            ),
+            'Rejoin': grpc.unary_stream_rpc_method_handler(
+                    servicer.Rejoin,
+                    request_deserializer=qaq_dot_v1_dot_generate__pb2.RejoinRequest.FromString,
                     response_serializer=qaq_dot_v1_dot_generate__pb2.GenerateReply.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
@@ -214,6 +231,33 @@ class Inference:
             target,
             '/qaq.v1.Inference/Chat',
             qaq_dot_v1_dot_generate__pb2.ChatRequest.SerializeToString,
+            qaq_dot_v1_dot_generate__pb2.GenerateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rejoin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/qaq.v1.Inference/Rejoin',
+            qaq_dot_v1_dot_generate__pb2.RejoinRequest.SerializeToString,
             qaq_dot_v1_dot_generate__pb2.GenerateReply.FromString,
             options,
             channel_credentials,

@@ -90,3 +90,21 @@ void qaq_count(const uint8_t* tags, int64_t stride, int32_t runs, int32_t n, int
 }
 
 void qaq_weave(const QaqWeave* weave) { Weaver(*weave).run(); }
+
+void qaq_narrow(const QaqNarrow* narrow) {
+    const uint8_t* in[QAQ_WIDTHS];
+    uint8_t* out[QAQ_WIDTHS];
+    int64_t bytes[QAQ_WIDTHS];
+    for (int w = 0; w < QAQ_WIDTHS; ++w)
+        in[w] = narrow->held[w], out[w] = narrow->rows[w], bytes[w] = int64_t(narrow->half_bit) * HALF_BITS[w];
+    for (int r = 0; r < narrow->runs; ++r) {
+        const uint8_t* before = narrow->before + r * narrow->before_stride;
+        const uint8_t* after = narrow->after + r * narrow->after_stride;
+        for (int t = 0; t < narrow->tokens; ++t) {
+            const int had = before[t] >> narrow->shift & 15, has = after[t] >> narrow->shift & 15;
+            if (has) std::memcpy(out[has], in[had], bytes[has]);
+            out[has] += bytes[has];
+            in[had] += bytes[had];
+        }
+    }
+}

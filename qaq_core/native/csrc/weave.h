@@ -28,4 +28,18 @@ struct QaqWeave {
 void qaq_count(const uint8_t* tags, int64_t stride, int32_t runs, int32_t n, int32_t shift, int64_t* counts);
 
 void qaq_weave(const QaqWeave* weave);
+
+struct QaqNarrow {
+    int32_t runs, tokens;
+    int32_t half_bit, shift;  // as above
+    const uint8_t* before;
+    int64_t before_stride;
+    const uint8_t* after;
+    int64_t after_stride;
+    const uint8_t* const* held;  // [QAQ_WIDTHS] rows held, by (run, token)
+    uint8_t* const* rows;        // [QAQ_WIDTHS] where they go, all but those of width 0
+};
+
+// Cuts every row off at the width it has afterwards, which is at most what it had. No row may be in half precision.
+void qaq_narrow(const QaqNarrow* narrow);
 }

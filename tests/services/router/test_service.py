@@ -247,6 +247,9 @@ async def test_a_full_queue_refuses(redis: Redis, router_settings: RouterSetting
                 await replies(client.Generate(request()))
             assert refused.value.code() is Code.RESOURCE_EXHAUSTED
             assert dict(refused.value.trailing_metadata() or ())["retry-after-ms"]
+            with pytest.raises(grpc.aio.AioRpcError, match="temperature is -1") as bad:  # is not told to wait
+                await replies(client.Generate(request(sampling={"temperature": -1})))
+            assert bad.value.code() is Code.INVALID_ARGUMENT
             worker.gate.set()
 
 

@@ -124,12 +124,23 @@ async def test_a_quantized_batch_decides_as_each_alone(make_engine: MakeEngine, 
 
 async def test_a_long_prompt_does_not_hold_up_others(make_engine: MakeEngine, ids: Ids, gate: Gate) -> None:
     async with make_engine(prefill_chunk=16) as engine:
-        first = engine.submit(request(ids("Hello there"), 12, cache=EXACT))
+        first = engine.submit(request(ids(STORY)[:16], 12, cache=EXACT))
         second = engine.submit(request(ids(STORY * 4)[:80], 2, cache=EXACT))
         gate.open()
         await asyncio.gather(outcome(first), outcome(second))
     start = gate.batches.index((1, 16))
-    assert gate.batches[start : start + 10] == [(1, 16), (1, 1)] * 4 + [(1, 16), (2, 1)]
+    assert gate.batches[start : start + 12] == [(1, 16), (1, 1)] * 5 + [(1, 16), (2, 1)]
+
+
+async def test_a_step_takes_as_many_short_prompts_as_fit(make_engine: MakeEngine, ids: Ids, gate: Gate) -> None:
+    async with make_engine(prefill_chunk=16) as engine:
+        first = engine.submit(request(ids(STORY)[:16], 9, cache=EXACT))
+        others = [engine.submit(request(ids(LISTS)[:6], 2, cache=EXACT)) for _ in range(3)]
+        gate.open()
+        await asyncio.gather(*map(outcome, (first, *others)))
+    start = gate.batches.index((1, 16))
+    shapes = gate.batches[start : start + 8]
+    assert shapes == [(1, 16), (1, 1), (1, 6), (1, 6), (1, 4), (3, 1), (1, 2), (2, 1)]
 
 
 async def test_queue_is_bounded(make_engine: MakeEngine, ids: Ids, gate: Gate) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import pytest
+import torch
 from prometheus_client import REGISTRY
 
 from qaq_core import InProcessOriginals, OriginalsError, Page, PageShape
@@ -45,6 +46,26 @@ async def test_a_stored_prefix_is_loaded(
         same = await outcome(second.submit(request(shared + tails[0], 2, cache=EXACT)))
         assert same.done is not None
         assert same.done.usage.loaded_tokens == (len(shared + tails[0]) - 1) // 16 * 16
+
+
+async def test_a_hit_holds_the_bits_that_computing_it_gives(make_engine: MakeEngine, ids: Ids) -> None:
+    shared, tails = ids(STORY * 4), (ids(LISTS), ids("And then the storm came. " * 4))
+    whole = len(shared) // 16 * 16
+    stores, settings = [InProcessOriginals() for _ in range(2)], {**SMALL, "prefill_chunk": whole}
+    async with make_engine(stores[0], **settings) as one, make_engine(stores[1], **settings) as apart:
+        kept = {"cache": EXACT, "keep": True}
+        await outcome(one.submit(request(shared + tails[0], 1, session_id="a", **kept)))
+        hit = await outcome(one.submit(request(shared + tails[1], 1, session_id="b", **kept)))
+        alone = await outcome(apart.submit(request(shared + tails[1], 1, session_id="b", **kept)))
+        assert hit.done is not None
+        assert hit.done.usage.loaded_tokens == whole
+        names, shape = hit.pages[: whole // 16], one._sessions._methods.get(EXACT).page_shape
+        assert names == alone.pages[: whole // 16]
+        loaded, computed = (store.fetch(names, shape).result() for store in stores)
+    for mine, theirs in zip(loaded, computed, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert torch.equal(mine.data, theirs.data)
 
 
 async def test_a_salt_hides_a_prefix(make_engine: MakeEngine, ids: Ids) -> None:
@@ -141,6 +162,32 @@ async def test_what_cannot_be_loaded_is_computed(
         await asyncio.wrap_future(engine.drop("s"))
     store.trouble = ""
     assert store.nbytes == 0  # whatever came too late, or was not used, is forgotten too
+
+
+class Late(InProcessOriginals):
+    """Answers the first question only when the test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: Future[int] | None = None
+
+    def match(self, page_ids: Sequence[bytes]) -> Future[int]:
+        if self.first is not None:
+            return super().match(page_ids)
+        self.first = Future()
+        return self.first
+
+
+async def test_a_prompt_does_not_wait_for_what_another_one_loads(make_engine: MakeEngine, ids: Ids) -> None:
+    store = Late()
+    async with make_engine(store, prefix_timeout_s=300, **SMALL) as engine:
+        waits = engine.submit(request(ids(STORY * 2), 2, cache=EXACT))
+        goes = await outcome(engine.submit(request(ids(LISTS * 2), 2, cache=EXACT)))
+        assert len(goes.tokens) == 2
+        assert waits.replies.empty()
+        assert store.first is not None
+        store.first.set_result(0)
+        assert len((await outcome(waits)).tokens) == 2
 
 
 async def test_reuse_can_be_off(make_engine: MakeEngine, ids: Ids) -> None:

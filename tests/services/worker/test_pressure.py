@@ -90,7 +90,7 @@ async def test_a_budget_that_changes_is_looked_at_at_once(
     make_engine: MakeEngine, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while no sequence has come to the price of the budget before."""
-    monkeypatch.setattr(Pressure, "_bring_up", lambda self, here: None)
+    monkeypatch.setattr(Pressure, "_bring_up", lambda self, here: False)
     async with make_engine(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as engine:
         running = engine.submit(request(ids(STORY * 6), 3000))
         await next_token(running)

@@ -1,0 +1,129 @@
+"""A client that lost its stream takes it up on another router: it gets the rest, and nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+import numpy as np
+import pytest
+from qaq.v1 import generate_pb2, generate_pb2_grpc
+from redis.asyncio import Redis
+
+from services.common.settings import RouterSettings
+
+from .conftest import running_router
+from .test_relay import MortalWorker, mortal
+from .test_service import replies, request, until
+
+Stub = generate_pb2_grpc.InferenceStub
+Code = grpc.StatusCode
+NEW = 9
+
+
+@pytest.fixture
+async def worker(redis: Redis) -> AsyncIterator[MortalWorker]:
+    async with mortal(redis) as worker:
+        yield worker
+
+
+@pytest.fixture
+async def routers(worker: MortalWorker, router_settings: RouterSettings) -> AsyncIterator[tuple[Stub, Stub]]:
+    async with running_router(router_settings) as one, running_router(router_settings) as other:
+        yield one, other
+
+
+async def a_turn(client: Stub, **more: object) -> str:
+    """A session with a turn of NEW tokens behind it."""
+    session = (await client.OpenSession(generate_pb2.OpenSessionRequest())).session_id
+    got = await replies(client.Generate(request(new=NEW, session_id=session, **more)))
+    assert len(got) == NEW + 2
+    return session
+
+
+async def rejoined(client: Stub, session: str, received: int) -> list[generate_pb2.GenerateReply]:
+    return await replies(client.Rejoin(generate_pb2.RejoinRequest(session_id=session, received=received)))
+
+
+async def log_of(redis: Redis, session: str) -> list[int]:
+    raw = await redis.get(f"qaq:session:{session}:tokens")
+    return np.frombuffer(raw, "<i4").tolist()
+
+
+@pytest.mark.parametrize("received", [0, 4, NEW])
+async def test_the_rest_comes_from_another_router(
+    routers: tuple[Stub, Stub], worker: MortalWorker, redis: Redis, received: int
+) -> None:
+    session = await a_turn(routers[0])
+    whole = await log_of(redis, session)
+    got = await rejoined(routers[1], session, received)
+    tokens = [reply.token for reply in got if reply.HasField("token")]
+    assert [token.index for token in tokens] == list(range(received, NEW))
+    assert [token.token_id for token in tokens] == whole[len(whole) - NEW + received :]
+    assert got[-1].HasField("finished")
+    assert worker.asked[-1].generated == received
+    assert worker.asked[-1].sampling == worker.asked[0].sampling  # the same seed
+    assert await log_of(redis, session) == whole
+
+
+async def test_what_a_killed_router_had_not_written_is_generated_again(
+    routers: tuple[Stub, Stub], worker: MortalWorker, redis: Redis
+) -> None:
+    """The client has six tokens, the log four; the dead router still holds the session for a moment."""
+    session = await a_turn(routers[0])
+    whole = await log_of(redis, session)
+    await redis.set(f"qaq:session:{session}:tokens", np.asarray(whole[: 4 - NEW], "<i4").tobytes())
+    await redis.set(f"qaq:session:{session}:run", "the dead one", px=300)
+    got = await rejoined(routers[1], session, 6)
+    assert worker.asked[-1].generated == 4
+    assert [reply.token.index for reply in got if reply.HasField("token")] == [6, 7, 8]
+    assert await log_of(redis, session) == whole
+
+
+async def test_a_shorter_rest_leaves_nothing_behind_it(
+    routers: tuple[Stub, Stub], worker: MortalWorker, redis: Redis
+) -> None:
+    """What nobody has received is forgotten first, and with it the names of pages that may hold it."""
+    session = await a_turn(routers[0])
+    whole = await log_of(redis, session)
+    worker.refuse = Code.INVALID_ARGUMENT
+    with pytest.raises(grpc.aio.AioRpcError):
+        await rejoined(routers[1], session, 2)
+    assert await log_of(redis, session) == whole[: 2 - NEW]
+    assert await redis.get(f"qaq:session:{session}:pages") is None
+
+
+async def test_a_later_turn_is_the_one_to_rejoin(routers: tuple[Stub, Stub], worker: MortalWorker) -> None:
+    session = await a_turn(routers[0])
+    await replies(routers[0].Generate(request(" and then", new=3, session_id=session)))
+    got = await rejoined(routers[1], session, 1)
+    assert [reply.token.index for reply in got if reply.HasField("token")] == [1, 2]
+    assert worker.asked[-1].held == worker.asked[-2].held
+
+
+async def test_a_session_for_one_call_is_forgotten_when_its_rest_has_come(
+    routers: tuple[Stub, Stub], worker: MortalWorker, redis: Redis
+) -> None:
+    session = await a_turn(routers[0])
+    await redis.hset(f"qaq:session:{session}", "kept", "0")  # its router was killed before it forgot it
+    await rejoined(routers[1], session, 3)
+    await until(lambda: _gone(redis, session), "the session is forgotten")
+
+
+async def _gone(redis: Redis, session: str) -> bool:
+    return not await redis.exists(f"qaq:session:{session}")
+
+
+async def test_what_cannot_be_rejoined(routers: tuple[Stub, Stub]) -> None:
+    session = (await routers[0].OpenSession(generate_pb2.OpenSessionRequest())).session_id
+    finished = await a_turn(routers[0])
+    for identifier, received, code, sentence in (
+        (session, 0, Code.FAILED_PRECONDITION, "nothing was generated"),
+        (finished, NEW + 1, Code.INVALID_ARGUMENT, "received is 10"),
+        (finished, -1, Code.INVALID_ARGUMENT, "received is -1"),
+        ("nobody", 0, Code.NOT_FOUND, "does not exist"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rejoined(routers[1], identifier, received)
+        assert caught.value.code() is code
+        assert sentence in caught.value.details()
