@@ -113,7 +113,7 @@ def storages() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
+        if issubclass(type(thing), torch.Tensor) and not thing.is_mkldnn:  # oneDNN's weights have no storage
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found
