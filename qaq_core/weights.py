@@ -5,6 +5,7 @@ Activations outside of these layers, attention and the cache stay in float32.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _packed(name: str, layer: nn.Linear, weights: str) -> nn.Module:
     return OneDnnLinear(layer, torch.float32 if weights == "float32" else torch.bfloat16)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Module, ABC):
     """y = x·Wᵀ + b for float32 x, in inference."""
 
     bias: torch.Tensor | None
@@ -74,9 +75,9 @@ class PackedLinear(nn.Module):
         rows = self.multiply(x.reshape(-1, self.in_features).to(self.dtype))
         return rows.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    @abstractmethod
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, out_features] of [rows, in_features], both in `dtype`."""
-        raise NotImplementedError
 
 
 class OneDnnLinear(PackedLinear):
