@@ -1,4 +1,4 @@
-"""All tests. Triton decides when it is first imported, which transformers does, whether kernels are interpreted."""
+"""All tests. Triton decides when it is first imported, by transformers, whether kernels are interpreted."""
 
 import os
 
