@@ -57,15 +57,15 @@ QUALITY = build/quality
 quality: $(DEVELOPED)
 	mkdir -p $(QUALITY)
 	set -e; for table in \
-		"1024 256 balanced@4.6x" "2048 256 balanced@6.6x,balanced@8.7x" "4096 256 balanced@7x,balanced@9.4x,balanced@10.2x"; do \
+		"1024 256 balanced@4.5x" "2048 256 balanced@6.5x,balanced@8.5x" "4096 256 balanced@6.9x,balanced@9.2x,balanced@10x"; do \
 		set -- $$table; \
 		$(EVAL) --context $$1 --decode $$2 --documents 8 --configs $$3 --json $(QUALITY)/$$1.json --html $(QUALITY)/$$1.html; \
 	done
-	$(EVAL) --context 8000 --decode 128 --documents 2 --configs balanced@12.3x --json $(QUALITY)/8000.json
-	$(EVAL) --recall --context 2048 --decode 128 --documents 4 --configs balanced@7x,balanced-norequant@7x \
+	$(EVAL) --context 8000 --decode 128 --documents 4 --configs balanced@12x --json $(QUALITY)/8000.json
+	$(EVAL) --recall --context 2048 --decode 128 --documents 8 --configs balanced@6.9x,balanced-norequant@6.9x \
 		--json $(QUALITY)/recall.json
 	$(EVAL) --context 2048 --decode 64 --documents 3 --json $(QUALITY)/rivals.json --html $(QUALITY)/rivals.html --configs \
-	balanced@6.6x,balanced-norequant@6.6x,balanced@8.7x,paper,paper@4.5x,kivi-4,kivi-2,hadamard-3,hadamard-2,k4v2,uniform-3,h2o@6.5x,scissorhands@6.5x
+	balanced@6.5x,balanced-norequant@6.5x,balanced@8.5x,paper,paper@4.5x,kivi-4,kivi-2,hadamard-3,hadamard-2,k4v2,uniform-3,h2o@6.5x,scissorhands@6.5x
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from qaq_core.errors import ConfigError
-from qaq_core.frames import hadamard
+from qaq_core.hadamard import hadamard
 from qaq_core.shaping import OCTET, octet_means
 
 PRIOR_TOKENS = 64

@@ -22,6 +22,7 @@ import torch
 
 from qaq_core.errors import ConfigError
 from qaq_core.pages import KEY, VALUE
+from qaq_core.rope import Angles, rotate_pairs
 
 if TYPE_CHECKING:
     from qaq_core.axes import Axes
@@ -287,41 +288,3 @@ class LinearFrame:
 
     def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return self._key_inverse, self._output_map
-
-
-class Angles:
-    """RoPE's cosines and sines by position; a frame and those that share its matrices share these too."""
-
-    def __init__(self, frequencies: torch.Tensor, device: torch.device) -> None:
-        self._frequencies, self._device = frequencies.cpu(), device
-        self._table = torch.empty(len(frequencies), 0, 2 * frequencies.shape[1])
-
-    def __call__(self, stop: int) -> torch.Tensor:
-        """[kinds, >= stop, head_dim], made on the CPU so that every machine has the same."""
-        table = self._table
-        if table.shape[1] < stop:
-            position = torch.arange(-(-stop // 4096) * 4096, dtype=torch.float64)
-            angle = position[None, :, None] * self._frequencies[:, None, :]
-            # Threads may both get here: each returns the table it made, whichever is kept.
-            self._table = table = torch.cat([angle.cos(), angle.sin()], -1).float().to(self._device)
-        return table
-
-
-def rotate_pairs(mean: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """RoPE of mean [..., d] by cosines and sines [..., d]."""
-    m1, m2 = mean.chunk(2, -1)
-    cos, sin = angle.chunk(2, -1)
-    return torch.cat([m1 * cos - m2 * sin, m2 * cos + m1 * sin], -1)
-
-
-def hadamard(dim: int) -> torch.Tensor:
-    """Orthogonal Walsh–Hadamard matrix with random signs [dim, dim], float64.
-
-    In blocks of the largest power of two that divides dim; the signs are the same for every model of that dim.
-    """
-    block = torch.ones(1, 1, dtype=torch.float64)
-    while dim % (2 * len(block)) == 0:
-        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
-    generator = torch.Generator().manual_seed(dim)
-    signs = torch.randint(0, 2, (dim,), generator=generator).double() * 2 - 1
-    return torch.block_diag(*[block * len(block) ** -0.5] * (dim // len(block))) * signs

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qaq_core.frames import rotate_pairs
+from qaq_core.rope import rotate_pairs
 from qaq_core.shape import ModelShape
 
 SINKS = 4

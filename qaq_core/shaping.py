@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from qaq_core.frames import hadamard
+from qaq_core.hadamard import hadamard
 
 OCTET = 8
 FISHER_FLOOR = 0.01

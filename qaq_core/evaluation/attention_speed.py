@@ -20,11 +20,12 @@ from qaq_core.attention import CpuAttention, LayerTokens, ReferenceAttention
 from qaq_core.attention.decoding import Decode
 from qaq_core.codecs import ProgressiveCodec
 from qaq_core.codecs.progressive import greedy_order
-from qaq_core.frames import LinearFrame, rotate_pairs
+from qaq_core.frames import LinearFrame
 from qaq_core.native import library
 from qaq_core.native.layers import LAYER, TYPES
 from qaq_core.packed import PackedTokens
 from qaq_core.quantizer import Quantizer
+from qaq_core.rope import rotate_pairs
 
 MIXED = ((0.60, 2, 2), (0.25, 3, 2), (0.10, 4, 4), (0.05, 8, 8))
 """Shares of tokens and the bits of their keys and values."""

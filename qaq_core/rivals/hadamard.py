@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from qaq_core.codecs import UniformCodec
-from qaq_core.frames import LinearFrame, hadamard
+from qaq_core.frames import LinearFrame
+from qaq_core.hadamard import hadamard
 from qaq_core.quantizer import Quantizer
 from qaq_core.rivals import uniform
 from qaq_core.shape import ModelShape

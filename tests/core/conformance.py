@@ -15,13 +15,14 @@ from qaq_core import packed as packed_tokens
 from qaq_core.attention import Attention, LayerTokens
 from qaq_core.axes import Axes
 from qaq_core.codecs import Codec, GaussianCodec, NormalCodec, ProgressiveCodec, UniformCodec
-from qaq_core.frames import LinearFrame, PlainFrame, rotate_pairs
+from qaq_core.frames import LinearFrame, PlainFrame
 from qaq_core.native import library
 from qaq_core.outliers import split_outliers
 from qaq_core.packed import PackedTokens
 from qaq_core.packing import WIDTHS
 from qaq_core.pages import KEY, VALUE
 from qaq_core.quantizer import Quantizer
+from qaq_core.rope import rotate_pairs
 from qaq_core.window import Reduction, Statistic
 from tests.core.rows import decoded, normal, turned
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaq_core.frames import LinearFrame, PlainFrame, hadamard
+from qaq_core.frames import LinearFrame, PlainFrame
+from qaq_core.hadamard import hadamard
 from qaq_core.pages import KEY, VALUE
 from tests.core.rows import HEAD_DIMS, linear_frame, normal
 
