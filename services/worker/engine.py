@@ -189,12 +189,17 @@ class Engine:
         self._send()
 
     def _drop_asked(self) -> None:
-        """Does what `drop` asked for."""
+        """Does what `drop` asked for. The state says so before the answer does."""
+        dropped = []
         for session_id, answer in self._inbox.take_drops():
             running = [g for g in self._batch.running if g.request.session_id == session_id]
             for generation in running:
                 self._batch.fail(generation, FailedPrecondition("the session was dropped; open a new one"))
-            answer.set_result(self._sessions.shelf.drop(session_id) or bool(running))
+            dropped.append((answer, self._sessions.shelf.drop(session_id) or bool(running)))
+        if dropped:
+            self._send()
+        for answer, found in dropped:
+            answer.set_result(found)
 
     def _send(self) -> None:
         """Publishes the state, and hands what there is to say to the event loop, at once."""

@@ -245,7 +245,7 @@ async def test_dropping_a_session_that_runs(make_engine: MakeEngine, ids: Ids) -
     async with make_engine() as engine:
         generation = engine.submit(request(ids(STORY), 5000, cache=EXACT, session_id="s", keep=True))
         await generation.replies.get()
-        assert await asyncio.wrap_future(engine.drop("s"))
+        assert await asyncio.to_thread(lambda: (engine.drop("s").result(60), engine.state.sessions)) == (True, 0)
         with pytest.raises(FailedPrecondition, match="dropped"):
             await outcome(generation)
         await settled(engine, running=0, sessions=0)
