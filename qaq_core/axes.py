@@ -49,6 +49,12 @@ class Axes:
             or self.after.shape != self.before.shape
         ):
             raise ConfigError(f"axes of {dim} dims do not have {self.reflections.shape[-1]} numbers")
+        if (self.reflections.dtype, self.before.dtype, self.after.dtype) != (
+            torch.int8,
+            torch.float32,
+            torch.float32,
+        ):
+            raise ConfigError("axes are int8 reflections and float32 scales")  # C++ takes them at their word
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -111,6 +111,12 @@ def test_what_does_not_fit_is_refused() -> None:
     good = axes(2, 2, 64)
     with pytest.raises(ConfigError, match="64 dims"):
         Axes(good.reflections[..., 1:], good.before, good.after)
+    for wrong in (
+        (good.reflections.half(), good.before, good.after),
+        (good.reflections, good.before.half(), good.after),
+    ):
+        with pytest.raises(ConfigError, match="int8"):
+            Axes(*wrong)
     model = quantizers(2, 3, 64)["balanced"]
     with pytest.raises(ConfigError, match="3 heads"):
         model.centered_on(normal(1, 2, 2, 3, 70, 64), 0).turned((good, good))
