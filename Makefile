@@ -61,9 +61,10 @@ quality: $(DEVELOPED)
 		set -- $$table; \
 		$(EVAL) --context $$1 --decode $$2 --documents 8 --configs $$3 --json $(QUALITY)/$$1.json --html $(QUALITY)/$$1.html; \
 	done
-	$(EVAL) --context 8000 --decode 128 --documents 4 --configs balanced@12x --json $(QUALITY)/8000.json
+	$(EVAL) --context 8000 --decode 128 --documents 4 --configs balanced@12x \
+		--json $(QUALITY)/8000.json --html $(QUALITY)/8000.html
 	$(EVAL) --recall --context 2048 --decode 128 --documents 8 --configs balanced@7x,balanced-norequant@7.2x \
-		--json $(QUALITY)/recall.json
+		--json $(QUALITY)/recall.json --html $(QUALITY)/recall.html
 	$(EVAL) --context 2048 --decode 64 --documents 3 --json $(QUALITY)/rivals.json --html $(QUALITY)/rivals.html --configs \
 	balanced@6.5x,balanced-norequant@6.5x,balanced@8.5x,paper,paper@4.5x,kivi-4,kivi-2,hadamard-3,hadamard-2,k4v2,uniform-3,h2o@6.5x,scissorhands@6.5x
 
