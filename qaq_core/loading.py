@@ -34,7 +34,7 @@ class LoadedModel:
         model: in eval mode, on its device. tokenizer: as transformers makes it.
         fingerprint: hex; the same weights and configuration have the same one wherever they were found.
         context_length: tokens the model was made for.
-        weights: form of its linear layers, one of `weights.WEIGHTS`.
+        weights: form of its linear layers, one of `weights.WEIGHTS` but "auto".
     """
 
     model: Any
@@ -144,7 +144,7 @@ def load_model(
     tokenizer = _tokenizer(checkpoint, progress)
     progress("loading weights", 0.0)
     model = _weights(directory, resolved, place, source)
-    pack(model, weights)
+    weights = pack(model, weights)
     progress("loading weights", 1.0)
     if compiled:
         compile_layers(model, progress)

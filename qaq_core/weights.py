@@ -13,9 +13,10 @@ from torch import nn
 
 from qaq_core.errors import ConfigError
 
-WEIGHTS = ("plain", "float32", "bfloat16", "int8", "int4")
+WEIGHTS = ("auto", "plain", "float32", "bfloat16", "int8", "int4")
 """plain: the layers as transformers makes them. float32, bfloat16: reordered once for oneDNN. int8: a scale for
-each output. int4: a scale and an offset for every 32 inputs. With the last two the output layer is bfloat16."""
+each output. int4: a scale and an offset for every 32 inputs. With the last two the output layer is bfloat16.
+auto: float32 where that can be, else plain."""
 LOSSLESS = ("plain", "float32")
 """Those that change numbers by the order of sums only."""
 GROUP = 32
@@ -24,18 +25,24 @@ _OUTPUTS = 16
 """int4's outputs come in so many at a time."""
 
 
-def pack(model: Any, weights: str) -> None:
-    """Replaces the linear layers of a float32 model on the CPU. It then cannot be trained, saved or calibrated.
+def pack(model: Any, weights: str) -> str:
+    """Replaces the linear layers of a float32 model on the CPU. It then cannot be trained or saved, and calibrated
+    only with float32 ones.
 
     Args:
         weights: one of WEIGHTS.
+    Returns:
+        which weights the model has now; never "auto".
     Raises:
         ConfigError: unknown weights, or not for this model or this processor.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"unknown weights {weights!r}; take {', '.join(WEIGHTS)}")
+    if weights == "auto":
+        fits = model.device.type == "cpu" and model.dtype == torch.float32
+        weights = "float32" if fits and torch.backends.mkldnn.is_available() else "plain"
     if weights == "plain":
-        return
+        return weights
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise ConfigError(f"{weights} weights are for models in float32 on the CPU; take plain ones")
     if not torch.backends.mkldnn.is_available():
@@ -47,6 +54,7 @@ def pack(model: Any, weights: str) -> None:
         if type(layer) is nn.Linear:
             coarse = layer is output and weights not in LOSSLESS
             model.set_submodule(name, _packed(name, layer, "bfloat16" if coarse else weights))
+    return weights
 
 
 def _packed(name: str, layer: nn.Linear, weights: str) -> nn.Module:
@@ -63,6 +71,8 @@ class PackedLinear(nn.Module, ABC):
     """y = x·Wᵀ + b for float32 x, in inference."""
 
     bias: torch.Tensor | None
+    differentiable = False
+    """Whether gradients reach x; those of weights are never made."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -70,8 +80,8 @@ class PackedLinear(nn.Module, ABC):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ConfigError("packed weights have no gradients; take plain ones, e.g. for qaq calibrate")
+        if not self.differentiable and torch.is_grad_enabled() and x.requires_grad:
+            raise ConfigError("these weights have no gradients; take plain or float32 ones, e.g. for qaq calibrate")
         rows = self.multiply(x.reshape(-1, self.in_features).to(self.dtype))
         return rows.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -90,6 +100,7 @@ class OneDnnLinear(PackedLinear):
         with torch.no_grad():
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), 1)
         self.register_buffer("weight", weight, persistent=False)
+        self.differentiable = dtype == torch.float32
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.qaq.linear(x, self.weight, self.bias, self.out_features)
@@ -154,3 +165,14 @@ def _linear_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 _library.impl("linear", _linear, "CPU")
 _library.impl("linear", _linear, "MkldnnCPU")
 torch.library.register_fake("qaq::linear", _linear_shape, lib=_library)
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.weight = inputs[1]  # save_for_backward does not take oneDNN's tensors
+
+
+def _linear_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return gradient @ ctx.weight.to_dense(), None, None, None
+
+
+torch.library.register_autograd("qaq::linear", _linear_gradient, setup_context=_keep_weight, lib=_library)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qaq_core.calibration import measure
 from qaq_core.errors import ConfigError
 from qaq_core.loading import default_model_path, load_model
+from qaq_core.shape import ModelShape
 from qaq_core.weights import LOSSLESS, WEIGHTS, Int4Linear, Int8Linear, OneDnnLinear, pack
 from tests.core.models import tiny, token_ids
 
-PACKED = [name for name in WEIGHTS if name != "plain"]
+PACKED = [name for name in WEIGHTS if name not in ("auto", "plain")]
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -77,8 +79,38 @@ def test_a_model_with_packed_weights_says_nearly_the_same(weights: str, kind: st
 
 def test_plain_weights_are_left_alone() -> None:
     model = tiny("llama-gqa")
-    pack(model, "plain")
+    assert pack(model, "plain") == "plain"
     assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_auto_takes_what_loses_nothing() -> None:
+    model = tiny("llama-gqa")
+    assert pack(model, "auto") == "float32"
+    assert isinstance(model.lm_head, OneDnnLinear)
+    half = tiny("llama-gqa").bfloat16()
+    assert pack(half, "auto") == "plain"
+    assert type(half.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_go_through_float32_weights(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(128, 96, bias=bias)
+    packed, gradient = OneDnnLinear(layer, torch.float32), torch.randn(3, 7, 96)
+    both = [torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1), requires_grad=True) for _ in "xy"]
+    layer(both[0]).backward(gradient)
+    packed(both[1]).backward(gradient)
+    assert (both[0].grad - both[1].grad).norm() / both[0].grad.norm() < 1e-5
+
+
+def test_a_model_with_float32_weights_is_calibrated_as_with_plain_ones() -> None:
+    plain, packed = tiny("llama-gqa"), tiny("llama-gqa")
+    pack(packed, "float32")
+    want, got = (measure(model, ModelShape.of(model), sequences=1, tokens=32) for model in (plain, packed))
+    assert got.source == "gradients"
+    for name, table in want.tables.items():
+        if name.endswith("costs"):
+            torch.testing.assert_close(got.tables[name], table, rtol=1e-2, atol=1e-2 * float(table.max()))
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
