@@ -81,7 +81,7 @@ class PackedLinear(nn.Module, ABC):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.differentiable and torch.is_grad_enabled() and x.requires_grad:
-            raise ConfigError("these weights have no gradients; take plain or float32 ones, e.g. for qaq calibrate")
+            raise ConfigError("these weights have no gradients; take plain or float32 ones to calibrate")
         rows = self.multiply(x.reshape(-1, self.in_features).to(self.dtype))
         return rows.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
