@@ -156,12 +156,12 @@ class Pressure:
         price = self._search(asked, max(bits, self._floor_bits))
         self._moved = time.monotonic()
         # What is held lags behind what would be wanted now, so a price that should do may have to be passed.
-        self._set(max(price, self.price * STEP) if over else min(price, self.price), everyone)
+        least = STEP * (self.price or _lowest(asked))
+        self._set(max(price, least) if over else min(price, self.price), everyone)
 
     def _search(self, asked: Sequence[Session], bits: float) -> float:
         """The lowest price that leaves so many code bits an element; 0 if no price is needed."""
-        lowest = min(session.sequence.price.own or math.inf for session in asked)
-        prices = [lowest * factor for factor in TRIED]
+        prices = [_lowest(asked) * factor for factor in TRIED]
 
         @functools.cache
         def left(place: int) -> float:
@@ -213,6 +213,11 @@ def _elements(method: Method) -> int:
     """Numbers of a token."""
     shape = method.shape
     return shape.layers * 2 * shape.kv_heads * shape.head_dim
+
+
+def _lowest(asked: Sequence[Session]) -> float:
+    """The lowest price that is paid without any pressure."""
+    return min(session.sequence.price.own or math.inf for session in asked)
 
 
 def _code_bits(giving: Sequence[Session]) -> float:
