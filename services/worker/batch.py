@@ -13,7 +13,7 @@ from qaq_core import QAQCache
 from qaq_core.loading import LoadedModel
 from services.common import metrics
 from services.common.errors import ResourceExhausted
-from services.worker.generation import Generation, Reply, session_of
+from services.worker.generation import Generation, Reply, age, session_of
 from services.worker.outbox import Outbox
 from services.worker.session import Session
 from services.worker.sessions import Sessions
@@ -34,7 +34,8 @@ class Batch:
         decode_threads: for a decode step; all but one if not given.
 
     Attributes:
-        running: in the order in which they came; those that compute their prompt, and those that decode.
+        running: those that compute their prompt, in the order in which they came, and those that decode.
+        paused: those that decoded and have no cache now, in the order in which they came.
     """
 
     def __init__(
@@ -46,6 +47,12 @@ class Batch:
         # A step is many small operations, and each waits for its slowest thread: leave a core to the others.
         self._decode_threads = decode_threads or max(1, self._threads - 1)
         self.running: list[Generation] = []
+        self.paused: list[Generation] = []
+
+    @property
+    def begun(self) -> list[Generation]:
+        """Those that run and those that are paused."""
+        return [*self.running, *self.paused]
 
     @property
     def sessions(self) -> list[Session]:
@@ -59,8 +66,8 @@ class Batch:
 
     @property
     def busy(self) -> set[str]:
-        """Ids of sessions that run."""
-        return {g.request.session_id for g in self.running} - {""}
+        """Ids of sessions that run or are paused."""
+        return {g.request.session_id for g in self.begun} - {""}
 
     @property
     def decoding(self) -> list[Generation]:
@@ -77,6 +84,20 @@ class Batch:
         if generation.scores_prompt and (session.loading is not None or session.sequence.length >= held):
             session.rebuild()
         self._outbox.put_all(generation, generation.echo())
+        self.running.append(generation)
+
+    def pause(self, generation: Generation) -> None:
+        """Takes out one that decodes, between two tokens, and frees its cache."""
+        self._tell_pages(generation)
+        self._sessions.pause(session_of(generation))
+        generation.was_paused = True
+        self.running.remove(generation)
+        self.paused = sorted([*self.paused, generation], key=age)
+
+    def go_on(self, generation: Generation) -> None:
+        """Lets one run again that was paused; its log is a prompt now."""
+        self.paused.remove(generation)
+        self._sessions.come_back(session_of(generation))
         self.running.append(generation)
 
     # -- a step ----------------------------------------------------------------------------------------
@@ -102,7 +123,9 @@ class Batch:
             return False
         if session.loading is None and session.loaded:
             metrics.prompt_tokens.labels("stored").inc(session.loaded)
-            self._outbox.put(generation, generation.progress(session.loaded))
+            if not generation.was_paused:
+                generation.loaded = session.loaded
+            self._outbox.put_all(generation, generation.progress(session.loaded))
         return session.loading is None
 
     def prefill(self, generation: Generation, most: int) -> int:
@@ -118,7 +141,7 @@ class Batch:
             chunk = session.next_chunk(generation.chunk(most))
             logits = self._forward([session], [chunk], len(chunk) if generation.scores_prompt else 1)[0]
             metrics.prompt_tokens.labels("computed").inc(session.sequence.length - start)
-            self._outbox.put(generation, generation.progress(session.sequence.length))
+            self._outbox.put_all(generation, generation.progress(session.sequence.length))
             if generation.scores_prompt:
                 self._outbox.put_all(generation, generation.echo_chunk(start, logits))
             if session.lacking:
@@ -180,9 +203,7 @@ class Batch:
                 session.tokens.append(token)
                 self._outbox.put(generation, generation.accept(token, logits))
             if generation.reason != _GOING_ON:
-                done = generation.done(session.sequence.stats())
-                done.done.usage.loaded_tokens = session.loaded
-                self._outbox.put(generation, done)
+                self._outbox.put(generation, generation.done(session.sequence.stats()))
                 self.release(generation)
         except Exception as error:
             self.fail(generation, error)
@@ -200,7 +221,7 @@ class Batch:
     def release(self, generation: Generation) -> None:
         """Takes a generation out; its session may stay."""
         session = session_of(generation)
-        self.running.remove(generation)
+        self._take_out(generation)
         count(session)
         self._sessions.leave(generation.request, session)
 
@@ -210,6 +231,9 @@ class Batch:
             error = ResourceExhausted("the device's memory is full; try again later, or with a shorter prompt")
         session = session_of(generation)
         self._outbox.put(generation, error)
-        self.running.remove(generation)
+        self._take_out(generation)
         count(session)
         session.close()
+
+    def _take_out(self, generation: Generation) -> None:
+        (self.paused if generation in self.paused else self.running).remove(generation)

@@ -24,6 +24,7 @@ from services.worker.batch import Batch
 from services.worker.generation import Generation
 from services.worker.inbox import RETRY_AFTER_MS, Inbox
 from services.worker.outbox import Outbox
+from services.worker.pauses import Pauses
 from services.worker.request import Checker
 from services.worker.sessions import Sessions
 from services.worker.state import State, observe
@@ -55,6 +56,7 @@ class Engine:
         self._sessions = Sessions(loaded, originals, settings)
         self._inbox, self._outbox = Inbox(originals, settings), Outbox(loop)
         self._batch = Batch(loaded, self._sessions, self._outbox, settings.decode_threads)
+        self._pauses = Pauses(self._batch, self._sessions)
         self._state = State()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -93,7 +95,7 @@ class Engine:
             ResourceExhausted: too many wait already, or too many originals.
         """
         generation = self._check.generation(request)
-        self._inbox.put(generation, lambda: self._free)
+        self._inbox.put(generation, lambda: self._free - len(self._batch.paused))
         return generation
 
     def cancel(self, generation: Generation) -> None:
@@ -119,14 +121,14 @@ class Engine:
 
     @property
     def _free(self) -> int:
-        """Places that those who wait now will take."""
+        """Places that those who wait or are paused will take."""
         return max(0, self._settings.max_sequences - self._batch.taken)
 
     # -- the thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         with torch.inference_mode():
-            while self._inbox.wait(busy=bool(self._batch.running)):
+            while self._inbox.wait(busy=bool(self._batch.begun)):
                 try:
                     self._step()
                 except Exception as error:  # a fault of the engine's own: those it runs end, it goes on
@@ -143,6 +145,7 @@ class Engine:
         self._reap()
         if self._sessions.pressure.step(self._batch.sessions, self._sessions.shelf):
             self._send()
+        self._pauses.step()
         self._admit()
         computing = self._compute_prompts()
         decoding = self._batch.decoding
@@ -163,12 +166,16 @@ class Engine:
     def _reap(self) -> None:
         """Lets go of generations that nobody listens to."""
         self._inbox.forget_cancelled()
-        for generation in [g for g in self._batch.running if g.cancelled]:
+        for generation in [g for g in self._batch.begun if g.cancelled]:
             self._batch.release(generation)
 
     def _admit(self) -> None:
-        """Moves generations from the queue to those that run, in order, as far as there is room."""
+        """Lets generations run, in order, as far as there is room: those that are paused, then those that wait."""
         while self._free and not self._inbox.staging_full:
+            if self._batch.paused:
+                if not self._pauses.end_first():
+                    return
+                continue
             candidate = self._inbox.first(self._batch.busy)
             if candidate is None or candidate.slots > self._free:
                 return
@@ -181,8 +188,8 @@ class Engine:
             self._inbox.remove(candidate)
 
     def _fail_all(self, error: Exception) -> None:
-        """Ends everything that runs or waits."""
-        for generation in list(self._batch.running):
+        """Ends everything that runs, is paused or waits."""
+        for generation in self._batch.begun:
             self._batch.fail(generation, error)
         for generation in self._inbox.take_waiting():
             self._outbox.put(generation, error)
@@ -192,7 +199,7 @@ class Engine:
         """Does what `drop` asked for. The state says so before the answer does."""
         dropped = []
         for session_id, answer in self._inbox.take_drops():
-            running = [g for g in self._batch.running if g.request.session_id == session_id]
+            running = [g for g in self._batch.begun if g.request.session_id == session_id]
             for generation in running:
                 self._batch.fail(generation, FailedPrecondition("the session was dropped; open a new one"))
             dropped.append((answer, self._sessions.shelf.drop(session_id) or bool(running)))
@@ -204,5 +211,6 @@ class Engine:
     def _send(self) -> None:
         """Publishes the state, and hands what there is to say to the event loop, at once."""
         sessions = [*self._batch.sessions, *self._sessions.shelf]
-        self._state = observe(len(self._batch.running), len(self._inbox), sessions)
+        waiting = len(self._inbox) + len(self._batch.paused)
+        self._state = observe(len(self._batch.running), waiting, sessions)
         self._outbox.send()

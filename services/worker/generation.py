@@ -55,9 +55,12 @@ class Generation:
         context: most tokens that the log may have.
 
     Attributes:
-        session: None while it waits.
+        session: None before it ran.
         slots: sequences that it takes, or will take once the prompt is computed.
         reason: unspecified while it goes on.
+        arrived: when, in seconds of the monotonic clock.
+        loaded: tokens of its prompt that came from the store.
+        was_paused: its prompt has been told of.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Generation:
         self.session: Session | None = None
         self.slots = len(voices)
         self.reason: common_pb2.FinishReason = _GOING_ON
+        self.loaded, self.was_paused = 0, False
         self.listener = listener or Listener()
         self._voices, self._eos, self._context = voices, eos, context
         self.sampler, self._text = voices[0].sampler, voices[0].text
@@ -86,7 +90,7 @@ class Generation:
             self._most = min(self._most, request.stop.max_new_tokens)
         self._generated = 0
         self._ended_by: int | None = None
-        self._arrived = self._first = self._last = time.monotonic()
+        self.arrived = self._first = self._last = time.monotonic()
         for token in self.tokens[self._prompt :]:
             self._count(token)
 
@@ -99,17 +103,23 @@ class Generation:
         return self.listener.cancelled
 
     @property
+    def left(self) -> int:
+        """Tokens that may come."""
+        return self._most - self._generated
+
+    @property
     def scores_prompt(self) -> bool:
         """The prompt's tokens are wanted with their likelihoods, so all of it has to be computed here."""
-        return self.request.output.echo and self._likelihood.wanted
+        return self.request.output.echo and self._likelihood.wanted and not self.was_paused
 
     def chunk(self, most: int) -> int:
         """How many tokens of the prompt to compute at once."""
         return min(most, _SCORED_CHUNK) if self.scores_prompt else most
 
-    def progress(self, done: int) -> Reply:
+    def progress(self, done: int) -> Iterator[Reply]:
         """`done` of the prompt's tokens are computed."""
-        return Reply(progress=Reply.Progress(tokens_done=done, tokens_total=len(self.tokens)))
+        if not self.was_paused:
+            yield Reply(progress=Reply.Progress(tokens_done=done, tokens_total=len(self.tokens)))
 
     def echo(self) -> Iterator[Reply]:
         """The prompt, if it is wanted without likelihoods."""
@@ -134,13 +144,13 @@ class Generation:
 
     def branches(self) -> Iterator[Generation]:
         """The other choices, which go on from a copy of this one's cache. Call it when the prompt is computed."""
-        self.slots = 1
         assert self.session is not None
-        for choice, voice in enumerate(self._voices[1:], start=1):
+        others, self._voices, self.slots = self._voices[1:], self._voices[:1], 1
+        for choice, voice in enumerate(others, start=1):
             other = Generation(
                 self.request, [voice], self._likelihood, self._eos, self._context, choice, self.listener
             )
-            other._arrived = self._arrived
+            other.arrived, other.loaded = self.arrived, self.loaded
             other.session = self.session.fork()
             yield other
 
@@ -182,9 +192,10 @@ class Generation:
         usage = common_pb2.Usage(
             prompt_tokens=self._prompt,
             generated_tokens=self._generated,
-            ttft_ms=(self._first - self._arrived) * 1e3,
+            ttft_ms=(self._first - self.arrived) * 1e3,
             decode_ms=(self._last - self._first) * 1e3,
             cache=cache_stats(statistics),
+            loaded_tokens=self.loaded,
         )
         done = Reply.Done(reason=self.reason, usage=usage, text=text, choice=self.choice)
         if self._text.found is not None:
@@ -198,6 +209,11 @@ def session_of(generation: Generation) -> Session:
     """The session of a generation that runs."""
     assert generation.session is not None
     return generation.session
+
+
+def age(generation: Generation) -> tuple[float, int]:
+    """Sorts generations by when they came; choices of one by their number."""
+    return generation.arrived, generation.choice
 
 
 def cache_stats(statistics: CacheStatistics) -> common_pb2.CacheStats:

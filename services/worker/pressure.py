@@ -13,11 +13,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-import structlog
-
 from qaq_core import Method
 from services.common import metrics
-from services.common.log import once
 from services.worker.session import Session
 from services.worker.shelf import Shelf
 
@@ -44,8 +41,6 @@ ROUNDS_S = 0.25
 OVERHEAD_BITS = 0.3
 """Of a packed element, beside its code: tags, scales, window. A guess for admission."""
 
-log = structlog.get_logger()
-
 
 class Pressure:
     """Keeps the caches of a worker within a budget. Belongs to the engine's thread.
@@ -57,11 +52,12 @@ class Pressure:
 
     Attributes:
         price: the least that a bit costs in any elastic sequence; 0 asks for nothing.
+        short: bytes over the budget that no idle session and no price brings in; 0 if there are none.
     """
 
     def __init__(self, budget: int | None, floor_bits: float, widen_bytes_per_s: float) -> None:
         self._budget, self._anew = budget, False
-        self.price = 0.0
+        self.price, self.short = 0.0, 0
         self._floor_bits = floor_bits
         self._rate = widen_bytes_per_s
         self._behind: deque[Session] = deque()
@@ -83,15 +79,15 @@ class Pressure:
             whether any of them was brought to another price.
         """
         settled = [session for session in running if not session.prefilling]
-        budget = self.budget
+        for session in settled:  # those that came since, and those that began before the price changed
+            if session.sequence.price.floor != self.price and session not in self._behind:
+                self._behind.append(session)
+        budget, self.short = self.budget, 0
         if budget is not None:
             growing = sum(session.sequence.packed.nbytes for session in running if session.prefilling)
             self._balance(budget, settled, shelf, growing)
         elif self.price:
             self._set(0.0, [*settled, *shelf])
-        for session in settled:  # those that came since, and those that began before the price changed
-            if session.sequence.price.floor != self.price and session not in self._behind:
-                self._behind.append(session)
         moved = self._bring_up(set(map(id, [*running, *shelf])))
         self._allow([*settled, *shelf])
         return moved
@@ -107,21 +103,25 @@ class Pressure:
 
     def least(self, session: Session) -> int:
         """Bytes of a session when the price is at its highest. Of a prompt under way, when it is packed."""
-        sequence, tokens = session.sequence, len(session.tokens)
+        sequence, packed = session.sequence, session.sequence.packed
         if session.prefilling:
-            return self.predict(session.method, tokens)
+            return max(session.needs, self.predict(session.method, len(session.tokens)))
         if not sequence.price.elastic:
             return sequence.nbytes
-        return min(sequence.nbytes, self.predict(session.method, tokens))
+        codes = packed.nbytes - packed.fixed_bytes
+        return sequence.nbytes - max(0, codes - int(self._floor_bits * session.packed_elements / 8))
 
     def predict(self, method: Method, tokens: int) -> int:
         """Bytes of so many tokens at the highest price; a method that is not elastic may take 16 bits."""
-        shape = method.shape
-        elements = shape.layers * 2 * shape.kv_heads * shape.head_dim
         window = method.sinks + 2 * method.group
-        bits = (self._floor_bits if method.policy.elastic else 16) + OVERHEAD_BITS
         packed = max(0, tokens - method.sinks - method.group)
-        return elements * window * method.window_dtype.itemsize + int(elements * packed * bits / 8)
+        exact = _elements(method) * window * method.window_dtype.itemsize
+        return exact + self.growth(method, packed)
+
+    def growth(self, method: Method, tokens: int) -> int:
+        """Bytes that so many more tokens take at the highest price."""
+        bits = (self._floor_bits if method.policy.elastic else 16) + OVERHEAD_BITS
+        return int(_elements(method) * tokens * bits / 8)
 
     # -- inside ----------------------------------------------------------------------------------------
 
@@ -137,11 +137,14 @@ class Pressure:
         giving = [s for s in everyone if s.sequence.price.elastic and len(s.sequence.packed)]
         elements = sum(session.packed_elements for session in giving)
         if not elements:
-            if self.price:
-                self._set(0.0, everyone)
+            self.short = max(0, used - budget)
+            self._set(0.0, everyone)
             return
         over, anew, self._anew = used > budget * HIGH, self._anew, False
         if over and (anew or time.monotonic() - self._moved > ROUNDS_S):
+            if _code_bits(giving) <= self._floor_bits:
+                self.short = used - budget
+                return
             room = RAISED_TO * budget
         elif self.price and used < budget * LOW and self._at_rest(everyone):
             room = LOWERED_TO * budget
@@ -153,12 +156,12 @@ class Pressure:
         price = self._search(asked, max(bits, self._floor_bits))
         self._moved = time.monotonic()
         # What is held lags behind what would be wanted now, so a price that should do may have to be passed.
-        self._set(max(price, self.price * STEP) if over else min(price, self.price), everyone)
+        least = STEP * (self.price or _lowest(asked))
+        self._set(max(price, least) if over else min(price, self.price), everyone)
 
     def _search(self, asked: Sequence[Session], bits: float) -> float:
         """The lowest price that leaves so many code bits an element; 0 if no price is needed."""
-        lowest = min(session.sequence.price.own or math.inf for session in asked)
-        prices = [lowest * factor for factor in TRIED]
+        prices = [_lowest(asked) * factor for factor in TRIED]
 
         @functools.cache
         def left(place: int) -> float:
@@ -166,8 +169,6 @@ class Pressure:
 
         enough = bisect.bisect_left(range(len(prices)), True, key=lambda place: left(place) <= bits)
         if enough == len(prices):
-            if once("pressure"):
-                log.warning("no price brings the caches into the budget", budget=self.budget)
             return prices[-1]
         if enough == 0:
             return 0.0
@@ -206,6 +207,23 @@ class Pressure:
         for price in back:
             held = price.allowance or 0
             price.allowance = int(min(self._rate, held + bytes_now / len(back)))
+
+
+def _elements(method: Method) -> int:
+    """Numbers of a token."""
+    shape = method.shape
+    return shape.layers * 2 * shape.kv_heads * shape.head_dim
+
+
+def _lowest(asked: Sequence[Session]) -> float:
+    """The lowest price that is paid without any pressure."""
+    return min(session.sequence.price.own or math.inf for session in asked)
+
+
+def _code_bits(giving: Sequence[Session]) -> float:
+    """Code bits an element that sessions hold."""
+    bits = sum(session.sequence.packed.mean_bits * session.packed_elements for session in giving)
+    return bits / sum(session.packed_elements for session in giving)
 
 
 def _overhead_bits(session: Session) -> float:

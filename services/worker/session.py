@@ -75,6 +75,7 @@ class Session:
         names: of the log's pages.
         loading: stored pages are on their way; nothing can be computed before they are here.
         loaded: tokens whose keys and values came from the store.
+        needs: bytes that the cache must have at least, as far as is known from before it was freed.
         told: pages that whoever runs the session was told of, see `fresh_pages`.
         counted: exceptions and missing originals of this cache that are in the metrics already.
     """
@@ -92,6 +93,8 @@ class Session:
         self.tokens = list(tokens)
         self._originals, self._fingerprint, self._salt, self._wait = originals, fingerprint, salt, wait
         self._prompt_left = 0
+        self._held: list[bytes] = []
+        self.counted: dict[str, int]
         self.loading: PrefixLoad | None = None
         self._open()
 
@@ -121,6 +124,13 @@ class Session:
     def prefilling(self) -> bool:
         """The next forward pass is a chunk of a prompt and not one decoded token."""
         return self._prompt_left > 0 or self.lacking > 1
+
+    @property
+    def stored(self) -> bool:
+        """The store has acknowledged every page."""
+        staging = self.sequence.staging
+        staging.collect()
+        return staging.stored == len(staging.names)
 
     def continues_in(self, log: Sequence[int], method: Method) -> bool:
         """True if the cache can be used to continue `log`: it holds a part of it and not all."""
@@ -163,6 +173,7 @@ class Session:
 
     def next_chunk(self, limit: int) -> list[int]:
         """The next tokens to compute, at most `limit`; the cache is told when a prompt begins."""
+        self._let_go()
         if self._prompt_left == 0 and self.lacking > 1:
             self._prompt_left = self.lacking
             self.sequence.expect(self.lacking)
@@ -180,6 +191,22 @@ class Session:
         other.counted = {"exceptions": 0, "originals_missing": 0}
         return other
 
+    def pause(self, needs: int) -> None:
+        """Frees the cache, whose pages are stored. They are held for `come_back`; the counts go on.
+
+        Args:
+            needs: bytes that the cache has at the least bits.
+        """
+        names, counts, counted = self.sequence.staging.names, self.sequence.exceptions.counts, self.counted
+        self._originals.hold(names)
+        self.rebuild()
+        self._held, self.needs = names, needs
+        self.sequence.exceptions.counts, self.counted = counts, counted
+
+    def come_back(self, rest: int, patience_s: float) -> None:
+        """After a pause: asks the store for the pages, see `load`."""
+        self.load(self._held, rest, patience_s)
+
     def rebuild(self) -> None:
         """Throws the cache away; all of the log will be computed anew."""
         self.close()
@@ -189,14 +216,21 @@ class Session:
         """Frees the cache; its pages still reach the store."""
         if self.loading is not None:
             self.loading.close()
+        self._let_go()
         self.sequence.close()
 
     def _open(self) -> None:
         self.names = self._names()
         self.sequence = SequenceCache(self.method, self._originals, self.names, self._wait)
         self.loading = None
-        self.loaded = self.told = self._prompt_left = 0
+        self.loaded = self.told = self.needs = self._prompt_left = 0
         self.counted = {"exceptions": 0, "originals_missing": 0}
+
+    def _let_go(self) -> None:
+        """Forgets the pages that were held through a pause; those that were loaded are held by themselves."""
+        if self._held:
+            self._originals.forget(self._held)
+            self._held = []
 
     def _names(self) -> PageNames:
         return PageNames(

@@ -57,6 +57,15 @@ class Sessions:
             session.load(request.page_ids, settings.prefix_rest, settings.prefix_timeout_s)
         return session
 
+    def pause(self, session: Session) -> None:
+        """Frees the cache of a session that will come back."""
+        session.pause(self.pressure.least(session))
+
+    def come_back(self, session: Session) -> None:
+        """Begins the cache of a session that was paused with what is stored of it."""
+        if self._settings.prefix_reuse:
+            session.come_back(self._settings.prefix_rest, self._settings.prefix_timeout_s)
+
     def leave(self, request: worker_pb2.RunRequest, session: Session) -> None:
         """A generation ended: keeps its session if that was asked and its cache is whole."""
         if request.keep and request.session_id and not session.prefilling:

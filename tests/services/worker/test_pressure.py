@@ -102,6 +102,20 @@ async def test_a_budget_that_changes_is_looked_at_at_once(
         engine.cancel(running)
 
 
+async def test_a_budget_that_should_be_kept_without_a_price_gets_one(
+    make_engine: MakeEngine, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors may hold more than they would be given now."""
+    monkeypatch.setattr(Pressure, "_search", lambda self, asked, bits: 0.0)
+    async with make_engine(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as engine:
+        running = engine.submit(request(ids(STORY * 6), 3000))
+        await next_token(running)
+        budget = int(0.95 * engine.state.kv_bytes)
+        engine.set_budget(budget)
+        await until(lambda: engine.state.kv_bytes <= budget)
+        engine.cancel(running)
+
+
 async def test_full_staging_admits_nobody(make_engine: MakeEngine, ids: Ids) -> None:
     class Away(InProcessOriginals):
         """A store whose pages are under way for as long as the test says."""

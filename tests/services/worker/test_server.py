@@ -107,6 +107,32 @@ async def test_a_passed_deadline_frees_its_sequence(worker: worker_pb2_grpc.Work
         await asyncio.sleep(0.02)
 
 
+async def test_a_deadline_that_passes_in_a_pause(
+    cache_service: str, redis_server: EmbeddedRedis, smollm2: LoadedModel
+) -> None:
+    server = WorkerServer(WorkerSettings(model="smollm2", redis_url=SecretStr(redis_server.url)), loaded=smollm2)
+    async with open_channel(await server.start()) as channel:
+        worker = worker_pb2_grpc.WorkerStub(channel)
+        goes_on = worker.Run(request([1, 2, 3], 4000, cache=EXACT), timeout=240)
+        gives_way = worker.Run(request([4, 5, 6], 4000, cache=EXACT), timeout=10)
+        for call in (goes_on, gives_way):
+            while (await call.read()).WhichOneof("event") != "token":
+                pass
+        assert server._engine is not None
+        server._engine.set_budget((await describe(worker)).kv_bytes - 1)
+        while not (await describe(worker)).waiting:  # noqa: ASYNC110 (it is asked over gRPC)
+            await asyncio.sleep(0.02)
+        with pytest.raises(grpc.aio.AioRpcError) as error:  # noqa: PT012 (until it ends)
+            while True:
+                await gives_way.read()
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        while (await describe(worker)).waiting:  # noqa: ASYNC110 (it is asked over gRPC)
+            await asyncio.sleep(0.02)
+        assert (await describe(worker)).running == 1
+        assert (await goes_on.read()).WhichOneof("event") == "token"
+    await server.stop()
+
+
 async def test_describe_and_drop(worker: worker_pb2_grpc.WorkerStub, smollm2: LoadedModel) -> None:
     model = (await describe(worker)).model
     assert (model.name, model.fingerprint) == (smollm2.name, smollm2.fingerprint)
