@@ -76,7 +76,9 @@ def gateway(
     host: Host = None,
     port: Port = None,
     advertise_host: AdvertiseHost = None,
-    router: Annotated[str | None, typer.Option(help="host:port; else those that are registered.")] = None,
+    router: Annotated[
+        str | None, typer.Option(help="host:port, several by comma; else those that are registered.")
+    ] = None,
     metrics_port: MetricsPort = None,
     log_level: LogLevel = None,
 ) -> None:

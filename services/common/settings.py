@@ -49,7 +49,7 @@ class RouterSettings(CommonSettings):
 
 
 class GatewaySettings(CommonSettings):
-    """router: host:port of the one to talk to; None takes those that are registered."""
+    """router: host:port of those to talk to, by comma, the first first; None takes those that are registered."""
 
     port: int = Field(default=8000, ge=0, le=65535)
     router: str | None = None
