@@ -11,7 +11,17 @@ import typer
 from pydantic import BaseModel
 from rich.table import Table
 
-from services.cli.stack import Device, Dtype, JsonPath, Model, Preset, TargetBits, model_or_default
+from services.cli.stack import (
+    Compiled,
+    Device,
+    Dtype,
+    JsonPath,
+    Model,
+    Preset,
+    TargetBits,
+    Weights,
+    model_or_default,
+)
 from services.cli.terminal import screen, size, starting
 
 if TYPE_CHECKING:
@@ -52,6 +62,8 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens to generate.")] = 160,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    weights: Weights = "plain",
+    compiled: Compiled = False,
     preset: Preset = "balanced",
     target_bits: TargetBits = None,
     json_path: JsonPath = None,
@@ -67,6 +79,8 @@ def demo(
             "port": 0,
             "device": device,
             "dtype": dtype,
+            "weights": weights,
+            "compiled": compiled,
             "preset": preset,
             "target_bits": target_bits,
         }

@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
 
+WeightForm = Literal["plain", "float32", "bfloat16", "int8", "int4"]
+
 
 class CommonSettings(BaseSettings):
     """What every role needs.
@@ -84,7 +86,7 @@ class WorkerSettings(CommonSettings):
     model: str = Field(min_length=1)
     device: str = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    weights: Literal["plain", "float32", "bfloat16", "int8", "int4"] = "plain"
+    weights: WeightForm = "plain"
     compiled: bool = False
     preset: str = "balanced"
     target_bits: float | None = Field(default=None, gt=0, le=16)
