@@ -200,7 +200,10 @@ def _http_health(url: str) -> None:
 
 @contextlib.contextmanager
 def _session(asked: Inference, cache: Any) -> Iterator[str]:
+    import grpc
     from qaq.v1 import generate_pb2
+
+    from services.common.errors import Unavailable
 
     opening = generate_pb2.OpenSessionRequest(cache=cache)
     session = asked.once(lambda stub: stub.OpenSession(opening, timeout=DEADLINE_S)).session_id
@@ -208,7 +211,8 @@ def _session(asked: Inference, cache: Any) -> Iterator[str]:
     try:
         yield session
     finally:
-        asked.once(lambda stub: stub.CloseSession(closing, timeout=DEADLINE_S))
+        with contextlib.suppress(grpc.RpcError, Unavailable):  # it expires by itself
+            asked.once(lambda stub: stub.CloseSession(closing, timeout=DEADLINE_S))
 
 
 def _lines() -> Iterator[str]:

@@ -11,6 +11,7 @@ from qaq.v1 import common_pb2, generate_pb2
 from typer.testing import CliRunner
 
 from services.cli import app, inference
+from services.common.errors import Unavailable
 
 ALL = (
     *("--temperature", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.05", "--seed", "7"),
@@ -39,7 +40,7 @@ class Recorder:
         return generate_pb2.OpenSessionReply(session_id="s")
 
     def CloseSession(self, request: Any, timeout: float) -> None:
-        pass
+        raise Unavailable("the router is gone")  # nobody has to be told: sessions expire
 
 
 @pytest.fixture
