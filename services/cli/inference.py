@@ -52,18 +52,14 @@ class Inference:
         Raises:
             grpc.RpcError, Unavailable: it failed; no router is there, or none has gone on with it.
         """
-        call = Stream(self._routers, request, DEADLINE_S, metadata)
-        replies = aiter(call)
+        replies = aiter(Stream(self._routers, request, DEADLINE_S, metadata))
 
         async def following() -> generate_pb2.GenerateReply | None:
             return await anext(replies, None)
 
-        try:
-            while (reply := self._loop.run(following())) is not None:
-                yield reply
-        finally:
-            call.cancel()
-            self._loop.run(replies.aclose())
+        # One that is left before its end is cancelled when the loop is closed, with the channel.
+        while (reply := self._loop.run(following())) is not None:
+            yield reply
 
 
 @contextlib.contextmanager
