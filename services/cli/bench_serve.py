@@ -12,7 +12,18 @@ import typer
 from pydantic import SecretStr
 from rich.table import Table
 
-from services.cli.stack import Device, Dtype, JsonPath, Model, Preset, TargetBits, Workers, model_or_default
+from services.cli.stack import (
+    Compiled,
+    Device,
+    Dtype,
+    JsonPath,
+    Model,
+    Preset,
+    TargetBits,
+    Weights,
+    Workers,
+    model_or_default,
+)
 from services.cli.terminal import progress_line, screen, size, starting
 
 if TYPE_CHECKING:
@@ -38,6 +49,8 @@ def serve(
     seed: Annotated[int, typer.Option(help="Of the mix.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    weights: Weights = "plain",
+    compiled: Compiled = False,
     preset: Preset = "balanced",
     target_bits: TargetBits = None,
     router: Annotated[
@@ -75,6 +88,8 @@ def serve(
                     "workers": workers,
                     "device": device,
                     "dtype": dtype,
+                    "weights": weights,
+                    "compiled": compiled,
                     "preset": preset,
                 }
             )

@@ -14,13 +14,16 @@ from services.cli import options
 from services.cli.terminal import screen
 
 if TYPE_CHECKING:
-    from qaq.v1 import generate_pb2_grpc
+    from services.cli.inference import Inference
 
-DEFAULT_ROUTER = "127.0.0.1:7700"
-DEADLINE_S = 600.0
+DEADLINE_S = 30.0
 
 Router = Annotated[
-    str | None, typer.Option(envvar="QAQ_ROUTER", help="host:port; else the running stack's, else 127.0.0.1:7700.")
+    str | None,
+    typer.Option(
+        envvar="QAQ_ROUTER",
+        help="host:port, several by comma: the next takes over. Else the running stack's, else 127.0.0.1:7700.",
+    ),
 ]
 Session = Annotated[str, typer.Option(help="Continue this session.")]
 
@@ -57,6 +60,7 @@ def generate(
     """Continues a text."""
     from qaq.v1 import generate_pb2
 
+    from services.cli.inference import inference
     from services.cli.streaming import follow
 
     text = prompt_file.read_text() if prompt_file else prompt if prompt is not None else sys.stdin.read()
@@ -85,8 +89,8 @@ def generate(
         or None,
         session_id=session,
     )
-    with inference(router) as stub:
-        follow(stub.Generate(request, timeout=DEADLINE_S, metadata=options.metadata(tenant)))
+    with inference(router) as asked:
+        follow(asked.stream(request, options.metadata(tenant)))
 
 
 def chat(
@@ -113,6 +117,7 @@ def chat(
     """Talks with the model. The session's cache stays with the worker between the turns."""
     from qaq.v1 import generate_pb2
 
+    from services.cli.inference import inference
     from services.cli.streaming import follow
 
     sampling = options.given(
@@ -132,7 +137,7 @@ def chat(
         target_compression=target_compression,
         target_error=target_error,
     )
-    with inference(router) as stub, _session(stub, cache or None) as session:
+    with inference(router) as asked, _session(asked, cache or None) as session:
         opening = [{"role": "system", "content": system}] if system else []
         for line in [message] if message is not None else _lines():
             request = generate_pb2.ChatRequest(
@@ -141,7 +146,7 @@ def chat(
                 stop=options.given(max_new_tokens=max_new_tokens, stop=stop),
                 session_id=session,
             )
-            follow(stub.Chat(request, timeout=DEADLINE_S, metadata=options.metadata(tenant)))
+            follow(asked.stream(request, options.metadata(tenant)))
             opening = []
 
 
@@ -149,8 +154,11 @@ def tokenize(text: str, plain: bool = False, router: Router = None) -> None:
     """Prints the token ids of a text."""
     from qaq.v1 import generate_pb2
 
-    with inference(router) as stub:
-        reply = stub.Tokenize(generate_pb2.TokenizeRequest(text=text, plain=plain), timeout=30)
+    from services.cli.inference import inference
+
+    request = generate_pb2.TokenizeRequest(text=text, plain=plain)
+    with inference(router) as asked:
+        reply = asked.once(lambda stub: stub.Tokenize(request, timeout=DEADLINE_S))
     screen.out(" ".join(str(token) for token in reply.token_ids))
 
 
@@ -191,29 +199,20 @@ def _http_health(url: str) -> None:
 
 
 @contextlib.contextmanager
-def inference(router: str | None) -> Iterator[generate_pb2_grpc.InferenceStub]:
-    """A client of the router that is named, or of the stack that runs here."""
+def _session(asked: Inference, cache: Any) -> Iterator[str]:
     import grpc
-    from qaq.v1 import generate_pb2_grpc
-
-    from services.cluster import state
-
-    if router is None:
-        running = state.load()
-        router = running.router if running is not None else DEFAULT_ROUTER
-    with grpc.insecure_channel(router) as channel:
-        yield generate_pb2_grpc.InferenceStub(channel)
-
-
-@contextlib.contextmanager
-def _session(stub: generate_pb2_grpc.InferenceStub, cache: Any) -> Iterator[str]:
     from qaq.v1 import generate_pb2
 
-    opened = stub.OpenSession(generate_pb2.OpenSessionRequest(cache=cache), timeout=30)
+    from services.common.errors import Unavailable
+
+    opening = generate_pb2.OpenSessionRequest(cache=cache)
+    session = asked.once(lambda stub: stub.OpenSession(opening, timeout=DEADLINE_S)).session_id
+    closing = generate_pb2.CloseSessionRequest(session_id=session)
     try:
-        yield opened.session_id
+        yield session
     finally:
-        stub.CloseSession(generate_pb2.CloseSessionRequest(session_id=opened.session_id), timeout=30)
+        with contextlib.suppress(grpc.RpcError, Unavailable):  # it expires by itself
+            asked.once(lambda stub: stub.CloseSession(closing, timeout=DEADLINE_S))
 
 
 def _lines() -> Iterator[str]:

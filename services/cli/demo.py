@@ -11,14 +11,23 @@ import typer
 from pydantic import BaseModel
 from rich.table import Table
 
-from services.cli.stack import Device, Dtype, JsonPath, Model, Preset, TargetBits, model_or_default
+from services.cli.stack import (
+    Compiled,
+    Device,
+    Dtype,
+    JsonPath,
+    Model,
+    Preset,
+    TargetBits,
+    Weights,
+    model_or_default,
+)
 from services.cli.terminal import screen, size, starting
 
 if TYPE_CHECKING:
     from services.cli.streaming import Generation
     from services.cluster.state import StackState
 
-DEADLINE_S = 600.0
 # Chapters of the Python reference that every Python brings; the answer is at the beginning, far from the question.
 CHAPTERS = ("with", "assert", "for", "while", "break", "continue")
 QUESTION = 'According to the text above, what is the "with" statement used for? Explain it in a few sentences.'
@@ -53,6 +62,8 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens to generate.")] = 160,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    weights: Weights = "plain",
+    compiled: Compiled = False,
     preset: Preset = "balanced",
     target_bits: TargetBits = None,
     json_path: JsonPath = None,
@@ -68,6 +79,8 @@ def demo(
             "port": 0,
             "device": device,
             "dtype": dtype,
+            "weights": weights,
+            "compiled": compiled,
             "preset": preset,
             "target_bits": target_bits,
         }
@@ -92,22 +105,22 @@ def measure(running: StackState, prompt: str, max_new_tokens: int) -> DemoResult
     """Asks a running stack, shows the answer as it comes, and collects the figures."""
     from qaq.v1 import generate_pb2
 
-    from services.cli.client import inference
+    from services.cli.inference import inference
     from services.cli.streaming import follow
     from services.cluster.survey import survey
 
-    with inference(running.router) as stub:
-        has_template = stub.GetModel(generate_pb2.GetModelRequest(), timeout=30).model.has_chat_template
+    with inference(running.router) as asked:
+        model = asked.once(lambda stub: stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)).model
         sampling = {"temperature": 0.0, "repetition_penalty": 1.1}
         stop = {"max_new_tokens": max_new_tokens}
-        if has_template:
+        if model.has_chat_template:
             chat = generate_pb2.ChatRequest(
                 messages=[{"role": "user", "content": prompt}], sampling=sampling, stop=stop
             )
-            generation = follow(stub.Chat(chat, timeout=DEADLINE_S))
+            generation = follow(asked.stream(chat))
         else:
             plain = generate_pb2.GenerateRequest(prompt=prompt, sampling=sampling, stop=stop)
-            generation = follow(stub.Generate(plain, timeout=DEADLINE_S))
+            generation = follow(asked.stream(plain))
     stores = asyncio.run(survey(running.redis["url"])).originals
     # Every cache service sees the same Redis.
     stored = max((store.bytes for store in stores.values() if store is not None), default=0)

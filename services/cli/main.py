@@ -33,7 +33,10 @@ def _sentence(error: Exception) -> str | None:
     from rich.markup import escape
 
     from qaq_core.errors import QAQError
+    from services.common.errors import StatusError
 
+    if isinstance(error, StatusError):
+        return escape(error.message)
     if isinstance(error, grpc.RpcError):
         if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in (error.details() or ""):
             return "no router answers there; start a stack with `qaq up`, or name one with --router"

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from services.cli.stack import Compiled, Weights
+
 Host = Annotated[str | None, typer.Option(help="Address to bind.")]
 Port = Annotated[int | None, typer.Option(help="Port to bind; 0 takes any free one.")]
 AdvertiseHost = Annotated[str | None, typer.Option(help="Name by which others reach this process.")]
@@ -43,6 +45,8 @@ def worker(
     model: Model = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<n>.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
+    weights: Weights = "plain",
+    compiled: Compiled = False,
     preset: Annotated[str | None, typer.Option(help="balanced, paper or exact.")] = None,
     target_bits: Annotated[float | None, typer.Option(help="Mean bits per element of a cache.")] = None,
     metrics_port: MetricsPort = None,
@@ -52,7 +56,14 @@ def worker(
     from services.common.settings import WorkerSettings
     from services.worker.server import serve
 
-    own: dict[str, Any] = {"device": device, "dtype": dtype, "preset": preset, "target_bits": target_bits}
+    own: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "weights": weights,
+        "compiled": compiled,
+        "preset": preset,
+        "target_bits": target_bits,
+    }
     common = _common(host, port, advertise_host, metrics_port, log_level)
     given = {name: value for name, value in own.items() if value is not None}
     asyncio.run(serve(WorkerSettings(**_with_model(common, model), **given)))
@@ -76,7 +87,9 @@ def gateway(
     host: Host = None,
     port: Port = None,
     advertise_host: AdvertiseHost = None,
-    router: Annotated[str | None, typer.Option(help="host:port; else those that are registered.")] = None,
+    router: Annotated[
+        str | None, typer.Option(help="host:port, several by comma; else those that are registered.")
+    ] = None,
     metrics_port: MetricsPort = None,
     log_level: LogLevel = None,
 ) -> None:

@@ -52,6 +52,8 @@ def up(
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    weights: Weights = "plain",
+    compiled: Compiled = False,
     preset: Preset = "balanced",
     target_bits: TargetBits = None,
 ) -> None:
@@ -71,6 +73,8 @@ def up(
             "http_port": http_port,
             "device": device,
             "dtype": dtype,
+            "weights": weights,
+            "compiled": compiled,
             "preset": preset,
             "target_bits": target_bits,
         }

@@ -93,6 +93,8 @@ class Members:
             port=0,
             device=wanted.device,
             dtype=wanted.dtype,
+            weights=wanted.weights,
+            compiled=wanted.compiled,
             preset=wanted.preset,
             target_bits=wanted.target_bits,
             requantize_wait=wanted.requantize_wait,

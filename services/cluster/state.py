@@ -13,6 +13,7 @@ import psutil
 from pydantic import BaseModel, Field
 
 from qaq_core.errors import QAQError
+from services.common.settings import WeightForm
 
 
 class StackError(QAQError):
@@ -33,6 +34,8 @@ class StackSettings(BaseModel):
     http_port: int | None = Field(default=None, ge=0, le=65535)
     device: str = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    weights: WeightForm = "plain"
+    compiled: bool = False
     preset: str = "balanced"
     target_bits: float | None = Field(default=None, gt=0, le=16)
     requantize_wait: bool = False

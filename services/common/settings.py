@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
 
+WeightForm = Literal["plain", "float32", "bfloat16", "int8", "int4"]
+
 
 class CommonSettings(BaseSettings):
     """What every role needs.
@@ -49,7 +51,7 @@ class RouterSettings(CommonSettings):
 
 
 class GatewaySettings(CommonSettings):
-    """router: host:port of the one to talk to; None takes those that are registered."""
+    """router: host:port of those to talk to, by comma, the first first; None takes those that are registered."""
 
     port: int = Field(default=8000, ge=0, le=65535)
     router: str | None = None
@@ -84,7 +86,7 @@ class WorkerSettings(CommonSettings):
     model: str = Field(min_length=1)
     device: str = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    weights: Literal["plain", "float32", "bfloat16", "int8", "int4"] = "plain"
+    weights: WeightForm = "plain"
     compiled: bool = False
     preset: str = "balanced"
     target_bits: float | None = Field(default=None, gt=0, le=16)

@@ -10,13 +10,13 @@ from fastapi.responses import JSONResponse, Response
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
 
 from services.common.errors import InvalidArgument
+from services.common.routers import Routers
+from services.common.streams import Asked, Stream
 from services.gateway import errors, requests
 from services.gateway.calls import ClientGone, events, merged, while_connected
 from services.gateway.replies import Answer, Chat, Completion, Json, Replies
-from services.gateway.routers import Routers
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.schema import Request as Body
-from services.gateway.streams import Asked, Stream
 
 SHORT_DEADLINE_S = 30.0
 TENANT_HEADER = "x-qaq-tenant"

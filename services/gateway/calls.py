@@ -15,8 +15,8 @@ from fastapi.responses import StreamingResponse
 from qaq.v1 import generate_pb2
 
 from services.common.errors import StatusError
+from services.common.streams import Stream
 from services.gateway import errors
-from services.gateway.streams import Stream
 
 T = TypeVar("T")
 Tagged = tuple[int, generate_pb2.GenerateReply]

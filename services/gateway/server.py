@@ -14,10 +14,10 @@ import uvicorn
 from services.common import log, metrics
 from services.common.redis import check, connect
 from services.common.registry import Registry
+from services.common.routers import Routers, named, registered
 from services.common.server import PortTakenError, reachable, run_until_signal
 from services.common.settings import GatewaySettings
 from services.gateway.app import make_app
-from services.gateway.routers import Routers
 
 GRACE_S = 2
 STOP_S = 5.0
@@ -45,7 +45,7 @@ class GatewayServer:
             redis = connect(settings.redis_url)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
-            routers = Routers(redis, settings.router)
+            routers = Routers(named(settings.router) if settings.router else registered(redis))
             stack.push_async_callback(routers.close)
             bound = _bind(settings.host, settings.port)
             stack.callback(bound.close)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +25,7 @@ from qaq.v1 import (
 )
 from redis.asyncio import Redis
 
+from services.cluster.stack import python_path
 from services.common.channel import open_channel
 from services.common.redis import connect
 from services.common.settings import GatewaySettings
@@ -198,6 +202,34 @@ async def test_a_gateways_client_does_not_notice_that_a_router_was_killed(stack:
     assert "".join(pieces) == whole
     processes.kill(other)
     await gateway.stop()
+
+
+async def test_the_commands_text_is_whole_when_a_router_was_killed(stack: Stack) -> None:
+    """`qaq generate` with two routers, of which the first dies in mid-stream."""
+    processes = stack.processes
+    routers = [processes.start("router") for _ in range(2)]
+    processes.until_serving(*routers)
+    options = ("--max-new-tokens", str(NEW), "--temperature", "0", "--ignore-eos", "--preset", "exact")
+    command = [sys.executable, "-m", "services.cli", "generate", STORY, *options, "--router", ",".join(routers)]
+
+    async def started() -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *command, env=os.environ | {"PYTHONPATH": python_path()}, stdout=PIPE, stderr=PIPE
+        )
+
+    whole, _ = await (await started()).communicate()
+    cut = await started()
+    assert cut.stdout is not None
+    begun = await cut.stdout.read(len(whole) // 4)
+    processes.kill(routers[0])
+    rest, errors = await cut.communicate()
+    assert (begun + rest, cut.returncode) == (whole, 0)
+    assert b"looking for another" in errors
+    processes.kill(routers[1])
+    alone = await started()
+    _, errors = await alone.communicate()
+    assert alone.returncode == 1
+    assert f"no router answers at {', '.join(routers)}" in " ".join(errors.decode().split())
 
 
 async def test_a_killed_worker_is_not_noticed(stack: Stack, client: Stub) -> None:

@@ -11,7 +11,7 @@ import typer
 from services.cli.eval import needle, tasks, text, turns
 from services.cli.eval.common import BUILTIN, Asked, Kind, beside, named_text
 from services.cli.eval.text import table
-from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
+from services.cli.stack import Device, Dtype, JsonPath, Model, Weights, model_or_default
 from services.cli.terminal import progress_line, screen
 
 __all__ = ["BUILTIN", "beside", "evaluate", "named_text", "register", "table"]
@@ -67,6 +67,7 @@ def evaluate(
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    weights: Weights = "plain",
     json_path: JsonPath = None,
 ) -> None:
     """Decodes from quantized caches and compares with full precision: text, turns, needles, multiple choice.
@@ -98,7 +99,9 @@ def evaluate(
     )
     parsed = evaluation.Config.parse_all(configs or (TEXT_CONFIGS if kind is text.run else OTHER_CONFIGS))
     with progress_line() as report, calibration.shown(report):
-        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
+        loaded = load_model(
+            model_or_default(model), device, dtype, lambda what, share: report(what, None), weights
+        )
         outcome = kind(loaded, parsed, asked, report)
     screen.print(outcome.shown, highlight=False)
     if json_path is not None:

@@ -80,6 +80,7 @@ def about(loaded: LoadedModel, task: str) -> dict[str, Any]:
         "model": loaded.name,
         "fingerprint": loaded.fingerprint,
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        "weights": loaded.weights,
         "task": task,
     }
 

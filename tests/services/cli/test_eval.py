@@ -69,6 +69,21 @@ def test_tasks(tmp_path: Path) -> None:
     assert row["compression"] > 1
 
 
+def test_parts_are_of_one_form_of_weights(tmp_path: Path) -> None:
+    path, kept = tmp_path / "text.json", tmp_path / "text.json.parts.jsonl"
+    asked = ("--context", "60", "--decode", "4", "--documents", "1", "--configs", "uniform-3", "--json", path)
+    losses = []
+    for form, parts in (("plain", 1), ("float32", 2), ("float32", 2), ("plain", 2)):
+        shown = run(*asked, "--weights", form)
+        assert shown.exit_code == 0, shown.output
+        told = figures(path, "eval")
+        assert told["weights"] == form
+        assert len(kept.read_text().splitlines()) == parts
+        losses.append(told["rows"][0]["nll"])
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-3)  # full precision's, and lossless ones differ in sums
+    assert (losses[1], losses[0]) == (losses[2], losses[3])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -78,6 +93,7 @@ def test_tasks(tmp_path: Path) -> None:
         (("--tasks", "piqa", "--task-file", "hellaswag=x.jsonl"), "which --tasks does not"),
         (("--tasks", "piqa", "--task-file", "piqa=nowhere.jsonl"), "No such file"),
         (("--turns", "100"), "tokens are more than the model's"),
+        (("--weights", "int3"), "unknown weights 'int3'; take plain, float32"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:

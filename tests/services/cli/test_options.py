@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from qaq.v1 import common_pb2, generate_pb2
 from typer.testing import CliRunner
 
-from services.cli import app, client
+from services.cli import app, inference
+from services.common.errors import Unavailable
 
 ALL = (
     *("--temperature", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.05", "--seed", "7"),
@@ -22,29 +23,30 @@ OF_CACHE = ("--preset", "paper", "--target-bits", "3", "--target-compression", "
 
 
 class Recorder:
-    """A router's stub that keeps what it is asked."""
+    """Stands for routers and keeps what they are asked."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, Any]] = []
 
-    def Generate(self, request: Any, timeout: float, metadata: Any) -> Iterator[Any]:
+    def stream(self, request: Any, metadata: Any) -> Iterator[Any]:
         self.asked.append((request, metadata))
         yield generate_pb2.GenerateReply(finished=generate_pb2.Finished())
 
-    Chat = Generate
+    def once(self, call: Callable[[Any], Any]) -> Any:
+        return call(self)
 
     def OpenSession(self, request: generate_pb2.OpenSessionRequest, timeout: float) -> Any:
         self.asked.append((request, ()))
         return generate_pb2.OpenSessionReply(session_id="s")
 
     def CloseSession(self, request: Any, timeout: float) -> None:
-        pass
+        raise Unavailable("the router is gone")  # nobody has to be told: sessions expire
 
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(client, "inference", lambda router: contextlib.nullcontext(made))
+    monkeypatch.setattr(inference, "inference", lambda router: contextlib.nullcontext(made))
     return made
 
 

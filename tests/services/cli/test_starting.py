@@ -1,0 +1,69 @@
+"""Commands that start workers tell them how the model is to be computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from services.cli import app, demo
+from services.cluster import control, members
+from services.cluster.members import Members
+from services.cluster.state import StackSettings
+from services.common.settings import WorkerSettings
+from services.worker import server
+
+FAST = ("--weights", "int8", "--compiled")
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Settings of what would have been started."""
+    seen: list[Any] = []
+
+    def up(settings: StackSettings, report: Any) -> SimpleNamespace:
+        seen.append(settings)
+        return SimpleNamespace(router="127.0.0.1:1", gateway=None, redis={"url": ""})
+
+    async def serve(settings: WorkerSettings) -> None:
+        seen.append(settings)
+
+    def measured(*arguments: Any) -> Any:
+        raise OSError("nothing runs here")
+
+    monkeypatch.setattr(control, "up", up)
+    monkeypatch.setattr(control, "attached", lambda *given: contextlib.nullcontext(up(*given)))
+    monkeypatch.setattr(demo, "measure", measured)
+    monkeypatch.setattr("services.bench.serve.measure", measured)
+    monkeypatch.setattr(server, "serve", serve)
+    monkeypatch.setenv("QAQ_MAX_SEQUENCES", "8")  # a bench would set it for good
+    return seen
+
+
+@pytest.mark.parametrize("command", ["up", "demo", "bench serve", "worker"])
+def test_weights_and_compiled_steps(command: str, told: list[Any]) -> None:
+    def run(*options: str, **environment: str) -> tuple[str, bool]:
+        CliRunner().invoke(app, [*command.split(), "--model", "m", *options], env=environment)
+        return told[-1].weights, told[-1].compiled
+
+    assert run() == ("plain", False)
+    assert run(*FAST) == ("int8", True)
+    assert run(QAQ_WEIGHTS="int4", QAQ_COMPILED="true") == ("int4", True)
+    assert run(*FAST, QAQ_WEIGHTS="int4") == ("int8", True)
+    assert len(told) == 4
+    refused = CliRunner().invoke(app, [*command.split(), "--model", "m", "--weights", "int3"])
+    assert (refused.exit_code, "weights: " in refused.output, len(told)) == (1, True, 4)
+
+
+def test_a_stacks_workers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[WorkerSettings] = []
+    launch: Callable[..., None] = lambda name, host, settings, gpus: started.append(settings)  # noqa: E731
+    monkeypatch.setattr(members, "launch", launch)
+    monkeypatch.setenv("QAQ_WEIGHTS", "int4")
+    for settings in (StackSettings(model="m"), StackSettings(model="m", weights="bfloat16", compiled=True)):
+        Members(settings, "redis://127.0.0.1", lambda *report: None)._worker(0)
+    assert [(worker.weights, worker.compiled) for worker in started] == [("plain", False), ("bfloat16", True)]
