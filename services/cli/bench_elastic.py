@@ -69,7 +69,7 @@ def elastic(
     from qaq_core.loading import load_model
 
     with progress_line() as report:
-        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
+        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None), "auto")
         found = asyncio.run(_run(loaded, context, sessions, seconds, floor_bits, lambda what: report(what, None)))
     screen.print(
         f"{found.sessions} sessions of {found.context} tokens in {size(found.kv_bytes)} "

@@ -50,7 +50,7 @@ def prefix(
     from services.common.embedded_redis import EmbeddedRedis
 
     with progress_line() as report, EmbeddedRedis() as redis, _cache_service(redis.url):
-        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
+        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None), "auto")
         found = asyncio.run(_run(loaded, redis.url, context, repeats, lambda what: report(what, None)))
     screen.print(
         f"{found.context} tokens: first token after {found.computed_ttft_ms / 1e3:.2f} s computed, "

@@ -49,7 +49,7 @@ def serve(
     seed: Annotated[int, typer.Option(help="Of the mix.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    weights: Weights = "plain",
+    weights: Weights = "auto",
     compiled: Compiled = False,
     preset: Preset = "balanced",
     target_bits: TargetBits = None,

@@ -62,7 +62,7 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens to generate.")] = 160,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    weights: Weights = "plain",
+    weights: Weights = "auto",
     compiled: Compiled = False,
     preset: Preset = "balanced",
     target_bits: TargetBits = None,

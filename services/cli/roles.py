@@ -45,7 +45,7 @@ def worker(
     model: Model = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<n>.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
-    weights: Weights = "plain",
+    weights: Weights = "auto",
     compiled: Compiled = False,
     preset: Annotated[str | None, typer.Option(help="balanced, paper or exact.")] = None,
     target_bits: Annotated[float | None, typer.Option(help="Mean bits per element of a cache.")] = None,

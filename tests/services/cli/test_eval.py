@@ -93,7 +93,7 @@ def test_parts_are_of_one_form_of_weights(tmp_path: Path) -> None:
         (("--tasks", "piqa", "--task-file", "hellaswag=x.jsonl"), "which --tasks does not"),
         (("--tasks", "piqa", "--task-file", "piqa=nowhere.jsonl"), "No such file"),
         (("--turns", "100"), "tokens are more than the model's"),
-        (("--weights", "int3"), "unknown weights 'int3'; take plain, float32"),
+        (("--weights", "int3"), "unknown weights 'int3'; take auto, plain, float32"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:

@@ -50,7 +50,7 @@ def test_weights_and_compiled_steps(command: str, told: list[Any]) -> None:
         CliRunner().invoke(app, [*command.split(), "--model", "m", *options], env=environment)
         return told[-1].weights, told[-1].compiled
 
-    assert run() == ("plain", False)
+    assert run() == ("auto", False)
     assert run(*FAST) == ("int8", True)
     assert run(QAQ_WEIGHTS="int4", QAQ_COMPILED="true") == ("int4", True)
     assert run(*FAST, QAQ_WEIGHTS="int4") == ("int8", True)
@@ -66,4 +66,4 @@ def test_a_stacks_workers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAQ_WEIGHTS", "int4")
     for settings in (StackSettings(model="m"), StackSettings(model="m", weights="bfloat16", compiled=True)):
         Members(settings, "redis://127.0.0.1", lambda *report: None)._worker(0)
-    assert [(worker.weights, worker.compiled) for worker in started] == [("plain", False), ("bfloat16", True)]
+    assert [(worker.weights, worker.compiled) for worker in started] == [("auto", False), ("bfloat16", True)]
