@@ -49,24 +49,23 @@ $(DEVELOPED): $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,eval,redis]"
 	touch $@
 
-# The quality tables of docs/results: make quality TEXT=a-text-file. Hours on two cores; goes on where it was stopped.
+# The quality tables of docs/results: make quality TEXT=a-text-file. Hours; two tables at a time with
+# OMP_NUM_THREADS=1 make -j2 quality. A table that was stopped goes on where it was; one that is done stays.
 TEXT ?= builtin
-EVAL = $(BIN)/qaq eval --text $(TEXT)
 QUALITY = build/quality
+table-1024 = --context 1024 --decode 256 --documents 8 --configs balanced@4.5x
+table-2048 = --context 2048 --decode 256 --documents 8 --configs balanced@6.5x,balanced@8.5x
+table-4096 = --context 4096 --decode 256 --documents 8 --configs balanced@6.9x,balanced@9.2x,balanced@10x
+table-8000 = --context 8000 --decode 128 --documents 4 --configs balanced@12x
+table-recall = --recall --context 2048 --decode 128 --documents 8 --configs balanced@7x,balanced-norequant@7.2x
+rivals = paper,paper@4.5x,kivi-4,kivi-2,hadamard-3,hadamard-2,k4v2,uniform-3,h2o@6.5x,scissorhands@6.5x
+table-rivals = --context 2048 --decode 64 --documents 3 --configs balanced@6.5x,balanced-norequant@6.5x,balanced@8.5x,balanced@10x,$(rivals)
 
-quality: $(DEVELOPED)
+quality: $(patsubst %,$(QUALITY)/%.json,4096 8000 rivals recall 2048 1024)
+
+$(QUALITY)/%.json: | $(DEVELOPED)
 	mkdir -p $(QUALITY)
-	set -e; for table in \
-		"1024 256 balanced@4.5x" "2048 256 balanced@6.5x,balanced@8.5x" "4096 256 balanced@6.9x,balanced@9.2x,balanced@10x"; do \
-		set -- $$table; \
-		$(EVAL) --context $$1 --decode $$2 --documents 8 --configs $$3 --json $(QUALITY)/$$1.json --html $(QUALITY)/$$1.html; \
-	done
-	$(EVAL) --context 8000 --decode 128 --documents 4 --configs balanced@12x \
-		--json $(QUALITY)/8000.json --html $(QUALITY)/8000.html
-	$(EVAL) --recall --context 2048 --decode 128 --documents 8 --configs balanced@7x,balanced-norequant@7.2x \
-		--json $(QUALITY)/recall.json --html $(QUALITY)/recall.html
-	$(EVAL) --context 2048 --decode 64 --documents 3 --json $(QUALITY)/rivals.json --html $(QUALITY)/rivals.html --configs \
-	balanced@6.5x,balanced-norequant@6.5x,balanced@8.5x,paper,paper@4.5x,kivi-4,kivi-2,hadamard-3,hadamard-2,k4v2,uniform-3,h2o@6.5x,scissorhands@6.5x
+	$(BIN)/qaq eval --text $(TEXT) $(table-$*) --json $@ --html $(QUALITY)/$*.html
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
