@@ -87,20 +87,18 @@ class Exceptions:
         self._patience = max(0, self._patience - 1)
         if not (narrow or may_ask):
             return 0
-        slack = self.allocator.policy.hysteresis
-        least = 1 / slack if most_bytes is None else 1.0
-        movers = self._movers(kept, price, slack if narrow else None, least if may_ask else None)
-        self._narrow(movers)
+        policy, demand = self.allocator.policy, self.allocator.demand(kept)
+        if narrow:
+            self._narrow(self.allocator.movers(demand, self.packed.tags, price, policy.hysteresis, None))
         if not may_ask:
             return 0
+        slack, rise = (policy.hysteresis, policy.rise) if most_bytes is None else (1.0, 1.0)
+        movers = self.allocator.movers(demand, self.packed.tags, price / rise, None, 1 / (slack * rise))
         keys, values = (mine.rising for mine in movers)
         if most_bytes is not None:
             return self._ask_hottest((keys, values), kept, most_bytes)
         self._ask((keys, values))
         return None
-
-    def _movers(self, kept: Kept, price: float, most: float | None, least: float | None) -> tuple[Movers, Movers]:
-        return self.allocator.movers(self.allocator.demand(kept), self.packed.tags, price, most, least)
 
     def _ask_hottest(self, rising: tuple[Movers, Movers], kept: Kept, most_bytes: int) -> int | None:
         """Asks for as many of the vectors as fit, those of the largest importance first."""

@@ -39,7 +39,9 @@ class BalancedPolicy:
     """
 
     elastic = True
-    hysteresis = 2.0
+    hysteresis = 4.0
+    rise = 2.0
+    """A moving average takes a while to say how important a token has become."""
     every = 4
     narrow_every = 16
     price = 1e-9

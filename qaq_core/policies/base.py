@@ -75,6 +75,11 @@ class Policy(Rule, Protocol):
         ...
 
     @property
+    def rise(self) -> float:
+        """A vector that moves up gets what it would with its importance this many times larger."""
+        ...
+
+    @property
     def price(self) -> float:
         """The price to use when no target is given."""
         ...

@@ -14,7 +14,7 @@ class FixedPolicy:
 
     exceptions = elastic = False
     every = narrow_every = 1
-    hysteresis = 1.0
+    hysteresis = rise = 1.0
     price = 1.0
 
     def __init__(self, key_bits: float, value_bits: float) -> None:

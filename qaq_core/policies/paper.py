@@ -29,7 +29,7 @@ class PaperPolicy:
 
     elastic = False
     every = narrow_every = 1
-    hysteresis = 1.0
+    hysteresis = rise = 1.0
     price = 1.0
 
     def __init__(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from qaq_core.allocation import Kept
 from qaq_core.errors import OriginalsError
 from qaq_core.exceptions import PATIENCE, Exceptions
 from qaq_core.method import Method
@@ -70,13 +71,15 @@ class Subject:
     def exceptions(self) -> Exceptions:
         return self.sequence.exceptions
 
-    def review(self, attention: float, elsewhere: float = 1e-4) -> None:
+    def review(self, attention: float, elsewhere: float = 1e-4) -> Kept:
         """Looks at the tokens as if one old position had got that much attention everywhere."""
         kept = self.sequence._kept()
         importance = torch.full(kept.state.shape, elsewhere)
         importance[:, :, OLD] = attention
         assert self.sequence.price.own is not None
-        self.exceptions.review(replace(kept, state=to_log_byte(importance)), self.sequence.price.own)
+        seen = replace(kept, state=to_log_byte(importance))
+        self.exceptions.review(seen, self.sequence.price.own)
+        return seen
 
     def widths(self, side: int) -> torch.Tensor:
         """[layers, kv_heads] at the old position."""
@@ -125,6 +128,20 @@ def test_rows_and_bytes_are_counted(preset: str) -> None:
     change = half_bit * sum(int(g.sum()) - int(x.sum()) for g, x in zip(gained, lost, strict=True))
     assert subject.sequence.packed.nbytes == bytes_before + change
     agrees_with_originals(subject.sequence)
+
+
+def test_a_row_that_rises_gets_what_a_larger_importance_would_be_worth() -> None:
+    subject = Subject(InProcessOriginals())
+    policy, allocator = subject.method.policy, subject.method.allocator
+    before = [subject.sequence.packed.widths(side) for side in (KEY, VALUE)]
+    kept = subject.review(attention=1.0)
+    want = allocator.widths(allocator.demand(kept), subject.sequence.price.own, need=policy.rise)
+    for side in (KEY, VALUE):
+        after = subject.sequence.packed.widths(side)
+        risen = after > before[side]
+        assert risen.any()
+        assert torch.equal(after[risen], want[side][risen])
+    assert policy.rise > 1
 
 
 def test_rows_packed_from_the_rounded_window_come_back_whole() -> None:
@@ -238,7 +255,7 @@ def test_a_row_that_was_narrowed_while_its_planes_were_under_way_stays_as_it_is(
     subject.review(attention=1.0)
     asked, _, _ = originals.waiting[0]
     assert int((asked.have > 1).sum()) > 0
-    subject.review(attention=1e-12, elsewhere=1e-12)
+    subject.review(attention=1e-12, elsewhere=1e-3)
     moved = [sequence.packed.widths(side) for side in (KEY, VALUE)]
     where = (asked.layer.astype(int), asked.head.astype(int), asked.position - sequence.packed.start)
     held = np.where(asked.side == KEY, moved[KEY].numpy()[where], moved[VALUE].numpy()[where])
