@@ -39,7 +39,7 @@ class BalancedPolicy:
     """
 
     elastic = True
-    hysteresis = 4.0
+    hysteresis = 2.5
     rise = 2.0
     """A moving average takes a while to say how important a token has become."""
     every = 4
