@@ -24,7 +24,8 @@ from .command import qaq
 
 Stub = generate_pb2_grpc.InferenceStub
 STORY = "The ferryman counted his passengers twice, because one of them was a ghost who paid like the others. "
-NEW = 16
+NEW = 64
+"""Tokens of a stream: it must last longer than the command that drains its worker takes to start."""
 
 
 @pytest.fixture
