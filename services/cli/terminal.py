@@ -48,7 +48,12 @@ def starting() -> Iterator[Report]:
 @contextlib.contextmanager
 def progress_line() -> Iterator[Callable[[str, float | None], None]]:
     """One bar of all that there is to do: (what, share done or None)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=errors) as progress:
         line = progress.add_task("loading", total=None)
 

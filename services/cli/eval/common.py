@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from qaq_core.evaluation import Config
@@ -90,10 +91,15 @@ def fits(loaded: LoadedModel, tokens: int) -> None:
         raise typer.BadParameter(f"{tokens} tokens are more than the model's {loaded.context_length}")
 
 
+def shown_name(config: str) -> Text:
+    """A configuration's name in a table: its settings are in brackets, which are no markup."""
+    return Text(config)
+
+
 def empty_table(title: str, first: str, *columns: str) -> Table:
     """A table with a column of names, then columns of numbers."""
     made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    made.add_column(first, no_wrap=True)
+    made.add_column(first, overflow="fold")
     for name in columns:
         made.add_column(name, justify="right", no_wrap=True)
     return made

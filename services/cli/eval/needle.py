@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from services.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text
+from services.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text, shown_name
 
 if TYPE_CHECKING:
     from qaq_core.evaluation import Config
@@ -44,6 +44,10 @@ def run(loaded: LoadedModel, configs: list[Config], asked: Asked, report: Report
     shown = empty_table("Codes found", "config", "smaller", "depth", "found", "in full precision")
     for row in rows:
         shown.add_row(
-            row.config, f"{row.compression:.2f}x", f"{row.depth}%", f"{row.found:.0%}", f"{row.found_fp16:.0%}"
+            shown_name(row.config),
+            f"{row.compression:.2f}x",
+            f"{row.depth}%",
+            f"{row.found:.0%}",
+            f"{row.found_fp16:.0%}",
         )
     return Outcome({**said, "trials": asked.trials, "rows": [asdict(row) for row in rows]}, shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from services.cli.eval.common import Asked, Outcome, Report, about, empty_table
+from services.cli.eval.common import Asked, Outcome, Report, about, empty_table, shown_name
 
 if TYPE_CHECKING:
     from qaq_core.evaluation import Config
@@ -44,7 +44,7 @@ def run(loaded: LoadedModel, configs: list[Config], asked: Asked, report: Report
     for row in rows:
         shown.add_row(
             row.task,
-            row.config,
+            shown_name(row.config),
             f"{row.compression:.2f}x",
             f"{row.accuracy:.3f}±{row.stderr:.3f}",
             f"{row.accuracy_fp16:.3f}",

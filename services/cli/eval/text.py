@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from services.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text
+from services.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text, shown_name
 
 if TYPE_CHECKING:
     from qaq_core.evaluation import Config, Row
@@ -52,7 +52,7 @@ def table(rows: Sequence[Row]) -> Table:
     shown = empty_table("Against full precision", "config", *(["context"] if several else []), *columns)
     for row in rows:
         shown.add_row(
-            row.config,
+            shown_name(row.config),
             *([str(row.context)] if several else []),
             f"{row.compression:.2f}x",
             f"{row.bits_key:.2f}/{row.bits_value:.2f}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from services.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text
+from services.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text, shown_name
 
 if TYPE_CHECKING:
     from qaq_core.evaluation import Config
@@ -50,7 +50,7 @@ def run(loaded: LoadedModel, configs: list[Config], asked: Asked, report: Report
     shown = empty_table("Against full precision", "config", "turn", "smaller", "ΔNLL", "KL", "top-1", "B/tok")
     for row in sorted(rows, key=lambda row: names.index(row.config)):
         shown.add_row(
-            row.config,
+            shown_name(row.config),
             str(row.turn),
             f"{row.compression:.2f}x",
             f"{row.delta_nll:+.4f}±{row.delta_nll_se:.3f}",

@@ -100,3 +100,9 @@ def test_mistakes_are_told_in_a_sentence(arguments: tuple[str, ...], sentence: s
     shown = run(*arguments, "--configs", "uniform-8")
     assert shown.exit_code in (1, 2)
     assert sentence in " ".join(shown.output.replace("│", " ").split())
+
+
+def test_settings_are_part_of_a_name() -> None:
+    shown = run("--context", 60, "--decode", 2, "--documents", 1, "--configs", "paper[window=1]")
+    assert shown.exit_code == 0, shown.output
+    assert "paper[window=1]" in shown.output
