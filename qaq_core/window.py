@@ -150,7 +150,7 @@ class DecayWindow:
         half_life: float = 64.0,
         queries: int = 256,
         distance: int = 32,
-        peak_share: float = 0.02 / 256,
+        peak_share: float = 0.03 / 256,
         every: int = 4,
     ) -> None:
         self.half_life, self.queries, self.distance, self.peak_share = half_life, queries, distance, peak_share

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from qaq_core.native.weave import run_stride
-from qaq_core.policies.balanced import FLOOR, REACH, SINKS
+from qaq_core.policies.balanced import FLOOR, OWN, REACH, SINKS
 from qaq_core.window import DITHER, LOG2_FLOOR, LOG2_STEP
 
 
 class _Weigh(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("runs", "tokens", "first", "count", "sinks", "reach")),
-        ("share", c_float),
-        ("floor", c_float),
+        *((name, c_float) for name in ("own", "before", "share", "floor")),
         ("state", c_void_p),
         ("state_stride", c_int64),
         *((name, c_void_p) for name in ("importance", "sums", "smooth", "weight")),
@@ -81,6 +80,8 @@ class NativeBalance:
             count=count,
             sinks=SINKS,
             reach=REACH,
+            own=OWN,
+            before=1 - OWN,
             share=1 - FLOOR,
             floor=FLOOR,
             state=state.data_ptr(),

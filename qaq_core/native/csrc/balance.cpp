@@ -48,8 +48,9 @@ void qaq_weigh(const QaqWeigh* job) {
         for (int t = 0; t < tokens; ++t) sums[t + 1] = sums[t] + looked(t);
         double total = 0.0;
         for (int t = 0; t < tokens; ++t) {
-            const int begin = std::max(0, t - reach), end = std::min(tokens, t + reach + 1);
-            smooth[t] = (looked(t) + float((sums[end] - sums[begin]) / (end - begin))) / 2;
+            const int begin = std::max(0, t - reach), end = t + 1;
+            const float before = float((sums[end] - sums[begin]) / (end - begin));
+            smooth[t] = looked(t) * job->own + before * job->before;
             total += smooth[t];
         }
         const float factor = 1.0f / std::max(float(total / tokens), 1e-30f) * job->share;

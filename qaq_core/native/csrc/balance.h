@@ -11,6 +11,7 @@ enum { QAQ_STEPS = 12 };  // from one width that holds codes to the next
 struct QaqWeigh {
     int32_t runs, tokens, first, count;  // of all tokens, so many from `first` on are weighed
     int32_t sinks, reach;
+    float own, before;   // shares of a token's own attention, and of the mean of it and of `reach` tokens before it
     float share, floor;  // a weight is `share` times what attention says, and `floor`
     const uint8_t* state;
     int64_t state_stride;
