@@ -28,9 +28,9 @@ CODED = tuple(width for width in WIDTHS if width < HALF)
 FLOOR = 0.0003
 """Weight of a token that nobody looks at."""
 
-REACH = 32
-OWN = 0.9
-"""Share of a token's own attention in its importance; the rest is the mean of it and of the 32 before it."""
+REACH = 64
+OWN = 0.93
+"""Share of a token's own attention in its importance; the rest is the mean of it and of the 64 before it."""
 
 SINKS = 4
 
@@ -145,7 +145,7 @@ def _climb(worth: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
 
 
 def token_weights(importance: torch.Tensor) -> torch.Tensor:
-    """w_t = 0.9997 · s_t / mean(s) + 0.0003. A tenth of s is what the tokens before got: what is read is read on.
+    """w_t = 0.9997 · s_t / mean(s) + 0.0003. 7% of s is what the tokens before got: what is read is read on.
 
     Sinks count as 0: they are exact, and their attention would drown everyone else's in the mean.
 
