@@ -59,7 +59,7 @@ table-4096 = --context 4096 --decode 256 --documents 8 --configs balanced@6.95x,
 table-8000 = --context 8000 --decode 128 --documents 4 --configs balanced@12.3x
 table-recall = --recall --context 2048 --decode 128 --documents 8 --configs balanced@7.1x,balanced-norequant@7.2x
 rivals = paper,paper@4.5x,kivi-4,kivi-2,hadamard-3,hadamard-2,k4v2,uniform-3,h2o@6.5x,scissorhands@6.5x
-table-rivals = --context 2048 --decode 64 --documents 2 --configs balanced@6.5x,balanced-norequant@6.5x,balanced@8.5x,balanced@10x,$(rivals)
+table-rivals = --context 2048 --decode 64 --documents 6 --configs balanced@6.5x,balanced-norequant@6.5x,balanced@8.5x,balanced@10x,$(rivals)
 
 quality: $(patsubst %,$(QUALITY)/%.json,4096 8000 rivals recall 2048 1024)
 
