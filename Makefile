@@ -49,7 +49,7 @@ $(DEVELOPED): $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,eval,redis]"
 	touch $@
 
-# The quality tables of docs/results: make quality TEXT=a-text-file. An hour or two; two tables at a time with
+# The quality tables of docs/results: make quality TEXT=a-text-file. About an hour; two tables at a time with
 # OMP_NUM_THREADS=1 make -j2 quality. A table that was stopped goes on where it was; one that is done stays.
 TEXT ?= builtin
 QUALITY = build/quality

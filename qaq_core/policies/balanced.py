@@ -28,9 +28,10 @@ CODED = tuple(width for width in WIDTHS if width < HALF)
 FLOOR = 0.0003
 """Weight of a token that nobody looks at."""
 
-REACH = 64
 OWN = 0.93
-"""Share of a token's own attention in its importance; the rest is the mean of it and of the 64 before it."""
+"""Share of a token's own attention in its importance; the rest is the mean of it and of REACH tokens before it."""
+
+REACH = 64
 
 SINKS = 4
 
