@@ -27,13 +27,13 @@ SANITIZED := build/sanitized/_cpu.so
 sanitize: $(DEVELOPED) $(SANITIZED)
 	QAQ_LIBRARY=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(BIN)/pytest -q tests/core/test_kernels.py tests/core/test_kernels_fuzz.py tests/core/test_encoding.py \
-		tests/core/test_allocation.py tests/core/test_pool.py -k "not reference and not triton"
+		$(BIN)/pytest -q tests/core/attention/test_kernels.py tests/core/attention/test_kernels_fuzz.py tests/core/quantization/test_encoder.py \
+		tests/core/allocation/test_allocator.py tests/core/storage/test_pool.py -k "not reference and not triton"
 
-$(SANITIZED): $(wildcard qaq_core/native/csrc/*)
+$(SANITIZED): $(wildcard qaq_core/kernels/csrc/*)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -g -fPIC -shared -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined \
-		$(wildcard qaq_core/native/csrc/*.cpp) -o $@ -pthread
+		$(wildcard qaq_core/kernels/csrc/*.cpp) -o $@ -pthread
 
 proto: $(DEVELOPED)
 	$(BIN)/python tools/gen_proto.py

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qaq_core.cache import QAQCache
-    from qaq_core.errors import (
+    from qaq_core.allocation.target import Target
+    from qaq_core.base.errors import (
         ConfigError,
         CorruptPageError,
         ModelLoadError,
@@ -16,12 +16,37 @@ if TYPE_CHECKING:
         QuantizationError,
         UnsupportedModelError,
     )
-    from qaq_core.method import Method, Target
-    from qaq_core.originals import InProcessOriginals, Originals, RowReply, RowRequest
-    from qaq_core.pages import Page, PageShape, page_id
-    from qaq_core.quantizer import Quantizer
-    from qaq_core.sequence import SequenceCache
-    from qaq_core.statistics import CacheStatistics
+    from qaq_core.base.pages import Page, PageShape, page_id
+    from qaq_core.base.rows import RowReply, RowRequest
+    from qaq_core.base.statistics import CacheStatistics
+    from qaq_core.cache.cache import QAQCache
+    from qaq_core.cache.method import Method
+    from qaq_core.cache.presets import make_method, register_family, register_preset
+    from qaq_core.cache.sequence import SequenceCache
+    from qaq_core.quantization.quantizer import Quantizer
+    from qaq_core.storage.originals import InProcessOriginals, Originals
+
+_HOMES = {
+    "allocation.target": ("Target",),
+    "base.errors": (
+        "ConfigError",
+        "CorruptPageError",
+        "ModelLoadError",
+        "OriginalsError",
+        "QAQError",
+        "QuantizationError",
+        "UnsupportedModelError",
+    ),
+    "base.pages": ("Page", "PageShape", "page_id"),
+    "base.rows": ("RowReply", "RowRequest"),
+    "base.statistics": ("CacheStatistics",),
+    "cache.cache": ("QAQCache",),
+    "cache.method": ("Method",),
+    "cache.presets": ("make_method", "register_family", "register_preset"),
+    "cache.sequence": ("SequenceCache",),
+    "quantization.quantizer": ("Quantizer",),
+    "storage.originals": ("InProcessOriginals", "Originals"),
+}
 
 __all__ = [
     "CacheStatistics",
@@ -43,44 +68,16 @@ __all__ = [
     "SequenceCache",
     "Target",
     "UnsupportedModelError",
+    "make_method",
     "page_id",
+    "register_family",
+    "register_preset",
 ]
-
-_HOMES = {
-    "qaq_core.cache": ("QAQCache",),
-    "qaq_core.errors": (
-        "ConfigError",
-        "CorruptPageError",
-        "ModelLoadError",
-        "OriginalsError",
-        "QAQError",
-        "QuantizationError",
-        "UnsupportedModelError",
-    ),
-    "qaq_core.method": (
-        "Method",
-        "Target",
-    ),
-    "qaq_core.originals": (
-        "InProcessOriginals",
-        "Originals",
-        "RowReply",
-        "RowRequest",
-    ),
-    "qaq_core.pages": (
-        "Page",
-        "PageShape",
-        "page_id",
-    ),
-    "qaq_core.quantizer": ("Quantizer",),
-    "qaq_core.sequence": ("SequenceCache",),
-    "qaq_core.statistics": ("CacheStatistics",),
-}
 
 
 def __getattr__(name: str) -> Any:
     """Imports a name when it is first used: the cache brings torch and transformers, the errors nothing."""
     for home, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(home), name)
-    raise AttributeError(f"module 'qaq_core' has no attribute {name!r}")
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from redis.asyncio import Redis
 
-from qaq_core.loading import LoadedModel, default_model_path, load_model
+from qaq_core.models.loading import LoadedModel, default_model_path, load_model
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 

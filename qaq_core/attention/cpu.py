@@ -2,40 +2,38 @@
 
 It reads the packed pools as they are, of one layer of a whole batch of sequences in one call, which releases
 the interpreter lock. Scratch is kept per thread. A decode step in which it does everything goes through
-`decoding.NativeStep` instead, with less around each call.
+`NativeStep` instead, with less around each call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_int32, c_void_p
+from typing import Any
 
 import numpy as np
 import torch
 
-from qaq_core.attention.handover import Handover, framed, restored
+from qaq_core.allocation.attention_statistics import StepObserver
+from qaq_core.attention.fallback import KernelWithFallback, restored, transformed
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
-from qaq_core.codecs import Codec
-from qaq_core.native import library
-from qaq_core.native.layers import LAYER, STATISTICS, TYPES, Describer
-from qaq_core.window import Reduction
+from qaq_core.kernels.layers import LAYER, REDUCTIONS, TYPES, Describer
+from qaq_core.quantization.codecs import Codec
 
 _ALONE = 1 << 19
 """Numbers in keys and values below which one thread does all: others would take longer to wake up."""
 
 
-class CpuAttention(Handover):
+class CpuAttention(KernelWithFallback):
     """The operation in C++ for one query position.
 
     Attributes:
         describer: tells the library where packed tokens are.
     """
 
-    def __init__(self, codec: Codec) -> None:
-        loaded = library()
-        assert loaded is not None, "see attention.make"
+    def __init__(self, codec: Codec, library: Any) -> None:
         super().__init__(ReferenceAttention(codec, torch.device("cpu")), "C++")
-        self.library = loaded
+        self.library = library
         self.describer = Describer(codec)
 
     @property
@@ -52,17 +50,17 @@ class CpuAttention(Handover):
         tokens: Sequence[LayerTokens],
         scaling: float,
         sliding_window: int | None,
-        observers: Sequence[Reduction | None],
+        observers: Sequence[StepObserver | None],
     ) -> torch.Tensor:
-        """See `Handover`."""
+        """See `KernelWithFallback`."""
         # A frame takes queries as [query_heads, n, head_dim]; here n counts sequences.
         query = (query.transpose(0, 1).float() * scaling).contiguous()
         heads, batch, dim = query.shape
         layer, packed = tokens[0].layer, next((mine.packed for mine in tokens if mine.packed is not None), None)
-        frames = [(mine.packed or packed).quantizer.frame for mine in tokens] if packed is not None else []
-        asked = framed(frames, layer, query) if frames else query
+        transforms = [(mine.packed or packed).quantizer.transform for mine in tokens] if packed is not None else []
+        asked = transformed(transforms, layer, query) if transforms else query
         exact, middle = torch.empty(2, heads, batch, dim).unbind()
-        if frames and any(mine.packed is None for mine in tokens):
+        if transforms and any(mine.packed is None for mine in tokens):
             middle.zero_()
         calls = np.empty(batch, LAYER)
         size, alive = 0, []
@@ -70,12 +68,12 @@ class CpuAttention(Handover):
             alive.append(self.fill(calls, i, heads, mine, sliding_window, observe))
             size += 2 * mine.keys.shape[0] * mine.length * dim
         place = np.arange(batch, dtype=np.uintp) * np.uintp(dim * 4)
-        for name, rows in (("query", query), ("framed", asked), ("out_exact", exact), ("out_packed", middle)):
+        for name, rows in (("query", query), ("transformed", asked), ("out_residual", exact), ("out_packed", middle)):
             calls[name] = rows.data_ptr() + place
         calls["stride"] = batch * dim
         if self.library.qaq_attend(c_void_p(calls.ctypes.data), c_int32(batch), c_int32(self.threads(size))):
             raise MemoryError("no memory for the attention kernel's scratch")
-        out = exact.add_(restored(frames, layer, middle)) if frames else exact
+        out = exact.add_(restored(transforms, layer, middle)) if transforms else exact
         return out.transpose(0, 1).unsqueeze(2)
 
     def fill(
@@ -85,7 +83,7 @@ class CpuAttention(Handover):
         query_heads: int,
         tokens: LayerTokens,
         sliding_window: int | None,
-        observe: Reduction | None,
+        observe: StepObserver | None,
     ) -> object:
         """Describes a layer in the i-th record. Returns what must live until the call is over."""
         keys, values, packed, alive = tokens.keys, tokens.values, tokens.packed, None
@@ -100,9 +98,9 @@ class CpuAttention(Handover):
         call["kv_heads"], call["group"], call["dim"] = heads, query_heads // heads, dim
         call["sinks"], call["recent"] = tokens.sinks, exact - tokens.sinks
         call["first"] = max(0, tokens.length - sliding_window) if sliding_window else 0
-        call["exact_type"] = TYPES[keys.dtype]
+        call["residual_type"] = TYPES[keys.dtype]
         for side, rows in (("key", keys), ("value", values)):
-            call[side]["exact"], call[side]["exact_head_stride"] = rows.data_ptr(), rows.stride(0)
+            call[side]["residual"], call[side]["residual_head_stride"] = rows.data_ptr(), rows.stride(0)
         if observe is not None:
-            call["statistic"], call["seen"] = STATISTICS[observe.statistic], observe.into.data_ptr()
+            call["reduction"], call["observed"] = REDUCTIONS[observe.reduction], observe.into.data_ptr()
         return alive

@@ -7,20 +7,19 @@ sequences share, so a dequantized copy of the cache never exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from qaq_core.codecs import Codec
-from qaq_core.packed import PackedTokens
-from qaq_core.packing import HALF, LevelTable, RowLayout, unpack_half, width_index
-from qaq_core.pages import KEY, VALUE
+from qaq_core.allocation.attention_statistics import Observer
+from qaq_core.base.pages import KEY, VALUE
+from qaq_core.base.widths import HALF
+from qaq_core.quantization.bit_planes import LevelTable, RowLayout, unpack_half, width_index
+from qaq_core.quantization.codecs import Codec
+from qaq_core.storage.packed import PackedTokens
 
 QUERY_CHUNK = 256
-
-Observer = Callable[[torch.Tensor, int], None]
-"""Called with probabilities [kv_heads, group, n, tokens] and the index of the first of the n queries."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,7 @@ class ReferenceAttention:
         if tokens.packed is not None:
             parts.insert(1, self._packed_scores(query, tokens.packed, tokens.layer))
         scores = torch.cat(parts, -1)
-        own = torch.arange(
-            tokens.length - from_end, tokens.length - from_end + query.shape[1], device=query.device
-        )
+        own = torch.arange(tokens.length - from_end, tokens.length - from_end + query.shape[1], device=query.device)
         if query.shape[1] > 1:
             scores.masked_fill_(torch.arange(tokens.length, device=query.device) > own[:, None], float("-inf"))
         if sliding_window is not None and tokens.length > sliding_window:
@@ -123,11 +120,11 @@ class ReferenceAttention:
         return scores.softmax(-1)
 
     def _packed_scores(self, query: torch.Tensor, packed: PackedTokens, layer: int) -> torch.Tensor:
-        frame = packed.quantizer.frame
-        framed = frame.query(layer, query)
-        parts = [_scores(framed, self._rows(packed, KEY, block, layer)) for block in range(packed.blocks)]
+        transform = packed.quantizer.transform
+        transformed = transform.query(layer, query)
+        parts = [_scores(transformed, self._rows(packed, KEY, block, layer)) for block in range(packed.blocks)]
         scores = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        center = frame.center_scores(layer, query, packed.start, packed.stop)
+        center = transform.center_scores(layer, query, packed.start, packed.stop)
         return scores if center is None else scores.add_(center)
 
     def _output(self, probabilities: torch.Tensor, tokens: LayerTokens) -> torch.Tensor:
@@ -143,9 +140,9 @@ class ReferenceAttention:
             summed = _weighted(middle[..., first:last], self._rows(packed, VALUE, block, tokens.layer))
             total = summed if total is None else total.add_(summed)
         assert total is not None
-        frame = packed.quantizer.frame
-        restored = frame.restore(tokens.layer, total)
-        center = frame.value_center(tokens.layer)
+        transform = packed.quantizer.transform
+        restored = transform.restore(tokens.layer, total)
+        center = transform.value_center(tokens.layer)
         if center is not None:
             mass = middle.sum(-1).view(len(center), -1, 1)
             restored = restored + (mass * center.unsqueeze(1)).view(restored.shape)

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 
 import torch
 
-from qaq_core import packed as packed_tokens
-from qaq_core.attention.handover import Handover, framed, restored
-from qaq_core.attention.reference import LayerTokens, Observer, ReferenceAttention
+from qaq_core.allocation.attention_statistics import Observer, StepObserver
+from qaq_core.attention.fallback import KernelWithFallback, restored, transformed
+from qaq_core.attention.reference import LayerTokens, ReferenceAttention
 from qaq_core.attention.triton_table import NIBBLE, Table
-from qaq_core.codecs import Codec
-from qaq_core.errors import ConfigError
-from qaq_core.packing import WIDTHS, RowLayout
-from qaq_core.pages import KEY, VALUE
-from qaq_core.quantizer import Quantizer
-from qaq_core.window import Reduction
+from qaq_core.base.errors import ConfigError
+from qaq_core.base.pages import KEY, VALUE
+from qaq_core.base.widths import WIDTHS
+from qaq_core.quantization.bit_planes import RowLayout
+from qaq_core.quantization.codecs import Codec
+from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.storage import packed as packed_rows
 
 SPLIT = 512
 """Packed tokens of a program."""
@@ -47,7 +48,7 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-class TritonAttention(Handover):
+class TritonAttention(KernelWithFallback):
     """The operation in Triton for one query position."""
 
     def __init__(self, codec: Codec, device: torch.device) -> None:
@@ -76,7 +77,7 @@ class TritonAttention(Handover):
         return "triton (interpreted)" if self._device.type == "cpu" else "triton"
 
     def refuses(self, query: torch.Tensor, tokens: LayerTokens, observe: Observer | None) -> str | None:
-        """See `Handover`."""
+        """See `KernelWithFallback`."""
         group = query.shape[1] // tokens.keys.shape[0]
         too_many = f"{group} query heads for a KV head" if group > GROUP else None
         return super().refuses(query, tokens, observe) or too_many
@@ -87,17 +88,17 @@ class TritonAttention(Handover):
         tokens: Sequence[LayerTokens],
         scaling: float,
         sliding_window: int | None,
-        observers: Sequence[Reduction | None],
+        observers: Sequence[StepObserver | None],
     ) -> torch.Tensor:
-        """See `Handover`."""
+        """See `KernelWithFallback`."""
         # A frame takes queries as [query_heads, n, head_dim]; here n counts sequences.
         query = (query.transpose(0, 1).float() * scaling).contiguous()
         heads, batch, dim = query.shape
         layer, kv_heads = tokens[0].layer, tokens[0].keys.shape[0]
         packed = next((mine.packed for mine in tokens if mine.packed is not None), None)
-        frames = [(mine.packed or packed).quantizer.frame for mine in tokens] if packed is not None else []
+        transforms = [(mine.packed or packed).quantizer.transform for mine in tokens] if packed is not None else []
         octets = _power_of_two(dim // 8)
-        per_block = -(-packed_tokens.BLOCK_TOKENS // SPLIT)
+        per_block = -(-packed_rows.BLOCK_TOKENS // SPLIT)
         splits = per_block * max(mine.packed.blocks if mine.packed else 0 for mine in tokens)
         table = Table(self._device, per_block, sliding_window, self._by_meta)
         sequences = table.fill(tokens, observers, heads)
@@ -105,9 +106,9 @@ class TritonAttention(Handover):
         peaks, masses = self._empty(2, batch, kv_heads, splits, GROUP).unbind()
         sums = self._empty(batch, kv_heads, splits, GROUP, 8 * octets)
         if packed is not None:
-            asked = framed(frames, layer, query)
+            asked = transformed(transforms, layer, query)
             stop = max(TILE, max(mine.packed.stop for mine in tokens if mine.packed))
-            centers = [center for own in frames if (center := own.center(layer, stop)) is not None]
+            centers = [center for own in transforms if (center := own.center(layer, stop)) is not None]
             mean, angles = self._scales, self._scales
             if centers:
                 mean, angles = torch.stack([center[0] for center in centers]), centers[0][1]
@@ -115,7 +116,7 @@ class TritonAttention(Handover):
             self._kernels.packed_split[splits, kv_heads, batch](
                 *(sequences, query, asked, mean, angles, *self._layout(packed.quantizer, dim)),
                 *(self._levels, self._scales, peaks, masses, sums, *shape),
-                *(splits, packed_tokens.BLOCK_TOKENS, per_block),
+                *(splits, packed_rows.BLOCK_TOKENS, per_block),
                 HALF_DIM=_power_of_two(max(16, dim // 2)),
                 OCTETS=octets,
                 FIRST_OCTETS=packed.quantizer.codec.split or octets,
@@ -139,8 +140,8 @@ class TritonAttention(Handover):
             longest = max(mine.length for mine in tokens)
             grid = (-(-longest // SPLIT), kv_heads, batch)
             self._kernels.observe[grid](sequences, norms, batch, shape[2], TILE=SPLIT)
-        out = exact.add_(restored(frames, layer, middle)) if frames else exact
-        taken = [one for own in frames if (one := own.value_center(layer)) is not None]
+        out = exact.add_(restored(transforms, layer, middle)) if transforms else exact
+        taken = [one for own in transforms if (one := own.value_center(layer)) is not None]
         if taken:
             out.addcmul_(mass.unsqueeze(-1), torch.stack(taken, 1).repeat_interleave(heads // kv_heads, 0))
         return out.transpose(0, 1).unsqueeze(2)

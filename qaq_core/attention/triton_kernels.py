@@ -115,7 +115,7 @@ def _fold(scores, values, peak, mass, summed):
 
 @triton.jit
 def packed_split(
-    sequences, query, framed, mean, angles, widths, depth, units, levels, scales, peaks, masses, sums,
+    sequences, query, transformed, mean, angles, widths, depth, units, levels, scales, peaks, masses, sums,
     batch, heads, group, dim, splits, block_tokens, per_block,
     HALF_DIM: tl.constexpr, OCTETS: tl.constexpr, FIRST_OCTETS: tl.constexpr, PARTS: tl.constexpr,
     BY_META: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_MEAN: tl.constexpr, SPLIT: tl.constexpr,
@@ -124,7 +124,7 @@ def packed_split(
     """Program (split, head, sequence): SPLIT tokens of a block, TILE at a time.
 
     Args:
-        query, framed: float32 [heads * group, batch, dim], scaled, plain and as it meets packed keys.
+        query, transformed: float32 [heads * group, batch, dim], scaled, plain and as it meets packed keys.
         mean: float32 [batch, heads, dim], the keys' mean before RoPE, if there is one.
         angles: float32 [positions, dim], cosines and sines from position 0.
         depth, units: of keys, then of values; for the others see `_rows`.
@@ -143,7 +143,7 @@ def packed_split(
     g, d, i = tl.arange(0, GROUP), tl.arange(0, OCTETS * 8), tl.arange(0, HALF_DIM)
     row = ((head * group + g) * batch + number) * dim
     mine = g < group
-    asked = tl.load(framed + row[:, None] + d[None, :], mask=mine[:, None] & (d < dim)[None, :], other=0.0)
+    asked = tl.load(transformed + row[:, None] + d[None, :], mask=mine[:, None] & (d < dim)[None, :], other=0.0)
     pair, part = mine[:, None] & (i < dim // 2)[None, :], i < dim // 2
     if HAS_MEAN:  # q·RoPE(mean, t) = cosine·cos + sine·sin
         q1 = tl.load(query + row[:, None] + i[None, :], mask=pair, other=0.0)
@@ -172,9 +172,7 @@ def packed_split(
     value_offset = tl.load(one + VALUE_OFFSET)
     length = tl.load(one + EXACT) + packed
     watched = tl.load(one + SEEN) != 0
-    scores_out = (
-        tl.load(one + SCORES).to(tl.pointer_type(tl.float32)) + (head * group + g)[:, None] * length + sinks
-    )
+    scores_out = tl.load(one + SCORES).to(tl.pointer_type(tl.float32)) + (head * group + g)[:, None] * length + sinks
     peak, mass, summed = _nothing(OCTETS * 8)
     for first in range(begin, end, TILE):
         token = first + tl.arange(0, TILE)
@@ -290,7 +288,7 @@ def observe(sequences, norms, batch, group, TILE: tl.constexpr):
         score = tl.load(scores + position[None, :], mask=mine[:, None] & inside[None, :], other=float("-inf"))
         p = tl.exp(score - peak[:, None]) / total[:, None]
         if tl.load(one + STATISTIC) == MAX:
-            statistic = tl.max(p, 0) + 0.0 * tl.sum(p, 0)  # a NaN shows in the sum
+            reduction = tl.max(p, 0) + 0.0 * tl.sum(p, 0)  # a NaN shows in the sum
         else:
-            statistic = tl.sum(p * p, 0) / group
-        tl.store(seen + position, statistic, mask=position < length)
+            reduction = tl.sum(p * p, 0) / group
+        tl.store(seen + position, reduction, mask=position < length)

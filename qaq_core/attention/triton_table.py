@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from qaq_core.allocation.attention_statistics import StepObserver
 from qaq_core.attention.reference import LayerTokens
-from qaq_core.packed import PackedTokens
-from qaq_core.packing import WIDTHS
-from qaq_core.pages import KEY, VALUE
-from qaq_core.window import Reduction
+from qaq_core.base.pages import KEY, VALUE
+from qaq_core.base.widths import WIDTHS
+from qaq_core.storage.packed import PackedTokens
 
 NIBBLE = 16
 """Values that a tag's nibble may have."""
@@ -35,9 +35,7 @@ class Table:
         self.exact_type = torch.float32
         self.watched = False
 
-    def fill(
-        self, tokens: Sequence[LayerTokens], observers: Sequence[Reduction | None], heads: int
-    ) -> torch.Tensor:
+    def fill(self, tokens: Sequence[LayerTokens], observers: Sequence[StepObserver | None], heads: int) -> torch.Tensor:
         """int64 [batch, FIELDS] of `triton_kernels`, and behind them the addresses of rows.
 
         Args:
@@ -67,19 +65,19 @@ class Table:
 
     def _exact(self, tokens: LayerTokens) -> dict[str, int]:
         keys, values = self._keep(tokens.keys.to(self.exact_type)), self._keep(tokens.values.to(self.exact_type))
-        window = self._sliding_window
+        statistic = self._sliding_window
         return {
             "SINKS": tokens.sinks,
             "EXACT": keys.shape[1],
             "PACKED": tokens.packed_tokens,
-            "FIRST": max(0, tokens.length - window) if window else 0,
+            "FIRST": max(0, tokens.length - statistic) if statistic else 0,
             "KEYS": keys.data_ptr(),
             "KEYS_STRIDE": keys.stride(0),
             "VALUES": values.data_ptr(),
             "VALUES_STRIDE": values.stride(0),
         }
 
-    def _watch(self, tokens: LayerTokens, observe: Reduction | None, heads: int) -> dict[str, int]:
+    def _watch(self, tokens: LayerTokens, observe: StepObserver | None, heads: int) -> dict[str, int]:
         if observe is None:
             return {}
         self.watched = True
@@ -87,7 +85,7 @@ class Table:
         return {
             "SCORES": scores.data_ptr(),
             "SEEN": observe.into.data_ptr(),
-            "STATISTIC": STATISTICS[observe.statistic],
+            "STATISTIC": STATISTICS[observe.reduction],
         }
 
     def _packed(self, packed: PackedTokens, layer: int) -> dict[str, int]:

@@ -29,12 +29,12 @@ def calibrate(
 ) -> None:
     """Measures what the balanced and paper presets have to know of a model, on text that it samples.
 
-    Written to the cache, or with --output as the table that can be shipped in qaq_core/tables. A table that is
-    shipped for the model comes before the one in the cache.
+    Written to the cache, or with --output as the table that can be shipped in qaq_core/calibration/tables. A
+    table that is shipped for the model comes before the one in the cache.
     """
-    from qaq_core import calibration
-    from qaq_core.loading import load_model
-    from qaq_core.shape import ModelShape
+    from qaq_core.calibration import calibration
+    from qaq_core.models.loading import load_model
+    from qaq_core.models.shape import ModelShape
 
     source = None if gradients is None else calibration.GRADIENTS if gradients else calibration.DISTURBANCE
     with progress_line() as report:

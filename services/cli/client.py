@@ -163,9 +163,7 @@ def tokenize(text: str, plain: bool = False, router: Router = None) -> None:
 
 
 def health(
-    address: Annotated[
-        str, typer.Argument(help="host:port of any of the servers; http://host:port of a gateway.")
-    ],
+    address: Annotated[str, typer.Argument(help="host:port of any of the servers; http://host:port of a gateway.")],
 ) -> None:
     """Asks a server whether it serves; the exit code says so."""
     import grpc

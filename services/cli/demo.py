@@ -107,7 +107,7 @@ def measure(running: StackState, prompt: str, max_new_tokens: int) -> DemoResult
 
     from services.cli.inference import inference
     from services.cli.streaming import follow
-    from services.cluster.survey import survey
+    from services.cluster.status import survey
 
     with inference(running.router) as asked:
         model = asked.once(lambda stub: stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)).model
@@ -170,8 +170,6 @@ def _table(result: DemoResult) -> Table:
         "quantized again",
         f"{result.rows_requantized:,} rows from their originals, {size(result.requantize_bytes)}",
     )
-    table.add_row(
-        "originals", f"{size(result.originals_bytes_in_redis)} in Redis, {size(result.staging_bytes)} staged"
-    )
+    table.add_row("originals", f"{size(result.originals_bytes_in_redis)} in Redis, {size(result.staging_bytes)} staged")
     table.add_row("Redis", result.redis_server)
     return table

@@ -96,36 +96,35 @@ def kernel(device: str) -> Iterator[Finding]:
     """Which attention runs on the device, and why not a faster one."""
     import torch
 
-    from qaq_core import attention
-    from qaq_core.codecs import GaussianCodec
-    from qaq_core.errors import ConfigError
-    from qaq_core.loading import device_of
+    from qaq_core.base.errors import ConfigError
+    from qaq_core.cache import backends
+    from qaq_core.models.loading import device_of
+    from qaq_core.quantization.codecs import GaussianCodec
 
     try:
         place = device_of(device)
-        running = attention.make(GaussianCodec(), place).name
+        running = backends.make_attention(GaussianCodec(), place).name
     except ConfigError as error:
         yield Finding(name="kernel", state="wrong", found=f"none on {device}", advice=str(error))
         return
     asked = os.environ.get("QAQ_KERNEL", "auto")
     advice = None
-    if running == attention.ReferenceAttention.name:
-        advice = attention.faster(place) if asked == "auto" else "a faster one may be there: unset QAQ_KERNEL"
-    found = (
-        f"{running} on {device} (QAQ_KERNEL={asked}; the processor has {torch.backends.cpu.get_cpu_capability()})"
-    )
+    if running == "reference":
+        advice = backends.faster_kernel(place) if asked == "auto" else "a faster one may be there: unset QAQ_KERNEL"
+    found = f"{running} on {device} (QAQ_KERNEL={asked}; the processor has {torch.backends.cpu.get_cpu_capability()})"
     yield Finding(name="kernel", state="better" if advice else "ok", found=found, advice=advice)
 
 
 def library() -> Iterator[Finding]:
     """The C++ library, which also packs and moves rows."""
-    from qaq_core import native
+    from qaq_core.kernels import load_library, missing_library
+    from qaq_core.kernels.library import INTERFACE
 
-    loaded = native.library()
+    loaded = load_library()
     if loaded is None:
-        yield Finding(name="C++ library", state="better", found="none", advice=native.missing())
+        yield Finding(name="C++ library", state="better", found="none", advice=missing_library())
         return
-    found = f"{loaded._name}, interface {native.INTERFACE}, {loaded.qaq_isa().decode()}"
+    found = f"{loaded._name}, interface {INTERFACE}, {loaded.qaq_isa().decode()}"
     yield Finding(name="C++ library", state="ok", found=found)
 
 
@@ -137,9 +136,7 @@ def threads() -> Iterator[Finding]:
     asked = os.environ.get("OMP_NUM_THREADS")
     found = f"{used} of {free} processors" + (f" (OMP_NUM_THREADS={asked})" if asked else "")
     advice = (
-        f"more threads than processors get in each other's way: set OMP_NUM_THREADS={free}"
-        if used > free
-        else None
+        f"more threads than processors get in each other's way: set OMP_NUM_THREADS={free}" if used > free else None
     )
     yield Finding(name="threads", state="better" if advice else "ok", found=found, advice=advice)
 
@@ -173,12 +170,12 @@ def model_files(model: str | None) -> Iterator[Finding]:
     """The model's files, and what has been measured of it."""
     from safetensors import SafetensorError
 
-    from qaq_core import calibration
-    from qaq_core.errors import ModelLoadError
-    from qaq_core.loading import find
+    from qaq_core.base.errors import ModelLoadError
+    from qaq_core.calibration import calibration
+    from qaq_core.models.loading import find_checkpoint
 
     try:
-        checkpoint = find(model_or_default(model))
+        checkpoint = find_checkpoint(model_or_default(model))
         fingerprint = checkpoint.fingerprint()
     except ModelLoadError as error:
         yield Finding(name="model", state="better" if model is None else "wrong", found="none", advice=str(error))
@@ -202,7 +199,7 @@ def model_files(model: str | None) -> Iterator[Finding]:
 
 def cache_directory() -> Iterator[Finding]:
     """Where calibrations and converted models are kept; its nearest folder that exists must be writable."""
-    from qaq_core.home import cache_dir
+    from qaq_core.base.paths import cache_dir
 
     path = cache_dir()
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from services.cli import bench, calibrate, client, demo, doctor, eval, paper, roles, stack
+from services.cli import calibrate, client, demo, doctor, roles, stack
 from services.cli.terminal import errors
 
 
@@ -32,7 +33,7 @@ def _sentence(error: Exception) -> str | None:
     from redis.exceptions import RedisError
     from rich.markup import escape
 
-    from qaq_core.errors import QAQError
+    from qaq_core.base.errors import QAQError
     from services.common.errors import StatusError
 
     if isinstance(error, StatusError):
@@ -60,5 +61,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (demo, doctor, stack, client, roles, eval, paper, bench, calibrate):
+for module in (demo, doctor, stack, client, roles, calibrate):
     module.register(app)
+# Packages that are installed beside this one add commands of their own.
+for plugin in entry_points(group="qaq.commands"):
+    plugin.load()(app)

@@ -15,7 +15,7 @@ from services.cli.terminal import screen, size, starting
 
 if TYPE_CHECKING:
     from services.cluster.state import StackState
-    from services.cluster.survey import Survey
+    from services.cluster.status import StackStatus
 
 DRAIN_TIMEOUT_S = 60.0
 
@@ -47,9 +47,7 @@ def up(
     workers: Workers = 1,
     originals: Annotated[int, typer.Option(min=1, help="How many cache services.")] = 1,
     port: Annotated[int, typer.Option(help="The router's port; 0 takes any free one.")] = 7700,
-    http_port: Annotated[
-        int | None, typer.Option(help="Serve OpenAI's API there, too; 0 takes any free port.")
-    ] = None,
+    http_port: Annotated[int | None, typer.Option(help="Serve OpenAI's API there, too; 0 takes any free port.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
@@ -92,7 +90,7 @@ def status(
     """Shows who runs and how busy they are."""
     from google.protobuf.json_format import MessageToDict
 
-    from services.cluster.survey import survey
+    from services.cluster.status import survey
 
     running = _running()
     seen = asyncio.run(survey(running.redis["url"]))
@@ -148,7 +146,7 @@ def model_or_default(model: str | None) -> str:
         ModelLoadError: none was named and the default model's package is not installed.
     """
     if model is None:
-        from qaq_core.default_model import default_model_path
+        from qaq_core.models.default_model import default_model_path
 
         return str(default_model_path())
     return os.path.abspath(model) if os.path.exists(model) else model
@@ -166,7 +164,7 @@ def _running() -> StackState:
     return running
 
 
-def _table(running: StackState, seen: Survey) -> Table:
+def _table(running: StackState, seen: StackStatus) -> Table:
     table = Table(title=running.settings.model, title_justify="left")
     for column in ("role", "address", "state"):
         table.add_column(column)

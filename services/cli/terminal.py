@@ -38,9 +38,7 @@ def starting() -> Iterator[Report]:
         def report(who: str, what: str, done: float | None) -> None:
             if who not in lines:
                 lines[who] = progress.add_task(what, total=None, who=who)
-            progress.update(
-                lines[who], description=what, total=1.0 if done is not None else None, completed=done or 0
-            )
+            progress.update(lines[who], description=what, total=1.0 if done is not None else None, completed=done or 0)
 
         yield report
 

@@ -77,14 +77,14 @@ def scale(running: StackState, workers: int, report: Report) -> None:
     ray_environment(running.ray_directory)
     import ray
 
-    from services.cluster.members import Members
+    from services.cluster.launcher import Launcher
 
     try:
         ray.init(address=running.ray_address, namespace="qaq", log_to_driver=False, logging_level="error")
     except Exception as error:
         raise StackError(f"Ray at {running.ray_address} does not answer ({error}); try `qaq down`") from error
     try:
-        Members(running.settings, running.redis["url"], report).scale(workers)
+        Launcher(running.settings, running.redis["url"], report).scale(workers)
     finally:
         ray.shutdown()
     state.save(running.model_copy(update={"settings": running.settings.model_copy(update={"workers": workers})}))

@@ -15,7 +15,7 @@ import threading
 import time
 from types import FrameType
 
-from qaq_core.errors import QAQError
+from qaq_core.base.errors import QAQError
 from services.cluster import state
 from services.cluster.stack import LocalStack
 from services.cluster.state import StackSettings

@@ -50,9 +50,9 @@ class LocalStack:
             _check_port(self._settings.http_port or 0, "--http-port")
             redis = self._redis(stack)
             directory, address = self._ray(stack)
-            from services.cluster.members import Members  # only now: Ray reads the environment when imported
+            from services.cluster.launcher import Launcher  # only now: Ray reads the environment when imported
 
-            members = Members(self._settings, redis.url, self._report)
+            members = Launcher(self._settings, redis.url, self._report)
             stack.callback(lambda: members.stop(members.names()))
             addresses = members.start_all()
             router = addresses["router"]
@@ -158,6 +158,4 @@ def _check_port(port: int, option: str) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise StackError(
-                f"port {port} is taken; choose another with {option} (0 takes any free one)"
-            ) from error
+            raise StackError(f"port {port} is taken; choose another with {option} (0 takes any free one)") from error

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, Field
 
-from qaq_core.errors import QAQError
+from qaq_core.base.errors import QAQError
 from services.common.settings import WeightForm
 
 

@@ -24,7 +24,7 @@ import redis as redis_client
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from qaq_core.errors import ConfigError
+from qaq_core.base.errors import ConfigError
 from services.common.redis import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, redacted
 
 START_TIMEOUT_S = 15.0
@@ -195,8 +195,7 @@ class EmbeddedRedis:
         if error is not None:
             where = redacted(self.url)
             raise RedisStartError(
-                f"Redis at {where} does not answer ({error}); start it, or unset QAQ_REDIS_URL to use an embedded "
-                "one"
+                f"Redis at {where} does not answer ({error}); start it, or unset QAQ_REDIS_URL to use an embedded one"
             )
 
 
@@ -222,9 +221,7 @@ def find_server() -> tuple[str, Path]:
 
 def server_version(binary: Path) -> str:
     """ "7.2.4" of `redis-server --version`."""
-    text = subprocess.run(
-        [str(binary), "--version"], capture_output=True, text=True, timeout=10, check=True
-    ).stdout
+    text = subprocess.run([str(binary), "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
     match = re.search(r"v=([0-9.]+)", text)
     return match.group(1) if match else "of unknown version"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 from redis import exceptions as redis_errors
 
-from qaq_core import errors as core
+from qaq_core.base import errors as core
 from services.common.redis import RedisUnreachableError
 
 Code = grpc.StatusCode
@@ -19,9 +19,7 @@ class StatusError(Exception):
 
     code: grpc.StatusCode = Code.INTERNAL
 
-    def __init__(
-        self, message: str, *, code: grpc.StatusCode | None = None, retry_after_ms: int | None = None
-    ) -> None:
+    def __init__(self, message: str, *, code: grpc.StatusCode | None = None, retry_after_ms: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or type(self).code

@@ -11,8 +11,8 @@ kv_bytes = Gauge("qaq_kv_bytes", "Allocated bytes of caches", ["tier"])
 kv_compression_ratio = Gauge("qaq_kv_compression_ratio", "Bytes at 16 bits an element over resident bytes")
 kv_bits = Gauge("qaq_kv_bits", "Vectors of that many bits in the cache of the last generation", ["side", "bits"])
 kv_lambda = Gauge("qaq_lambda", "Least price of a bit that the worker asks of its caches; 0 without pressure")
-paused = Counter("qaq_paused_total", "Generations that were paused to bring the caches into the budget")
-budget_passed = Counter(
+preempted = Counter("qaq_paused_total", "Generations that were paused to bring the caches into the budget")
+kv_budget_exceeded = Counter(
     "qaq_budget_passed_total", "Times that caches grew over the budget and no generation could be paused"
 )
 exceptions = Counter("qaq_exceptions_total", "Vectors whose predicted need rose above what they hold")
@@ -22,9 +22,7 @@ requantize_seconds = Histogram("qaq_requantize_seconds", "Time of a re-quantizat
 requantize_bytes = Counter("qaq_requantize_bytes_total", "Bytes of packed rows in answers")
 requantize_failures = Counter("qaq_requantize_failures_total", "Batches skipped because the store failed")
 originals_missing = Counter("qaq_originals_missing_total", "Rows whose original was not to be had")
-originals_corrupt = Counter(
-    "qaq_originals_corrupt_total", "Stored pages that do not match their header or checksum"
-)
+originals_corrupt = Counter("qaq_originals_corrupt_total", "Stored pages that do not match their header or checksum")
 pages_unacked = Gauge("qaq_pages_unacked", "Pages handed over that the store has not acknowledged")
 put_retries = Counter("qaq_put_retries_total", "Times that a page was sent again")
 redis_row_reads = Counter("qaq_redis_row_reads_total", "Rows of originals read from Redis")
@@ -48,9 +46,7 @@ relay_seconds = Histogram(
 resumed = Counter("qaq_resumed_total", "Streams that went on on another worker")
 sessions = Gauge("qaq_sessions", "Sessions that hold a cache")
 queue_depth = Gauge("qaq_queue_depth", "Requests that wait")
-registry_failures = Counter(
-    "qaq_registry_failures_total", "Heartbeats or member listings that Redis did not answer"
-)
+registry_failures = Counter("qaq_registry_failures_total", "Heartbeats or member listings that Redis did not answer")
 
 
 def serve(port: int | None, host: str = "127.0.0.1") -> None:

@@ -43,9 +43,7 @@ def registered(redis: Redis) -> Find:
     async def find() -> Sequence[str]:
         addresses = [member.address for member in await registry.members("router")]
         if not addresses:
-            raise Unavailable(
-                "no router is registered; start one with `qaq router`", retry_after_ms=RETRY_AFTER_MS
-            )
+            raise Unavailable("no router is registered; start one with `qaq router`", retry_after_ms=RETRY_AFTER_MS)
         return random.sample(addresses, len(addresses))
 
     return find

@@ -13,7 +13,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from qaq_core.errors import QAQError
+from qaq_core.base.errors import QAQError
 from services.common.interceptor import StatusInterceptor
 
 MAX_REQUEST_BYTES = 5 << 20

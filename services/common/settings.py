@@ -66,7 +66,7 @@ class WorkerSettings(CommonSettings):
     target_bits: mean code bits per element after prefill; None takes the preset's.
     page_tokens: positions in a page of originals.
     decode_threads: for a decode step on a CPU; None leaves one of those that prompts take to others.
-    max_kept: idle sessions whose caches stay for their next turn.
+    max_idle_sessions: idle sessions whose caches stay for their next turn.
     kv_budget_bytes: most bytes that all sessions' caches may hold, beside prompts that are being loaded or
         computed; None is unbounded.
     kv_floor_bits: mean code bits an element that pressure leaves to the caches; admission counts on it.
@@ -95,7 +95,7 @@ class WorkerSettings(CommonSettings):
     decode_threads: int | None = Field(default=None, ge=1)
     max_sequences: int = Field(default=8, ge=1)
     max_waiting: int = Field(default=64, ge=0)
-    max_kept: int = Field(default=32, ge=0)
+    max_idle_sessions: int = Field(default=32, ge=0)
     kv_budget_bytes: int | None = Field(default=None, ge=1)
     kv_floor_bits: float = Field(default=1.5, gt=0, le=16)
     widen_bytes_per_s: float = Field(default=8 * MIB, gt=0)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qaq_core.errors import OriginalsError
-from qaq_core.originals import RowReply, RowRequest
+from qaq_core.base.errors import OriginalsError
+from qaq_core.base.rows import RowReply, RowRequest
 from services.originals.wire import MAX_ANSWER_BYTES, MAX_ROWS
 
 

@@ -12,7 +12,7 @@ from blake3 import blake3
 from qaq.v1 import originals_pb2_grpc
 from redis.exceptions import RedisError
 
-from qaq_core.errors import OriginalsError
+from qaq_core.base.errors import OriginalsError
 from services.common import metrics
 from services.common.channel import open_channel
 from services.common.log import once

@@ -16,8 +16,8 @@ from blake3 import blake3
 from redis.asyncio import Redis
 from redis.exceptions import WatchError
 
-from qaq_core.errors import CorruptPageError
-from qaq_core.pages import PageShape
+from qaq_core.base.errors import CorruptPageError
+from qaq_core.base.pages import PageShape
 from services.common import metrics
 from services.common.errors import InvalidArgument
 from services.common.log import once

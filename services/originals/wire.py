@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from qaq.v1 import originals_pb2 as pb
 
-from qaq_core.originals import RowRequest
-from qaq_core.packing import HALF, WIDTHS
-from qaq_core.pages import Page, PageShape
+from qaq_core.base.pages import Page, PageShape
+from qaq_core.base.rows import RowRequest
+from qaq_core.base.widths import HALF, WIDTHS
 from services.common.errors import InvalidArgument
 
 PAGE_ID_BYTES = 32
@@ -56,9 +56,7 @@ def shape_of(message: pb.PageShape) -> PageShape:
         raise InvalidArgument(f"shape.head_dim is {message.head_dim} and must be a multiple of 16")
     shape = PageShape(message.layers, message.kv_heads, message.tokens, message.head_dim, message.dtype)
     if shape.nbytes > MAX_PAGE_BYTES:
-        raise InvalidArgument(
-            f"a page of {shape.nbytes:,} bytes is over {MAX_PAGE_BYTES:,}; use fewer page_tokens"
-        )
+        raise InvalidArgument(f"a page of {shape.nbytes:,} bytes is over {MAX_PAGE_BYTES:,}; use fewer page_tokens")
     return shape
 
 
@@ -102,9 +100,7 @@ class Assembly:
         if chunk.page_id != self.page_id:
             raise InvalidArgument("a page began before the one before it was complete (its last piece says so)")
         if len(chunk.data) > PIECE_BYTES:
-            raise InvalidArgument(
-                f"a piece has {len(chunk.data):,} bytes and at most {PIECE_BYTES:,} are accepted"
-            )
+            raise InvalidArgument(f"a piece has {len(chunk.data):,} bytes and at most {PIECE_BYTES:,} are accepted")
         self.data += chunk.data
         size, due = len(self.data), self.shape.nbytes
         if size > due or (chunk.last and size != due):
@@ -154,9 +150,7 @@ def rows_of(message: pb.RequantizeRequest, meta_bytes: int) -> RowRequest:
             raise InvalidArgument(f"{name} has {len(raw)} bytes, which is not {dtype} for each of {rows} rows")
         arrays[name] = np.frombuffer(raw, dtype)
     if len(message.meta) != rows * meta_bytes:
-        raise InvalidArgument(
-            f"meta has {len(message.meta)} bytes and must have {meta_bytes} for each of {rows} rows"
-        )
+        raise InvalidArgument(f"meta has {len(message.meta)} bytes and must have {meta_bytes} for each of {rows} rows")
     limits = {
         "page": len(ids),
         "layer": shape.layers,
@@ -179,7 +173,5 @@ def rows_of(message: pb.RequantizeRequest, meta_bytes: int) -> RowRequest:
     request = RowRequest(shape, ids, meta=meta, **arrays)
     answer = int(request.payload_bytes().sum())
     if answer > MAX_ANSWER_BYTES:
-        raise InvalidArgument(
-            f"the answer would have {answer:,} bytes, over {MAX_ANSWER_BYTES:,}; split the batch"
-        )
+        raise InvalidArgument(f"the answer would have {answer:,} bytes, over {MAX_ANSWER_BYTES:,}; split the batch")
     return request

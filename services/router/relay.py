@@ -19,8 +19,8 @@ from redis.exceptions import RedisError
 
 from services.common import metrics
 from services.common.errors import StatusError
-from services.router.pace import Pace
-from services.router.pagelist import PageList
+from services.router.latency import RelayLatency
+from services.router.session_pages import SessionPages
 from services.router.sessions import Session, SessionDirectory
 from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
 
@@ -40,7 +40,7 @@ class Relay:
     Args:
         request: what the first worker is asked; its token_ids are the log with the new prompt at the end.
         patience_s: seconds to wait for a worker to resume on.
-        pace: is told how long each token was here.
+        latency: is told how long each token was here.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Relay:
         session: Session,
         request: worker_pb2.RunRequest,
         patience_s: float,
-        pace: Pace,
+        latency: RelayLatency,
     ) -> None:
         self._sessions, self._pool, self._session = sessions, pool, session
         self._request = request
         self._patience_s = patience_s
-        self._pace = pace
-        self._pages = PageList(sessions, session.id)
+        self._latency = latency
+        self._pages = SessionPages(sessions, session.id)
         self._holder = session.worker
         self._begun = False
         self._fruitless = 0
@@ -161,7 +161,7 @@ class Relay:
                 yield message
                 # The next message is asked for when gRPC has taken this one.
                 if message.HasField("token"):
-                    self._pace.took(time.perf_counter() - arrived)
+                    self._latency.took(time.perf_counter() - arrived)
         finally:
             call.cancel()  # the client went away; does nothing to a call that has ended
             link.calls -= 1

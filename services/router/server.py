@@ -66,7 +66,7 @@ class RouterServer:
             stack.push_async_callback(server.stop)
 
             def facts() -> dict[str, Any]:
-                return {"model": settings.model, "relay_ms": service.pace.median_ms}
+                return {"model": settings.model, "relay_ms": service.latency.median_ms}
 
             await stack.enter_async_context(registry.announce("router", address, facts))
             self._stack = stack.pop_all()

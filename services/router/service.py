@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from services.common.settings import RouterSettings
 from services.router import validation
 from services.router.admission import Admission
-from services.router.pace import Pace
+from services.router.latency import RelayLatency
 from services.router.prompts import Prompts
 from services.router.sessions import RUN_TTL_S, Session, SessionDirectory
 from services.router.turns import Turn
@@ -32,7 +32,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     """Stateless over Redis but for the turns that run through it.
 
     Attributes:
-        pace: how long tokens lately were in this router.
+        latency: how long tokens lately were in this router.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self._sessions = sessions
         self._pool = pool
         self._prompts = prompts
-        self.pace = Pace()
+        self.latency = RelayLatency()
         self._turns: dict[str, Turn] = {}
         self._admission = Admission(settings.max_queue, lambda: pool.capacity)
         pool.refreshed = self._admission.wake
@@ -86,9 +86,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.TokenizeReply:
         validation.tokenize(request, self._limits(request.model))
-        return generate_pb2.TokenizeReply(
-            token_ids=await self._prompts.text(request.text, begins=not request.plain)
-        )
+        return generate_pb2.TokenizeReply(token_ids=await self._prompts.text(request.text, begins=not request.plain))
 
     async def GetModel(
         self, request: generate_pb2.GetModelRequest, context: grpc.aio.ServicerContext
@@ -188,7 +186,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, session: Session, run: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
         """A turn, once there is a place for it."""
-        turn = Turn(self._sessions, self._pool, session, run, self._settings.resume_timeout_s, self.pace)
+        turn = Turn(self._sessions, self._pool, session, run, self._settings.resume_timeout_s, self.latency)
         self._turns[session.id] = turn
         try:
             async with (

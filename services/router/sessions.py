@@ -54,9 +54,7 @@ if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 return 1
 """
-_REFRESH = (
-    "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('EXPIRE', KEYS[1], ARGV[2]) end return 0"
-)
+_REFRESH = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('EXPIRE', KEYS[1], ARGV[2]) end return 0"
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
@@ -230,9 +228,7 @@ class SessionDirectory:
         return found
 
     @contextlib.asynccontextmanager
-    async def running(
-        self, identifier: str, lost: Callable[[], None], patience_s: float = 0.0
-    ) -> AsyncIterator[None]:
+    async def running(self, identifier: str, lost: Callable[[], None], patience_s: float = 0.0) -> AsyncIterator[None]:
         """Holds a session for one generation. `lost` is called when the session is closed meanwhile.
 
         Args:

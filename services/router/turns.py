@@ -13,10 +13,10 @@ from redis.exceptions import RedisError
 
 from services.common import metrics
 from services.common.errors import StatusError
-from services.router.pace import Pace
+from services.router.latency import RelayLatency
 from services.router.relay import Relay
 from services.router.sessions import Session, SessionDirectory
-from services.router.tokenlog import LogWriter
+from services.router.token_log import LogWriter
 from services.router.workers import WorkerPool
 
 
@@ -26,7 +26,7 @@ class Turn:
     Args:
         request: what the worker is asked; its token_ids are the log with the new prompt at the end, and with what
             was generated already.
-        patience_s, pace: see `Relay`.
+        patience_s, latency: see `Relay`.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Turn:
         session: Session,
         request: worker_pb2.RunRequest,
         patience_s: float,
-        pace: Pace,
+        latency: RelayLatency,
     ) -> None:
         self._session = session
-        self._relay = Relay(sessions, pool, session, request, patience_s, pace)
+        self._relay = Relay(sessions, pool, session, request, patience_s, latency)
         self._log = LogWriter(sessions, session.id, request.held, request.token_ids[request.held :], self.end)
         self._clocks = [TokenClock(request.generated) for _ in range(max(1, request.choices))]
         self._ended = False

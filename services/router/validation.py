@@ -20,7 +20,7 @@ MAX_SESSION_ID_BYTES = 128
 MAX_MESSAGES = 4096
 MAX_TENANT = 128
 MAX_TEMPERATURE = 100.0
-PRESETS = ("balanced", "paper", "exact")
+PRESETS = ("balanced", "paper", "fp16")
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def rejoin(request: generate_pb2.RejoinRequest, turn: worker_pb2.RunRequest | No
         raise FailedPrecondition("nothing was generated in this session; send a prompt to it")
     if turn.choices > 1:
         raise FailedPrecondition("a generation of several choices cannot be rejoined; send the request again")
-    if request.received < 0 or (
-        turn.stop.HasField("max_new_tokens") and request.received > turn.stop.max_new_tokens
-    ):
+    if request.received < 0 or (turn.stop.HasField("max_new_tokens") and request.received > turn.stop.max_new_tokens):
         raise InvalidArgument(f"received is {request.received}; send how many of its tokens arrived, 0 for none")
     return turn
 

@@ -52,7 +52,7 @@ class WorkerLink:
         return self.facts.kv_bytes if self.facts else 0
 
     @property
-    def pressure(self) -> float:
+    def memory_use(self) -> float:
         """The share of its budget that its caches fill."""
         budget = self.facts.kv_budget_bytes if self.facts else 0
         return self.kv_bytes / budget if budget else 0.0

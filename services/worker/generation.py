@@ -60,7 +60,7 @@ class Generation:
         reason: unspecified while it goes on.
         arrived: when, in seconds of the monotonic clock.
         loaded: tokens of its prompt that came from the store.
-        was_paused: its prompt has been told of.
+        was_preempted: its prompt has been told of.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Generation:
         self.session: Session | None = None
         self.slots = len(voices)
         self.reason: common_pb2.FinishReason = _GOING_ON
-        self.loaded, self.was_paused = 0, False
+        self.loaded, self.was_preempted = 0, False
         self.listener = listener or Listener()
         self._voices, self._eos, self._context = voices, eos, context
         self.sampler, self._text = voices[0].sampler, voices[0].text
@@ -110,7 +110,7 @@ class Generation:
     @property
     def scores_prompt(self) -> bool:
         """The prompt's tokens are wanted with their likelihoods, so all of it has to be computed here."""
-        return self.request.output.echo and self._likelihood.wanted and not self.was_paused
+        return self.request.output.echo and self._likelihood.wanted and not self.was_preempted
 
     def chunk(self, most: int) -> int:
         """How many tokens of the prompt to compute at once."""
@@ -118,7 +118,7 @@ class Generation:
 
     def progress(self, done: int) -> Iterator[Reply]:
         """`done` of the prompt's tokens are computed."""
-        if not self.was_paused:
+        if not self.was_preempted:
             yield Reply(progress=Reply.Progress(tokens_done=done, tokens_total=len(self.tokens)))
 
     def echo(self) -> Iterator[Reply]:
@@ -147,9 +147,7 @@ class Generation:
         assert self.session is not None
         others, self._voices, self.slots = self._voices[1:], self._voices[:1], 1
         for choice, voice in enumerate(others, start=1):
-            other = Generation(
-                self.request, [voice], self._likelihood, self._eos, self._context, choice, self.listener
-            )
+            other = Generation(self.request, [voice], self._likelihood, self._eos, self._context, choice, self.listener)
             other.arrived, other.loaded = self.arrived, self.loaded
             other.session = self.session.fork()
             yield other

@@ -8,8 +8,8 @@ import torch
 from qaq.v1 import common_pb2
 
 from qaq_core import ConfigError, Method
-from qaq_core.loading import LoadedModel
-from qaq_core.presets import PRESETS
+from qaq_core.cache.presets import PRESETS, make_method
+from qaq_core.models.loading import LoadedModel
 from services.common.settings import WorkerSettings
 
 _KEPT = 32
@@ -48,7 +48,7 @@ class Methods:
             raise ConfigError(f"preset {preset[:50]!r} is not served; use one of {', '.join(PRESETS)}")
         # A first use may calibrate the model, which needs gradients.
         with torch.inference_mode(False), torch.enable_grad():
-            return Method.for_model(
+            return make_method(
                 self._loaded.model,
                 fingerprint=self._loaded.fingerprint,
                 preset=preset,

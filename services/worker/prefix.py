@@ -10,7 +10,7 @@ from concurrent.futures import Future
 import structlog
 
 from qaq_core import Originals, Page, PageShape
-from qaq_core.errors import OriginalsError
+from qaq_core.base.errors import OriginalsError
 from services.common import metrics
 from services.common.log import once
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qaq.v1 import worker_pb2
 
-from qaq_core.loading import LoadedModel
+from qaq_core.models.loading import LoadedModel
 from services.common.errors import InvalidArgument
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation, Voice
@@ -47,9 +47,7 @@ class Checker:
         self._choices(request)
         for name, part in (("held", request.held), ("generated", request.generated)):
             if not 0 <= part < len(tokens):
-                raise InvalidArgument(
-                    f"{name} is {part}; send 0 to {len(tokens) - 1}, with {len(tokens)} token_ids"
-                )
+                raise InvalidArgument(f"{name} is {part}; send 0 to {len(tokens) - 1}, with {len(tokens)} token_ids")
         for name, ids in (("stop.stop_token_ids", request.stop.stop_token_ids), ("sampling.logit_bias", bias)):
             if ids and (min(ids) < 0 or max(ids) >= self._vocabulary):
                 raise InvalidArgument(f"{name} must name tokens from 0 to {self._vocabulary - 1}")

@@ -82,9 +82,7 @@ class Sampler:
             bias = {(token,): float(value) for token, value in params.logit_bias.items()}
             self._processors.append(SequenceBiasLogitsProcessor(bias))
 
-    def _add_warpers(
-        self, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
-    ) -> None:
+    def _add_warpers(self, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
         if temperature != 1:
             self._processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_k:

@@ -10,15 +10,15 @@ from contextlib import AsyncExitStack
 import structlog
 from qaq.v1 import worker_pb2_grpc
 
-from qaq_core import calibration
-from qaq_core.loading import LoadedModel, load_model
+from qaq_core.calibration import calibration
+from qaq_core.models.loading import LoadedModel, load_model
 from services.common import log, metrics
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
 from services.common.settings import WorkerSettings
 from services.originals.client import RemoteOriginals
-from services.worker.engine import Engine
+from services.worker.scheduler.scheduler import Scheduler
 from services.worker.service import WorkerService, model_info
 
 SWITCH_INTERVAL_S = 0.0005
@@ -42,7 +42,7 @@ class WorkerServer:
         self._settings = settings
         self._loaded = loaded
         self._running, self._listed = AsyncExitStack(), AsyncExitStack()
-        self._engine: Engine | None = None
+        self._scheduler: Scheduler | None = None
 
     async def start(self) -> str:
         """Loads the model and serves it. Returns the address, host:port.
@@ -58,18 +58,18 @@ class WorkerServer:
             await check(redis, settings.redis_url)
             originals = RemoteOriginals.registered(settings.redis_url)
             stack.push_async_callback(asyncio.to_thread, originals.close)
-            loaded, engine = await asyncio.to_thread(self._load, originals, asyncio.get_running_loop())
-            engine.start()
-            stack.push_async_callback(asyncio.to_thread, engine.stop)
+            loaded, scheduler = await asyncio.to_thread(self._load, originals, asyncio.get_running_loop())
+            scheduler.start()
+            stack.push_async_callback(asyncio.to_thread, scheduler.stop)
             server = GrpcServer(settings.host, settings.port, advertise_host=settings.advertise_host)
             info = model_info(loaded)
-            service = WorkerService(engine, info, settings.max_sequences, self.drain)
+            service = WorkerService(scheduler, info, settings.max_sequences, self.drain)
             server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)
             address = await server.start()
             stack.push_async_callback(server.stop)
             facts = {"pid": os.getpid(), "model": loaded.name, "fingerprint": loaded.fingerprint}
             await self._listed.enter_async_context(Registry(redis).announce("worker", address, facts))
-            self._engine = engine
+            self._scheduler = scheduler
             self._running = stack.pop_all()
         return address
 
@@ -78,14 +78,14 @@ class WorkerServer:
         on elsewhere from the stored pages. Returns how many there were. The server stays, and takes nothing.
         """
         await self._listed.aclose()
-        return await asyncio.to_thread(self._engine.drain, DRAIN_S) if self._engine else 0
+        return await asyncio.to_thread(self._scheduler.drain, DRAIN_S) if self._scheduler else 0
 
     async def stop(self) -> None:
         """Drains, and closes everything."""
         await self.drain()
         await self._running.aclose()
 
-    def _load(self, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, Engine]:
+    def _load(self, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, Scheduler]:
         settings = self._settings
         loaded = self._loaded or load_model(
             settings.model, settings.device, settings.dtype, self._note, settings.weights, settings.compiled
@@ -94,9 +94,9 @@ class WorkerServer:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._note("preparing the cache", 0.0)
         with calibration.shown(self._note):
-            engine = Engine(loaded, originals, settings, loop)
+            scheduler = Scheduler(loaded, originals, settings, loop)
         self._note("ready", 1.0)
-        return loaded, engine
+        return loaded, scheduler
 
     def _note(self, stage: str, done: float) -> None:
         self.progress = (stage, done)

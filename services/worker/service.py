@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import grpc
 from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
-from qaq_core.loading import LoadedModel
-from qaq_core.pages import dtype_name
-from qaq_core.shape import ModelShape
-from services.worker.engine import Engine
+from qaq_core.base.pages import dtype_name
+from qaq_core.models.loading import LoadedModel
+from qaq_core.models.shape import ModelShape
+from services.worker.scheduler.scheduler import Scheduler
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -19,19 +19,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def __init__(
         self,
-        engine: Engine,
+        scheduler: Scheduler,
         model: common_pb2.ModelInfo,
         max_sequences: int,
         drain: Callable[[], Awaitable[int]],
     ) -> None:
-        self._engine, self._max_sequences = engine, max_sequences
+        self._scheduler, self._max_sequences = scheduler, max_sequences
         self._model = model
         self._drain = drain
 
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.RunReply]:
-        generation = self._engine.submit(request)
+        generation = self._scheduler.submit(request)
         going_on = max(1, request.choices)
         try:
             while going_on:
@@ -41,23 +41,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 yield reply
                 going_on -= reply.HasField("done")
         finally:
-            self._engine.cancel(generation)
+            self._scheduler.cancel(generation)
 
-    async def Drop(
-        self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.DropReply:
-        existed = await asyncio.wrap_future(self._engine.drop(request.session_id))
+    async def Drop(self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DropReply:
+        existed = await asyncio.wrap_future(self._scheduler.drop(request.session_id))
         return worker_pb2.DropReply(existed=existed)
 
-    async def Drain(
-        self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.DrainReply:
+    async def Drain(self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DrainReply:
         return worker_pb2.DrainReply(moved=await self._drain())
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DescribeReply:
-        state = self._engine.state
+        state = self._scheduler.state
         return worker_pb2.DescribeReply(
             model=self._model,
             running=state.running,
@@ -65,7 +61,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             sessions=state.sessions,
             kv_bytes=state.kv_bytes,
             max_sequences=self._max_sequences,
-            kv_budget_bytes=self._engine.budget or 0,
+            kv_budget_bytes=self._scheduler.budget or 0,
         )
 
 

@@ -27,7 +27,7 @@ class PageNames:
 
     Args:
         tokens: the log; it may grow, but no page that was named may change.
-        faithful: how many tokens of it were computed over full precision, see `SequenceCache.faithful`.
+        exact_prefix: how many tokens of it were computed over full precision, see `SequenceCache.exact_prefix`.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class PageNames:
         shape: PageShape,
         salt: bytes,
         tokens: Sequence[int],
-        faithful: Callable[[], int],
+        exact_prefix: Callable[[], int],
     ) -> None:
         self._fingerprint, self._shape, self._salt = fingerprint, shape, salt
-        self._tokens, self._faithful = tokens, faithful
+        self._tokens, self._faithful = tokens, exact_prefix
         self._own_salt = salt + secrets.token_bytes(16)
         self._shared: list[bytes] = []
 
@@ -176,7 +176,7 @@ class Session:
         self._let_go()
         if self._prompt_left == 0 and self.lacking > 1:
             self._prompt_left = self.lacking
-            self.sequence.expect(self.lacking)
+            self.sequence.expect_prompt(self.lacking)
         held = self.sequence.length
         chunk = self.tokens[held : held + min(limit, self._prompt_left or 1)]
         self._prompt_left = max(0, self._prompt_left - len(chunk))
@@ -192,18 +192,18 @@ class Session:
         return other
 
     def pause(self, needs: int) -> None:
-        """Frees the cache, whose pages are stored. They are held for `come_back`; the counts go on.
+        """Frees the cache, whose pages are stored. They are held for `restore`; the counts go on.
 
         Args:
             needs: bytes that the cache has at the least bits.
         """
-        names, counts, counted = self.sequence.staging.names, self.sequence.exceptions.counts, self.counted
+        names, counts, counted = self.sequence.staging.names, self.sequence.requantizer.counts, self.counted
         self._originals.hold(names)
         self.rebuild()
         self._held, self.needs = names, needs
-        self.sequence.exceptions.counts, self.counted = counts, counted
+        self.sequence.requantizer.counts, self.counted = counts, counted
 
-    def come_back(self, rest: int, patience_s: float) -> None:
+    def restore(self, rest: int, patience_s: float) -> None:
         """After a pause: asks the store for the pages, see `load`."""
         self.load(self._held, rest, patience_s)
 
@@ -234,5 +234,5 @@ class Session:
 
     def _names(self) -> PageNames:
         return PageNames(
-            self._fingerprint, self.method.page_shape, self._salt, self.tokens, lambda: self.sequence.faithful
+            self._fingerprint, self.method.page_shape, self._salt, self.tokens, lambda: self.sequence.exact_prefix
         )

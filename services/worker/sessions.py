@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import Originals
-from qaq_core.loading import LoadedModel
+from qaq_core.models.loading import LoadedModel
 from services.common.errors import ResourceExhausted
 from services.common.settings import WorkerSettings
+from services.worker.memory_controller import MemoryController
 from services.worker.methods import Methods
-from services.worker.pressure import Pressure
 from services.worker.session import Session, page_salt
-from services.worker.shelf import Shelf
+from services.worker.session_cache import SessionCache
 
 
 class Sessions:
@@ -28,8 +28,8 @@ class Sessions:
         self._fingerprint = loaded.identity
         self._methods = Methods(loaded, settings)
         self._methods.get(common_pb2.CacheParams())
-        self.shelf = Shelf(settings.max_kept)
-        self.pressure = Pressure(settings.kv_budget_bytes, settings.kv_floor_bits, settings.widen_bytes_per_s)
+        self.cache = SessionCache(settings.max_idle_sessions)
+        self.memory = MemoryController(settings.kv_budget_bytes, settings.kv_floor_bits, settings.widen_bytes_per_s)
 
     def open(self, request: worker_pb2.RunRequest, tokens: list[int]) -> Session:
         """The session of a request: as it was left, if its cache is of use for `tokens`, or a new one.
@@ -38,13 +38,13 @@ class Sessions:
             ConfigError: the request names an unknown preset, or a target out of range.
         """
         method = self._methods.get(request.cache)
-        session = self.shelf.take(request.session_id)
+        session = self.cache.take(request.session_id)
         if session is not None:
             if session.continues_in(tokens, method):
                 session.resume(tokens)
                 return session
             session.close()
-        origin = self.shelf.look(request.branch_of)
+        origin = self.cache.look(request.branch_of)
         if origin is not None and origin.continues_in(tokens, method):
             branch = origin.fork()
             branch.resume(tokens)
@@ -59,17 +59,17 @@ class Sessions:
 
     def pause(self, session: Session) -> None:
         """Frees the cache of a session that will come back."""
-        session.pause(self.pressure.least(session))
+        session.pause(self.memory.least(session))
 
-    def come_back(self, session: Session) -> None:
+    def restore(self, session: Session) -> None:
         """Begins the cache of a session that was paused with what is stored of it."""
         if self._settings.prefix_reuse:
-            session.come_back(self._settings.prefix_rest, self._settings.prefix_timeout_s)
+            session.restore(self._settings.prefix_rest, self._settings.prefix_timeout_s)
 
     def leave(self, request: worker_pb2.RunRequest, session: Session) -> None:
         """A generation ended: keeps its session if that was asked and its cache is whole."""
         if request.keep and request.session_id and not session.prefilling:
-            self.shelf.put(request.session_id, session)
+            self.cache.put(request.session_id, session)
         else:
             session.close()
 
@@ -80,10 +80,10 @@ class Sessions:
             ConfigError: the request names an unknown preset, or a target out of range.
             ResourceExhausted: it would not fit if it were alone.
         """
-        need = choices * self.pressure.predict(self._methods.get(request.cache), len(request.token_ids))
-        if self.pressure.budget is not None and need > self.pressure.budget:
+        need = choices * self.memory.predict(self._methods.get(request.cache), len(request.token_ids))
+        if self.memory.budget is not None and need > self.memory.budget:
             raise ResourceExhausted(
                 f"a prompt of {len(request.token_ids)} tokens takes at least {need:,} bytes of cache and this "
-                f"worker has {self.pressure.budget:,}; shorten it, or raise QAQ_KV_BUDGET_BYTES"
+                f"worker has {self.memory.budget:,}; shorten it, or raise QAQ_KV_BUDGET_BYTES"
             )
-        return self.pressure.fits(need, running, self.shelf)
+        return self.memory.fits(need, running, self.cache)

@@ -47,7 +47,7 @@ def count(session: Session) -> None:
     for side, histogram in (("key", stats.key_bits), ("value", stats.value_bits)):
         for bits, vectors in histogram.items():
             metrics.kv_bits.labels(side, str(bits)).set(vectors)
-    met = session.sequence.exceptions.counts
+    met = session.sequence.requantizer.counts
     for name, counter in (("exceptions", metrics.exceptions), ("originals_missing", metrics.originals_missing)):
         counter.inc(getattr(met, name) - session.counted[name])
         session.counted[name] = getattr(met, name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
-from qaq_core.errors import UnsupportedModelError
+from qaq_core.base.errors import UnsupportedModelError
 
 # Decoders look back a little (a word's leading space depends on the word before).
 _CONTEXT = 8

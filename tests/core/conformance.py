@@ -10,25 +10,25 @@ from typing import Any
 
 import torch
 
-from qaq_core import attention, codecs
-from qaq_core import packed as packed_tokens
-from qaq_core.attention import Attention, LayerTokens
-from qaq_core.axes import Axes
-from qaq_core.codecs import Codec, GaussianCodec, NormalCodec, ProgressiveCodec, UniformCodec
-from qaq_core.frames import LinearFrame, PlainFrame
-from qaq_core.native import library
-from qaq_core.outliers import split_outliers
-from qaq_core.packed import PackedTokens
-from qaq_core.packing import WIDTHS
-from qaq_core.pages import KEY, VALUE
-from qaq_core.quantizer import Quantizer
-from qaq_core.rope import rotate_pairs
-from qaq_core.window import Reduction, Statistic
-from tests.core.rows import decoded, normal, turned
+from qaq_core.allocation.attention_statistics import Reduction, StepObserver
+from qaq_core.attention import Attention, LayerTokens, triton_missing
+from qaq_core.base.pages import KEY, VALUE
+from qaq_core.base.rope import rotate_pairs
+from qaq_core.base.widths import WIDTHS
+from qaq_core.cache import backends
+from qaq_core.kernels import load_library
+from qaq_core.quantization.codecs import Codec, GaussianCodec, NormalCodec, ProgressiveCodec, UniformCodec, make_codec
+from qaq_core.quantization.outliers import split_outliers
+from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.quantization.transforms import IdentityTransform, LinearTransform
+from qaq_core.quantization.transforms.rotation import Rotation
+from qaq_core.storage import packed as packed_tokens
+from qaq_core.storage.packed import PackedTokens
+from tests.core.rows import decoded, normal, rotated
 
 CPU = torch.device("cpu")
-GROUPS = ("head", "layer", "token")
-GROUPED = tuple(f"{codec}-{group}" for codec in ("uniform", "normal") for group in GROUPS)
+GRANULARITIES = ("head", "layer", "token")
+GROUPED = tuple(f"{codec}-{group}" for codec in ("uniform", "normal") for group in GRANULARITIES)
 QUANTIZERS = ("progressive", "gaussian", *GROUPED)
 INSTRUCTION_SETS = ("avx512", "avx2", "generic")
 """Of the C++ library, the best first."""
@@ -40,12 +40,12 @@ EXACT = 1e-3
 def kernels() -> tuple[str, ...]:
     """The implementations that this machine can run; C++ once per instruction set."""
     found = ["reference"]
-    loaded = library()
+    loaded = load_library()
     if loaded is not None:
         isa = loaded.qaq_isa()
         found += [name for name in INSTRUCTION_SETS if loaded.qaq_use(name.encode()) == 0]
         loaded.qaq_use(isa)
-    if attention.triton.missing(CPU) is None:
+    if triton_missing(CPU) is None:
         found.append("triton")
     return tuple(found)
 
@@ -53,7 +53,7 @@ def kernels() -> tuple[str, ...]:
 @contextmanager
 def forced(kernel: str) -> Iterator[None]:
     """While this lasts, C++ uses the instruction set that an implementation is named after."""
-    loaded = library()
+    loaded = load_library()
     if loaded is None:
         yield
         return
@@ -67,13 +67,13 @@ def forced(kernel: str) -> Iterator[None]:
 
 def make(kernel: str, codec: Codec) -> Attention:
     """An implementation; of C++ the one for any instruction set."""
-    return _made(kernel if kernel in attention.KERNELS else "cpu", json.dumps(codec.settings()))
+    return _made(kernel if kernel in backends.KERNELS else "cpu", json.dumps(codec.settings()))
 
 
 @cache
 def _made(kernel: str, settings: str) -> Attention:
     """Once per codec: lookup tables take longer than a test."""
-    return attention.make(codecs.make(**json.loads(settings)), CPU, kernel)
+    return backends.make_attention(make_codec(**json.loads(settings)), CPU, kernel)
 
 
 @cache
@@ -81,9 +81,9 @@ def quantizer(name: str, layers: int, heads: int, dim: int) -> Quantizer:
     """One of QUANTIZERS: the progressive codec with a random order of units, in a frame of random matrices."""
     if name in GROUPED:
         codec, group = name.split("-")
-        return Quantizer(PlainFrame(), {"uniform": UniformCodec, "normal": NormalCodec}[codec](group))
+        return Quantizer(IdentityTransform(), {"uniform": UniformCodec, "normal": NormalCodec}[codec](group))
     pairs = torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)
-    frame = LinearFrame(
+    transform = LinearTransform(
         key_matrix=torch.eye(dim) + 0.3 * dim**-0.5 * normal(1, layers, heads, dim, dim),
         value_matrix=torch.eye(dim) + 0.3 * dim**-0.5 * normal(2, layers, heads, dim, dim),
         key_mean=3 * normal(3, layers, heads, dim),
@@ -92,9 +92,9 @@ def quantizer(name: str, layers: int, heads: int, dim: int) -> Quantizer:
         kind=torch.arange(layers) % 2,
     )
     if name == "gaussian":
-        return Quantizer(frame, GaussianCodec())
+        return Quantizer(transform, GaussianCodec())
     units = torch.arange(dim // 8).repeat_interleave(8)
-    return Quantizer(frame, ProgressiveCodec([units[normal(5 + s, dim).argsort()].tolist() for s in (KEY, VALUE)]))
+    return Quantizer(transform, ProgressiveCodec([units[normal(5 + s, dim).argsort()].tolist() for s in (KEY, VALUE)]))
 
 
 def subject(name: str, dim: int, packed: int, **given: Any) -> Subject:
@@ -140,7 +140,7 @@ class Subject:
         self.length = sinks + packed + recent
         self.quantizer = quantizer(name, layers, heads, dim)
         if mean is not None:
-            self.quantizer = turned(self.quantizer, dim, mean)
+            self.quantizer = rotated(self.quantizer, dim, mean)
         exact = normal(1, 2, layers, heads, sinks + recent + 5, dim).to(dtype)
         self.exact = exact[:, :, :, : sinks + recent]  # a view of a larger buffer, as a sequence's is
         self.packed = PackedTokens(self.quantizer, (layers, heads, dim), sinks, CPU) if packed else None
@@ -163,7 +163,7 @@ class Subject:
         row = self.quantizer.rows(side, normal(2 + side, layers, heads, packed, self.dim) * sizes, self.sinks)
         group = getattr(self.quantizer.codec, "group", "head")
         kept, mask = split_outliers(row, ratio, group) if ratio else (None, None)
-        meta = self.quantizer.codec.measure(row, mask)
+        meta = self.quantizer.codec.meta(row, mask)
         generator = torch.Generator().manual_seed(packed + side)
         pick = torch.randint(0, len(widths), (layers, heads, packed), generator=generator)
         width = torch.tensor(widths, dtype=torch.uint8)[pick]
@@ -178,17 +178,17 @@ class Subject:
 
     def _restored(self, side: int, rows: torch.Tensor) -> torch.Tensor:
         """Rows of packed tokens as they were before the frame."""
-        frame = self.quantizer.frame
-        if not isinstance(frame, LinearFrame):
+        transform = self.quantizer.transform
+        if not isinstance(transform, LinearTransform):
             return rows
-        mean = (frame.value_mean if side else frame.key_mean).unsqueeze(2).expand(rows.shape)
+        mean = (transform.value_mean if side else transform.key_mean).unsqueeze(2).expand(rows.shape)
         if side == KEY:
             stop = self.sinks + rows.shape[2]
-            angles = [frame.center(layer, stop)[1][self.sinks : stop] for layer in range(self.layers)]
+            angles = [transform.center(layer, stop)[1][self.sinks : stop] for layer in range(self.layers)]
             mean = rotate_pairs(mean, torch.stack(angles).unsqueeze(1))
-        matrix = frame.value_matrix if side else frame.key_matrix
-        if frame.axes is not None:
-            rows = torch.stack([_turned_back(frame.axes[side], layer, mine) for layer, mine in enumerate(rows)])
+        matrix = transform.value_matrix if side else transform.key_matrix
+        if transform.rotation is not None:
+            rows = torch.stack([_turned_back(transform.rotation[side], layer, mine) for layer, mine in enumerate(rows)])
         return rows @ matrix.double().inverse().mT + mean
 
     def tokens(self, layer: int) -> LayerTokens:
@@ -197,12 +197,12 @@ class Subject:
     def query(self, layer: int, group: int, n: int = 1) -> torch.Tensor:
         return normal(9 + layer, self.heads * group, n, self.dim)
 
-    def probabilities(self, query: torch.Tensor, layer: int, scaling: float, window: int | None) -> torch.Tensor:
+    def probabilities(self, query: torch.Tensor, layer: int, scaling: float, statistic: int | None) -> torch.Tensor:
         """float64 [query_heads, n, length]."""
         n = query.shape[1]
         keys = self.whole[KEY, layer].repeat_interleave(len(query) // self.heads, 0)
         own, place = torch.arange(self.length - n, self.length)[:, None], torch.arange(self.length)
-        hidden = (place > own) | (place <= own - (window or self.length))
+        hidden = (place > own) | (place <= own - (statistic or self.length))
         return (query.double() @ keys.mT * scaling).masked_fill(hidden, float("-inf")).softmax(-1)
 
     def output(self, probabilities: torch.Tensor, layer: int) -> torch.Tensor:
@@ -213,30 +213,30 @@ class Subject:
         one: Attention,
         group: int,
         scaling: float = 0.1,
-        window: int | None = None,
+        statistic: int | None = None,
         layer: int = -1,
-        statistics: Sequence[Statistic] = ("max", "mean_square"),
+        statistics: Sequence[Reduction] = ("max", "mean_square"),
     ) -> None:
         """Output and statistics of a decode step."""
         layer %= self.layers
         query = self.query(layer, group)
-        p = self.probabilities(query, layer, scaling, window)
+        p = self.probabilities(query, layer, scaling, statistic)
         expected = self.output(p, layer)
         grouped = p.view(self.heads, group, self.length)
         for name in statistics:
-            statistic = grouped.amax(1) if name == "max" else grouped.square().mean(1)
+            reduction = grouped.amax(1) if name == "max" else grouped.square().mean(1)
             seen = torch.full((self.heads, self.length), torch.nan)
-            got = one(query, self.tokens(layer), scaling, window, Reduction(name, seen))
+            got = one(query, self.tokens(layer), scaling, statistic, StepObserver(name, seen))
             assert relative(got, expected) < EXACT
-            assert relative(seen, statistic) < EXACT
-            assert bool((seen[statistic == 0] < 1e-30).all())
+            assert relative(seen, reduction) < EXACT
+            assert bool((seen[reduction == 0] < 1e-30).all())
 
 
-def _turned_back(axes: Axes, layer: int, rows: torch.Tensor) -> torch.Tensor:
+def _turned_back(rotation: Rotation, layer: int, rows: torch.Tensor) -> torch.Tensor:
     before, after = (
-        part[layer].double().repeat_interleave(8, -1).unsqueeze(1) for part in (axes.before, axes.after)
+        part[layer].double().repeat_interleave(8, -1).unsqueeze(1) for part in (rotation.before, rotation.after)
     )
-    return (rows / after) @ axes.matrix(layer) / before
+    return (rows / after) @ rotation.matrix(layer) / before
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:

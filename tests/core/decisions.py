@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from qaq_core.attention.reference import ReferenceAttention
-from qaq_core.pages import KEY, VALUE
-from qaq_core.sequence import SequenceCache
+from qaq_core.base.pages import KEY, VALUE
+from qaq_core.cache.sequence import SequenceCache
 
 
 def decisions(sequence: SequenceCache) -> dict[str, torch.Tensor]:

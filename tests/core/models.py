@@ -22,8 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from qaq_core.calibration import Calibration, measure
-from qaq_core.shape import ModelShape
+from qaq_core.calibration.calibration import Calibration, measure
+from qaq_core.models.shape import ModelShape
 
 VOCABULARY = 97
 _COMMON: dict[str, Any] = {
@@ -46,9 +46,7 @@ KINDS: dict[str, Any] = {
     "llama-mqa-80": lambda: LlamaForCausalLM(LlamaConfig(**_COMMON, num_key_value_heads=1, head_dim=80)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON, num_key_value_heads=2)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_COMMON, num_key_value_heads=2, sliding_window=None)),
-    "mistral-sliding": lambda: MistralForCausalLM(
-        MistralConfig(**_COMMON, num_key_value_heads=2, sliding_window=24)
-    ),
+    "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**_COMMON, num_key_value_heads=2, sliding_window=24)),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
             **_COMMON,

@@ -7,29 +7,29 @@ from functools import cache
 import numpy as np
 import torch
 
-from qaq_core.axes import Axes
-from qaq_core.codecs import NormalCodec, ProgressiveCodec, UniformCodec
-from qaq_core.codecs.progressive import greedy_order
-from qaq_core.frames import LinearFrame, PlainFrame
-from qaq_core.originals import RowRequest
-from qaq_core.packing import HALF
-from qaq_core.pages import KEY, PAGE_TOKENS, VALUE, PageShape
-from qaq_core.quantizer import Quantizer
+from qaq_core.base.pages import KEY, PAGE_TOKENS, VALUE, PageShape
+from qaq_core.base.rows import RowRequest
+from qaq_core.base.widths import HALF
+from qaq_core.quantization.codecs import NormalCodec, ProgressiveCodec, UniformCodec
+from qaq_core.quantization.codecs.progressive import greedy_order
+from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.quantization.transforms import IdentityTransform, LinearTransform
+from qaq_core.quantization.transforms.rotation import Rotation
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
-GROUPS = ("head", "layer", "token")
+GRANULARITIES = ("head", "layer", "token")
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def linear_frame(layers: int, heads: int, dim: int, seed: int = 0, kinds: int = 1) -> LinearFrame:
+def linear_transform(layers: int, heads: int, dim: int, seed: int = 0, kinds: int = 1) -> LinearTransform:
     """Dense matrices that are far from singular, and far from symmetric."""
     pairs = torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)
     bases = torch.tensor([10_000.0, 500.0], dtype=torch.float64)[:kinds]
     matrices = normal(seed + 3, 2, layers, heads, dim, dim) / dim**0.5 + 2 * torch.eye(dim)
-    return LinearFrame(
+    return LinearTransform(
         key_matrix=matrices[KEY].half(),
         value_matrix=matrices[VALUE].half(),
         key_mean=3 * normal(seed + 1, layers, heads, dim),
@@ -39,21 +39,21 @@ def linear_frame(layers: int, heads: int, dim: int, seed: int = 0, kinds: int = 
     )
 
 
-def axes(layers: int, heads: int, dim: int, seed: int = 0) -> Axes:
+def rotation(layers: int, heads: int, dim: int, seed: int = 0) -> Rotation:
     """Random reflections, some of which reflect nothing, and octets of different sizes."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(-127, 128, (layers, heads, dim * (dim + 1) // 2 - 1), generator=generator)
     numbers[..., : 2 * dim - 1] *= torch.randint(0, 2, (layers, heads, 1), generator=generator)
     before, after = torch.exp2(0.3 * normal(seed, 2, layers, heads, dim // 8) - 0.5)
-    return Axes(numbers.to(torch.int8), before, after)
+    return Rotation(numbers.to(torch.int8), before, after)
 
 
-def turned(model: Quantizer, seed: int = 0, mean: float = 0.0) -> Quantizer:
+def rotated(model: Quantizer, seed: int = 0, mean: float = 0.0) -> Quantizer:
     """A sequence's own quantizer with means of its own, about that one, and axes."""
-    assert isinstance(model.frame, LinearFrame)
-    layers, heads, dim = model.frame.key_mean.shape
+    assert isinstance(model.transform, LinearTransform)
+    layers, heads, dim = model.transform.key_mean.shape
     own = model.centered_on(mean + normal(seed + 8, layers, 2, heads, 64, dim), 4)
-    return own.turned((axes(layers, heads, dim, seed), axes(layers, heads, dim, seed + 1)))
+    return own.rotated((rotation(layers, heads, dim, seed), rotation(layers, heads, dim, seed + 1)))
 
 
 @cache
@@ -65,10 +65,10 @@ def orders(dim: int) -> tuple[list[int], list[int]]:
 
 def quantizers(layers: int, heads: int, dim: int) -> dict[str, Quantizer]:
     """Every quantizer that presets make."""
-    made = {"balanced": Quantizer(linear_frame(layers, heads, dim, kinds=2), ProgressiveCodec(orders(dim)))}
+    made = {"balanced": Quantizer(linear_transform(layers, heads, dim, kinds=2), ProgressiveCodec(orders(dim)))}
     for codec in (UniformCodec, NormalCodec):
-        for group in GROUPS:
-            made[f"{codec.name}-{group}"] = Quantizer(PlainFrame(), codec(group))
+        for group in GRANULARITIES:
+            made[f"{codec.name}-{group}"] = Quantizer(IdentityTransform(), codec(group))
     return made
 
 

@@ -16,9 +16,7 @@ def test_openais_client(composed: Composed) -> None:
     url = f"http://{composed.addresses['gateway']}/v1"
     with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
         (model,) = client.models.list().data
-        said = client.completions.create(
-            model=model.id, prompt="The capital of France is", max_tokens=8, temperature=0
-        )
+        said = client.completions.create(model=model.id, prompt="The capital of France is", max_tokens=8, temperature=0)
         assert "Paris" in said.choices[0].text
         parts = client.chat.completions.create(
             model=model.id,

@@ -10,8 +10,8 @@ import pytest
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.default_model import default_model_path
-from qaq_core.loading import LoadedModel
+from qaq_core.models.default_model import default_model_path
+from qaq_core.models.loading import LoadedModel
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.registry import Registry
@@ -31,7 +31,7 @@ NEW = 64
 @pytest.fixture
 def workers(redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel) -> list[WorkerServer]:
     """Two that have not started."""
-    settings = {"redis_url": redis_server.url, "page_tokens": 16, "prefix_rest": 1, "preset": "exact"}
+    settings = {"redis_url": redis_server.url, "page_tokens": 16, "prefix_rest": 1, "preset": "fp16"}
     return [WorkerServer(WorkerSettings(model="smollm2", **settings), smollm2) for _ in range(2)]
 
 

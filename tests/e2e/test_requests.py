@@ -48,9 +48,7 @@ async def test_two_clients_at_once_get_their_own_answers(client: Stub) -> None:
 
 
 async def test_a_cancelled_call_frees_its_session(client: Stub, composed: Composed) -> None:
-    call = client.Generate(
-        request("Once upon a time", new=2000, stop={"max_new_tokens": 2000, "ignore_eos": True})
-    )
+    call = client.Generate(request("Once upon a time", new=2000, stop={"max_new_tokens": 2000, "ignore_eos": True}))
     while (await call.read()).WhichOneof("event") != "token":
         pass
     assert (await describe(composed)).running == 1
@@ -74,7 +72,7 @@ async def test_a_deadline_frees_its_session(client: Stub, composed: Composed) ->
 
 
 async def test_a_session_answers_as_the_whole_conversation_does(client: Stub, composed: Composed) -> None:
-    exact = {"preset": "exact"}
+    exact = {"preset": "fp16"}
     opened = generate_pb2.OpenSessionRequest(cache=exact)
     session = (await client.OpenSession(opened)).session_id
     first = {"role": "user", "content": "Name one colour of the rainbow."}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qaq_core.default_model import default_model_path
+from qaq_core.models.default_model import default_model_path
 from services.common.embedded_redis import free_port
 
 from .command import qaq, until_nothing_is_left, watched

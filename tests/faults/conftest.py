@@ -14,7 +14,7 @@ import grpc
 import pytest
 from qaq.v1 import generate_pb2_grpc
 
-from qaq_core.default_model import default_model_path
+from qaq_core.models.default_model import default_model_path
 from services.cluster.stack import python_path
 from services.common.embedded_redis import EmbeddedRedis, free_port
 from services.common.settings import RouterSettings

@@ -35,7 +35,7 @@ from tests.faults.conftest import PAGE_TOKENS, Processes
 Stub = generate_pb2_grpc.InferenceStub
 STORY = "The ferryman counted his passengers twice, because one of them was a ghost who paid like the others. " * 4
 NEW = 64
-EXACT = common_pb2.CacheParams(preset="exact")
+EXACT = common_pb2.CacheParams(preset="fp16")
 
 
 @dataclass
@@ -190,7 +190,7 @@ async def test_a_gateways_client_does_not_notice_that_a_router_was_killed(stack:
     async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as openai:
         name = (await openai.models.list()).data[0].id
         asked: dict[str, Any] = {"model": name, "prompt": STORY, "max_tokens": NEW, "temperature": 0}
-        asked["extra_body"] = {"ignore_eos": True, "cache": {"preset": "exact"}}
+        asked["extra_body"] = {"ignore_eos": True, "cache": {"preset": "fp16"}}
         whole = (await openai.completions.create(**asked)).choices[0].text
         other = processes.start("router")  # the gateway stays with the first
         processes.until_serving(other)
@@ -209,7 +209,7 @@ async def test_the_commands_text_is_whole_when_a_router_was_killed(stack: Stack)
     processes = stack.processes
     routers = [processes.start("router") for _ in range(2)]
     processes.until_serving(*routers)
-    options = ("--max-new-tokens", str(NEW), "--temperature", "0", "--ignore-eos", "--preset", "exact")
+    options = ("--max-new-tokens", str(NEW), "--temperature", "0", "--ignore-eos", "--preset", "fp16")
     command = [sys.executable, "-m", "services.cli", "generate", STORY, *options, "--router", ",".join(routers)]
 
     async def started() -> asyncio.subprocess.Process:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qaq_core.errors import ConfigError
+from qaq_core.base.errors import ConfigError
 from services.router.placement.affinity import SessionAffinity
 from services.router.placement.base import C, Candidate, Policy
 from services.router.placement.load import LeastLoaded
+from services.router.placement.memory import LeastMemory
 from services.router.placement.prefix import PrefixLocality
-from services.router.placement.pressure import LeastPressure
 from services.router.sessions import Session
 
 __all__ = ["Candidate", "Policy", "make", "place"]
@@ -17,7 +17,7 @@ __all__ = ["Candidate", "Policy", "make", "place"]
 POLICIES: dict[str, Callable[[], Policy]] = {
     "affinity": SessionAffinity,
     "prefix": PrefixLocality,
-    "pressure": LeastPressure,
+    "pressure": LeastMemory,
     "load": LeastLoaded,
 }
 

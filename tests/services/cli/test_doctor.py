@@ -11,8 +11,9 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from qaq_core import calibration, native
-from qaq_core.default_model import default_model_path
+from qaq_core.calibration import calibration
+from qaq_core.kernels import library as native
+from qaq_core.models.default_model import default_model_path
 from services.cli import app
 from services.common.embedded_redis import EmbeddedRedis
 
@@ -43,7 +44,7 @@ def test_a_machine_that_works(tmp_path: Path) -> None:
     assert found["calibration"]["state"] == "ok"
     assert "qaq up starts" in found["Redis"]["found"]
     assert "torch" in found["versions"]["found"]
-    if native.library() is not None:
+    if native.load_library() is not None:
         assert found["kernel"]["found"].startswith("cpu (")
         assert found["C++ library"]["state"] == "ok"
     assert {"extra eval", "extra redis", "extra triton"} <= found.keys()
@@ -90,9 +91,7 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     assert "take cpu" in diagnosed(tmp_path, "--device", "cuda:7", exit_code=1)["kernel"]["advice"]
 
 
-def test_a_redis_that_answers(
-    tmp_path: Path, redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_redis_that_answers(tmp_path: Path, redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAQ_REDIS_URL", redis_server.url)
     found = diagnosed(tmp_path)["Redis"]
     assert found["state"] == "ok"
@@ -110,9 +109,9 @@ def test_a_model_that_was_never_measured(tmp_path: Path) -> None:
 def test_a_damaged_calibration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({}, tmp_path / "model.safetensors")
-    from qaq_core.loading import find
+    from qaq_core.models.loading import find_checkpoint
 
-    path = calibration.cached_at(find(str(tmp_path)).fingerprint())
+    path = calibration.cached_at(find_checkpoint(str(tmp_path)).fingerprint())
     path.parent.mkdir(parents=True)
     path.write_bytes(b"no table")
     found = diagnosed(tmp_path, "--model", str(tmp_path), exit_code=1)

@@ -63,9 +63,7 @@ def test_every_sampling_parameter_has_an_option(recorder: Recorder) -> None:
         assert told == {field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields}
         assert dict(sampling.logit_bias) == {504: -100, 7: 2.5}
         assert (sampling.top_k, sampling.seed) == (40, 7)
-    assert request.stop == common_pb2.StopParams(
-        max_new_tokens=3, stop=["x", "y"], stop_token_ids=[9], ignore_eos=True
-    )
+    assert request.stop == common_pb2.StopParams(max_new_tokens=3, stop=["x", "y"], stop_token_ids=[9], ignore_eos=True)
     assert {field.name for field, _ in request.cache.ListFields()} == {
         field.name for field in common_pb2.CacheParams.DESCRIPTOR.fields
     }

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from services.cli import app, demo
 from services.cluster import control, members
-from services.cluster.members import Members
+from services.cluster.launcher import Launcher
 from services.cluster.state import StackSettings
 from services.common.settings import WorkerSettings
 from services.worker import server
@@ -38,7 +38,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(control, "up", up)
     monkeypatch.setattr(control, "attached", lambda *given: contextlib.nullcontext(up(*given)))
     monkeypatch.setattr(demo, "measure", measured)
-    monkeypatch.setattr("services.bench.serve.measure", measured)
+    monkeypatch.setattr("qaq_eval.serving.serve.measure", measured)
     monkeypatch.setattr(server, "serve", serve)
     monkeypatch.setenv("QAQ_MAX_SEQUENCES", "8")  # a bench would set it for good
     return seen
@@ -65,5 +65,5 @@ def test_a_stacks_workers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "launch", launch)
     monkeypatch.setenv("QAQ_WEIGHTS", "int4")
     for settings in (StackSettings(model="m"), StackSettings(model="m", weights="bfloat16", compiled=True)):
-        Members(settings, "redis://127.0.0.1", lambda *report: None)._worker(0)
+        Launcher(settings, "redis://127.0.0.1", lambda *report: None)._worker(0)
     assert [(worker.weights, worker.compiled) for worker in started] == [("auto", False), ("bfloat16", True)]

@@ -51,9 +51,7 @@ class Foreseen(generate_pb2_grpc.InferenceServicer):
         async for reply in self._tokens(request.received, context):
             yield reply
 
-    async def _tokens(
-        self, first: int, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[generate_pb2.GenerateReply]:
+    async def _tokens(self, first: int, context: grpc.aio.ServicerContext) -> AsyncIterator[generate_pb2.GenerateReply]:
         for index in range(first, NEW):
             if index == self.breaks_at and self.times:
                 self.times -= 1

@@ -56,9 +56,7 @@ async def test_a_member_without_heartbeat_is_forgotten(redis: Redis) -> None:
         assert await redis.smembers("qaq:members:originals") == set()
 
 
-async def test_a_member_comes_back_after_redis_lost_everything(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_member_comes_back_after_redis_lost_everything(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
     registry = Registry(redis)
 

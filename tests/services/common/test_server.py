@@ -16,7 +16,7 @@ from qaq.v1 import generate_pb2_grpc
 from redis import exceptions as redis_errors
 from structlog.testing import capture_logs
 
-from qaq_core import errors as core
+from qaq_core.base import errors as core
 from services.common import server as server_module
 from services.common.channel import open_channel
 from services.common.errors import InvalidArgument, ResourceExhausted
@@ -64,9 +64,7 @@ async def test_a_stop_that_does_not_end_is_left(monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patched, capture_logs() as logs:
         patched.setattr(inner, "stop", endless)
         await server.stop(0)
-    assert [entry["event"] for entry in logs] == [
-        "calls that were cancelled have not ended; going on without them"
-    ]
+    assert [entry["event"] for entry in logs] == ["calls that were cancelled have not ended; going on without them"]
     let_go.set()
     await inner.stop(0)
 

@@ -9,8 +9,8 @@ import pytest
 from openai import AsyncOpenAI
 from redis.asyncio import Redis
 
-from qaq_core.default_model import default_model_path
-from qaq_core.loading import LoadedModel
+from qaq_core.models.default_model import default_model_path
+from qaq_core.models.loading import LoadedModel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import GatewaySettings, RouterSettings, WorkerSettings
 from services.gateway.server import GatewayServer
@@ -30,7 +30,7 @@ class Served:
 @pytest.fixture
 async def served(redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel) -> AsyncIterator[Served]:
     common = {"redis_url": redis_server.url, "port": 0}
-    worker = WorkerServer(WorkerSettings(model="smollm2", preset="exact", **common), smollm2)
+    worker = WorkerServer(WorkerSettings(model="smollm2", preset="fp16", **common), smollm2)
     working = await worker.start()
     router = RouterServer(RouterSettings(model=str(default_model_path()), **common))
     await router.start()

@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 from qaq.v1 import worker_pb2, worker_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.loading import LoadedModel
+from qaq_core.models.loading import LoadedModel
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.registry import Registry
@@ -68,9 +68,7 @@ async def test_a_chat_whole_and_in_parts(openai: AsyncOpenAI, served: Served) ->
 
 
 async def test_stop_choices_and_several_prompts(openai: AsyncOpenAI, served: Served) -> None:
-    free = (
-        await openai.completions.create(model=served.model, prompt=PROMPT, max_tokens=12, temperature=0)
-    ).choices
+    free = (await openai.completions.create(model=served.model, prompt=PROMPT, max_tokens=12, temperature=0)).choices
     stopped = await openai.completions.create(
         model=served.model, prompt=PROMPT, max_tokens=12, temperature=0, stop=["Paris"]
     )
@@ -193,9 +191,7 @@ async def test_without_a_router(redis: Redis, redis_server: EmbeddedRedis) -> No
     address = await gateway.start()
     assert [member.address for member in await Registry(redis).members("gateway")] == [address]
     with pytest.raises(PortTakenError, match="is taken"):
-        await GatewayServer(
-            GatewaySettings(redis_url=redis_server.url, port=int(address.rpartition(":")[2]))
-        ).start()
+        await GatewayServer(GatewaySettings(redis_url=redis_server.url, port=int(address.rpartition(":")[2]))).start()
     async with httpx2.AsyncClient(base_url=f"http://{address}") as http:
         answer = await http.get("/v1/models")
     assert answer.status_code == 503

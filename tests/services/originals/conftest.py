@@ -12,12 +12,12 @@ from pydantic import SecretStr
 from qaq.v1 import originals_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.codecs import ProgressiveCodec
-from qaq_core.frames import LinearFrame
-from qaq_core.originals import RowRequest
-from qaq_core.packing import WIDTHS
-from qaq_core.pages import Page, PageShape, page_id
-from qaq_core.quantizer import Quantizer
+from qaq_core.base.pages import Page, PageShape, page_id
+from qaq_core.base.rows import RowRequest
+from qaq_core.base.widths import WIDTHS
+from qaq_core.quantization.codecs import ProgressiveCodec
+from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.quantization.transforms import LinearTransform
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import OriginalsSettings
@@ -70,7 +70,7 @@ def quantizer() -> Quantizer:
     matrices = (matrices + 2 * torch.eye(SHAPE.head_dim)).half()
     frequencies = 10_000.0 ** -(torch.arange(SHAPE.head_dim // 2, dtype=torch.float64) / (SHAPE.head_dim // 2))
     kind = torch.zeros(SHAPE.layers, dtype=torch.long)
-    frame = LinearFrame(matrices[0], matrices[1], means[0], means[1], frequencies[None], kind)
+    frame = LinearTransform(matrices[0], matrices[1], means[0], means[1], frequencies[None], kind)
     return Quantizer(frame, ProgressiveCodec([[0] * 3 + [1, 0] * 5 + [1] * 3, [0, 1] * 8]))
 
 

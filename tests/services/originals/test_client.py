@@ -14,18 +14,19 @@ import torch
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
-from qaq_core.codecs import UniformCodec
-from qaq_core.errors import OriginalsError
-from qaq_core.frames import PlainFrame
-from qaq_core.originals import InProcessOriginals, RowReply, RowRequest
-from qaq_core.quantizer import Quantizer
+from qaq_core.base.errors import OriginalsError
+from qaq_core.base.rows import RowReply, RowRequest
+from qaq_core.quantization.codecs import UniformCodec
+from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.quantization.transforms import IdentityTransform
+from qaq_core.storage.originals import InProcessOriginals
 from services.common.embedded_redis import EmbeddedRedis, free_port
 from services.common.settings import OriginalsSettings
 from services.originals import batches, client, replicas, service
 from services.originals.client import RemoteOriginals
 from services.originals.server import OriginalsServer
 from services.originals.store import HEADER_BYTES
-from tests.core.rows import turned
+from tests.core.rows import rotated
 from tests.services.originals.conftest import SHAPE, getranges, make_pages, make_request
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ async def test_pages_come_back(remote: RemoteOriginals, dtype: str) -> None:
 async def test_rows_are_bit_identical_to_the_workers_own(
     remote: RemoteOriginals, redis: Redis, quantizer: Quantizer, dtype: str, frame: str
 ) -> None:
-    used = quantizer if frame == "rotated" else Quantizer(PlainFrame(), UniformCodec())
+    used = quantizer if frame == "rotated" else Quantizer(IdentityTransform(), UniformCodec())
     pages = make_pages(4, dataclasses.replace(SHAPE, dtype=dtype))
     await wait(remote.put(pages[:3]))
     request = make_request(pages, 300, used.meta_bytes)
@@ -109,7 +110,7 @@ async def test_sequences_own_quantizers_are_more_than_the_service_keeps(
     pages = make_pages(2)
     await wait(remote.put(pages))
     request = make_request(pages, 50, quantizer.meta_bytes)
-    own = [turned(quantizer, seed) for seed in (1, 2)]
+    own = [rotated(quantizer, seed) for seed in (1, 2)]
     for one in (*own, *own):
         assert same(await wait(remote.requantize(request, one)), local(pages, request, one))
 
@@ -240,9 +241,7 @@ async def test_services_that_come_and_go_are_noticed(
         await second.stop()
 
 
-async def test_a_dead_replica_is_passed_over(
-    redis: Redis, redis_server: EmbeddedRedis, quantizer: Quantizer
-) -> None:
+async def test_a_dead_replica_is_passed_over(redis: Redis, redis_server: EmbeddedRedis, quantizer: Quantizer) -> None:
     server = serve(redis_server)
     remote = RemoteOriginals.at([f"127.0.0.1:{free_port()}", await server.start()])
     try:

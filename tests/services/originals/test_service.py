@@ -15,8 +15,8 @@ from qaq.v1 import originals_pb2 as pb
 from qaq.v1 import originals_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.pages import Page, PageShape
-from qaq_core.quantizer import Quantizer
+from qaq_core.base.pages import Page, PageShape
+from qaq_core.quantization.quantizer import Quantizer
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import OriginalsSettings

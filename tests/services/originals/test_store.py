@@ -9,8 +9,8 @@ import pytest
 import torch
 from redis.asyncio import Redis
 
-from qaq_core.errors import CorruptPageError
-from qaq_core.pages import Page
+from qaq_core.base.errors import CorruptPageError
+from qaq_core.base.pages import Page
 from services.common import metrics
 from services.common.errors import InvalidArgument
 from services.originals.store import HEADER_BYTES, PageStore, pack_page, unpack_page

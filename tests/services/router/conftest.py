@@ -12,7 +12,7 @@ import pytest
 from qaq.v1 import common_pb2, generate_pb2_grpc, worker_pb2, worker_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.default_model import default_model_path
+from qaq_core.models.default_model import default_model_path
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.registry import Registry
 from services.common.server import GrpcServer
@@ -53,9 +53,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         finally:
             self.ended.append(request.session_id)
 
-    async def Drop(
-        self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.DropReply:
+    async def Drop(self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DropReply:
         self.dropped.append(request.session_id)
         return worker_pb2.DropReply(existed=True)
 

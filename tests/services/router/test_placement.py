@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 from qaq.v1 import common_pb2
 
-from qaq_core.errors import ConfigError
+from qaq_core.base.errors import ConfigError
 from services.router.placement import make, place
 from services.router.sessions import Session
 
@@ -19,7 +19,7 @@ class Told:
     address: str
     load: int = 0
     kv_bytes: int = 0
-    pressure: float = 0.0
+    memory_use: float = 0.0
 
 
 def session(worker: str = "") -> Session:
@@ -65,7 +65,7 @@ def test_the_same_beginning_goes_to_the_same_worker_while_it_has_room() -> None:
 
 
 def test_least_pressure() -> None:
-    full, free = Told("a", pressure=0.9), Told("b", load=3, pressure=0.2)
+    full, free = Told("a", memory_use=0.9), Told("b", load=3, memory_use=0.2)
     assert chosen("affinity,pressure", "", [full, free]) == "b"
     assert chosen("affinity,pressure", "", [Told("a"), Told("b", load=3)]) == "a"
 

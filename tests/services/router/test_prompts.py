@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qaq_core.loading import default_model_path, load_tokenizer
+from qaq_core.models.loading import default_model_path, load_tokenizer
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.router.prompts import Prompts
 

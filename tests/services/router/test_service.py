@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.loading import load_tokenizer
+from qaq_core.models.loading import load_tokenizer
 from services.common.settings import RouterSettings
 
 from .conftest import CONTEXT, CountingWorker, running_router, running_worker
@@ -43,9 +43,7 @@ async def test_a_stream_is_the_workers_with_indexes(client: Stub, worker: Counti
     (asked,) = worker.asked
     n = len(asked.token_ids)
     assert (got[0].prefill.tokens_done, got[0].prefill.tokens_total) == (n, n)
-    assert [(r.token.index, r.token.token_id, r.token.text) for r in got[1:4]] == [
-        (i, n + i, "é ") for i in range(3)
-    ]
+    assert [(r.token.index, r.token.token_id, r.token.text) for r in got[1:4]] == [(i, n + i, "é ") for i in range(3)]
     assert got[-1].finished.usage.generated_tokens == 3
     assert got[-1].finished.text == "end"
     assert {reply.session_id for reply in got} == {asked.session_id}
@@ -117,9 +115,7 @@ async def test_chat_uses_the_template(client: Stub, worker: CountingWorker) -> N
     assert list(worker.asked[0].token_ids)[-len(tail) :] == tail
 
 
-async def test_cancelling_ends_the_workers_call_and_keeps_the_session(
-    client: Stub, worker: CountingWorker
-) -> None:
+async def test_cancelling_ends_the_workers_call_and_keeps_the_session(client: Stub, worker: CountingWorker) -> None:
     session = (await client.OpenSession(generate_pb2.OpenSessionRequest())).session_id
     worker.gate.clear()
     call = client.Generate(request(session_id=session))
@@ -239,9 +235,7 @@ async def test_a_full_queue_refuses(redis: Redis, router_settings: RouterSetting
         worker.gate.clear()
         async with running_router(router_settings.model_copy(update={"max_queue": 1})) as client:
             calls = [client.Generate(request(new=2)) for _ in range(2)]
-            await asyncio.wait(
-                [asyncio.ensure_future(call.read()) for call in calls], return_when="FIRST_COMPLETED"
-            )
+            await asyncio.wait([asyncio.ensure_future(call.read()) for call in calls], return_when="FIRST_COMPLETED")
             await until_waiting(1)
             with pytest.raises(grpc.aio.AioRpcError, match="1 generations wait already") as refused:
                 await replies(client.Generate(request()))
@@ -261,9 +255,7 @@ async def test_a_prompt_that_never_ran_is_not_in_the_log(client: Stub, worker: C
     assert (await client.ListSessions(generate_pb2.ListSessionsRequest())).sessions[0].tokens == 0
 
 
-async def test_without_a_worker_a_request_is_told_to_come_back(
-    router_settings: RouterSettings, redis: Redis
-) -> None:
+async def test_without_a_worker_a_request_is_told_to_come_back(router_settings: RouterSettings, redis: Redis) -> None:
     async with running_router(router_settings) as client:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await replies(client.Generate(request()))
@@ -299,9 +291,7 @@ async def test_bad_input_gets_its_status_and_a_sentence(
     assert worker.asked == []
 
 
-async def test_invalid_utf8_is_an_invalid_argument(
-    router_settings: RouterSettings, worker: CountingWorker
-) -> None:
+async def test_invalid_utf8_is_an_invalid_argument(router_settings: RouterSettings, worker: CountingWorker) -> None:
     from services.router.server import RouterServer
 
     router = RouterServer(router_settings)

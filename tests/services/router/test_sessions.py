@@ -12,7 +12,7 @@ from services.common.errors import FailedPrecondition, NotFound
 from services.router import sessions as module
 from services.router import tokenlog
 from services.router.sessions import SessionDirectory
-from services.router.tokenlog import LogWriter
+from services.router.token_log import LogWriter
 
 
 @pytest.fixture
@@ -97,9 +97,7 @@ async def test_the_log_writer_keeps_order_and_drops_nothing(directory: SessionDi
     assert await directory.tokens(session.id) == [9, *range(200)]
 
 
-async def test_the_log_writer_collects_tokens(
-    directory: SessionDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_log_writer_collects_tokens(directory: SessionDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     session = await directory.open("m", common_pb2.CacheParams(), kept=True)
     write, written = directory.write, []
 

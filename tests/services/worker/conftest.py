@@ -13,10 +13,10 @@ import pytest
 from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import InProcessOriginals, Originals
-from qaq_core.loading import LoadedModel
+from qaq_core.models.loading import LoadedModel
 from services.common.settings import WorkerSettings
-from services.worker.engine import Engine
 from services.worker.generation import Generation
+from services.worker.scheduler.scheduler import Scheduler
 
 
 @dataclass
@@ -64,25 +64,25 @@ def request(tokens: list[int], new: int = 8, **fields: Any) -> worker_pb2.RunReq
     return worker_pb2.RunRequest(token_ids=tokens, stop=stop, sampling=sampling, **fields)
 
 
-EXACT = common_pb2.CacheParams(preset="exact")
+EXACT = common_pb2.CacheParams(preset="fp16")
 
 
-MakeEngine = Callable[..., Any]
+MakeScheduler = Callable[..., Any]
 
 
 @pytest.fixture
-def make_engine(smollm2: LoadedModel) -> MakeEngine:
-    """`async with make_engine(prefill_chunk=16, …) as engine`."""
+def make_scheduler(smollm2: LoadedModel) -> MakeScheduler:
+    """`async with make_scheduler(prefill_chunk=16, …) as scheduler`."""
 
     @asynccontextmanager
-    async def make(originals: Originals | None = None, **settings: Any) -> AsyncIterator[Engine]:
+    async def make(originals: Originals | None = None, **settings: Any) -> AsyncIterator[Scheduler]:
         chosen = WorkerSettings(model="smollm2", **settings)
-        engine = Engine(smollm2, originals or InProcessOriginals(), chosen, asyncio.get_running_loop())
-        engine.start()
+        scheduler = Scheduler(smollm2, originals or InProcessOriginals(), chosen, asyncio.get_running_loop())
+        scheduler.start()
         try:
-            yield engine
+            yield scheduler
         finally:
-            await asyncio.to_thread(engine.stop)
+            await asyncio.to_thread(scheduler.stop)
 
     return make
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from qaq_core import InProcessOriginals
-from qaq_core.loading import LoadedModel, default_model_path, load_model
+from qaq_core.models.loading import LoadedModel, default_model_path, load_model
 from services.common.settings import WorkerSettings
-from services.worker.engine import Engine
-from tests.services.worker.conftest import EXACT, MakeEngine, outcome, request
+from services.worker.scheduler.scheduler import Scheduler
+from tests.services.worker.conftest import EXACT, MakeScheduler, outcome, request
 
 STORY = "The lighthouse keeper climbed the stairs every evening, lit the lamp and wrote the weather in his book. "
 
@@ -23,20 +23,20 @@ pytestmark = [
 ]
 
 
-async def test_it_says_the_same(smollm2: LoadedModel, make_engine: MakeEngine) -> None:
+async def test_it_says_the_same(smollm2: LoadedModel, make_scheduler: MakeScheduler) -> None:
     prompts = [smollm2.tokenizer(STORY * n).input_ids for n in (6, 5, 4)]
-    async with make_engine() as engine:
-        want = [await outcome(engine.submit(request(tokens, 8, cache=EXACT))) for tokens in prompts]
+    async with make_scheduler() as scheduler:
+        want = [await outcome(scheduler.submit(request(tokens, 8, cache=EXACT))) for tokens in prompts]
     settings = WorkerSettings(model=str(default_model_path()), weights="float32", compiled=True)
     loaded = load_model(settings.model, weights=settings.weights, compiled=settings.compiled)
-    engine = Engine(loaded, InProcessOriginals(), settings, asyncio.get_running_loop())
-    engine.start()
+    scheduler = Scheduler(loaded, InProcessOriginals(), settings, asyncio.get_running_loop())
+    scheduler.start()
     try:
-        alone = await outcome(engine.submit(request(prompts[0], 8, cache=EXACT)))
-        running = [engine.submit(request(tokens, 8, cache=EXACT)) for tokens in prompts]
+        alone = await outcome(scheduler.submit(request(prompts[0], 8, cache=EXACT)))
+        running = [scheduler.submit(request(tokens, 8, cache=EXACT)) for tokens in prompts]
         together = [await outcome(generation) for generation in running]
     finally:
-        await asyncio.to_thread(engine.stop)
+        await asyncio.to_thread(scheduler.stop)
     assert [alone.tokens, *(each.tokens for each in together)] == [
         want[0].tokens,
         *(each.tokens for each in want),

@@ -6,7 +6,7 @@ import pytest
 from qaq.v1 import common_pb2
 
 from qaq_core import ConfigError
-from qaq_core.loading import LoadedModel
+from qaq_core.models.loading import LoadedModel
 from services.common.settings import WorkerSettings
 from services.worker.methods import Methods
 
@@ -19,7 +19,7 @@ def test_only_presets_are_served(smollm2: LoadedModel, preset: str) -> None:
 
 
 def test_a_method_is_made_once(smollm2: LoadedModel) -> None:
-    methods = Methods(smollm2, WorkerSettings(model="smollm2", preset="exact"))
+    methods = Methods(smollm2, WorkerSettings(model="smollm2", preset="fp16"))
     made = methods.get(common_pb2.CacheParams())
-    assert made.preset == "exact"
-    assert methods.get(common_pb2.CacheParams(preset="exact")) is made
+    assert made.preset == "fp16"
+    assert methods.get(common_pb2.CacheParams(preset="fp16")) is made

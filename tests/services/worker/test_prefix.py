@@ -11,9 +11,9 @@ import torch
 from prometheus_client import REGISTRY
 
 from qaq_core import InProcessOriginals, OriginalsError, Page, PageShape
-from qaq_core.loading import LoadedModel
-from tests.services.worker.conftest import EXACT, Gate, MakeEngine, outcome, request
-from tests.services.worker.test_engine import LISTS, STORY, expected
+from qaq_core.models.loading import LoadedModel
+from tests.services.worker.conftest import EXACT, Gate, MakeScheduler, outcome, request
+from tests.services.worker.scheduler.test_scheduler import LISTS, STORY, expected
 
 Ids = Callable[[str], list[int]]
 SMALL = {"page_tokens": 16, "prefix_rest": 1}
@@ -24,19 +24,19 @@ def failures() -> float:
 
 
 async def test_a_stored_prefix_is_loaded(
-    smollm2: LoadedModel, make_engine: MakeEngine, ids: Ids, gate: Gate
+    smollm2: LoadedModel, make_scheduler: MakeScheduler, ids: Ids, gate: Gate
 ) -> None:
     gate.open()
     shared, tails = ids(STORY * 4), (ids(LISTS), ids("And then the storm came. " * 4))
     whole = len(shared) // 16 * 16
     store = InProcessOriginals()
-    async with make_engine(store, **SMALL) as first, make_engine(store, **SMALL) as second:
+    async with make_scheduler(store, **SMALL) as first, make_scheduler(store, **SMALL) as second:
         told = await outcome(first.submit(request(shared + tails[0], 2, cache=EXACT, session_id="a", keep=True)))
         assert told.done is not None
         assert told.done.usage.loaded_tokens == 0
-        for engine in (first, second):
+        for scheduler in (first, second):
             gate.batches.clear()
-            result = await outcome(engine.submit(request(shared + tails[1], 6, cache=EXACT)))
+            result = await outcome(scheduler.submit(request(shared + tails[1], 6, cache=EXACT)))
             assert result.tokens == expected(smollm2, shared + tails[1], 6)
             assert result.done is not None
             assert result.done.usage.loaded_tokens == whole
@@ -48,11 +48,11 @@ async def test_a_stored_prefix_is_loaded(
         assert same.done.usage.loaded_tokens == (len(shared + tails[0]) - 1) // 16 * 16
 
 
-async def test_a_hit_holds_the_bits_that_computing_it_gives(make_engine: MakeEngine, ids: Ids) -> None:
+async def test_a_hit_holds_the_bits_that_computing_it_gives(make_scheduler: MakeScheduler, ids: Ids) -> None:
     shared, tails = ids(STORY * 4), (ids(LISTS), ids("And then the storm came. " * 4))
     whole = len(shared) // 16 * 16
     stores, settings = [InProcessOriginals() for _ in range(2)], {**SMALL, "prefill_chunk": whole}
-    async with make_engine(stores[0], **settings) as one, make_engine(stores[1], **settings) as apart:
+    async with make_scheduler(stores[0], **settings) as one, make_scheduler(stores[1], **settings) as apart:
         kept = {"cache": EXACT, "keep": True}
         await outcome(one.submit(request(shared + tails[0], 1, session_id="a", **kept)))
         hit = await outcome(one.submit(request(shared + tails[1], 1, session_id="b", **kept)))
@@ -68,29 +68,29 @@ async def test_a_hit_holds_the_bits_that_computing_it_gives(make_engine: MakeEng
         assert torch.equal(mine.data, theirs.data)
 
 
-async def test_a_salt_hides_a_prefix(make_engine: MakeEngine, ids: Ids) -> None:
+async def test_a_salt_hides_a_prefix(make_scheduler: MakeScheduler, ids: Ids) -> None:
     tokens, store = ids(STORY * 4), InProcessOriginals()
     async with (
-        make_engine(store, tenant_salt="one", **SMALL) as one,
-        make_engine(store, tenant_salt="two", **SMALL) as two,
+        make_scheduler(store, tenant_salt="one", **SMALL) as one,
+        make_scheduler(store, tenant_salt="two", **SMALL) as two,
     ):
         held = await outcome(one.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True)))
         loaded = []
-        for engine in (one, two):
-            done = (await outcome(engine.submit(request(tokens, 1, cache=EXACT)))).done
+        for scheduler in (one, two):
+            done = (await outcome(scheduler.submit(request(tokens, 1, cache=EXACT)))).done
             assert done is not None
             loaded.append(done.usage.loaded_tokens)
     assert loaded == [len(held.pages) * 16 - (16 if len(tokens) % 16 == 0 else 0), 0]
 
 
 @pytest.mark.parametrize("sharing", ["tenant", "all"])
-async def test_tenants_share_a_prefix_only_on_purpose(make_engine: MakeEngine, ids: Ids, sharing: str) -> None:
+async def test_tenants_share_a_prefix_only_on_purpose(make_scheduler: MakeScheduler, ids: Ids, sharing: str) -> None:
     tokens = ids(STORY)
-    async with make_engine(prefix_sharing=sharing, **SMALL) as engine:
-        await outcome(engine.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True, tenant="a")))
+    async with make_scheduler(prefix_sharing=sharing, **SMALL) as scheduler:
+        await outcome(scheduler.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True, tenant="a")))
         loaded = {}
         for tenant in ("a", "b", ""):
-            done = (await outcome(engine.submit(request(tokens, 1, cache=EXACT, tenant=tenant)))).done
+            done = (await outcome(scheduler.submit(request(tokens, 1, cache=EXACT, tenant=tenant)))).done
             assert done is not None
             loaded[tenant] = done.usage.loaded_tokens
     whole = (len(tokens) - 1) // 16 * 16
@@ -98,12 +98,12 @@ async def test_tenants_share_a_prefix_only_on_purpose(make_engine: MakeEngine, i
 
 
 async def test_a_session_goes_on_on_another_worker(
-    smollm2: LoadedModel, make_engine: MakeEngine, ids: Ids, gate: Gate
+    smollm2: LoadedModel, make_scheduler: MakeScheduler, ids: Ids, gate: Gate
 ) -> None:
     """Pages of generated tokens are found by their told names; what they hold is what this session computed."""
     gate.open()
     log, store = ids(STORY), InProcessOriginals()
-    async with make_engine(store, **SMALL) as first, make_engine(store, **SMALL) as second:
+    async with make_scheduler(store, **SMALL) as first, make_scheduler(store, **SMALL) as second:
         turn = await outcome(first.submit(request(log, 40, cache=EXACT, session_id="s", keep=True)))
         log = log + turn.tokens + ids(LISTS)
         gate.batches.clear()
@@ -146,20 +146,20 @@ class Troubled(InProcessOriginals):
 
 @pytest.mark.parametrize(("trouble", "loaded"), [("fails", 0), ("silent", 0), ("lost", 16)])
 async def test_what_cannot_be_loaded_is_computed(
-    smollm2: LoadedModel, make_engine: MakeEngine, ids: Ids, trouble: str, loaded: int
+    smollm2: LoadedModel, make_scheduler: MakeScheduler, ids: Ids, trouble: str, loaded: int
 ) -> None:
     tokens, store = ids(STORY * 3), Troubled("")
-    async with make_engine(store, prefix_timeout_s=0.2, **SMALL) as engine:
-        await outcome(engine.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True)))
+    async with make_scheduler(store, prefix_timeout_s=0.2, **SMALL) as scheduler:
+        await outcome(scheduler.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True)))
         store.trouble, before = trouble, failures()
-        other = asyncio.create_task(outcome(engine.submit(request(ids(LISTS), 12, cache=EXACT))))
-        result = await outcome(engine.submit(request(tokens, 4, cache=EXACT)))
+        other = asyncio.create_task(outcome(scheduler.submit(request(ids(LISTS), 12, cache=EXACT))))
+        result = await outcome(scheduler.submit(request(tokens, 4, cache=EXACT)))
         assert result.tokens == expected(smollm2, tokens, 4)
         assert result.done is not None
         assert result.done.usage.loaded_tokens == loaded
         assert failures() > before
         assert (await other).tokens == expected(smollm2, ids(LISTS), 12)
-        await asyncio.wrap_future(engine.drop("s"))
+        await asyncio.wrap_future(scheduler.drop("s"))
     store.trouble = ""
     assert store.nbytes == 0  # whatever came too late, or was not used, is forgotten too
 
@@ -178,11 +178,11 @@ class Late(InProcessOriginals):
         return self.first
 
 
-async def test_a_prompt_does_not_wait_for_what_another_one_loads(make_engine: MakeEngine, ids: Ids) -> None:
+async def test_a_prompt_does_not_wait_for_what_another_one_loads(make_scheduler: MakeScheduler, ids: Ids) -> None:
     store = Late()
-    async with make_engine(store, prefix_timeout_s=300, **SMALL) as engine:
-        waits = engine.submit(request(ids(STORY * 2), 2, cache=EXACT))
-        goes = await outcome(engine.submit(request(ids(LISTS * 2), 2, cache=EXACT)))
+    async with make_scheduler(store, prefix_timeout_s=300, **SMALL) as scheduler:
+        waits = scheduler.submit(request(ids(STORY * 2), 2, cache=EXACT))
+        goes = await outcome(scheduler.submit(request(ids(LISTS * 2), 2, cache=EXACT)))
         assert len(goes.tokens) == 2
         assert waits.replies.empty()
         assert store.first is not None
@@ -190,10 +190,10 @@ async def test_a_prompt_does_not_wait_for_what_another_one_loads(make_engine: Ma
         assert len((await outcome(waits)).tokens) == 2
 
 
-async def test_reuse_can_be_off(make_engine: MakeEngine, ids: Ids) -> None:
+async def test_reuse_can_be_off(make_scheduler: MakeScheduler, ids: Ids) -> None:
     tokens = ids(STORY * 3)
-    async with make_engine(prefix_reuse=False, **SMALL) as engine:
+    async with make_scheduler(prefix_reuse=False, **SMALL) as scheduler:
         for _ in range(2):
-            result = await outcome(engine.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True)))
+            result = await outcome(scheduler.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True)))
             assert result.done is not None
             assert result.done.usage.loaded_tokens == 0

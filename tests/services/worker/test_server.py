@@ -13,7 +13,7 @@ from qaq.v1 import common_pb2, originals_pb2, originals_pb2_grpc, worker_pb2, wo
 from redis.asyncio import Redis
 
 from qaq_core import ModelLoadError
-from qaq_core.loading import LoadedModel
+from qaq_core.models.loading import LoadedModel
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import RedisUnreachableError
@@ -118,8 +118,8 @@ async def test_a_deadline_that_passes_in_a_pause(
         for call in (goes_on, gives_way):
             while (await call.read()).WhichOneof("event") != "token":
                 pass
-        assert server._engine is not None
-        server._engine.set_budget((await describe(worker)).kv_bytes - 1)
+        assert server._scheduler is not None
+        server._scheduler.set_budget((await describe(worker)).kv_bytes - 1)
         while not (await describe(worker)).waiting:  # noqa: ASYNC110 (it is asked over gRPC)
             await asyncio.sleep(0.02)
         with pytest.raises(grpc.aio.AioRpcError) as error:  # noqa: PT012 (until it ends)

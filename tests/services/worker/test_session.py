@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from qaq_core import InProcessOriginals, PageShape, page_id
-from qaq_core.loading import LoadedModel
+from qaq_core.models.loading import LoadedModel
 from services.worker.session import PageNames, page_salt
-from tests.services.worker.conftest import MakeEngine, outcome, request
+from tests.services.worker.conftest import MakeScheduler, outcome, request
 
 SHAPE = PageShape(layers=2, kv_heads=1, tokens=4, head_dim=8)
 
 
-def names_of(log: Sequence[int], salt: bytes = b"", model: str = "model", faithful: int = 999) -> PageNames:
-    return PageNames(model, SHAPE, salt, log, lambda: faithful)
+def names_of(log: Sequence[int], salt: bytes = b"", model: str = "model", exact_prefix: int = 999) -> PageNames:
+    return PageNames(model, SHAPE, salt, log, lambda: exact_prefix)
 
 
 def test_names_chain_over_the_log() -> None:
@@ -38,7 +38,7 @@ def test_same_text_after_another_start_is_another_page() -> None:
 
 def test_a_page_that_is_not_faithful_has_a_name_of_its_own() -> None:
     """Page 0 was computed over full precision, the last token of page 1 was not."""
-    one, two = names_of(range(8), faithful=7), names_of(range(8), faithful=7)
+    one, two = names_of(range(8), exact_prefix=7), names_of(range(8), exact_prefix=7)
     assert one(0) == two(0) == one.shared(0)
     assert len({one(1), two(1), one.shared(1)}) == 3
 
@@ -49,15 +49,15 @@ def test_a_page_is_not_named_before_its_tokens_are_known() -> None:
 
 
 async def test_pages_of_two_turns(
-    smollm2: LoadedModel, make_engine: MakeEngine, ids: Callable[[str], list[int]]
+    smollm2: LoadedModel, make_scheduler: MakeScheduler, ids: Callable[[str], list[int]]
 ) -> None:
     """The prompt's pages have names that follow from it; later ones are found by being told, over both turns."""
     store = InProcessOriginals()
     log = prompt = ids("The tide tables were pinned beside the door. " * 5)
     told: list[bytes] = []
-    async with make_engine(store, page_tokens=16, tenant_salt="pepper") as engine:
+    async with make_scheduler(store, page_tokens=16, tenant_salt="pepper") as scheduler:
         for _ in range(2):
-            result = await outcome(engine.submit(request(log, 20, session_id="s", keep=True)))
+            result = await outcome(scheduler.submit(request(log, 20, session_id="s", keep=True)))
             log = [*log, *result.tokens]
             told = result.pages
         assert store.match(told).result() == len(told) == (len(log) - 1) // 16

@@ -1,0 +1,40 @@
+"""Allocation: how many bits each vector gets, from the attention its token has had."""
+
+from qaq_core.allocation.allocator import Allocator, TokenState, WidthChanges
+from qaq_core.allocation.attention_statistics import (
+    AttentionStatistic,
+    AttentionWindow,
+    DecayingMeanSquare,
+    Observer,
+    PromptObserver,
+    Reduction,
+    StepObserver,
+)
+from qaq_core.allocation.importance import Importance
+from qaq_core.allocation.policies import BalancedPolicy, ErrorPolicy, FixedPolicy, PaperPolicy, Policy, View
+from qaq_core.allocation.rate_control import RateControl
+from qaq_core.allocation.requantize import Requantizer
+from qaq_core.allocation.target import Target
+
+__all__ = [
+    "Allocator",
+    "AttentionStatistic",
+    "AttentionWindow",
+    "BalancedPolicy",
+    "DecayingMeanSquare",
+    "ErrorPolicy",
+    "FixedPolicy",
+    "Importance",
+    "Observer",
+    "PaperPolicy",
+    "Policy",
+    "PromptObserver",
+    "RateControl",
+    "Reduction",
+    "Requantizer",
+    "StepObserver",
+    "Target",
+    "TokenState",
+    "View",
+    "WidthChanges",
+]

@@ -1,0 +1,202 @@
+"""Windows: how much attention a token is predicted to get, from the attention it has got.
+
+A window keeps a few bytes per (layer, kv_head, token), which are counted, and reduces each step's
+probabilities to the statistic it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+LOG2_FLOOR = -40.0
+"""Smallest statistic that a byte tells from 0; the largest is 1."""
+
+LOG2_STEP = -LOG2_FLOOR / 255
+
+DITHER = 1_000_003
+"""Thresholds of one seed stand so many places after those of the seed before."""
+
+
+Observer = Callable[[torch.Tensor, int], None]
+"""Called with probabilities [kv_heads, group, n, tokens] and the index of the first of the n queries."""
+
+Reduction = Literal["max", "mean_square"]
+"""What a decode step's probabilities are reduced to, over the query group."""
+
+
+@dataclass(frozen=True)
+class StepObserver:
+    """Observer of a decode step that keeps one statistic of the query group's probabilities.
+
+    A kernel that finds one may write `into` itself instead of showing it the probabilities.
+
+    Attributes:
+        into: float32 [kv_heads, tokens], contiguous.
+    """
+
+    reduction: Reduction
+    into: torch.Tensor
+
+    def __call__(self, probabilities: torch.Tensor, first: int) -> None:
+        """Takes in probabilities [kv_heads, group, 1, tokens]."""
+        if self.reduction == "max":
+            self.into.copy_(probabilities.amax((1, 2)))
+        else:
+            self.into.copy_(probabilities.square().mean((1, 2)))
+
+
+class AttentionStatistic(Protocol):
+    bytes_per_token: int
+    every: int
+    """Decode steps from one observation to the next."""
+
+    reduction: Reduction
+    """What a decode step's probabilities are reduced to, see `StepObserver`."""
+
+    def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptObserver:
+        """Watches the prefill of the last `queries` of `total` tokens."""
+        ...
+
+    def update(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
+        """Folds the statistic [layers, kv_heads, tokens] of the query at a position into the state, in place."""
+        ...
+
+    def importance(self, state: torch.Tensor) -> torch.Tensor:
+        """Predicted attention, float32 [layers, kv_heads, tokens], of state uint8 [..., bytes_per_token]."""
+        ...
+
+
+class PromptObserver(Protocol):
+    def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
+        """Takes in probabilities [kv_heads, group, n, tokens] of prompt queries first..first+n-1."""
+        ...
+
+    def state(self) -> torch.Tensor:
+        """The state after the prompt, uint8 [layers, kv_heads, total, bytes_per_token]."""
+        ...
+
+
+def to_log_byte(value: torch.Tensor, dither: int | None = None) -> torch.Tensor:
+    """uint8 log code of numbers in [0, 1].
+
+    Dithered rounding keeps small changes alive on average; the same number gives the same thresholds.
+    """
+    code = (value.clamp(2.0**LOG2_FLOOR, 1.0).log2() - LOG2_FLOOR) / LOG2_STEP
+    threshold = 0.5 if dither is None else _thresholds(code, dither)
+    return (code + threshold).floor_().clamp_(0, 255).to(torch.uint8)
+
+
+def _thresholds(like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Evenly spread numbers in [0, 1): a Weyl sequence, which needs nobody's random generator."""
+    place = torch.arange(like.numel(), device=like.device, dtype=torch.int64) + DITHER * seed
+    return (((place * 2_654_435_769) >> 16) & 0xFFFF).view(like.shape) / 65536.0
+
+
+def from_log_byte(code: torch.Tensor) -> torch.Tensor:
+    """float32 of log codes; code 0 is 0."""
+    table = torch.exp2(LOG2_FLOOR + LOG2_STEP * torch.arange(256, device=code.device, dtype=torch.float32))
+    table[0] = 0.0
+    return table[code.int()]
+
+
+class AttentionWindow:
+    """The paper's attention window: the largest probability of the last n steps (section 4.2)."""
+
+    every = 1
+    reduction: Reduction = "max"
+
+    def __init__(self, steps: int = 5) -> None:
+        self.bytes_per_token = self.steps = steps
+
+    def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptObserver:
+        return _LastSteps(self.steps, layers, heads, total, device)
+
+    def update(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
+        state[:, :, : reduction.shape[2], position % self.steps] = to_log_byte(reduction)
+
+    def importance(self, state: torch.Tensor) -> torch.Tensor:
+        return from_log_byte(state.amax(-1))
+
+
+class _LastSteps:
+    """The last n prompt queries fill the window."""
+
+    def __init__(self, steps: int, layers: int, heads: int, total: int, device: torch.device) -> None:
+        self._total = total
+        self._state = torch.zeros(layers, heads, total, steps, dtype=torch.uint8, device=device)
+
+    def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
+        n, steps = probabilities.shape[2], self._state.shape[-1]
+        for query in range(max(0, self._total - steps - first), n):
+            self._state[layer, :, : probabilities.shape[3], (first + query) % steps] = to_log_byte(
+                probabilities[:, :, query].amax(1)
+            )
+
+    def state(self) -> torch.Tensor:
+        return self._state
+
+
+class DecayingMeanSquare:
+    """Mean squared attention: of the last prompt queries, then decaying with a half-life in steps.
+
+    s = mean p² over the last `queries` prompt queries + peak_share · max p² over prompt queries at least
+    `distance` positions away; in decode an exponential moving average of the group's mean p².
+    """
+
+    bytes_per_token = 1
+    reduction: Reduction = "mean_square"
+
+    def __init__(
+        self,
+        half_life: float = 64.0,
+        queries: int = 256,
+        distance: int = 32,
+        peak_share: float = 0.03 / 256,
+        every: int = 4,
+    ) -> None:
+        self.half_life, self.queries, self.distance, self.peak_share = half_life, queries, distance, peak_share
+        self.every = every
+
+    def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptObserver:
+        return _PromptMeans(self, layers, heads, total, min(queries, self.queries), device)
+
+    def update(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
+        seen = state[:, :, : reduction.shape[2], 0]
+        seen.copy_(to_log_byte(torch.lerp(reduction, from_log_byte(seen), self.keep), dither=position))
+
+    @property
+    def keep(self) -> float:
+        """Share of what was known that is kept when a step is folded in."""
+        return float(0.5 ** (self.every / self.half_life))
+
+    def importance(self, state: torch.Tensor) -> torch.Tensor:
+        return from_log_byte(state[..., 0])
+
+
+class _PromptMeans:
+    """Sums and peaks of p² while a prompt is computed."""
+
+    def __init__(
+        self, statistic: DecayingMeanSquare, layers: int, heads: int, total: int, queries: int, device: torch.device
+    ) -> None:
+        self._statistic, self._total, self._queries = statistic, total, queries
+        self._sum = torch.zeros(layers, heads, total, device=device)
+        self._peak = torch.zeros(layers, heads, total, device=device)
+
+    def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
+        tokens = probabilities.shape[3]
+        squares = probabilities.square().mean(1)  # [kv_heads, n, tokens]
+        last = max(0, self._total - self._queries - first)
+        if last < squares.shape[1]:
+            self._sum[layer, :, :tokens] += squares[:, last:].sum(1)
+        far = squares.tril_(first - self._statistic.distance).amax(1)
+        peak = self._peak[layer, :, :tokens]
+        torch.maximum(peak, far, out=peak)
+
+    def state(self) -> torch.Tensor:
+        mean = self._sum / self._queries
+        return to_log_byte(mean + self._statistic.peak_share * self._peak).unsqueeze(-1)

@@ -1,0 +1,176 @@
+"""`QAQCache`: sequences as one transformers cache, for `generate` and for batched decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from qaq_core.attention.interface import attended, mark
+from qaq_core.base.errors import ConfigError, UnsupportedModelError
+from qaq_core.base.statistics import CacheStatistics
+from qaq_core.cache.decode_step import SequentialStep, Step, begin_decode
+from qaq_core.cache.method import Method
+from qaq_core.cache.presets import make_method
+from qaq_core.cache.sequence import SequenceCache
+from qaq_core.storage.originals import Originals
+
+
+class QAQCache(Cache):
+    """A batch of quantized sequences.
+
+    Either made for a model, and then it grows to the batch that `generate` brings:
+
+        model.generate(**inputs, past_key_values=QAQCache.for_model(model, preset="balanced"))
+
+    or a view over sequences of any lengths, for one forward pass at a time, with explicit `position_ids`.
+    Padding must be on the left. Beam search and cropping are not supported.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(
+        self, sequences: Sequence[SequenceCache], method: Method | None = None, originals: Originals | None = None
+    ) -> None:
+        if not sequences and method is None:
+            raise ConfigError("a QAQCache needs sequences, or a method to make them with")
+        self.sequences = list(sequences)
+        self.layers: list[Any] = []  # transformers' per-layer caches: none, one pool serves all layers
+        self.method = method or sequences[0].method
+        self._originals = originals
+        self._columns = max((sequence.length for sequence in sequences), default=0)
+        self._step: Step | None = None
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Any,
+        preset: str = "balanced",
+        originals: Originals | None = None,
+        **settings: Any,
+    ) -> QAQCache:
+        """An empty cache for a transformers causal LM; see `make_method` for the settings."""
+        return cls([], make_method(model, preset=preset, **settings), originals)
+
+    # -- transformers' protocol ------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Marks the new keys [batch, kv_heads, n, head_dim]; attention stores them.
+
+        Raises:
+            UnsupportedModelError: the keys are not those of the model that the cache was made for, or attention did
+                not reach the cache after the update before.
+        """
+        shape = self.method.shape
+        if layer_idx >= shape.layers or key_states.shape[1::2] != (shape.kv_heads, shape.head_dim):
+            raise UnsupportedModelError(
+                f"this cache was made for {shape.layers} layers of {shape.kv_heads} KV heads with head_dim "
+                f"{shape.head_dim}, not for layer {layer_idx} with keys {list(key_states.shape)}"
+            )
+        return mark(key_states, self, layer_idx), value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included."""
+        return self._columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._columns + query_length, 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def get_max_length(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def __len__(self) -> int:
+        return self.method.shape.layers
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        # A sliding layer keeps all its tokens too; attention masks what has slid out.
+        return [False] * self.method.shape.layers
+
+    is_linear = is_dummy = is_sliding
+
+    def reset(self) -> None:
+        """Forgets every sequence."""
+        for sequence in self.sequences:
+            sequence.close()
+        self.sequences, self._columns = [], 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise ConfigError("beam search is not supported by QAQCache")
+
+    def crop(self, max_length: int) -> None:
+        raise ConfigError("QAQCache cannot be cropped: packed tokens are final")
+
+    # -- attention -------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[batch, query_heads, n, head_dim], each sequence over its own tokens; padding gives zeros."""
+        attended(self)
+        batch, _, n, _ = query.shape
+        if layer == 0:
+            self._step = self._begin(batch, n, position_ids)
+        assert self._step is not None, "layers attend in order"
+        out = self._step.attend(layer, query, keys, values, scaling, sliding_window)
+        if layer == self.method.shape.layers - 1:
+            self._step = None
+            for sequence in self.sequences:
+                sequence.commit()
+            self._columns += n
+        return out
+
+    def _begin(self, batch: int, n: int, position_ids: torch.Tensor | None) -> Step:
+        """A forward pass over n columns begins."""
+        fresh = self._new_tokens(batch, n, position_ids)
+        if n == 1 and all(sequence.batched and sequence.method is self.method for sequence in self.sequences):
+            return begin_decode(self.method, self.sequences)
+        return SequentialStep(self.sequences, fresh)
+
+    def _new_tokens(self, batch: int, n: int, position_ids: torch.Tensor | None) -> list[int]:
+        """How many of the n columns are real tokens of each sequence: the last ones."""
+        if not self.sequences:
+            self.sequences = [self.method.sequence(self._originals) for _ in range(batch)]
+        if batch != len(self.sequences):
+            raise ConfigError(f"the cache holds {len(self.sequences)} sequences, the batch has {batch}")
+        if position_ids is None:
+            return [n] * batch
+        rows = position_ids.expand(batch, -1).tolist()
+        counts = []
+        for sequence, row in zip(self.sequences, rows, strict=True):
+            fresh = row[-1] + 1 - sequence.length
+            padding, tokens = row[: n - fresh], row[n - fresh :]
+            known = tokens == list(range(sequence.length, sequence.length + fresh)) and len(set(padding)) <= 1
+            if not 1 <= fresh <= n or not known:
+                raise ConfigError("positions do not continue the sequence: pad on the left and pass an attention mask")
+            counts.append(fresh)
+        return counts
+
+    # -- measures --------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of all sequences."""
+        return sum(sequence.nbytes for sequence in self.sequences)
+
+    def stats(self) -> list[CacheStatistics]:
+        return [sequence.stats() for sequence in self.sequences]

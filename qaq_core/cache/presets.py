@@ -1,0 +1,200 @@
+"""Presets: which frame, codec, policy and window make up a method.
+
+balanced  centered and shaped rows, progressive Gaussian codes, cost-weighted bits (the default)
+paper     QAQ as published: groups, outliers, both bit formulas, attention window
+fp16      half precision for everything: the reference that quantization is measured against
+
+What others do has names too, see `baselines`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qaq_core.allocation import (
+    AttentionWindow,
+    BalancedPolicy,
+    DecayingMeanSquare,
+    ErrorPolicy,
+    FixedPolicy,
+    PaperPolicy,
+    Target,
+)
+from qaq_core.attention import use_qaq_attention
+from qaq_core.base.errors import ConfigError
+from qaq_core.base.pages import PAGE_TOKENS
+from qaq_core.cache.method import Method
+from qaq_core.cache.sequence import SequenceCache
+from qaq_core.calibration import Calibration, calibrate
+from qaq_core.models import ModelShape
+from qaq_core.quantization import (
+    Adaptation,
+    GaussianCodec,
+    GroupedCodec,
+    IdentityTransform,
+    LinearTransform,
+    ProgressiveCodec,
+    Quantizer,
+    make_codec,
+)
+from qaq_core.quantization.codecs.progressive import greedy_order
+
+BALANCED_BITS = 2.2
+
+
+Parts = dict[str, Any]
+"""What a preset gives: arguments of `Method`, and under "kind" a subclass of it."""
+
+
+def make_method(model: Any, fingerprint: str | None = None, preset: str = "balanced", **settings: Any) -> Method:
+    """The method of a preset for a transformers causal LM, which is switched to QAQ's attention.
+
+    Args:
+        fingerprint: of the model's weights; finds its calibration without hashing them.
+        settings: keyword arguments of the preset's function; and target_bits, target_compression, target_error,
+            page_tokens, kernel.
+    Raises:
+        UnsupportedModelError, ConfigError.
+    """
+    make = find_preset(preset)
+    shape = ModelShape.of(model)
+    target = Target(**{name: settings.pop(f"target_{name}", None) for name in ("bits", "compression", "error")})
+    common = {"page_tokens": settings.pop("page_tokens", PAGE_TOKENS), "kernel": settings.pop("kernel", None)}
+    arguments = (model, shape, fingerprint, target)
+    try:
+        inspect.signature(make).bind(*arguments, **settings)
+    except TypeError as error:
+        raise ConfigError(f"preset {preset!r} does not take these settings: {error}") from error
+    parts = make(*arguments, **settings)
+    if target.error is not None and not isinstance(parts["policy"], ErrorPolicy):
+        raise ConfigError(f"{preset} does not predict its error: give it target_bits or target_compression")
+    weight = next(model.parameters())
+    kind: type[Method] = parts.pop("kind", Method)
+    parts = {"new_sequence": SequenceCache, **common, **parts}
+    method = kind(preset=preset, shape=shape, dtype=model.dtype, device=weight.device, **parts)
+    use_qaq_attention(model)
+    return method
+
+
+def balanced(
+    model: Any,
+    shape: ModelShape,
+    fingerprint: str | None,
+    target: Target,
+    calibration: Calibration | None = None,
+    exceptions: bool = True,
+    rotation: bool = True,
+) -> dict[str, Any]:
+    """The default. Without a target it holds 2.2 code bits an element after the prompt."""
+    known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
+    device = known.key_mean.device
+    costs = (known.key_costs, known.value_costs)
+    transform = LinearTransform(
+        known.key_matrix,
+        known.value_matrix,
+        known.key_mean,
+        known.value_mean,
+        shape.frequencies.to(device),
+        torch.tensor(shape.kind, device=device),
+    )
+    quantizer = Quantizer(transform, ProgressiveCodec([greedy_order(side) for side in costs]))
+    wanted = target if target.given else Target(bits=BALANCED_BITS)
+    return {
+        "quantizer": quantizer,
+        "policy": BalancedPolicy(quantizer, costs, exceptions),
+        "statistic": DecayingMeanSquare(),
+        "target": wanted,
+        "adaptation": Adaptation(costs, rotation),
+    }
+
+
+def paper(
+    model: Any,
+    shape: ModelShape,
+    fingerprint: str | None,
+    target: Target,
+    calibration: Calibration | None = None,
+    granularity: str = "layer",
+    codec: str = "uniform",
+    outlier_ratio: float = 0.01,
+    attention_window: int = 5,
+    sigma_x: float = 0.02,
+    sigma_s: float = 0.002,
+    bits: tuple[int, int] = (1, 8),
+    exceptions: bool = True,
+) -> dict[str, Any]:
+    """QAQ as published (arXiv 2403.04643). A target scales both tolerated errors by one factor."""
+    if codec not in ("uniform", "normal"):
+        raise ConfigError(f"the paper preset takes the codecs uniform and normal, not {codec!r}")
+    if not 0 <= outlier_ratio < 1:
+        raise ConfigError(f"outlier_ratio must be at least 0 and below 1, not {outlier_ratio}")
+    known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
+    made = make_codec(codec, granularity=granularity)
+    assert isinstance(made, GroupedCodec)
+    policy = PaperPolicy(
+        known.query_norm, made.dims, sigma_x, sigma_s, bits, normal=codec == "normal", exceptions=exceptions
+    )
+    return {
+        "quantizer": Quantizer(IdentityTransform(), made),
+        "policy": policy,
+        "statistic": AttentionWindow(attention_window),
+        "target": target,
+        "outlier_ratio": outlier_ratio,
+    }
+
+
+def fp16(model: Any, shape: ModelShape, fingerprint: str | None, target: Target) -> dict[str, Any]:
+    """Half precision for every vector, through the same packed path."""
+    if target.given:
+        raise ConfigError("the fp16 preset takes no target: it holds 16 bits an element")
+    return {
+        "quantizer": Quantizer(IdentityTransform(), GaussianCodec()),
+        "policy": FixedPolicy(16, 16),
+        "statistic": DecayingMeanSquare(),
+    }
+
+
+Preset = Callable[..., Parts]
+
+PRESETS: dict[str, Preset] = {"balanced": balanced, "paper": paper, "fp16": fp16}
+
+_FAMILIES: list[tuple[str, Callable[[str], Preset | None]]] = []
+
+
+def register_preset(name: str, preset: Preset) -> None:
+    """Adds a preset of your own.
+
+    Args:
+        preset: gets the model, its shape, its fingerprint, the target, and settings by keyword; returns `Parts`.
+    """
+    PRESETS[name] = preset
+
+
+def register_family(name: str, find: Callable[[str], Preset | None]) -> None:
+    """Adds presets whose names follow a pattern, such as "uniform-3".
+
+    Args:
+        name: what messages call the family.
+        find: gets a name; returns the preset of that name, or None.
+    """
+    _FAMILIES.append((name, find))
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        ConfigError: there is none; the message names those there are.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    for _, find in _FAMILIES:
+        found = find(name)
+        if found is not None:
+            return found
+    known = ", ".join([*PRESETS, *(family for family, _ in _FAMILIES)])
+    raise ConfigError(f"no preset is called {name!r}; there are {known}")

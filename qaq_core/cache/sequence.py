@@ -1,0 +1,315 @@
+"""One sequence's cache: exact sinks and recent tokens, packed tokens between them, originals behind them.
+
+Tokens stand as [sinks | packed | recent]. While a prompt is computed all its tokens are exact; when it is
+complete (or, in decode, when the recent window is full) the oldest are quantized in groups and packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from qaq_core.allocation.allocator import TokenState
+from qaq_core.allocation.attention_statistics import Observer, PromptObserver
+from qaq_core.allocation.importance import Importance
+from qaq_core.allocation.rate_control import RateControl
+from qaq_core.allocation.requantize import Requantizer
+from qaq_core.attention.reference import LayerTokens
+from qaq_core.base.errors import ConfigError
+from qaq_core.base.pages import KEY, VALUE, Page, unique_names
+from qaq_core.base.statistics import CacheStatistics
+from qaq_core.cache.method import Method
+from qaq_core.quantization.outliers import Outliers
+from qaq_core.storage.originals import InProcessOriginals, Originals
+from qaq_core.storage.packed import PackedTokens
+from qaq_core.storage.residual import ResidualWindow
+from qaq_core.storage.staging import Staging
+
+
+class SequenceCache:
+    """The quantized cache of one sequence.
+
+    Args:
+        method: what all sequences of a model share.
+        originals: store for full-precision pages; this process's memory if not given.
+        page_name: gives the id of page i, called when its tokens are complete; random names if not given.
+        wait: block a step until re-quantized rows have arrived.
+
+    Attributes:
+        lam: what a bit costs.
+        importance: what attention the tokens have got.
+        exact_prefix: first tokens whose keys and values were computed over full precision alone: those of the
+            first prompt. They depend on the tokens and nothing else; later ones on what was quantized, and when.
+    """
+
+    batched = True
+    """Whether its decode steps can be computed together with others of the same method."""
+
+    def __init__(
+        self,
+        method: Method,
+        originals: Originals | None = None,
+        page_name: Callable[[int], bytes] | None = None,
+        wait: bool = False,
+    ) -> None:
+        self.method = method
+        self.length = 0
+        self.exact_prefix = 0
+        shape = method.shape
+        elements = 2 * shape.layers * shape.kv_heads * shape.head_dim
+        self.rate = RateControl(method.allocator, method.target, elements, shape.head_dim)
+        self.importance = Importance(method.allocator, (shape.layers, shape.kv_heads), method.device)
+        self.staging = Staging(method.page_shape, originals or InProcessOriginals(), page_name or unique_names())
+        dims = (shape.layers, shape.kv_heads, shape.head_dim)
+        self.packed = PackedTokens(method.quantizer, dims, method.sinks, method.device, method.repacker)
+        self.requantizer = Requantizer(self.packed, self.staging, method.allocator, wait)
+        room = method.sinks + 2 * method.pack_tokens
+        self.residual = ResidualWindow(dims, room, method.dtype, method.residual_dtype, method.device)
+        self._expected = 0
+        self._steps = 0
+        self._first_prompt = True
+
+    # -- what a forward pass does, layer by layer ------------------------------------------------------
+
+    def expect_prompt(self, tokens: int) -> None:
+        """The next tokens are a prompt that may come in chunks: keep them exact until the last has arrived."""
+        if self._expected:
+            raise ConfigError("a prompt is still arriving")
+        self._begin_prompt(tokens)
+
+    def load(self, pages: Sequence[Page], shared: int, coming: int) -> None:
+        """Begins a prompt with stored pages in place of computing them; `coming` more tokens are computed.
+
+        What the window predicts of all of them comes from the queries of those `coming` tokens.
+
+        Args:
+            pages: the prompt's first, in order, without a gap. The sequence must be empty.
+            shared: so many of them, from the first, hold full-precision numbers, see `exact_prefix`.
+        """
+        if self.length or self._expected:
+            raise ConfigError("pages can only be loaded into an empty sequence")
+        held = len(pages) * self.method.page_tokens
+        self.residual.begin_prompt(held + coming)
+        for page in pages:
+            self.residual.load(page.data)
+        self.staging.resume([page.id for page in pages])
+        self.length = held
+        self.exact_prefix = shared * self.method.page_tokens
+        self._begin_prompt(coming)
+
+    def bits_at(self, floor: float) -> float:
+        """Code bits an element of the packed tokens that a floor would leave, see `set_lambda_floor`."""
+        return self.rate.bits_at(floor, self._kept())
+
+    def set_lambda_floor(self, floor: float) -> None:
+        """Sets the least price of a bit, which sequences may share.
+
+        If that is more than was paid, vectors give up what they would not pay for, at once and from what they
+        hold. If it is less they get it back from their originals while decoding, within `RateControl.allowance`.
+        """
+        if self.rate.set_floor(floor) and len(self.packed):
+            self.requantizer.narrow_to(self._kept(), self.rate.value)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Takes the next n tokens' keys and values of a layer and attends to everything so far.
+
+        Args:
+            query: [query_heads, n, head_dim]. keys, values: [kv_heads, n, head_dim], after RoPE.
+        Returns:
+            float32 [query_heads, n, head_dim].
+        """
+        tokens, observe = self.take(layer, keys, values)
+        return self.method.attention(query, tokens, scaling, sliding_window, observe)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether a prompt is still arriving."""
+        return self._expected > 0
+
+    def begin(self) -> None:
+        """A decode step begins: one token's keys and values will be written to `exact`, and attention observed."""
+        self._begin_step(1)
+
+    def take(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[LayerTokens, Observer | None]:
+        """Takes the next tokens' keys and values of a layer; what to attend to, and who watches."""
+        if layer == 0:
+            self._begin_step(keys.shape[1])
+        exact_keys, exact_values = self.residual.write(layer, keys, values)
+        sinks, packed = min(self.method.sinks, exact_keys.shape[1]), self.packed if len(self.packed) else None
+        tokens = LayerTokens(layer, exact_keys, exact_values, sinks, packed)
+        return tokens, self.importance.observer(layer, self.length)
+
+    def load_prefill(self, originals: torch.Tensor, watch: PromptObserver) -> None:
+        """Takes a prompt that was computed elsewhere, as if its forward pass had just ended.
+
+        Args:
+            originals: [layers, 2, kv_heads, n, head_dim], after RoPE, in the model's dtype.
+            watch: has seen the prompt's probabilities.
+        """
+        self.expect_prompt(originals.shape[3])
+        self._begin_step(originals.shape[3])
+        self.importance.prompt = watch
+        for layer, (keys, values) in enumerate(originals):
+            self.residual.write(layer, keys, values)
+        self.commit()
+
+    def commit(self) -> None:
+        """Ends a forward pass: originals leave, tokens are packed, exceptions are looked for."""
+        fresh = self.residual.end_step()
+        if self._first_prompt and self._expected and self.exact_prefix == self.length:
+            self.exact_prefix += fresh.shape[3]
+        self.staging.append(fresh)
+        self.length += fresh.shape[3]
+        if self._expected:
+            self._expected -= fresh.shape[3]
+            if self._expected == 0:
+                self._end_prompt()
+            return
+        self.requantizer.apply()
+        self.importance.end_step(self.length - 1)
+        if self.residual.held - self.method.sinks >= 2 * self.method.pack_tokens:
+            self._pack(self.method.pack_tokens)
+        self._steps += 1
+        policy = self.method.policy
+        if policy.exceptions and len(self.packed) and self._steps % policy.every == 0:
+            self._review(self._steps % policy.narrow_every == 0)
+
+    def fork(self, page_name: Callable[[int], bytes] | None = None) -> SequenceCache:
+        """A sequence that holds the same tokens and goes on by itself; its counts begin at 0.
+
+        Its device memory is its own, its complete pages are shared.
+
+        Args:
+            page_name: as for a new sequence; asked for the pages that are not complete yet.
+        Raises:
+            ConfigError: a prompt is still arriving.
+        """
+        if self._expected:
+            raise ConfigError("a prompt is still arriving; fork when it is complete")
+        other = SequenceCache(self.method, self.staging.originals, wait=self.requantizer.wait)
+        other.length, other.rate, other.importance = self.length, self.rate.fork(), self.importance.copy()
+        other.exact_prefix, other._first_prompt = self.exact_prefix, False
+        other.staging = self.staging.fork(page_name or unique_names())
+        other.packed, other.residual = self.packed.copy(), self.residual.copy()
+        other.requantizer = Requantizer(other.packed, other.staging, self.method.allocator, self.requantizer.wait)
+        other.requantizer.rounded_from = self.requantizer.rounded_from
+        other._steps = self._steps
+        return other
+
+    # -- measures --------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of every buffer this sequence holds on the device."""
+        return self.residual.nbytes + self.importance.nbytes + self.packed.nbytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Host bytes of originals that the store has not acknowledged."""
+        return self.staging.nbytes
+
+    def bits(self, side: int) -> torch.Tensor:
+        """float32 [layers, kv_heads, length]: bits an element of each vector, by position; exact ones have 16."""
+        shape, exact = self.method.shape, 8.0 * self.method.residual_dtype.itemsize
+        held = torch.full((shape.layers, shape.kv_heads, self.length), exact)
+        if len(self.packed):
+            held[:, :, self.packed.start : self.packed.stop] = self.packed.widths(side).cpu() / 2
+        return held
+
+    def stats(self) -> CacheStatistics:
+        shape, counts = self.method.shape, self.requantizer.counts
+        return CacheStatistics(
+            tokens=self.length,
+            kv_bytes=self.nbytes,
+            kv_bytes_fp16=self.length * shape.layers * 2 * shape.kv_heads * shape.head_dim * 2,
+            staging_bytes=self.staging_bytes,
+            key_bits=self.packed.histogram(KEY),
+            value_bits=self.packed.histogram(VALUE),
+            exceptions=counts.exceptions,
+            rows_requantized=counts.rows_requantized,
+            requantize_bytes=counts.requantize_bytes,
+            rows_narrowed=counts.rows_narrowed,
+            originals_missing=counts.originals_missing,
+        )
+
+    def close(self) -> None:
+        """Frees everything; pages under way still reach the store."""
+        self.staging.close()
+        self.residual.close()
+        self.importance.close()
+        self.packed = PackedTokens(self.method.quantizer, (0, 0, 0), 0, self.method.device)
+        self.requantizer.close(self.packed)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _begin_step(self, n: int) -> None:
+        if not self._expected and n > 1:
+            self._begin_prompt(n)
+        if self._expected and n > self._expected:
+            raise ConfigError(f"a prompt of {self._expected} more tokens was announced, {n} came")
+        self.residual.begin_step(n, prompt=self._expected > 0)
+        if self._expected:
+            return
+        room = (self.packed.stop if len(self.packed) else self.length) + 2 * self.method.pack_tokens
+        self.importance.begin_step(self.length + n, room, self._steps % self.method.statistic.every == 0)
+
+    def _begin_prompt(self, tokens: int) -> None:
+        self._expected = tokens
+        self.residual.begin_prompt(tokens)
+        self.importance.begin_prompt(self.length + tokens, tokens)
+
+    def _end_prompt(self) -> None:
+        self.importance.end_prompt()
+        self._first_prompt = False
+        movable = self.residual.held - self.method.sinks
+        groups = movable // self.method.pack_tokens - 1
+        if groups > 0:
+            self._pack(groups * self.method.pack_tokens, solve=True)
+        self.residual.end_prompt()
+        if self.method.dtype != self.method.residual_dtype:
+            # What is in the window now, and all that comes after, is packed from rounded numbers.
+            self.requantizer.rounded_from = min(self.requantizer.rounded_from, self.packed.stop)
+
+    def _pack(self, tokens: int, solve: bool = False) -> None:
+        """Quantizes the oldest exact tokens after the sinks; finds the price anew if told to, or if it must."""
+        method, packed, sinks = self.method, self.packed, self.method.sinks
+        originals = self.residual.take_for_packing(sinks, sinks + tokens)
+        if method.adaptation is not None and not len(packed):
+            packed.quantizer = method.adaptation(method.quantizer, originals, packed.stop)
+        rows, metas, outliers = method.prepare(packed.quantizer, originals, packed.stop, overwrite=True)
+        kept = TokenState(self.importance.state[:, :, : self.length], packed.stop, metas)
+        if solve or self.rate.unsolved(len(packed)):
+            everything = kept.preceded(packed.start, packed.metas) if len(packed) else kept
+            self.rate.solve(everything, self.length, self._fixed_bytes(tokens, (*metas, *outliers)))
+            self.rate.settling = self._steps > 0 and not solve
+        packed.append(self.rate.widths(kept), rows, metas, outliers)
+        self.residual.drop(sinks, sinks + tokens)
+
+    def _review(self, narrow: bool) -> None:
+        if narrow:
+            self.rate.steer(self.packed, self.length, self._fixed_bytes())
+        self.rate.charge(self.requantizer.review(self._kept(), self.rate.value, narrow, self.rate.most_bytes))
+
+    def _kept(self) -> TokenState:
+        """What is kept of the packed tokens."""
+        return TokenState(self.importance.state[:, :, : self.length], self.packed.start, self.packed.metas)
+
+    def _fixed_bytes(self, tokens: int = 0, parts: Sequence[torch.Tensor | Outliers | None] = ()) -> int:
+        """What the cache will hold besides codes.
+
+        Args:
+            tokens: so many more are about to be packed; `parts` are their meta bytes and outliers.
+        """
+        tags = self.method.shape.layers * self.method.shape.kv_heads * tokens
+        coming = tags + sum(part.nbytes for part in parts if part is not None)
+        watched = self.importance.bytes_of(self.length + 2 * self.method.pack_tokens)
+        return self.residual.residual_bytes + self.packed.fixed_bytes + coming + watched

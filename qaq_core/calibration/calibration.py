@@ -1,0 +1,263 @@
+"""Calibration: what the method has to know of a model, measured once on text the model samples itself.
+
+key_mean, value_mean      mean of a head's keys before RoPE, and of its values
+key_matrix, value_matrix  the frame in which they are quantized, see `shaping`
+key_costs, value_costs    what an error in an octet of a vector in that frame costs, see `sensitivity`
+query_norm                upper 10% quantile of ‖q‖² of a KV head's queries (the paper's key formula)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qaq_core.base.paths import cache_dir
+from qaq_core.calibration import sensitivities
+from qaq_core.calibration.moments import QueryNorms, moments
+from qaq_core.calibration.sampled_text import sample
+from qaq_core.models.shape import ModelShape
+from qaq_core.quantization.transforms.whitening import whitened
+
+SEQUENCES, TOKENS = 6, 1024
+PERTURBATION_TOKENS = 256
+
+GRADIENTS, DISTURBANCE = "gradients", "disturbance"
+Progress = Callable[[str, float], None]
+
+log = logging.getLogger(__name__)
+_shown: ContextVar[Progress | None] = ContextVar("progress of a calibration", default=None)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the presets need.
+
+    Attributes:
+        key_matrix, value_matrix: float16 [layers, kv_heads, head_dim, head_dim].
+        key_mean, value_mean: float32 [layers, kv_heads, head_dim].
+        key_costs, value_costs: float32 [layers, kv_heads, head_dim/8].
+        query_norm: float32 [layers, kv_heads].
+        source: how costs were measured: "gradients", or "disturbance" where those had no memory.
+    """
+
+    key_matrix: torch.Tensor
+    value_matrix: torch.Tensor
+    key_mean: torch.Tensor
+    value_mean: torch.Tensor
+    key_costs: torch.Tensor
+    value_costs: torch.Tensor
+    query_norm: torch.Tensor
+    source: str = GRADIENTS
+
+    @property
+    def tables(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def to(self, device: torch.device) -> Calibration:
+        return Calibration(**{name: table.to(device) for name, table in self.tables.items()}, source=self.source)
+
+    def save(self, path: Path) -> None:
+        """Writes safetensors, all at once."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        tables = {name: table.cpu().contiguous() for name, table in self.tables.items()}
+        save_file(tables, part, {"source": self.source})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        with safe_open(path, "pt") as file:
+            source = (file.metadata() or {}).get("source", GRADIENTS)
+            return cls(**{name: file.get_tensor(name) for name in file.keys()}, source=source)  # noqa: SIM118
+
+
+@contextmanager
+def shown(progress: Progress) -> Iterator[None]:
+    """While this lasts, a model that has to be calibrated reports (what is done, share done) to `progress`."""
+    token = _shown.set(progress)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> Calibration:
+    """The model's calibration: shipped, cached from before, or measured now and cached.
+
+    Cached under $QAQ_CACHE_DIR (default ~/.cache/qaq), by the fingerprint of the weights.
+    """
+    fingerprint = fingerprint or weights_fingerprint(model)
+    cached = cached_at(fingerprint)
+    calibration = known(fingerprint) or _measured_once(model, shape, cached)
+    if calibration.source != GRADIENTS:
+        log.warning(
+            "the calibration of %s was measured by %s, for want of memory for gradients; "
+            "more memory and deleting %s give the better one",
+            type(model).__name__,
+            calibration.source,
+            cached,
+        )
+    return calibration
+
+
+def known(fingerprint: str) -> Calibration | None:
+    """A model's calibration, if it is shipped or was measured before."""
+    cached = cached_at(fingerprint)
+    with resources.as_file(resources.files("qaq_core") / "tables" / cached.name) as path:
+        return _kept(path) or _kept(cached)
+
+
+def cached_at(fingerprint: str) -> Path:
+    """Where a model's calibration is kept."""
+    return cache_dir() / "calibration" / f"{fingerprint}.safetensors"
+
+
+def _kept(path: Path) -> Calibration | None:
+    """What was measured before, unless it was by a version that measured other things."""
+    try:
+        return Calibration.load(path) if path.is_file() else None
+    except TypeError:
+        log.info("%s has not the tables that are needed now", path)
+        return None
+
+
+def _measured_once(model: Any, shape: ModelShape, path: Path) -> Calibration:
+    """Measured by this process, or by another that was at it already."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            kept = _kept(path)
+            if kept is not None:
+                return kept
+            log.info("calibrating %s once, on text it samples itself", type(model).__name__)
+            calibration = measure(model, shape)
+            calibration.save(path)
+            return calibration
+    except OSError as error:
+        log.warning("calibrating without keeping it: %s cannot be written (%s)", path, error)
+        return measure(model, shape)
+
+
+def weights_fingerprint(model: Any) -> str:
+    """BLAKE3 of configuration and weights, for models that came from no file."""
+    digest = blake3(model.config.to_json_string(use_diff=True).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest(16)
+
+
+def measure(
+    model: Any,
+    shape: ModelShape,
+    sequences: int = SEQUENCES,
+    tokens: int = TOKENS,
+    progress: Progress | None = None,
+    seed: int = 0,
+    source: str | None = None,
+) -> Calibration:
+    """Samples text from the model and measures keys, values and queries on it.
+
+    Takes about one backward pass a sequence; for a 135M model and 6 x 1,024 tokens minutes on one core.
+
+    Args:
+        source: how to measure sensitivities; None takes gradients if their memory is there, else disturbance.
+    """
+    report = progress or _shown.get() or (lambda what, share: None)
+    tokens = min(tokens, model.config.get_text_config(decoder=True).max_position_embeddings)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with _prepared(model):
+        source = source or _affordable(model, tokens, device)
+        with QueryNorms(model, shape) as queries:
+            text, cache = sample(model, sequences, tokens, generator, report)
+        means, covariances = moments(shape, cache)
+        del cache
+        fisher = None
+        if source == GRADIENTS:
+            try:
+                fisher = _fisher_by_gradients(model, shape, text, generator, report)
+            except (MemoryError, RuntimeError) as error:
+                if not sensitivities.is_out_of_memory(error):
+                    raise
+                log.warning("no memory for gradients (%s): measuring sensitivities by disturbance", error)
+        if fisher is None:
+            source = DISTURBANCE
+            fisher = _fisher_by_perturbation(model, shape, text, generator, report)
+    matrices, costs = whitened(covariances, fisher)
+    return Calibration(
+        key_matrix=matrices[0],
+        value_matrix=matrices[1],
+        key_mean=means[0].float(),
+        value_mean=means[1].float(),
+        key_costs=costs[0],
+        value_costs=costs[1],
+        query_norm=queries.norm,
+        source=source,
+    )
+
+
+def _fisher_by_gradients(
+    model: Any, shape: ModelShape, text: torch.Tensor, generator: torch.Generator, report: Progress
+) -> torch.Tensor:
+    """F of keys and of values, float64 [2, layers, kv_heads, head_dim, head_dim]."""
+    products = torch.zeros((), dtype=torch.float64, device=text.device)
+    for i, row in enumerate(text):
+        products = products + sensitivities.by_gradients(model, shape, row[None], generator)
+        report("calibrating", (i + 1) / len(text))
+    return products / text.numel()
+
+
+def _fisher_by_perturbation(
+    model: Any, shape: ModelShape, text: torch.Tensor, generator: torch.Generator, report: Progress
+) -> torch.Tensor:
+    """As if all directions of a head cost the same."""
+    text = text[:1, :PERTURBATION_TOKENS]
+    layers = []
+    for found in sensitivities.by_perturbation(model, shape, text, generator):
+        layers.append(found)
+        report("calibrating without gradients", len(layers) / shape.layers)
+    means = torch.stack(layers, 1) / text.numel()
+    return means[..., None, None] * torch.eye(shape.head_dim, dtype=torch.float64, device=text.device)
+
+
+def _affordable(model: Any, tokens: int, device: torch.device) -> str:
+    """Which way of measuring sensitivities fits in the memory that is free."""
+    need, free = sensitivities.gradient_bytes(model, tokens), sensitivities.free_bytes(device)
+    if need <= free:
+        return GRADIENTS
+    log.warning(
+        "gradients of %s would take %.1f GB and %.1f GB are free: measuring sensitivities by disturbance",
+        type(model).__name__,
+        need / 1e9,
+        free / 1e9,
+    )
+    return DISTURBANCE
+
+
+@contextmanager
+def _prepared(model: Any) -> Iterator[None]:
+    """No gradients for weights, and transformers' own attention, while this lasts."""
+    was = model.config._attn_implementation
+    requires = [parameter.requires_grad for parameter in model.parameters()]
+    model.set_attn_implementation("sdpa")
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, required in zip(model.parameters(), requires, strict=True):
+            parameter.requires_grad_(required)
+        model.set_attn_implementation(was)

@@ -1,0 +1,46 @@
+"""The C++ library: kernels for the CPU behind a plain C interface (csrc/), called through ctypes.
+
+Calls release the interpreter lock. The library is built when the package is installed; without a C++
+compiler the install succeeds and torch operations run instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+INTERFACE = 15
+"""QAQ_INTERFACE of csrc/attention.h; a library that was built from another is not used."""
+
+
+@cache
+def load_library() -> Any | None:
+    """The C++ library that was built with the package, or the one that QAQ_LIBRARY names; None without."""
+    loaded, _ = _load()
+    return loaded
+
+
+def missing_library() -> str | None:
+    """Why there is no library, with what to do about it; None if there is one."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[Any | None, str | None]:
+    folder = Path(__file__).parent
+    given = os.environ.get("QAQ_LIBRARY")
+    for path in [Path(given)] if given else [folder / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]:
+        if path.exists():
+            loaded = ctypes.CDLL(str(path))
+            loaded.qaq_isa.restype = ctypes.c_char_p
+            loaded.qaq_use.argtypes = [ctypes.c_char_p]
+            if loaded.qaq_interface() == INTERFACE:
+                return loaded, None
+            return None, f"{path} was built from other sources: reinstall QAQ"
+    if given:
+        return None, f"QAQ_LIBRARY={given} is not there: unset it"
+    return None, "the C++ library is not built: install a C++ compiler and reinstall QAQ"

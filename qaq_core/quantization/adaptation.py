@@ -1,0 +1,51 @@
+"""Adaptation: what a sequence's quantizer takes from the tokens that are packed first.
+
+Means, which leave less to quantize, and axes (see `rotation`), where the sequence is long enough to pay for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qaq_core.base.pages import KEY, VALUE
+from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.quantization.transforms.rotation import fit_rotation
+
+MEANS_TOKENS = 64
+"""Fewer tokens than these know too little of what is to come."""
+
+ROTATION_TOKENS = 24
+"""Tokens per dim from which axes are worth their bytes, which grow with the square of head_dim."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Makes sequences' own quantizers.
+
+    Attributes:
+        costs: of keys and values, what an error in an octet costs, float32 [layers, kv_heads, octets].
+        rotation: whether there may be axes.
+    """
+
+    costs: tuple[torch.Tensor, torch.Tensor]
+    rotation: bool = True
+
+    def __call__(self, quantizer: Quantizer, originals: torch.Tensor, start: int) -> Quantizer:
+        """The quantizer of a sequence whose first packed tokens these are.
+
+        Args:
+            quantizer: the model's.
+            originals: [layers, 2, kv_heads, n, head_dim] of positions start, start+1, ….
+        """
+        tokens, head_dim = originals.shape[3:]
+        if tokens < MEANS_TOKENS:
+            return quantizer
+        own = quantizer.centered_on(originals, start)
+        if not self.rotation or tokens < ROTATION_TOKENS * head_dim:
+            return own
+        keys, values = (
+            fit_rotation(own.rows(side, originals[:, side], start), self.costs[side]) for side in (KEY, VALUE)
+        )
+        return own.rotated((keys, values))

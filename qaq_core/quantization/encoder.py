@@ -1,0 +1,122 @@
+"""Encoding: originals become rows of a frame, and rows bytes of a codec.
+
+The torch implementation here runs on any device and defines what is done; on a CPU native/encode.py does the
+same in C++. Both make the same bits, since a worker and a cache service may run one each and planes that are
+fetched must continue those that are held: a row's products are summed in double precision and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from qaq_core.base.widths import HALF
+from qaq_core.quantization.bit_planes import RowLayout, pack_half
+from qaq_core.quantization.codecs import Codec
+from qaq_core.quantization.transforms import Transform
+
+Layouts = Callable[[int, int], RowLayout]
+"""The layout of a side's rows of some head_dim."""
+
+
+class Encoder(Protocol):
+    def rows(
+        self, side: int, originals: torch.Tensor, start: int, overwrite: bool = False
+    ) -> tuple[torch.Tensor, int | None]:
+        """See `Quantizer.rows`; with them the first layer that is not finite, if any, and nothing is raised."""
+        ...
+
+    def rows_at(
+        self, side: int, originals: torch.Tensor, layer: torch.Tensor, head: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Transform.rows_at`."""
+        ...
+
+    def meta(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
+        """See `Codec.meta`."""
+        ...
+
+    def encode(
+        self,
+        side: int,
+        rows: torch.Tensor,
+        meta: torch.Tensor,
+        have: torch.Tensor,
+        want: torch.Tensor,
+        begin: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Writes the bytes of rows that those of width `want` have and those of width `have` lack; of HALF all.
+
+        Args:
+            rows: float32 [..., head_dim], n in all. meta: uint8 [n, meta_bytes].
+            have, want: uint8 [n], have <= want or want = HALF.
+            begin: int64 [n], where a row's bytes begin in `out`, uint8.
+        """
+        ...
+
+
+MakeEncoder = Callable[[Transform, Codec, Layouts, torch.device], Encoder]
+"""Chooses the encoder of a device. The default is torch; `qaq_core.cache.backends` hands in C++."""
+
+
+class TorchEncoder:
+    def __init__(self, transform: Transform, codec: Codec, layouts: Layouts) -> None:
+        self._transform, self._codec, self._layouts = transform, codec, layouts
+
+    def rows(
+        self, side: int, originals: torch.Tensor, start: int, overwrite: bool = False
+    ) -> tuple[torch.Tensor, int | None]:
+        rows = self._transform.rows(side, originals, start)
+        finite = torch.isfinite(rows.sum((1, 2, 3)))
+        return rows, None if bool(finite.all()) else int(torch.nonzero(~finite)[0, 0])
+
+    def rows_at(
+        self, side: int, originals: torch.Tensor, layer: torch.Tensor, head: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        return self._transform.rows_at(side, originals, layer, head, position)
+
+    def meta(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
+        return self._codec.meta(rows, excluded)
+
+    def encode(
+        self,
+        side: int,
+        rows: torch.Tensor,
+        meta: torch.Tensor,
+        have: torch.Tensor,
+        want: torch.Tensor,
+        begin: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        rows = rows.reshape(-1, rows.shape[-1])
+        kinds = have.long() * 256 + want
+        for kind in kinds.unique().tolist():
+            mine = torch.nonzero(kinds == kind).squeeze(1)
+            made = self._encode(side, rows[mine], meta[mine], kind // 256, kind % 256)
+            out[begin[mine][:, None] + torch.arange(made.shape[1], device=rows.device)] = made
+
+    def _encode(self, side: int, rows: torch.Tensor, meta: torch.Tensor, have: int, want: int) -> torch.Tensor:
+        head_dim = rows.shape[1]
+        scale, offset = self._codec.affine(meta)
+        units = rows if offset is None else rows - offset.unsqueeze(-1)
+        units = units / spread(scale, head_dim, self._codec.split)
+        if want == HALF:
+            return pack_half(units)
+        layout = self._layouts(side, head_dim)
+        return layout.pack(self._codec.codes(units), layout.row_bytes(have), layout.row_bytes(want))
+
+
+def spread(scale: torch.Tensor, head_dim: int, split: int) -> torch.Tensor:
+    """Scales [..., 1 or 2] of rows as those of their dims: [..., 1 or head_dim]; `split` as in `Codec`."""
+    if not split:
+        return scale
+    dims = torch.tensor([8 * split, head_dim - 8 * split], device=scale.device)
+    return scale.repeat_interleave(dims, -1, output_size=head_dim)
+
+
+def torch_encoder(transform: Transform, codec: Codec, layouts: Layouts, device: torch.device) -> Encoder:
+    """A `MakeEncoder`."""
+    return TorchEncoder(transform, codec, layouts)

@@ -1,0 +1,66 @@
+"""What a transform is: the coordinates in which rows are quantized."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Transform(Protocol):
+    name: str
+
+    def rows(self, side: int, originals: torch.Tensor, start: int) -> torch.Tensor:
+        """Rows float32 of originals [layers, kv_heads, tokens, head_dim] of positions start, start+1, …."""
+        ...
+
+    def rows_at(
+        self, side: int, originals: torch.Tensor, layer: torch.Tensor, head: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows float32 of originals [n, head_dim] of those layers, heads and positions, int64 [n]."""
+        ...
+
+    def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """Queries [heads, n, head_dim] as they meet packed keys."""
+        ...
+
+    def center_scores(self, layer: int, query: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
+        """What centering took from q·k at positions start..stop-1: [heads, n, stop-start], or None for 0."""
+        ...
+
+    def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `center_scores` is made of, or None for 0.
+
+        Returns:
+            means before RoPE [kv_heads, head_dim]; RoPE's cosines and sines [>= stop, head_dim] from position 0.
+        """
+        ...
+
+    def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        """Output [heads, n, head_dim] summed over packed values, as it was but for `value_center`."""
+        ...
+
+    def value_center(self, layer: int) -> torch.Tensor | None:
+        """What centering took from values: [kv_heads, head_dim], or None for 0."""
+        ...
+
+    def centered_on(self, originals: torch.Tensor, start: int) -> Transform:
+        """A frame whose queries and outputs are the same as this one's, with centers of its own.
+
+        Args:
+            originals: [layers, 2, kv_heads, n, head_dim] of positions start, start+1, ….
+        """
+        ...
+
+    def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `query` and `restore` are made of, but for axes, or None if they leave everything as it is.
+
+        Returns:
+            matrices [layers, kv_heads, head_dim, head_dim] that a query is multiplied with from the right, and an
+            output.
+        """
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything needed to make the same frame elsewhere."""
+        ...

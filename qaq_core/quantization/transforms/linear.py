@@ -1,0 +1,187 @@
+"""Linear transform: rows are centered and multiplied with a matrix of their layer and head.
+
+    key   y = K·(k - RoPE(μ, t))     score  q·k = (K⁻ᵀ·q)·y + q·RoPE(μ, t)
+    value y = V·(v - μ_V)            output Σp·v = V⁻¹·Σp·y + (Σp)·μ_V
+
+μ is the mean of a head's keys before RoPE, t the token's position. The means are the model's, from its
+calibration, or a sequence's own (`centered_on`), which leave less to quantize. A long sequence also has a
+rotation of its own (`rotated`), applied last. Worker and cache service must make the same rows, in torch or in
+C++ (`encoder`): products are taken in double precision and rounded once, so that the order of their sums
+does not show.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from qaq_core.base.errors import ConfigError
+from qaq_core.base.pages import KEY, VALUE
+from qaq_core.base.rope import Angles, rotate_pairs
+from qaq_core.quantization.transforms.rotation import Rotation
+
+PRIOR_TOKENS = 32
+"""A sequence's own means are drawn towards the model's as if this many of its tokens had been like those."""
+
+
+class LinearTransform:
+    """Centered rows times a matrix.
+
+    Args:
+        key_matrix, value_matrix: K and V [layers, kv_heads, head_dim, head_dim], invertible, of any dtype.
+        key_mean: [layers, kv_heads, head_dim], mean of the keys before RoPE (after it, for a model without).
+        value_mean: [layers, kv_heads, head_dim].
+        frequencies: float64 [kinds, head_dim/2], RoPE's angle per position and pair (i, i + head_dim/2).
+        kind: int64 [layers], which frequencies a layer uses.
+
+    Attributes:
+        rotation: to which keys' and values' rows are turned, or None.
+    """
+
+    name = "linear"
+    rotation: tuple[Rotation, Rotation] | None = None
+
+    def __init__(
+        self,
+        key_matrix: torch.Tensor,
+        value_matrix: torch.Tensor,
+        key_mean: torch.Tensor,
+        value_mean: torch.Tensor,
+        frequencies: torch.Tensor,
+        kind: torch.Tensor,
+    ) -> None:
+        self.key_matrix, self.value_matrix = key_matrix, value_matrix
+        self.key_mean, self.value_mean = key_mean.float(), value_mean.float()
+        self.frequencies, self.kind = frequencies.double(), kind.long()
+        self.matrices = (key_matrix.float().mT.contiguous(), value_matrix.float().mT.contiguous())
+        """Of keys and values, by dim of the original and then of the row."""
+        key_inverse, value_inverse = (torch.linalg.inv(matrix.double().mT).float() for matrix in self.matrices)
+        self._key_inverse, self._output_map = key_inverse.contiguous(), value_inverse.mT.contiguous()
+        self._angles = Angles(self.frequencies, key_matrix.device)
+        self._kinds: list[int] = self.kind.tolist()
+
+    def to(self, device: torch.device) -> LinearTransform:
+        return LinearTransform(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            "key_matrix": self.key_matrix,
+            "value_matrix": self.value_matrix,
+            "key_mean": self.key_mean,
+            "value_mean": self.value_mean,
+            "frequencies": self.frequencies,
+            "kind": self.kind,
+        }
+
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """What a sequence does not share with others, if this is a sequence's."""
+        own = {"key_mean": self.key_mean, "value_mean": self.value_mean}
+        for side, rotation in zip(("key", "value"), self.rotation or (), strict=False):
+            own |= {f"{side}_{name}": tensor for name, tensor in vars(rotation).items()}
+        return own
+
+    def rows(self, side: int, originals: torch.Tensor, start: int) -> torch.Tensor:
+        tokens = originals.shape[2]
+        rows = torch.empty(originals.shape, device=originals.device)
+        mean, angles = self.centers(side, start + tokens)
+        for layer, own in enumerate(originals):
+            center = mean[layer].unsqueeze(1)
+            if angles is not None:
+                center = rotate_pairs(center, angles[self._kinds[layer], start : start + tokens])
+            rows[layer] = (own.float() - center).double() @ self.matrices[side][layer].double()
+            if self.rotation is not None:
+                rows[layer] = self.rotation[side].rows(layer, rows[layer])
+        return rows
+
+    def rows_at(
+        self, side: int, originals: torch.Tensor, layer: torch.Tensor, head: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        mean, angles = self.centers(side, int(position.max()) + 1 if len(position) else 0)
+        center = mean[layer, head]
+        if angles is not None:
+            center = rotate_pairs(center, angles[self.kind[layer], position])
+        centered = (originals.float() - center).double()
+        rows = torch.empty(originals.shape, device=originals.device)
+        heads = self.key_mean.shape[1]
+        place = layer * heads + head
+        order = place.argsort()
+        counts = torch.bincount(place)
+        present = torch.nonzero(counts).squeeze(1)
+        for where, mine in zip(present.tolist(), order.split(counts[present].tolist()), strict=True):
+            matrix = self.matrices[side][where // heads, where % heads].double()
+            rows[mine] = (centered[mine] @ matrix).float()
+            if self.rotation is not None:
+                rows[mine] = self.rotation[side].head_rows(where // heads, where % heads, rows[mine])
+        return rows
+
+    def centers(self, side: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What rows are centered by: means [layers, kv_heads, head_dim]; and what turns those by their positions.
+
+        Returns:
+            the latter as cosines and sines [kinds, >= stop, head_dim]; None for values.
+        """
+        return (self.key_mean, self._angles(stop)) if side == KEY else (self.value_mean, None)
+
+    def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        inverse = self._key_inverse[layer]
+        transformed = query.reshape(len(inverse), -1, query.shape[-1]) @ inverse
+        if self.rotation is not None:
+            transformed = self.rotation[KEY].query(layer, transformed)
+        return transformed.view(query.shape)
+
+    def center_scores(self, layer: int, query: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
+        group = query.shape[0] // self.key_mean.shape[1]
+        mean = self.key_mean[layer].repeat_interleave(group, 0).unsqueeze(1)
+        q1, q2 = query.chunk(2, -1)
+        m1, m2 = mean.chunk(2, -1)
+        weights = torch.cat([q1 * m1 + q2 * m2, q2 * m1 - q1 * m2], -1)
+        return weights @ self._angles(stop)[self._kinds[layer], start:stop].T
+
+    def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self.key_mean[layer], self._angles(stop)[self._kinds[layer]]
+
+    def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        back = self._output_map[layer]
+        sums = output.reshape(len(back), -1, output.shape[-1])
+        if self.rotation is not None:
+            sums = self.rotation[VALUE].restore(layer, sums)
+        return (sums @ back).view(output.shape)
+
+    def value_center(self, layer: int) -> torch.Tensor | None:
+        return self.value_mean[layer]
+
+    def centered_on(self, originals: torch.Tensor, start: int) -> LinearTransform:
+        tokens = originals.shape[3]
+        angles = self._angles(start + tokens)[:, start : start + tokens]
+        cos, sin = angles.chunk(2, -1)
+        back = torch.cat([cos, -sin], -1)
+        own = torch.stack(
+            [
+                torch.stack([rotate_pairs(keys.float(), back[kind]).mean(1), values.float().mean(1)])
+                for (keys, values), kind in zip(originals, self._kinds, strict=True)
+            ],
+            1,
+        )
+        share = tokens / (tokens + PRIOR_TOKENS)
+        return self.with_means(*(torch.stack([self.key_mean, self.value_mean]).lerp(own, share)))
+
+    def with_means(self, key_mean: torch.Tensor, value_mean: torch.Tensor) -> LinearTransform:
+        """The same matrices, shared, and other means."""
+        if key_mean.shape != self.key_mean.shape or value_mean.shape != self.value_mean.shape:
+            raise ConfigError(f"means must have the shape {list(self.key_mean.shape)}")
+        other = copy.copy(self)
+        other.key_mean, other.value_mean = key_mean.float(), value_mean.float()
+        return other
+
+    def rotated(self, rotation: tuple[Rotation, Rotation]) -> LinearTransform:
+        """The same, with rows that are turned to these axes."""
+        layers, heads, dim = self.key_mean.shape
+        if any(one.shape != (layers, heads, dim) for one in rotation):
+            raise ConfigError(f"axes must be those of {layers} layers, {heads} heads and {dim} dims")
+        other = copy.copy(self)
+        other.rotation = rotation
+        return other
+
+    def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self._key_inverse, self._output_map

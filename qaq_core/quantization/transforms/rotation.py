@@ -1,0 +1,151 @@
+"""A sequence's own axes: its rows turned to where its own numbers are large.
+
+A frame's matrices come from the model's calibration, and a text's vectors do not spread quite as those did. So
+a long sequence turns its rows once more. With C what an error in each dim costs and Σ the covariance of the rows
+that are to be quantized, both in the model's frame, the axes are the eigenvectors U of C^½ Σ C^½, where an error
+costs the same in every direction (Karhunen-Loève), sorted by what lies along them:
+
+    y' = L·U·R·y,    R = C^½,    L = C^-½ and what makes every octet's variance 1
+
+U is held as Householder reflections, whose vectors are rounded to 8 bits: a product of reflections is orthogonal
+whatever they were rounded to, so queries and outputs are brought back exactly, and half of a matrix is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from qaq_core.base.errors import ConfigError
+from qaq_core.quantization.transforms.hadamard import hadamard
+from qaq_core.quantization.transforms.whitening import OCTET, octet_means
+
+PRIOR_TOKENS = 64
+"""Covariances are drawn to the model's as if so many of the tokens had been like those."""
+
+_MOST = 127
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Of one side's rows.
+
+    Attributes:
+        reflections: int8 [layers, kv_heads, d·(d+1)/2 - 1], the vectors of d-1 reflections. The i-th leaves the
+            first i dims alone and so has d-i numbers. A vector of zeros reflects nothing.
+        before, after: R and L, float32 [layers, kv_heads, octets].
+    """
+
+    reflections: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+
+    def __post_init__(self) -> None:
+        layers, heads, dim = self.shape
+        if self.reflections.shape != (layers, heads, dim * (dim + 1) // 2 - 1) or self.after.shape != self.before.shape:
+            raise ConfigError(f"axes of {dim} dims do not have {self.reflections.shape[-1]} numbers")
+        if (self.reflections.dtype, self.before.dtype, self.after.dtype) != (
+            torch.int8,
+            torch.float32,
+            torch.float32,
+        ):
+            raise ConfigError("axes are int8 reflections and float32 scales")  # C++ takes them at their word
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(layers, kv_heads, head_dim)."""
+        layers, heads, octets = self.before.shape
+        return layers, heads, OCTET * octets
+
+    def matrix(self, layer: int) -> torch.Tensor:
+        """U of each head, float64 [kv_heads, head_dim, head_dim]."""
+        _, heads, dim = self.shape
+        rotated = torch.eye(dim, dtype=torch.float64, device=self.reflections.device).repeat(heads, 1, 1)
+        for first, vector in self._vectors(layer):
+            part = rotated[:, first:]
+            part -= (vector * (2 / _square(vector))).unsqueeze(-1) * (vector.unsqueeze(-2) @ part)
+        return rotated
+
+    def rows(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """Rows float32 [kv_heads, n, head_dim] of a layer, turned.
+
+        Every reflection is rounded to float32. Products of a float and a whole number are exact in double
+        precision, and their sums all but exact, so that a row is the same bits wherever it is made.
+        """
+        before, after = self._scales(layer)
+        rows = rows * before.float()
+        for first, vector in self._vectors(layer):
+            part = rows[..., first:].double()
+            share = (part @ vector.unsqueeze(-1) * 2 / _square(vector).unsqueeze(-1)).float().double()
+            rows[..., first:] = (part - share * vector.unsqueeze(-2)).float()
+        return rows * after.float()
+
+    def head_rows(self, layer: int, head: int, rows: torch.Tensor) -> torch.Tensor:
+        """The same of one head's rows [n, head_dim]."""
+        part = (tensor[layer, None, head, None] for tensor in vars(self).values())
+        return Rotation(*part).rows(0, rows.unsqueeze(0))[0]
+
+    def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """Queries float32 [kv_heads, n, head_dim] that meet rows, as they meet turned ones."""
+        before, after = self._scales(layer)
+        return ((query / before.float()) @ self.matrix(layer).mT.float()) / after.float()
+
+    def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        """Sums of turned rows, float32 [kv_heads, n, head_dim], as they were."""
+        before, after = self._scales(layer)
+        return ((output / after.float()) @ self.matrix(layer).float()) / before.float()
+
+    def _vectors(self, layer: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The reflections' vectors float64 [kv_heads, head_dim - first], and the first dim of each."""
+        begin, dim = 0, self.shape[2]
+        for first in range(dim - 1):
+            yield first, self.reflections[layer, :, begin : begin + dim - first].double()
+            begin += dim - first
+
+    def _scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """R and L by dim, float64 [kv_heads, 1, head_dim]."""
+        before, after = (part[layer].double().repeat_interleave(OCTET, -1) for part in (self.before, self.after))
+        return before.unsqueeze(1), after.unsqueeze(1)
+
+
+def fit_rotation(rows: torch.Tensor, costs: torch.Tensor) -> Rotation:
+    """The axes of rows.
+
+    Args:
+        rows: float32 [layers, kv_heads, n, head_dim], in the model's frame, where a typical one has variance 1.
+        costs: float32 [layers, kv_heads, octets], what an error in a dim of an octet costs.
+    """
+    tokens, dim = rows.shape[2:]
+    eye = torch.eye(dim, dtype=torch.float64, device=rows.device)
+    products = torch.stack([layer.mT @ layer for layer in rows]).double()
+    covariance = (products + PRIOR_TOKENS * eye) / (tokens + PRIOR_TOKENS)
+    least = costs.amax(-1, keepdim=True).clamp_min(1e-30) * 1e-9
+    before = torch.maximum(costs, least).sqrt()
+    weight = before.double().repeat_interleave(OCTET, -1)
+    _, vectors = torch.linalg.eigh(weight.unsqueeze(-1) * covariance * weight.unsqueeze(-2))
+    mix = torch.block_diag(*[hadamard(OCTET)] * (dim // OCTET)).to(rows.device)
+    reflections = _reflections(vectors.flip(-1) @ mix.mT)
+    turn = Rotation(reflections, before, torch.ones_like(before))
+    along = torch.stack([turn.matrix(layer) for layer in range(len(rows))]) * weight.unsqueeze(-2)
+    spread = octet_means(along @ covariance @ along.mT)
+    return Rotation(reflections, before, spread.rsqrt().float())
+
+
+def _square(vectors: torch.Tensor) -> torch.Tensor:
+    """Of vectors [..., d]: [..., 1]; 1 for those of zeros, which reflect nothing."""
+    return vectors.square().sum(-1, keepdim=True).clamp_min(1)
+
+
+def _reflections(vectors: torch.Tensor) -> torch.Tensor:
+    """Reflections whose product turns the columns of orthogonal matrices [..., d, d] to the axes, up to signs."""
+    dim = vectors.shape[-1]
+    below, factors = torch.geqrf(vectors)
+    parts = []
+    for first in range(dim - 1):
+        vector = below[..., first:, first].clone()
+        vector[..., 0] = 1.0
+        vector *= (factors[..., first, None] != 0) / vector.abs().amax(-1, keepdim=True)
+        parts.append((vector * _MOST).round().to(torch.int8))
+    return torch.cat(parts, -1)

@@ -1,0 +1,20 @@
+"""Storage: packed tokens, the residual window, and the originals behind them."""
+
+from qaq_core.storage.originals import InProcessOriginals, Originals
+from qaq_core.storage.packed import PackedTokens
+from qaq_core.storage.pool import Pool
+from qaq_core.storage.repack import Moves, Repacker, TorchRepacker
+from qaq_core.storage.residual import ResidualWindow
+from qaq_core.storage.staging import Staging
+
+__all__ = [
+    "InProcessOriginals",
+    "Moves",
+    "Originals",
+    "PackedTokens",
+    "Pool",
+    "Repacker",
+    "ResidualWindow",
+    "Staging",
+    "TorchRepacker",
+]

@@ -1,0 +1,73 @@
+"""A pool: the packed rows of one side (keys or values) of one block of tokens.
+
+Rows of one width stand together, ordered by (layer, head, token). A row's place is its rank among equal
+widths in that order, so positions are not stored: the tags, kept by the caller, are the only index. A block
+that changes is woven again, see `weaving`.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from qaq_core.base.widths import WIDTHS
+from qaq_core.quantization.bit_planes import width_index
+from qaq_core.storage.repack import Moves, Repacker, Rows
+
+
+class Pool:
+    """Packed rows of a block.
+
+    Attributes:
+        rows: width -> uint8 [n, width · head_dim/16]; width 0 has none.
+        first: int32 [layers, kv_heads, widths] on the CPU, a head's first row among those of each of WIDTHS.
+    """
+
+    def __init__(self, repacker: Repacker, half_bit: int) -> None:
+        self.rows: Rows = {}
+        self.first = torch.empty(0, dtype=torch.int32)
+        self._repacker, self._half_bit = repacker, half_bit
+        self._starts: list[list[int]] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self.first.nbytes + sum(rows.untyped_storage().nbytes() for rows in self.rows.values())
+
+    def copy(self) -> Pool:
+        """The same rows in memory of their own."""
+        other = copy.copy(self)
+        other.rows = {width: rows.clone() for width, rows in self.rows.items()}
+        other.first = self.first.clone()
+        return other
+
+    def layer(self, width: int, layer: int) -> torch.Tensor:
+        """Rows of that width in one layer, ordered by (head, token)."""
+        starts = self._starts[WIDTHS.index(width)]
+        return self.rows[width][starts[layer] : starts[layer + 1]]
+
+    def repack(self, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves) -> None:
+        """Takes in rows that come or change their width.
+
+        Args:
+            before, after: the block's tags [layers, kv_heads, tokens]; `after` may have more tokens.
+        """
+        self.rows = self._repacker.repack(self.rows, self._half_bit, before, after, side, moves)
+        self._find_rows(after, side)
+
+    def narrow(self, before: torch.Tensor, after: torch.Tensor, side: int) -> None:
+        """Cuts rows off at the widths of `after`, at most those of `before`. None is in half precision."""
+        self.rows = self._repacker.narrow(self.rows, self._half_bit, before, after, side)
+        self._find_rows(after, side)
+
+    def _find_rows(self, tags: torch.Tensor, side: int) -> None:
+        """Finds where the rows of each layer and head begin."""
+        counts = self._repacker.count(tags, side)
+        self._starts = torch.nn.functional.pad(counts.sum(1).cumsum(0), (0, 0, 1, 0)).T.tolist()
+        flat = counts.view(-1, len(WIDTHS))
+        self.first = (flat.cumsum(0) - flat).view(counts.shape).int()
+
+    def take(self, tags: torch.Tensor, side: int, index: torch.Tensor, width: int) -> torch.Tensor:
+        """Rows at flat indices [n] that all have that width: uint8 [n, bytes]."""
+        rank = (width_index(tags, side).reshape(-1) == WIDTHS.index(width)).cumsum(0) - 1
+        return self.rows[width][rank[index]]

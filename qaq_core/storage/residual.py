@@ -1,0 +1,142 @@
+"""Exact tokens: the sinks, the recent window, and a prompt while it is computed.
+
+They stand in one buffer, [sinks | recent | prompt]. A prompt is held in the model's dtype; when it is
+over, what stays (sinks and recent tokens) is held in the window's dtype, half precision where the model
+computes in float32. Originals are always the model's own numbers, not these.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qaq_core.base.errors import QuantizationError
+from qaq_core.base.pages import KEY, VALUE
+
+
+class ResidualWindow:
+    """Exact keys and values of one sequence.
+
+    Args:
+        dims: (layers, kv_heads, head_dim).
+        capacity: tokens that the buffer has room for outside a prompt.
+        dtype: of the model. window_dtype: of the buffer outside a prompt.
+    """
+
+    def __init__(
+        self,
+        dims: tuple[int, int, int],
+        capacity: int,
+        dtype: torch.dtype,
+        residual_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.held = 0
+        self.capacity, self.dtype, self.residual_dtype = capacity, dtype, residual_dtype
+        self._dims, self._device = dims, device
+        self._buffer = self._new(0, residual_dtype)
+        self._step: torch.Tensor | None = None
+        self._incoming = 0
+        self._overwritten = False
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.untyped_storage().nbytes()
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of the buffer outside a prompt."""
+        layers, heads, dim = self._dims
+        return layers * 2 * heads * self.capacity * dim * self.residual_dtype.itemsize
+
+    def begin_prompt(self, tokens: int) -> None:
+        """Makes room for a prompt in the model's dtype."""
+        self._move(self.held + tokens, self.dtype)
+
+    def load(self, originals: torch.Tensor) -> None:
+        """Takes tokens of a prompt that were computed before: [layers, 2, kv_heads, n, head_dim]."""
+        stop = self.held + originals.shape[3]
+        self._buffer[:, :, :, self.held : stop] = originals
+        self.held = stop
+
+    def end_prompt(self) -> None:
+        """Goes back to the window's size and dtype."""
+        self._move(max(self.capacity, self.held), self.residual_dtype)
+
+    def begin_step(self, n: int, prompt: bool) -> None:
+        """Expects n tokens, layer by layer.
+
+        Raises:
+            QuantizationError: tokens were spent, and packing them failed.
+        """
+        if self._overwritten:
+            raise QuantizationError("this sequence's tokens could not be packed: begin a new sequence")
+        self._incoming = n
+        if prompt:
+            return
+        if self._buffer.shape[3] < self.held + n:
+            self._move(max(self.capacity, self.held + n), self.residual_dtype)
+        if self.dtype != self.residual_dtype:
+            self._step = self._new(n, self.dtype)
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes a layer's new keys and values [kv_heads, n, head_dim]; returns those of all exact tokens."""
+        stop = self.held + self._incoming
+        for side, new in ((KEY, keys), (VALUE, values)):
+            self._buffer[layer, side, :, self.held : stop] = new
+            if self._step is not None:
+                self._step[layer, side] = new
+        return self._buffer[layer, KEY, :, :stop], self._buffer[layer, VALUE, :, :stop]
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the step's keys and values go, for who writes them without `write`.
+
+        Returns:
+            [layers, 2, kv_heads, room, head_dim], at the tokens from `held` on; and in the model's dtype
+            [layers, 2, kv_heads, n, head_dim], or None if the first has that dtype.
+        """
+        return self._buffer, self._step
+
+    def end_step(self) -> torch.Tensor:
+        """The step's originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
+        fresh = self._step
+        if fresh is None:
+            fresh = self._buffer[:, :, :, self.held : self.held + self._incoming]
+        self.held += self._incoming
+        self._step, self._incoming = None, 0
+        return fresh
+
+    def take_for_packing(self, first: int, last: int) -> torch.Tensor:
+        """Tokens first..last-1 in buffer order: [layers, 2, kv_heads, n, head_dim].
+
+        They may be written over (a prompt's rows need no memory of their own then) and must be dropped next.
+        """
+        self._overwritten = True
+        return self._buffer[:, :, :, first:last]
+
+    def drop(self, first: int, last: int) -> None:
+        """Lets go of tokens first..last-1; later ones move up."""
+        self._overwritten = False
+        tail = self._buffer[:, :, :, last : self.held].clone()
+        self.held -= last - first
+        self._buffer[:, :, :, first : self.held] = tail
+
+    def copy(self) -> ResidualWindow:
+        """The same tokens in memory of their own; between steps only."""
+        other = ResidualWindow(self._dims, self.capacity, self.dtype, self.residual_dtype, self._device)
+        other.held, other._buffer, other._overwritten = self.held, self._buffer.clone(), self._overwritten
+        return other
+
+    def close(self) -> None:
+        self.held, self._step = 0, None
+        self._buffer = self._new(0, self.residual_dtype)
+
+    def _move(self, tokens: int, dtype: torch.dtype) -> None:
+        if self._buffer.shape[3] == tokens and self._buffer.dtype == dtype:
+            return
+        moved = self._new(tokens, dtype)
+        moved[:, :, :, : self.held] = self._buffer[:, :, :, : self.held]
+        self._buffer = moved
+
+    def _new(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        layers, heads, dim = self._dims
+        return torch.empty(layers, 2, heads, tokens, dim, dtype=dtype, device=self._device)

@@ -1,0 +1,137 @@
+"""Staging: the originals of one sequence that the store has not acknowledged yet, in host memory.
+
+Every new key and value is copied here first. A complete page leaves for the store, and is kept until the
+store has acknowledged it, so no original is ever dropped that is not safe elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+import torch
+
+from qaq_core.base.pages import Page, PageShape
+from qaq_core.base.rows import RowReply, RowRequest
+from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.storage.originals import Originals, requantize_from
+
+log = logging.getLogger(__name__)
+
+
+class Staging:
+    """The pages of one sequence: the growing one, those under way, and the names of those stored.
+
+    Args:
+        page_name: gives the id of page i; called once its tokens are complete.
+
+    Attributes:
+        stored: pages, from the first without a gap, that the store has acknowledged.
+    """
+
+    def __init__(self, shape: PageShape, originals: Originals, page_name: Callable[[int], bytes]) -> None:
+        self.shape, self.originals, self._page_name = shape, originals, page_name
+        self.names: list[bytes] = []
+        self.tokens = self.refused = self.stored = 0
+        self._growing: torch.Tensor | None = None
+        self._staged: dict[bytes, Page] = {}
+        self._under_way: dict[bytes, Future[None]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes of originals that are not acknowledged."""
+        growing = self.shape.nbytes if self._growing is not None else 0
+        return growing + sum(page.shape.nbytes for page in self._staged.values())
+
+    def resume(self, names: Sequence[bytes]) -> None:
+        """The sequence begins with these pages, which are stored already."""
+        self.names += names
+        self.tokens += len(names) * self.shape.tokens
+        self.stored = len(self.names)
+
+    def append(self, originals: torch.Tensor) -> None:
+        """Takes the next tokens' originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
+        originals = originals.cpu()
+        done = 0
+        while done < originals.shape[3]:
+            slot = self.tokens % self.shape.tokens
+            count = min(self.shape.tokens - slot, originals.shape[3] - done)
+            if self._growing is None:
+                self._growing = torch.empty(self.shape.dims, dtype=self.shape.torch_dtype)
+            self._growing[:, :, :, slot : slot + count] = originals[:, :, :, done : done + count]
+            self.tokens += count
+            done += count
+            if slot + count == self.shape.tokens:
+                self._complete()
+        self.collect()
+
+    def _complete(self) -> None:
+        assert self._growing is not None
+        page = Page(self._page_name(len(self.names)), self.shape, self._growing)
+        self.names.append(page.id)
+        self._growing = None
+        self._staged[page.id] = page
+        self._under_way[page.id] = self.originals.put([page])
+
+    def collect(self) -> None:
+        """Lets go of acknowledged pages. A store retries by itself: what it refused for good stays here."""
+        for name, future in list(self._under_way.items()):
+            if not future.done():
+                continue
+            del self._under_way[name]
+            if future.cancelled() or future.exception() is not None:
+                self.refused += 1
+                log.warning("the store refused a page, which stays in this process: %s", _reason(future))
+            else:
+                del self._staged[name]
+        while self.stored < len(self.names) and self.names[self.stored] not in self._staged:
+            self.stored += 1
+
+    def requantize(self, request: RowRequest, quantizer: Quantizer) -> list[tuple[np.ndarray, Future[RowReply]]]:
+        """Answers what is staged here at once and asks the store for the rest.
+
+        Args:
+            request: rows by page index of this sequence (`page_ids` is filled in here).
+        Returns:
+            pairs of row indices and the future of their part of the answer.
+        """
+        self.collect()
+        pages = dict(self._staged)
+        names = (*self.names, b"growing") if self._growing is not None else tuple(self.names)
+        if self._growing is not None:
+            pages[b"growing"] = Page(b"growing", self.shape, self._growing)
+        local = np.array([name in pages for name in names], dtype=bool)[request.page]
+        parts: list[tuple[np.ndarray, Future[RowReply]]] = []
+        for index, here in ((np.flatnonzero(local), True), (np.flatnonzero(~local), False)):
+            if not len(index):
+                continue
+            part = request.select(index, names)
+            if here:
+                answer: Future[RowReply] = Future()
+                answer.set_result(requantize_from(pages, part, quantizer))
+            else:
+                answer = self.originals.requantize(part, quantizer)
+            parts.append((index, answer))
+        return parts
+
+    def fork(self, page_name: Callable[[int], bytes]) -> Staging:
+        """Staging of a sequence that begins with the same tokens: it shares the complete pages."""
+        other = Staging(self.shape, self.originals, page_name)
+        other.names, other.tokens, other.stored = list(self.names), self.tokens, self.stored
+        other._growing = None if self._growing is None else self._growing.clone()
+        other._staged, other._under_way = dict(self._staged), dict(self._under_way)
+        self.originals.hold(self.names)
+        return other
+
+    def close(self) -> None:
+        """Forgets the sequence's pages; pages under way still arrive."""
+        self.originals.forget(self.names)
+        self._growing = None
+        self._staged.clear()
+        self._under_way.clear()
+
+
+def _reason(future: Future[None]) -> str:
+    return "cancelled" if future.cancelled() else str(future.exception())

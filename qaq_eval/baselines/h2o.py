@@ -1,0 +1,53 @@
+"""H2O, heavy hitters: the tokens with the most attention accumulated, and as many recent ones (arXiv 2306.14048).
+
+A token's worth is the sum over all queries so far of the probability it got, averaged over its head's query group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qaq_core.allocation.attention_statistics import Reduction
+from qaq_core.allocation.target import Target
+from qaq_core.models.shape import ModelShape
+from qaq_eval.baselines import eviction
+from qaq_eval.baselines.no_statistic import NoObserver
+
+NAME, PATTERN = "h2o[-<share kept>]", r"h2o(?:-(\d*\.?\d+))?"
+TARGETED = True
+
+
+def parts(model: Any, shape: ModelShape, target: Target, share: float | None = None) -> dict[str, Any]:
+    return eviction.parts(shape, target, share, AccumulatedAttention(), recent=lambda kept: kept // 2)
+
+
+class AccumulatedAttention:
+    """The sum of a token's probabilities, a float32 in the four bytes of its state."""
+
+    bytes_per_token = 4
+    every = 1
+    reduction: Reduction = "max"
+
+    def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> _PromptSums:
+        return _PromptSums(torch.zeros(layers, heads, total, 4, dtype=torch.uint8, device=device))
+
+    def update(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
+        sums(state).add_(reduction)
+
+    def importance(self, state: torch.Tensor) -> torch.Tensor:
+        return sums(state).clone()
+
+    def join(self, held: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return (sums(held) + sums(seen)).unsqueeze(-1).view(torch.uint8)
+
+
+def sums(state: torch.Tensor) -> torch.Tensor:
+    """float32 [...] of state uint8 [..., 4], the same memory."""
+    return state.view(torch.float32).squeeze(-1)
+
+
+class _PromptSums(NoObserver):
+    def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
+        sums(self._state)[layer, :, : probabilities.shape[3]] += probabilities.mean(1).sum(1)

@@ -1,0 +1,15 @@
+"""More bits for keys than for values (arXiv 2502.15075: k4v2), otherwise as `uniform`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qaq_core.allocation.policies import FixedPolicy
+from qaq_core.models.shape import ModelShape
+from qaq_eval.baselines import uniform
+
+NAME, PATTERN = "k<bits>v<bits>", r"k(\d+)v(\d+)"
+
+
+def parts(model: Any, shape: ModelShape, key_bits: int, value_bits: int) -> dict[str, Any]:
+    return {**uniform.parts(model, shape, 8), "policy": FixedPolicy(key_bits, value_bits)}

@@ -1,0 +1,190 @@
+"""`qaq bench`: how fast it is, against what a user has."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from qaq_eval.cli.bench_elastic import elastic
+from qaq_eval.cli.bench_prefix import prefix
+from qaq_eval.cli.bench_serve import serve
+from qaq_eval.cli.bench_weights import weights as bench_weights
+from services.cli.stack import Compiled, Device, Dtype, JsonPath, Model, Weights, model_or_default
+from services.cli.terminal import progress_line, screen, size
+
+if TYPE_CHECKING:
+    from qaq_eval.speed import SpeedRow
+    from qaq_eval.speed.attention import AttentionRow
+    from qaq_eval.speed.encode import EncodeRow
+    from qaq_eval.speed.step_parts import PartRow
+
+CACHES = "balanced,balanced/reference"
+SHAPES = "9/3/64/4096,12/2/128/16384,32/8/128/16384"
+
+
+def register(app: typer.Typer) -> None:
+    bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
+    bench.command()(decode)
+    bench.command()(attention)
+    bench.command()(encode)
+    bench.command("weights")(bench_weights)
+    bench.command()(serve)
+    bench.command()(elastic)
+    bench.command()(prefix)
+    app.add_typer(bench, name="bench")
+
+
+def decode(
+    model: Model = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 1600,
+    steps: Annotated[int, typer.Option(min=2, help="Tokens from each cache; the first is not timed.")] = 48,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    caches: Annotated[
+        str,
+        typer.Option(
+            help="By comma: presets, a kernel after /: balanced/reference; dynamic-bf16, quanto-int4, hqq-int4, "
+            "llama.cpp-f16, llama.cpp-q8_0, llama.cpp-q4_0."
+        ),
+    ] = CACHES,
+    text: Annotated[Path | None, typer.Option(help="Text to decode; the built-in one if not given.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    weights: Weights = "plain",
+    compiled: Compiled = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the steps of QAQ's caches go.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Decodes from each cache in turn, one step at a time, and from transformers' DynamicCache."""
+    import torch
+
+    from qaq_core.base.errors import ConfigError
+    from qaq_core.calibration import calibration
+    from qaq_core.models.loading import load_model
+    from qaq_eval.quality import builtin_text
+    from qaq_eval.speed import decode_speed
+
+    names = [name.strip() for name in caches.split(",") if name.strip()]
+    with progress_line() as report, calibration.shown(report):
+        if "dynamic-bf16" in names and (weights != "plain" or compiled):
+            raise ConfigError("dynamic-bf16 makes weights of its own: leave out --weights and --compiled for it")
+        loaded = load_model(
+            model_or_default(model), device, dtype, lambda what, share: report(what, None), weights, compiled
+        )
+        words = builtin_text() if text is None else text.read_text(encoding="utf-8")
+        ids = loaded.tokenizer(words, return_tensors="pt").input_ids
+        if ids.shape[1] < context + steps:
+            raise ConfigError(f"the text has {ids.shape[1]} tokens; ask for a shorter context, or give --text")
+        # Each sequence begins somewhere else in the text.
+        ids = torch.cat([ids.roll(-37 * i, 1)[:, : context + steps] for i in range(batch)])
+        ids = ids.to(device)
+        parts: list[PartRow] | None = [] if profile else None
+        rows = decode_speed(loaded.model, loaded.fingerprint, ids, steps, names, report, loaded.source, parts)
+    screen.print(_table(rows), highlight=False)
+    if parts:
+        screen.print(_parts_table(parts), highlight=False)
+    if json_path is not None:
+        about = {"model": loaded.name, "dtype": str(loaded.dtype).removeprefix("torch.")}
+        profiled = {} if parts is None else {"profile": [asdict(row) for row in parts]}
+        _write(json_path, {**about, "weights": weights, "compiled": compiled, **profiled}, rows)
+
+
+def attention(
+    shapes: Annotated[str, typer.Option(help="Query heads/KV heads/head_dim/tokens, by comma.")] = SHAPES,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls of each; the median counts.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch and of the kernel.")] = 1,
+    json_path: JsonPath = None,
+) -> None:
+    """Decode attention over one layer's packed tokens, against dense attention in torch, with cold caches."""
+    import torch
+
+    from qaq_eval.speed.attention import attention_speed, parse_shapes
+
+    try:
+        wanted = parse_shapes(shapes)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--shapes") from error
+    torch.set_num_threads(threads)
+    with progress_line() as report:
+        rows = [row for shape, tokens in wanted for row in attention_speed(shape, tokens, repeat, report)]
+    fastest = rows[0].backend
+    table = Table("shape", "tokens", "backend", "microseconds", f"over {fastest}", "error")
+    for row in rows:
+        over = 1 / row.ratio_to[fastest] if fastest in row.ratio_to else 1.0
+        table.add_row(
+            row.shape, str(row.tokens), row.backend, f"{row.microseconds:.0f}", f"{over:.1f}", f"{row.error:.1e}"
+        )
+    screen.print(table, highlight=False)
+    if json_path is not None:
+        _write(json_path, {"packing": "bits of keys and values: 60% 2/2, 25% 3/2, 10% 4/4, 5% 8/8"}, rows)
+
+
+def encode(
+    shape: Annotated[str, typer.Option(help="Layers/KV heads/head_dim.")] = "30/3/64",
+    tokens: Annotated[int, typer.Option(min=8, help="Of the prompt.")] = 4096,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls of each; the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch and of the kernel.")] = 1,
+    json_path: JsonPath = None,
+) -> None:
+    """Packed rows of originals, of random numbers in the default preset's frame and codec: torch against C++."""
+    import torch
+
+    from qaq_eval.speed.encode import MEAN_BITS, encode_speed, parse_shape
+
+    try:
+        dims = parse_shape(shape)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--shape") from error
+    torch.set_num_threads(threads)
+    with progress_line() as report:
+        rows = encode_speed(dims, tokens, repeat, report)
+    table = Table("what", "rows", "kernel", "milliseconds", "CPU", "faster than torch")
+    for row in rows:
+        times = (f"{row.milliseconds:.2f}", f"{row.cpu_milliseconds:.2f}", f"{row.ratio:.1f}")
+        table.add_row(row.what, f"{row.rows:,}", row.kernel, *times)
+    screen.print(table, highlight=False)
+    if json_path is not None:
+        _write(json_path, {"shape": shape, "tokens": str(tokens), "bits": f"{MEAN_BITS:.2f} an element"}, rows)
+
+
+def _write(path: Path, about: dict[str, Any], rows: Sequence[SpeedRow | AttentionRow | EncodeRow]) -> None:
+    import torch
+
+    from qaq_core.kernels import load_library
+
+    loaded = load_library()
+    machine = {
+        "machine": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "isa": loaded.qaq_isa().decode() if loaded else None,
+    }
+    path.write_text(json.dumps({**about, **machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def _table(rows: list[SpeedRow]) -> Table:
+    table = Table("cache", "tokens/s", "median step", "of dense", "resident")
+    for row in rows:
+        table.add_row(
+            row.cache,
+            f"{row.tokens_per_second:.1f}",
+            f"{row.median_ms:.0f} ms",
+            f"{row.ratio_to_dynamic_cache:.2f}",
+            size(row.kv_bytes),
+        )
+    return table
+
+
+def _parts_table(rows: list[PartRow]) -> Table:
+    table = Table("cache", "part of a step", "CPU", "calls")
+    for row in rows:
+        table.add_row(row.cache, row.part, f"{row.milliseconds:.2f} ms", f"{row.calls:.1f}")
+    return table

@@ -1,0 +1,133 @@
+"""`qaq bench serve`: a stack under load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import SecretStr
+from rich.table import Table
+
+from services.cli.stack import (
+    Compiled,
+    Device,
+    Dtype,
+    JsonPath,
+    Model,
+    Preset,
+    TargetBits,
+    Weights,
+    Workers,
+    model_or_default,
+)
+from services.cli.terminal import progress_line, screen, size, starting
+
+if TYPE_CHECKING:
+    from qaq_eval.serving.figures import Percentiles
+    from qaq_eval.serving.serve import ServeResult
+
+
+def serve(
+    model: Model = None,
+    workers: Workers = 1,
+    clients: Annotated[int, typer.Option(min=1, help="Clients that send the mix, each one request at a time.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of the mix.")] = 32,
+    trace: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Replay this JSONL of arrivals, not the mix.")
+    ] = None,
+    streams: Annotated[int, typer.Option(min=0, help="Equal streams at once; 0 leaves that out.")] = 16,
+    stream_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each of them.")] = 48,
+    memory_sessions: Annotated[
+        int, typer.Option(min=0, help="Sessions to open and close while memory is watched; 0 leaves that out.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(help="Of the mix.")] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    weights: Weights = "auto",
+    compiled: Compiled = False,
+    preset: Preset = "balanced",
+    target_bits: TargetBits = None,
+    router: Annotated[
+        str | None, typer.Option(help="host:port of a stack that runs; its Redis, if any, is QAQ_REDIS_URL.")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Loads a stack, its own unless --router names one, and shows what its clients saw.
+
+    A worker of its own stack decodes as many sequences at once as there are clients or streams, unless
+    QAQ_MAX_SEQUENCES says otherwise.
+    """
+    from qaq_eval.serving.arrivals import mix, read_trace
+    from qaq_eval.serving.serve import Plan, measure
+    from services.cluster import control
+    from services.cluster.state import StackSettings
+
+    cache = {"preset": preset} | ({} if target_bits is None else {"target_bits": target_bits})
+    plan = Plan(
+        scripts=mix(requests, seed) if trace is None else read_trace(trace),
+        clients=clients if trace is None else None,
+        streams=streams,
+        stream_tokens=stream_tokens,
+        memory_sessions=memory_sessions,
+        cache=cache,
+        seed=seed,
+    )
+    with contextlib.ExitStack() as stack:
+        if router is None:
+            os.environ.setdefault("QAQ_MAX_SEQUENCES", str(max(clients, streams)))
+            settings = StackSettings.model_validate(
+                {
+                    "model": model_or_default(model),
+                    "port": 0,
+                    "workers": workers,
+                    "device": device,
+                    "dtype": dtype,
+                    "weights": weights,
+                    "compiled": compiled,
+                    "preset": preset,
+                }
+            )
+            with starting() as report:
+                running = stack.enter_context(control.attached(settings, report))
+            router, redis = running.router, running.redis["url"]
+        else:
+            redis = os.environ.get("QAQ_REDIS_URL")
+        with progress_line() as progress:
+            result = asyncio.run(measure(router, SecretStr(redis) if redis else None, plan, progress))
+    screen.print(_table(result), highlight=False)
+    if json_path is not None:
+        json_path.write_text(result.model_dump_json(indent=1) + "\n")
+
+
+def _table(result: ServeResult) -> Table:
+    table = Table(show_header=False, title="Under load", title_justify="left")
+    who = "trace" if result.clients is None else f"{result.clients} clients"
+    failed = ", ".join(f"{count} {name}" for name, count in result.errors.items()) or "no errors"
+    table.add_row(who, f"{result.requests} requests, {result.sessions} sessions, {failed}")
+    table.add_row("tokens", f"{result.tokens_per_second:.1f} a second")
+    table.add_row("first token", _percentiles(result.ttft_ms))
+    table.add_row("between tokens", _percentiles(result.itl_ms))
+    if (cost := result.router) is not None:
+        inside = f" ({cost.inside_ms:.2f} ms of it inside the router)" if cost.inside_ms is not None else ""
+        table.add_row("router", f"adds {cost.way_ms:.2f} ms to a token's way at the median{inside}")
+    if result.kv_bytes_peak is not None and result.sessions_per_gb is not None:
+        table.add_row("caches", f"{size(result.kv_bytes_peak)} at most, {result.sessions_per_gb:.0f} sessions a GB")
+    if (equal := result.streams) is not None:
+        rates = f"{equal.tokens_per_second:.1f} tokens/s against {equal.tokens_per_second_alone:.1f} of one"
+        table.add_row(f"{equal.streams} streams", f"{rates}: [bold]{equal.ratio:.2f}x[/]")
+        if equal.slowest_to_median is not None:
+            table.add_row("", f"the slowest takes {equal.slowest_to_median:.2f} times the median one's time")
+    if (memory := result.memory) is not None:
+        for process in memory.processes:
+            grown = f"{size(process.warm)} after {memory.warm_sessions} sessions, {size(process.end)} after"
+            table.add_row(process.process, f"{grown} {memory.sessions}")
+    return table
+
+
+def _percentiles(figures: Percentiles) -> str:
+    shown = ((name, getattr(figures, name)) for name in ("p50", "p95", "p99"))
+    return ", ".join(f"{name} {value:.0f} ms" for name, value in shown if value is not None) or "none"

@@ -1,0 +1,83 @@
+"""What the members of a stack say of themselves while a load runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from redis.asyncio import Redis
+
+from qaq_eval.serving.load import DEADLINE_S, Record
+from services.common.channel import open_channel
+from services.common.registry import HEARTBEAT_S, Kind, Registry
+
+SAMPLE_S = 0.2
+_KINDS: tuple[Kind, ...] = ("router", "worker", "originals", "gateway")
+
+
+class Probe:
+    """Looks at the members that are registered in a Redis.
+
+    Attributes:
+        kv_bytes_peak: most bytes that all workers' caches held at once while watched.
+        sessions_at_peak: sessions whose caches those were.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._registry = Registry(redis)
+        self.kv_bytes_peak = self.sessions_at_peak = 0
+
+    async def resident(self) -> dict[str, int]:
+        """Resident bytes of every member's process, by "kind address", as it announced them after this call."""
+        await asyncio.sleep(HEARTBEAT_S * 1.5)
+        members = [member for kind in _KINDS for member in await self._registry.members(kind)]
+        return {f"{member.kind} {member.address}": member.rss_bytes for member in members}
+
+    async def router_ms(self) -> float | None:
+        """How long the last tokens were in a router, at the median, as it says after this call."""
+        await asyncio.sleep(HEARTBEAT_S * 1.5)
+        told = [member.info.get("relay_ms") for member in await self._registry.members("router")]
+        return max((ms for ms in told if ms is not None), default=None)
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Watches the workers' caches while the context lasts."""
+        addresses = [member.address for member in await self._registry.members("worker")]
+        async with contextlib.AsyncExitStack() as stack:
+            channels = [await stack.enter_async_context(open_channel(address)) for address in addresses]
+            task = asyncio.create_task(self._watch([worker_pb2_grpc.WorkerStub(c) for c in channels]))
+            try:
+                yield
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _watch(self, workers: list[worker_pb2_grpc.WorkerStub]) -> None:
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):  # the load's own errors tell of a worker that is gone
+                asked = (worker.Describe(worker_pb2.DescribeRequest(), timeout=5) for worker in workers)
+                facts = await asyncio.gather(*asked)
+                held = sum(fact.kv_bytes for fact in facts)
+                if held > self.kv_bytes_peak:
+                    self.kv_bytes_peak, self.sessions_at_peak = held, sum(fact.sessions for fact in facts)
+            await asyncio.sleep(SAMPLE_S)
+
+    async def direct(self, tokens: list[int], new: int, cache: common_pb2.CacheParams) -> Record:
+        """A generation that is asked of a worker itself."""
+        (worker, *_) = await self._registry.members("worker")
+        request = worker_pb2.RunRequest(
+            token_ids=tokens,
+            sampling=common_pb2.SamplingParams(temperature=0),
+            stop=common_pb2.StopParams(max_new_tokens=new, ignore_eos=True),
+            cache=cache,
+        )
+        async with open_channel(worker.address) as channel:
+            record = Record(time.perf_counter())
+            async for reply in worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=DEADLINE_S):
+                if reply.HasField("token"):
+                    record.arrived(reply.token.chosen_at)
+        return record

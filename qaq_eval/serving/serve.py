@@ -1,0 +1,239 @@
+"""`qaq bench serve`: a serving stack under load, phase by phase."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, SecretStr
+from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
+
+from qaq_eval.serving import figures
+from qaq_eval.serving.arrivals import Arrival, Script
+from qaq_eval.serving.figures import Percentiles
+from qaq_eval.serving.load import Load, Prompts, Record
+from qaq_eval.serving.probe import Probe
+from services.common.channel import open_channel
+from services.common.redis import connect
+
+Report = Callable[[str, float | None], None]
+
+_ROUNDS = 4
+_WARM = 0.2  # share of the sessions that are opened before memory counts as a baseline
+
+
+class RouterCost(BaseModel):
+    """What a router adds to one stream, medians compared with a stream that goes past it.
+
+    Attributes:
+        way_ms: to a token's way from the worker's choice to the client.
+        inside_ms: the part of the way from the token's arrival in the router until gRPC has taken it for the
+            client, as the router itself measures it.
+    """
+
+    way_ms: float
+    inside_ms: float | None
+
+
+class Streams(BaseModel):
+    """Equal streams at once, against one alone.
+
+    Attributes:
+        slowest_to_median: mean time a token of the slowest stream over that of the median one.
+    """
+
+    streams: int
+    tokens_per_second: float
+    tokens_per_second_alone: float
+    ratio: float
+    slowest_to_median: float | None
+
+
+class Growth(BaseModel):
+    """Resident memory of one process over sessions that were opened, used and closed; bytes."""
+
+    process: str
+    warm: int
+    end: int
+    bytes_per_session: float
+
+
+class Memory(BaseModel):
+    """`warm_sessions` were opened and closed before `Growth.warm` was read, `sessions` before `Growth.end`."""
+
+    sessions: int
+    warm_sessions: int
+    processes: list[Growth]
+
+
+class ServeResult(BaseModel):
+    """What `--json` writes; its schema is services/schemas/bench_serve.json.
+
+    The first fields are of the mix or the trace; what needs the stack's Redis is None without it.
+    """
+
+    clients: int | None
+    sessions: int
+    requests: int
+    errors: dict[str, int]
+    tokens_per_second: float
+    ttft_ms: Percentiles
+    itl_ms: Percentiles
+    router: RouterCost | None
+    kv_bytes_peak: int | None
+    sessions_per_gb: float | None
+    streams: Streams | None
+    memory: Memory | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        scripts: the load; closed over `clients`, or at its own times if that is None.
+        streams: how many equal streams to run at once; 0 leaves that out.
+        memory_sessions: how many sessions to open and close; 0 leaves that out.
+        cache: CacheParams.
+    """
+
+    scripts: Sequence[Script]
+    clients: int | None
+    streams: int
+    stream_tokens: int
+    memory_sessions: int
+    cache: dict[str, Any]
+    seed: int
+
+
+async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: Report) -> ServeResult:
+    """Runs all phases against a stack.
+
+    Args:
+        router: host:port.
+        redis_url: of the stack, if it can be reached.
+    Raises:
+        grpc.aio.AioRpcError: the router does not answer at all.
+    """
+    async with open_channel(router) as channel, _probe(redis_url) as probe:
+        stub = generate_pb2_grpc.InferenceStub(channel)
+        await stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)
+        bench = _Bench(stub, await Prompts.load(stub, plan.seed), probe, plan)
+        report("one request to warm up", None)
+        await bench.streams(1)
+        report("the router's share of a token's way", 0.1)
+        cost = await bench.router()
+        report(f"{plan.streams} streams at once", 0.2)
+        streams = await bench.together()
+        report("the load", 0.4)
+        load = await bench.load()
+        report("sessions that come and go", 0.8)
+        memory = await bench.memory()
+    records = load.records
+    failed = [record.error for record in records if record.error]
+    peak = probe.kv_bytes_peak if probe else None
+    return ServeResult(
+        clients=plan.clients,
+        sessions=load.sessions,
+        requests=len(records),
+        errors={name: failed.count(name) for name in sorted(set(failed))},
+        tokens_per_second=figures.tokens_per_second(records),
+        ttft_ms=figures.first_tokens(records),
+        itl_ms=figures.between_tokens(records),
+        router=cost,
+        kv_bytes_peak=peak,
+        sessions_per_gb=probe.sessions_at_peak / peak * 1e9 if probe and peak else None,
+        streams=streams,
+        memory=memory,
+    )
+
+
+class _Bench:
+    def __init__(
+        self, stub: generate_pb2_grpc.InferenceStub, prompts: Prompts, probe: Probe | None, plan: Plan
+    ) -> None:
+        self._stub, self._prompts, self._probe, self._plan = stub, prompts, probe, plan
+
+    async def streams(self, count: int) -> list[Record]:
+        """So many equal requests at once."""
+        load = Load(self._stub, self._prompts, self._plan.cache)
+        arrival = Arrival(prompt_tokens=64, new_tokens=self._plan.stream_tokens)
+        await load.closed([[arrival]] * count, count)
+        return load.records
+
+    async def router(self) -> RouterCost | None:
+        """Streams through the router and past it, in turns."""
+        if self._probe is None:
+            return None
+        routed: list[Record] = []
+        direct: list[Record] = []
+        cache = common_pb2.CacheParams(**self._plan.cache)
+        for _ in range(_ROUNDS):
+            routed += await self.streams(1)
+            direct.append(await self._probe.direct(self._prompts.own(64), self._plan.stream_tokens, cache))
+        return RouterCost(way_ms=figures.added_ms(routed, direct), inside_ms=await self._probe.router_ms())
+
+    async def together(self) -> Streams | None:
+        if not self._plan.streams:
+            return None
+        alone = figures.tokens_per_second(await self.streams(1))
+        records = await self.streams(self._plan.streams)
+        rate = figures.tokens_per_second(records)
+        return Streams(
+            streams=self._plan.streams,
+            tokens_per_second=rate,
+            tokens_per_second_alone=alone,
+            ratio=rate / alone,
+            slowest_to_median=figures.slowest_to_median(records),
+        )
+
+    async def load(self) -> Load:
+        load = Load(self._stub, self._prompts, self._plan.cache)
+        async with self._probe.watching() if self._probe else contextlib.nullcontext():
+            if self._plan.clients is None:
+                await load.timed(self._plan.scripts)
+            else:
+                await load.closed(self._plan.scripts, self._plan.clients)
+        return load
+
+    async def memory(self) -> Memory | None:
+        """Resident memory after the first sessions and after all."""
+        sessions = self._plan.memory_sessions
+        if not sessions or self._probe is None:
+            return None
+        warm = max(1, int(sessions * _WARM))
+        await self._come_and_go(warm)
+        before = await self._probe.resident()
+        await self._come_and_go(sessions - warm)
+        after = await self._probe.resident()
+        return Memory(
+            sessions=sessions,
+            warm_sessions=warm,
+            processes=[
+                Growth(
+                    process=name,
+                    warm=before[name],
+                    end=after[name],
+                    bytes_per_session=(after[name] - before[name]) / max(1, sessions - warm),
+                )
+                for name in sorted(before.keys() & after.keys())
+            ],
+        )
+
+    async def _come_and_go(self, sessions: int) -> None:
+        script = [Arrival(prompt_tokens=48, new_tokens=4, session=f"m{place}") for place in range(sessions)]
+        await Load(self._stub, self._prompts, self._plan.cache).closed([[turn] for turn in script], 4)
+
+
+@contextlib.asynccontextmanager
+async def _probe(redis_url: SecretStr | None) -> AsyncIterator[Probe | None]:
+    if redis_url is None:
+        yield None
+        return
+    redis = connect(redis_url)
+    try:
+        yield Probe(redis)
+    finally:
+        await redis.aclose()

@@ -1,0 +1,199 @@
+"""How fast decoding is from each kind of cache, all in one process, step by step in turn."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache, QuantizedCache
+
+from qaq_core.base.errors import ConfigError
+from qaq_core.cache.cache import QAQCache
+from qaq_core.cache.method import Method
+from qaq_core.cache.presets import make_method
+from qaq_eval.speed import llama_cpp
+from qaq_eval.speed.step_parts import PartRow, step_parts
+
+DENSE = "dynamic"
+"""transformers' DynamicCache, which every other cache is compared with."""
+HALF = "dynamic-bf16"
+"""The same in bfloat16, weights included."""
+QUANTIZED = {"quanto-int4": "quanto", "hqq-int4": "hqq"}
+"""transformers' QuantizedCache, where its backend is installed."""
+WARM_UP = 1
+"""First steps that do not count: backends compile, and scratch is made."""
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One cache at one context.
+
+    Attributes:
+        cache: what decoded: "dynamic", or a preset and its attention kernel, "balanced/cpu", or another.
+        batch: sequences decoded together.
+        tokens_per_second: by the mean step, exceptions and packing included.
+        median_ms: of a step. ratio_to_dynamic_cache: of tokens per second.
+        kv_bytes: resident bytes after the last step.
+    """
+
+    context: int
+    batch: int
+    cache: str
+    tokens_per_second: float
+    median_ms: float
+    ratio_to_dynamic_cache: float
+    kv_bytes: int
+
+
+@torch.inference_mode()
+def decode_speed(
+    model: Any,
+    fingerprint: str | None,
+    ids: torch.Tensor,
+    steps: int,
+    caches: Sequence[str],
+    report: Callable[[str, float], None] | None = None,
+    source: str = "",
+    profiled: list[PartRow] | None = None,
+) -> list[SpeedRow]:
+    """Prefills every cache with the same tokens, then decodes the next ones from each in turn.
+
+    The first WARM_UP steps are not counted.
+
+    Args:
+        ids: int64 [batch, context + steps].
+        caches: presets, each with "/" and a kernel of `attention.KERNELS` if not the default one; "dynamic-bf16";
+            "quanto-int4" and "hqq-int4"; those of `llama_cpp.CACHES`.
+        source: where the model came from; llama.cpp reads the same GGUF file.
+        profiled: where parts of the steps of QAQ's caches go, which then decode the same tokens once more.
+    """
+    batch, context = ids.shape[0], ids.shape[1] - steps
+    if context < 1:
+        raise ConfigError(f"{ids.shape[1]} tokens leave no prompt before {steps} decoded ones")
+    if steps <= WARM_UP:
+        raise ConfigError(f"{steps} steps are too few: the first {WARM_UP} do not count")
+    times: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        held: dict[str, Decoder] = {}
+        for name in dict.fromkeys((DENSE, *caches)):
+            _say(report, f"prompt: {name}", 0.0)
+            times[name] = []
+            if name.startswith(llama_cpp.PREFIX):
+                held[name] = stack.enter_context(llama_cpp.LlamaCpp(source, name, *ids.shape))
+            else:
+                held[name] = _decoder(model, fingerprint, name)
+            held[name].decode(ids[:, :context])
+        for step in range(steps):
+            _say(report, "decoding", step / steps)
+            for name, decoder in held.items():
+                begun = time.perf_counter()
+                decoder.decode(ids[:, context + step : context + step + 1])
+                if ids.is_cuda:
+                    torch.cuda.synchronize()
+                if step >= WARM_UP:
+                    times[name].append(time.perf_counter() - begun)
+        bytes_of = {name: decoder.nbytes for name, decoder in held.items()}
+        if profiled is not None:
+            for name, decoder in held.items():
+                if isinstance(decoder, ModelDecoder) and isinstance(decoder.cache, QAQCache):
+                    profiled += step_parts(model, name, decoder.cache, ids[:, context:])
+    dense = fmean(times[DENSE])
+    return [
+        SpeedRow(
+            context=context,
+            batch=batch,
+            cache=name,
+            tokens_per_second=batch / fmean(times[name]),
+            median_ms=median(times[name]) * 1000,
+            ratio_to_dynamic_cache=dense / fmean(times[name]),
+            kv_bytes=bytes_of[name],
+        )
+        for name in held
+    ]
+
+
+class Decoder(Protocol):
+    """Sequences of one length that are decoded together."""
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Computes the next tokens, int64 [batch, n]; returns the last ones' logits [batch, vocabulary]."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of their keys and values."""
+        ...
+
+
+class ModelDecoder:
+    """A transformers model over a cache."""
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        self.model, self.cache, self._length = model, cache, 0
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Decoder`."""
+        positions = torch.full_like(ids, self._length) if ids.shape[1] == 1 else None
+        self._length += ids.shape[1]
+        output = self.model(ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes if isinstance(self.cache, QAQCache) else _bytes(self.cache)
+
+
+def _decoder(model: Any, fingerprint: str | None, name: str) -> ModelDecoder:
+    if name == HALF:
+        return ModelDecoder(copy.deepcopy(model).to(torch.bfloat16), DynamicCache())
+    return ModelDecoder(model, DynamicCache() if name == DENSE else _cache(model, fingerprint, name))
+
+
+def _cache(model: Any, fingerprint: str | None, name: str) -> Any:
+    if name in QUANTIZED:
+        backend = QUANTIZED[name]
+        try:
+            return QuantizedCache(backend, model.config)
+        except ImportError as error:
+            raise ConfigError(f"{name} needs transformers' {backend} backend, which is not installed") from error
+    return QAQCache([], _method(model, fingerprint, name))
+
+
+def _method(model: Any, fingerprint: str | None, name: str) -> Method:
+    preset, _, kernel = name.partition("/")
+    return make_method(model, fingerprint, preset, **({"kernel": kernel} if kernel else {}))
+
+
+def _bytes(cache: Any) -> int:
+    """Bytes of every tensor that a transformers cache holds, those inside of quantized ones included."""
+    storages: dict[int, int] = {}
+
+    def add(held: Any) -> None:
+        if isinstance(held, torch.Tensor):
+            inner, _ = held.__tensor_flatten__() if hasattr(held, "__tensor_flatten__") else ((), None)
+            for name in inner:
+                add(getattr(held, name))
+            if not inner:
+                storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+        elif isinstance(held, dict):
+            for part in held.values():
+                add(part)
+        elif isinstance(held, (list, tuple)):
+            for part in held:
+                add(part)
+
+    for layer in cache.layers:
+        add(vars(layer))
+    return sum(storages.values())
+
+
+def _say(report: Callable[[str, float], None] | None, what: str, share: float) -> None:
+    if report:
+        report(what, share)

@@ -1,0 +1,88 @@
+"""Which attention runs on a device, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from qaq_core.attention import triton_missing
+from qaq_core.base.errors import ConfigError
+from qaq_core.cache import backends
+from qaq_core.kernels import library as native
+from qaq_core.quantization.codecs import GaussianCodec
+
+CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
+CODEC = GaussianCodec()
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QAQ_KERNEL", raising=False)
+    backends._log_kernel.cache_clear()
+
+
+def test_it_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAQ_KERNEL", "reference")
+    assert backends.make_attention(CODEC, CPU).name == "reference"
+    assert backends.make_attention(CODEC, CPU, "triton").name == "triton (interpreted)"
+    monkeypatch.setenv("QAQ_KERNEL", "quick")
+    with pytest.raises(ConfigError, match="quick"):
+        backends.make_attention(CODEC, CPU)
+
+
+def test_auto_takes_the_fastest() -> None:
+    built = native.load_library() is not None
+    assert backends.make_attention(CODEC, CPU).name.startswith("cpu" if built else "reference")
+    assert backends.make_attention(CODEC, META).name == "reference"
+
+
+@pytest.mark.parametrize(("kernel", "device"), [("cpu", META), ("cpu", CUDA), ("triton", CUDA)])
+def test_a_kernel_for_another_device_is_refused(kernel: str, device: torch.device) -> None:
+    with pytest.raises(ConfigError, match=device.type):
+        backends.make_attention(CODEC, device, kernel)
+
+
+def test_without_the_library_the_reference_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_load", lambda: (None, "it is not built: install a compiler"))
+    monkeypatch.setattr(native, "library", lambda: None)
+    with caplog.at_level(logging.INFO, "qaq_core.attention"):
+        for _ in range(2):
+            assert backends.make_attention(CODEC, CPU).name == "reference"
+    assert [record.message for record in caplog.records] == [
+        "attention kernel: reference; for a faster one: it is not built: install a compiler"
+    ]
+    with pytest.raises(ConfigError, match="compiler"):
+        backends.make_attention(CODEC, CPU, "cpu")
+
+
+def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAQ_LIBRARY", "/nowhere/_cpu.so")
+    loaded, reason = native._load.__wrapped__()
+    assert loaded is None
+    assert reason is not None
+    assert "QAQ_LIBRARY" in reason
+
+
+def test_a_library_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.load_library() is None:
+        pytest.skip("the C++ library is not built")
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    loaded, reason = native._load.__wrapped__()
+    assert loaded is None
+    assert reason is not None
+    assert "reinstall" in reason
+
+
+def test_triton_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET=1"):
+        backends.make_attention(CODEC, CPU, "triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        backends.make_attention(CODEC, CPU, "triton")
+    assert backends.faster_kernel(CUDA) == triton_missing(CUDA)

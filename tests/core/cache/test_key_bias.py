@@ -1,0 +1,33 @@
+"""Keys with large offsets: centering keeps them from costing anything; rotation alone is lost there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qaq_core.calibration.calibration import measure
+from qaq_core.models.loading import LoadedModel
+from qaq_core.models.shape import ModelShape
+from qaq_eval.quality import Config, Row, builtin_text, cut, evaluate, summarize
+from tests.core.biased import with_key_bias
+
+CONFIGS = ("balanced@3", "hadamard-3")
+
+
+def test_an_offset_of_the_keys_costs_the_default_nothing(
+    smollm2: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each model against its own full precision, with a calibration of its own (a short one)."""
+    monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
+    documents = cut(builtin_text(), smollm2.tokenizer, context=200, decode=8, documents=1, offset_fraction=0.4)
+    rows: dict[tuple[bool, str], Row] = {}
+    for biased in (False, True):
+        model = with_key_bias(smollm2.model, 30.0) if biased else smollm2.model
+        known = measure(model, ModelShape.of(model), sequences=1, tokens=64)
+        known.save(tmp_path / "calibration" / f"{biased}.safetensors")
+        parts = list(evaluate(model, str(biased), documents, [Config.parse(name) for name in CONFIGS]))
+        rows.update({(biased, name): summarize(parts, name, 200) for name in CONFIGS})
+    assert rows[True, "balanced@3"].kl_mean < 2 * rows[False, "balanced@3"].kl_mean
+    assert rows[True, "hadamard-3"].kl_mean > 10 * rows[False, "hadamard-3"].kl_mean
+    assert rows[True, "balanced@3"].compression > 0.98 * rows[False, "balanced@3"].compression

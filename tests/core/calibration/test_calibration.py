@@ -1,0 +1,142 @@
+"""Calibration: what is measured is what its formulas say, and it is measured once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from qaq_core.base.errors import UnsupportedModelError
+from qaq_core.base.pages import KEY, VALUE
+from qaq_core.calibration import calibration as room
+from qaq_core.calibration.calibration import calibrate, measure, weights_fingerprint
+from qaq_core.models.loading import LoadedModel
+from qaq_core.models.shape import ModelShape
+from qaq_core.quantization.transforms import LinearTransform
+from tests.core.models import KINDS, calibration, tiny, token_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quick_measurement_gives_finite_tables(kind: str) -> None:
+    known, shape = calibration(kind), ModelShape.of(tiny(kind))
+    for side in (known.key_mean, known.value_mean):
+        assert side.shape == (shape.layers, shape.kv_heads, shape.head_dim)
+        assert bool(torch.isfinite(side).all())
+    heads = (shape.layers, shape.kv_heads)
+    octets = (*heads, shape.head_dim // 8)
+    for table, dims in ((known.key_costs, octets), (known.value_costs, octets), (known.query_norm, heads)):
+        assert table.shape == dims
+        assert bool(torch.isfinite(table).all())
+        assert bool((table > 0).all())
+    for matrix in (known.key_matrix, known.value_matrix):
+        assert (matrix.shape, matrix.dtype) == ((*heads, shape.head_dim, shape.head_dim), torch.float16)
+        assert bool(torch.isfinite(torch.linalg.inv(matrix.double())).all())
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama-gqa", "mistral"])
+def test_means_are_those_of_the_projections_before_rope(kind: str) -> None:
+    model = tiny(kind)
+    shape = ModelShape.of(model)
+    seen: dict[tuple[int, str], list[torch.Tensor]] = {}
+
+    def watch(layer: int, name: str, out: torch.Tensor) -> None:
+        if out.shape[1] == 1:  # a sampled token, not what comes after
+            seen.setdefault((layer, name), []).append(out.detach()[0, 0].view(shape.kv_heads, shape.head_dim))
+
+    for layer, block in enumerate(model.model.layers):
+        for name in ("k_proj", "v_proj"):
+            module = getattr(block.self_attn, name)
+            module.register_forward_hook(lambda m, a, out, layer=layer, name=name: watch(layer, name, out))
+    known = measure(model, shape, sequences=1, tokens=16)
+    for layer in range(shape.layers):
+        for name, table in (("k_proj", known.key_mean), ("v_proj", known.value_mean)):
+            assert torch.allclose(table[layer], torch.stack(seen[layer, name]).mean(0), atol=1e-4)
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = tiny("llama-gqa")
+    before = weights_fingerprint(model)
+    model.requires_grad_(False)
+    next(model.parameters()).requires_grad_(True)
+    was = [p.requires_grad for p in model.parameters()]
+    implementation = model.config._attn_implementation
+    measure(model, ModelShape.of(model), sequences=1, tokens=8)
+    assert [p.requires_grad for p in model.parameters()] == was
+    assert all(p.grad is None for p in model.parameters())
+    assert model.config._attn_implementation == implementation
+    assert weights_fingerprint(model) == before
+
+
+def test_the_same_seed_measures_the_same() -> None:
+    model = tiny("llama-gqa")
+    again = measure(model, ModelShape.of(model), sequences=2, tokens=32)
+    known = calibration("llama-gqa")
+    for name, table in again.tables.items():
+        other = known.tables[name]
+        if name.endswith("matrix"):  # axes have no sign of their own, and sums are rounded as threads come
+            table, other = (matrix.double().mT @ matrix.double() for matrix in (table, other))
+        torch.testing.assert_close(table, other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
+
+
+def test_it_is_measured_once_and_then_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(room, "SEQUENCES", 1)
+    model = tiny("llama-gqa")
+    shape = ModelShape.of(model)
+    monkeypatch.setattr(measure, "__defaults__", (1, 8, None, 0, None))
+    first = calibrate(model, shape)
+    stored = list(tmp_path.rglob("*.safetensors"))
+    assert [path.stem for path in stored] == [weights_fingerprint(model)]
+    monkeypatch.setattr(room, "measure", None)
+    second = calibrate(model, shape)
+    assert all(torch.equal(table, second.tables[name]) for name, table in first.tables.items())
+
+
+def test_the_demo_models_calibration_is_shipped(
+    smollm2: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(room, "measure", None)
+    known = calibrate(smollm2.model, ModelShape.of(smollm2.model), smollm2.fingerprint)
+    assert known.key_mean.shape == (30, 3, 64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fingerprints_tell_weights_apart() -> None:
+    model = tiny("llama-gqa")
+    first = weights_fingerprint(model)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    assert weights_fingerprint(model) != first
+
+
+def test_a_model_without_a_first_token_is_refused() -> None:
+    model = tiny("llama-gqa")
+    model.config.bos_token_id = model.config.eos_token_id = None
+    with pytest.raises(UnsupportedModelError, match="neither a BOS nor an EOS"):
+        measure(model, ModelShape.of(model), sequences=1, tokens=4)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+def test_rows_of_the_models_own_text_are_typical(kind: str) -> None:
+    """In its frame an octet of what the model says has a variance near 1: keys with their means before RoPE."""
+    model, ids = tiny(kind), token_ids(300)
+    shape, known = ModelShape.of(model), measure(tiny(kind), ModelShape.of(tiny(kind)), sequences=2, tokens=256)
+    transform = LinearTransform(
+        known.key_matrix,
+        known.value_matrix,
+        known.key_mean,
+        known.value_mean,
+        shape.frequencies,
+        torch.tensor(shape.kind),
+    )
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    for side in (KEY, VALUE):
+        held = [(layer.keys, layer.values)[side][0] for layer in cache.layers]
+        rows = transform.rows(side, torch.stack(held), 0)
+        variance = rows.square().unflatten(-1, (-1, 8)).mean((2, 4))
+        assert 0.3 < float(variance.mean()) < 3

@@ -1,0 +1,108 @@
+"""`qaq eval` in this process: each kind of evaluation writes what its schema says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from qaq_eval.quality import needle
+from services.cli import app
+
+SCHEMAS = Path(__file__).parents[3] / "services" / "schemas"
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)], catch_exceptions=False)
+
+
+def figures(path: Path, schema: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(path.read_text())
+    jsonschema.validate(told, json.loads((SCHEMAS / f"{schema}.json").read_text()))
+    return told
+
+
+def test_turns(tmp_path: Path) -> None:
+    path, page = tmp_path / "turns.json", tmp_path / "turns.html"
+    asked = ("--turns", 2, "--context", 60, "--decode", 4, "--documents", 1)
+    shown = run(*map(str, asked), "--configs", "exact,uniform-2", "--json", path, "--html", page)
+    assert shown.exit_code == 0, shown.output
+    told = figures(path, "eval-turns")
+    assert [(row["turn"], row["config"]) for row in told["rows"]] == [
+        (1, "fp16"),
+        (1, "uniform-2"),
+        (2, "fp16"),
+        (2, "uniform-2"),
+    ]
+    assert told["rows"][2]["kl_mean"] < told["rows"][3]["kl_mean"]
+    assert page.read_text().count("<svg") >= 1
+    assert len((tmp_path / "turns.json.parts.jsonl").read_text().splitlines()) == 4
+
+
+def test_needle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needle, "DEPTHS", (50,))
+    path = tmp_path / "needle.json"
+    shown = run("--needle", "--context", "420", "--configs", "uniform-8", "--json", path)
+    assert shown.exit_code == 0, shown.output
+    (row,) = figures(path, "eval-needle")["rows"]
+    assert (row["depth"], row["found"], row["found_fp16"]) == (50, 1, 1)
+    kept = (tmp_path / "needle.json.parts.jsonl").read_text()
+    assert run("--needle", "--context", "420", "--configs", "uniform-8", "--json", path).exit_code == 0
+    assert (tmp_path / "needle.json.parts.jsonl").read_text() == kept
+
+
+def test_tasks(tmp_path: Path) -> None:
+    questions, path = tmp_path / "piqa.jsonl", tmp_path / "tasks.json"
+    asked = [{"goal": f"To open door {i}", "sol1": "push it", "sol2": "eat it", "label": 0} for i in range(3)]
+    questions.write_text("\n".join(map(json.dumps, asked)))
+    shown = run(
+        "--tasks", "piqa", "--task-file", f"piqa={questions}", "--questions", "2", "--shots", "2",
+        "--window", "4", "--configs", "uniform-8", "--json", path,
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    (row,) = figures(path, "eval-tasks")["rows"]
+    assert (row["task"], row["questions"], row["shots"], row["agreement"]) == ("piqa", 2, 2, 1)
+    assert row["compression"] > 1
+
+
+def test_parts_are_of_one_form_of_weights(tmp_path: Path) -> None:
+    path, kept = tmp_path / "text.json", tmp_path / "text.json.parts.jsonl"
+    asked = ("--context", "60", "--decode", "4", "--documents", "1", "--configs", "uniform-3", "--json", path)
+    losses = []
+    for form, parts in (("plain", 1), ("float32", 2), ("float32", 2), ("plain", 2)):
+        shown = run(*asked, "--weights", form)
+        assert shown.exit_code == 0, shown.output
+        told = figures(path, "eval")
+        assert told["weights"] == form
+        assert len(kept.read_text().splitlines()) == parts
+        losses.append(told["rows"][0]["nll"])
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-3)  # full precision's, and lossless ones differ in sums
+    assert (losses[1], losses[0]) == (losses[2], losses[3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--needle", "--turns", "2"), "take one"),
+        (("--needle", "--html", "page.html"), "--html shows texts and turns"),
+        (("--tasks", "piqa", "--task-file", "questions.jsonl"), "write --task-file as a task and its file"),
+        (("--tasks", "piqa", "--task-file", "hellaswag=x.jsonl"), "which --tasks does not"),
+        (("--tasks", "piqa", "--task-file", "piqa=nowhere.jsonl"), "No such file"),
+        (("--turns", "100"), "tokens are more than the model's"),
+        (("--weights", "int3"), "unknown weights 'int3'; take auto, plain, float32"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    shown = run(*arguments, "--configs", "uniform-8")
+    assert shown.exit_code in (1, 2)
+    assert sentence in " ".join(shown.output.replace("│", " ").split())
+
+
+def test_settings_are_part_of_a_name() -> None:
+    shown = run("--context", 60, "--decode", 2, "--documents", 1, "--configs", "paper[window=1]")
+    assert shown.exit_code == 0, shown.output
+    assert "paper[window=1]" in shown.output

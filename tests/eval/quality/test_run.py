@@ -1,0 +1,316 @@
+"""Evaluation of a tiny model: what is close to full precision is told from what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qaq_core.base.errors import ConfigError
+from qaq_core.base.pages import KEY, VALUE
+from qaq_core.base.widths import WIDTHS
+from qaq_core.cache.cache import QAQCache
+from qaq_core.cache.presets import make_method
+from qaq_core.cache.sequence import SequenceCache
+from qaq_eval.quality import (
+    Config,
+    Document,
+    Part,
+    PartLog,
+    builtin_text,
+    cut,
+    evaluate,
+    run_name,
+    summarize,
+    with_recall,
+)
+from qaq_eval.quality.prompt import compute
+from qaq_eval.quality.record import MAP_BINS
+from tests.core.models import calibration, teacher_forced, tiny, token_ids
+
+KIND, CONTEXT, DECODE = "llama-gqa", 200, 40
+NAMES = (
+    "fp16",
+    "balanced",
+    "balanced-norequant",
+    "balanced@1.3",
+    "paper",
+    "uniform-8",
+    "uniform-2",
+    "hadamard-3",
+    "k4v2",
+    "kivi-8",
+    "kivi-2",
+)
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny model's quick calibration is found by its fingerprint."""
+    directory = tmp_path_factory.mktemp("cache")
+    calibration(KIND).save(directory / "calibration" / "tiny.safetensors")
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _found(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAQ_CACHE_DIR", str(cache_dir))
+
+
+def documents(count: int = 2, context: int = CONTEXT, decode: int = DECODE) -> list[Document]:
+    return [Document(i, token_ids(context + decode + 1, seed=i)[0], context) for i in range(count)]
+
+
+def run(names: Any, texts: list[Document], **settings: Any) -> list[Part]:
+    return list(evaluate(tiny(KIND), "tiny", texts, [Config.parse(name) for name in names], **settings))
+
+
+@pytest.fixture(scope="module")
+def parts(cache_dir: Path) -> list[Part]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QAQ_CACHE_DIR", str(cache_dir))
+        return run(NAMES, documents())
+
+
+def test_the_baseline_is_the_models_own(parts: list[Part]) -> None:
+    for document in documents():
+        ids = document.ids[None]
+        logits = teacher_forced(tiny(KIND), ids[:, :-1], CONTEXT)[1:]
+        expected = torch.nn.functional.cross_entropy(logits, ids[0, CONTEXT + 1 :], reduction="none")
+        got = next(part.nll_exact for part in parts if part.document == document.index)
+        assert got == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_exact_has_no_loss(parts: list[Part]) -> None:
+    row = summarize(parts, "fp16", CONTEXT)
+    assert abs(row.delta_nll) < 1e-3
+    assert row.kl_mean < 1e-4
+    assert row.top1_agreement > 0.97
+    assert (row.bits_key, row.bits_value, row.exceptions_per_token) == (16, 16, 0)
+    # Tags and window statistics are counted too.
+    assert 0.85 < row.compression < 1
+    assert row.compression_asymptotic is not None
+    assert row.compression < row.compression_asymptotic < 1
+
+
+def test_eight_bits_are_nearly_exact(parts: list[Part]) -> None:
+    for name in ("uniform-8", "kivi-8"):
+        assert summarize(parts, name, CONTEXT).kl_mean < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [("uniform-8", "uniform-2"), ("kivi-8", "kivi-2"), ("balanced", "balanced@1.3"), ("hadamard-3", "uniform-2")],
+)
+def test_fewer_bits_are_further_away(parts: list[Part], better: str, worse: str) -> None:
+    high, low = summarize(parts, better, CONTEXT), summarize(parts, worse, CONTEXT)
+    assert high.kl_mean < 0.1
+    assert low.kl_mean > 1.5 * high.kl_mean
+    assert low.kl_p99 > high.kl_p99
+    assert low.compression > high.compression
+    assert low.bits_key + low.bits_value < high.bits_key + high.bits_value
+    assert low.top1_agreement <= high.top1_agreement
+
+
+def test_widths_are_those_of_the_name(parts: list[Part]) -> None:
+    for name, widths in {"uniform-2": (2, 2), "hadamard-3": (3, 3), "k4v2": (4, 2), "kivi-8": (8, 8)}.items():
+        row = summarize(parts, name, CONTEXT)
+        assert (row.bits_key, row.bits_value) == widths
+
+
+def test_bytes_of_packed_tokens_by_hand(parts: list[Part]) -> None:
+    # Bits an element at head_dim 32, one tag byte for a key and its value; codes, then group parameters; and where
+    # a head's rows of each width begin, 4 bytes each, over all its packed tokens.
+    tag = 8 / 64
+    index = [2 * len(WIDTHS) * 32 / (64 * packed) for packed in (CONTEXT - 72, CONTEXT + DECODE)]
+    for name, bits in {"uniform-2": 2 + 32 / 32, "k4v2": 3 + 32 / 32, "kivi-2": 2 + 32 / 32}.items():
+        row = summarize(parts, name, CONTEXT)
+        most, least = (16 / (bits + tag + more) for more in reversed(index))
+        assert row.compression_asymptotic is not None
+        assert least <= row.compression_asymptotic <= most
+
+
+def test_without_exceptions_nothing_comes_back(parts: list[Part]) -> None:
+    still, moving = (summarize(parts, name, CONTEXT) for name in ("balanced-norequant", "balanced"))
+    assert still.exceptions_per_token == still.requantize_bytes_per_token == 0
+    assert moving.exceptions_per_token > 0
+    assert moving.requantize_bytes_per_token > 0
+
+
+def test_a_prompt_that_was_computed_elsewhere_is_the_same_prompt() -> None:
+    model, document = tiny(KIND), documents(1)[0]
+    for preset in ("balanced", "paper"):
+        method = make_method(model, "tiny", preset)
+        own = Config.parse(preset).method(model, "tiny")
+        computed = compute(model, method, document, [method.statistic])
+        prefilled = SequenceCache(method)
+        prefilled.load_prefill(computed.originals, computed.watch(own.window))
+        cache = QAQCache([SequenceCache(method)])
+        with torch.no_grad():
+            model(document.ids[None, :CONTEXT], past_key_values=cache)
+        expected = cache.sequences[0]
+        assert prefilled.length == expected.length == CONTEXT
+        assert prefilled.nbytes == pytest.approx(expected.nbytes, rel=0.02)
+        for side in (KEY, VALUE):
+            same = prefilled.packed.widths(side) == expected.packed.widths(side)
+            # The prompt came in chunks there and whole here: sums differ by their rounding.
+            assert float(same.float().mean()) > 0.99
+
+
+def test_parts_say_when_and_where(parts: list[Part]) -> None:
+    for part in parts:
+        assert len(part.exceptions_at) == DECODE
+        assert sum(part.exceptions_at) == part.exceptions
+        for side, bits in ((part.map_key, part.bits_key), (part.map_value, part.bits_value)):
+            assert [len(row) for row in side] == [MAP_BINS] * 3
+            # Sinks stand in the first part, recent tokens in the last ones; none but packed tokens in the middle.
+            assert all(row[-1] == 16 for row in side)
+            if part.config.startswith(("uniform", "hadamard", "kivi", "k4v2")):
+                assert all(x == bits for row in side for x in row[1:20])
+    assert any(part.exceptions_at[-1] for part in parts if part.config == "paper")
+
+
+def test_documents_decode_alone_as_they_do_beside_others(parts: list[Part]) -> None:
+    alone = run(["uniform-2"], documents()[1:])[0]
+    beside = next(part for part in parts if part.document == 1 and part.config == "uniform-2")
+    assert alone.kl == pytest.approx(beside.kl, abs=1e-4)
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    names, texts, path = ["uniform-8", "uniform-2"], documents(2, 64, 6), tmp_path / "parts.jsonl"
+    name = run_name({"model": "tiny", "documents": 2}, texts)
+    log = PartLog(name, path)
+    for part in run(names[:1], texts[:1]):
+        log.add(part)
+    first = dict(log.parts)
+    with path.open("a") as file:
+        file.write('{"run": "')  # killed while it wrote
+    log, fresh = PartLog(name, path), []
+    assert log.parts == first
+    for part in run(names, texts, done=log.has):
+        fresh.append((part.document, part.config))
+        log.add(part)
+    assert fresh == [(0, "uniform-2"), (1, "uniform-8"), (1, "uniform-2")]
+    again = PartLog(name, path)
+    assert again.parts == log.parts
+    assert run(names, texts, done=again.has) == []
+    assert PartLog(run_name({"model": "other", "documents": 2}, texts), path).parts == {}
+    assert run_name({"model": "tiny", "documents": 1}, texts[:1]) == name
+
+
+def test_parts_sum_up() -> None:
+    def part(document: int, nll: list[float], kl: list[float], resident: int) -> Part:
+        return Part(document, "c", [1.0, 1.0], nll, kl, 1, resident, 400, 50, 300, 2.0, 3.0, 4, 10)
+
+    row = summarize([part(0, [1.0, 1.2], [0.0, 0.2], 100), part(1, [1.4, 1.4], [0.2, 0.4], 60)], "c", 9)
+    assert row.delta_nll == pytest.approx(0.25)
+    assert row.delta_nll_se == pytest.approx(0.15)  # of the documents' 0.1 and 0.4
+    assert row.kl_mean == pytest.approx(0.2)
+    assert row.compression == pytest.approx(800 / 160)
+    assert row.compression_asymptotic == pytest.approx(6)
+    assert row.top1_agreement == 0.5
+    assert row.exceptions_per_token == 2
+    assert row.requantize_bytes_per_token == 5
+    json.dumps(row.__dict__, allow_nan=False)
+    with pytest.raises(ConfigError, match="nothing was measured of d"):
+        summarize([], "d", 9)
+
+
+class _Words:
+    """A tokenizer: a word is a token; it begins a text with token 1."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **kwargs: Any) -> Any:
+        ids = [int(word) for word in text.split()]
+        ids = [1, *ids] if add_special_tokens else ids
+
+        class Encoded:
+            input_ids = torch.tensor([ids]) if "return_tensors" in kwargs else ids
+
+        return Encoded
+
+
+def test_documents_follow_each_other() -> None:
+    text = " ".join(str(i) for i in range(100, 200))
+    first, second = cut(text, _Words(), context=10, decode=4, documents=2, offset_fraction=0.5)
+    assert first.ids.tolist() == [1, *range(150, 164)]
+    assert second.ids.tolist() == [1, *range(164, 178)]
+    assert (first.context, first.decode, second.index) == (10, 4, 1)
+    with pytest.raises(ConfigError, match="has 3 documents of 15 tokens from there on, not 4"):
+        cut(text, _Words(), 10, 4, 4, 0.5)
+
+
+@pytest.mark.parametrize(("context", "decode", "count", "offset"), [(1, 4, 1, 0), (9, 0, 1, 0), (9, 4, 1, 1.0)])
+def test_impossible_documents_are_refused(context: int, decode: int, count: int, offset: float) -> None:
+    with pytest.raises(ConfigError):
+        cut("1 2 3", _Words(), context, decode, count, offset)
+
+
+def test_recall_repeats_a_passage() -> None:
+    document = with_recall(documents(1)[0])
+    assert document.decode == DECODE
+    assert torch.equal(document.ids[CONTEXT:], document.ids[CONTEXT // 8 : CONTEXT // 8 + DECODE + 1])
+    with pytest.raises(ConfigError, match="too short to repeat"):
+        with_recall(documents(1, context=60)[0])
+
+
+def test_the_builtin_text_is_long_enough() -> None:
+    assert len(builtin_text()) > 400_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "@2", "balanced@", "balanced@x", "balanced@2y", "balanced@-1", "paper[", "paper[]]", "balanced@e2x"],
+)
+def test_what_is_no_configuration_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no configuration"):
+        Config.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "no preset is called 'nothing'; there are balanced, .*kivi-<bits>"),
+        ("uniform-3@2", "takes no target"),
+        ("uniform-9", "9/9 bits are not among"),
+        ("kivi-9", "1 to 8 bits"),
+        ("exact-norequant", "does not take these settings"),
+        ("paper@e0.1", "does not predict its error"),
+        ("uniform-3@e0.1", "takes no target"),
+        ("balanced@e11", "at most 10 nats"),
+    ],
+)
+def test_a_wrong_configuration_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run([text], documents(1, 64, 2))
+
+
+def test_targets() -> None:
+    assert Config.parse("balanced@2.2").settings == {"target_bits": 2.2}
+    assert Config.parse("paper@8x").settings == {"target_compression": 8.0}
+    assert Config.parse("balanced@e0.01").settings == {"target_error": 0.01}
+    assert Config.parse("balanced-norequant@3").settings == {"target_bits": 3.0, "exceptions": False}
+
+
+def test_settings() -> None:
+    found = Config.parse("paper[window=3, group=head, bits=(2, 6), exceptions=False]@4x")
+    assert found.preset == "paper"
+    assert found.settings == {
+        "statistic": 3,
+        "granularity": "head",
+        "bits": (2, 6),
+        "exceptions": False,
+        "target_compression": 4.0,
+    }
+    several = Config.parse_all("paper[window=3,bits=(2, 6)], uniform-2,,paper[window=3,bits=(2, 6)],balanced@8x")
+    assert [config.text for config in several] == ["paper[window=3,bits=(2, 6)]", "uniform-2", "balanced@8x"]
+
+
+@pytest.mark.parametrize("text", ["paper[3]", "paper[window=]", "paper[window=1+x]", "paper[**{}]", "paper[a=b.c]"])
+def test_settings_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="are no settings"):
+        Config.parse(text)

@@ -1,0 +1,139 @@
+"""Elastic precision: caches give way to a budget while they are used, and get their bits back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from prometheus_client import REGISTRY
+
+from qaq_core import InProcessOriginals, SequenceCache
+from services.worker.generation import Generation
+from services.worker.memory_controller import MemoryController
+from services.worker.scheduler.scheduler import Scheduler
+from tests.services.worker.conftest import EXACT, MakeScheduler, outcome, request, until
+from tests.services.worker.scheduler.test_scheduler import LISTS, STORY
+
+Ids = Callable[[str], list[int]]
+MANY = 6
+
+
+def sequences(scheduler: Scheduler) -> list[SequenceCache]:
+    return [g.session.sequence for g in list(scheduler._batch.running) if g.session is not None]
+
+
+def bits(scheduler: Scheduler) -> float:
+    """Mean code bits an element over all that decode."""
+    sums = [0, 0]
+    for sequence in sequences(scheduler):
+        for side in (0, 1):
+            for width, count in sequence.packed.histogram(side).items():
+                sums[0] += width * count
+                sums[1] += count
+    return sums[0] / max(1, sums[1])
+
+
+async def next_token(generation: Generation) -> None:
+    while True:
+        reply = await generation.replies.get()
+        assert not isinstance(reply, Exception), reply
+        if reply.WhichOneof("event") == "token":
+            return
+
+
+async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    prompts = [ids(STORY * 5 + LISTS * i)[: 120 + 8 * i] for i in range(MANY)]
+    async with make_scheduler(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as scheduler:
+        running = [scheduler.submit(request(tokens, 3000)) for tokens in prompts]
+        for generation in running:
+            await next_token(generation)
+        full, before = scheduler.state.kv_bytes, bits(scheduler)
+        window = sum(sequence.residual.nbytes for sequence in sequences(scheduler))
+        scheduler.set_budget(window + int(0.7 * (full - window)))
+        await until(lambda: scheduler.state.kv_bytes <= window + 0.7 * (full - window))
+        assert REGISTRY.get_sample_value("qaq_lambda") > 0
+        squeezed = bits(scheduler)
+        assert squeezed < 0.8 * before
+        floors = {sequence.rate.floor for sequence in sequences(scheduler)}
+        assert len(floors) == 1  # one price for all
+        for generation in running:
+            await next_token(generation)
+        scheduler.set_budget(None)
+        await until(lambda: bits(scheduler) > 0.93 * before)
+        assert REGISTRY.get_sample_value("qaq_lambda") == 0
+        for generation in running:
+            await next_token(generation)
+            scheduler.cancel(generation)
+        await until(lambda: scheduler.state.running == 0)
+
+
+async def test_more_are_admitted_than_fit_at_full_bits(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    """A budget for two caches in half precision holds all of six; one more exact one has to wait for them."""
+    prompts = [ids(STORY * 8 + LISTS * i)[:160] for i in range(MANY)]
+    half = (160 + 36) * 30 * 2 * 3 * 64 * 2
+    async with make_scheduler(kv_budget_bytes=3 * half, max_sequences=MANY + 1, prefix_reuse=False) as scheduler:
+        running = [scheduler.submit(request(tokens, 3000)) for tokens in prompts]
+        for generation in running:
+            await next_token(generation)
+        assert scheduler.state.running == MANY
+        assert scheduler.state.kv_bytes <= 3 * half
+        waits = scheduler.submit(request(prompts[0], 1, cache=EXACT))
+        await next_token(running[-1])
+        assert scheduler.state.waiting == 1
+        for generation in running:
+            scheduler.cancel(generation)
+        assert (await outcome(waits)).tokens
+
+
+async def test_a_budget_that_changes_is_looked_at_at_once(
+    make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while no sequence has come to the price of the budget before."""
+    monkeypatch.setattr(MemoryController, "_bring_up", lambda self, here: False)
+    async with make_scheduler(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as scheduler:
+        running = scheduler.submit(request(ids(STORY * 6), 3000))
+        await next_token(running)
+        held, memory, before = scheduler.state.kv_bytes, scheduler._sessions.memory, 0.0
+        for share in (0.95, 0.9):
+            scheduler.set_budget(int(share * held))
+            await until(lambda before=before: memory.lam > before)
+            before = memory.lam
+        scheduler.cancel(running)
+
+
+async def test_a_budget_that_should_be_kept_without_a_price_gets_one(
+    make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors may hold more than they would be given now."""
+    monkeypatch.setattr(MemoryController, "_search", lambda self, asked, bits: 0.0)
+    async with make_scheduler(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as scheduler:
+        running = scheduler.submit(request(ids(STORY * 6), 3000))
+        await next_token(running)
+        budget = int(0.95 * scheduler.state.kv_bytes)
+        scheduler.set_budget(budget)
+        await until(lambda: scheduler.state.kv_bytes <= budget)
+        scheduler.cancel(running)
+
+
+async def test_full_staging_admits_nobody(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    class Away(InProcessOriginals):
+        """A store whose pages are under way for as long as the test says."""
+
+        pending_bytes = 0
+
+    from services.common.errors import ResourceExhausted
+
+    store = Away()
+    async with make_scheduler(store, staging_budget_bytes=1000) as scheduler:
+        running = scheduler.submit(request(ids(STORY), 3000, cache=EXACT))
+        await next_token(running)
+        store.pending_bytes = 1001
+        with pytest.raises(ResourceExhausted, match="QAQ_STAGING_BUDGET_BYTES") as refused:
+            scheduler.submit(request(ids(STORY), 1))
+        assert refused.value.retry_after_ms
+        for _ in range(3):
+            await next_token(running)  # who runs goes on
+        store.pending_bytes = 0
+        assert (await asyncio.wait_for(outcome(scheduler.submit(request(ids(STORY), 1))), 120)).tokens
+        scheduler.cancel(running)
