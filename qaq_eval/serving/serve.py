@@ -69,7 +69,7 @@ class Memory(BaseModel):
 
 
 class ServeResult(BaseModel):
-    """What `--json` writes; its schema is services/schemas/bench_serve.json.
+    """What `--json` writes; its schema is qaq_eval/schemas/bench_serve.json.
 
     The first fields are of the mix or the trace; what needs the stack's Redis is None without it.
     """

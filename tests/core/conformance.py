@@ -197,12 +197,14 @@ class Subject:
     def query(self, layer: int, group: int, n: int = 1) -> torch.Tensor:
         return normal(9 + layer, self.heads * group, n, self.dim)
 
-    def probabilities(self, query: torch.Tensor, layer: int, scaling: float, statistic: int | None) -> torch.Tensor:
+    def probabilities(
+        self, query: torch.Tensor, layer: int, scaling: float, sliding_window: int | None
+    ) -> torch.Tensor:
         """float64 [query_heads, n, length]."""
         n = query.shape[1]
         keys = self.whole[KEY, layer].repeat_interleave(len(query) // self.heads, 0)
         own, place = torch.arange(self.length - n, self.length)[:, None], torch.arange(self.length)
-        hidden = (place > own) | (place <= own - (statistic or self.length))
+        hidden = (place > own) | (place <= own - (sliding_window or self.length))
         return (query.double() @ keys.mT * scaling).masked_fill(hidden, float("-inf")).softmax(-1)
 
     def output(self, probabilities: torch.Tensor, layer: int) -> torch.Tensor:
@@ -213,20 +215,20 @@ class Subject:
         one: Attention,
         group: int,
         scaling: float = 0.1,
-        statistic: int | None = None,
+        sliding_window: int | None = None,
         layer: int = -1,
-        statistics: Sequence[Reduction] = ("max", "mean_square"),
+        reductions: Sequence[Reduction] = ("max", "mean_square"),
     ) -> None:
         """Output and statistics of a decode step."""
         layer %= self.layers
         query = self.query(layer, group)
-        p = self.probabilities(query, layer, scaling, statistic)
+        p = self.probabilities(query, layer, scaling, sliding_window)
         expected = self.output(p, layer)
         grouped = p.view(self.heads, group, self.length)
-        for name in statistics:
+        for name in reductions:
             reduction = grouped.amax(1) if name == "max" else grouped.square().mean(1)
             seen = torch.full((self.heads, self.length), torch.nan)
-            got = one(query, self.tokens(layer), scaling, statistic, StepObserver(name, seen))
+            got = one(query, self.tokens(layer), scaling, sliding_window, StepObserver(name, seen))
             assert relative(got, expected) < EXACT
             assert relative(seen, reduction) < EXACT
             assert bool((seen[reduction == 0] < 1e-30).all())

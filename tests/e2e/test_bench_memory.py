@@ -15,7 +15,7 @@ def bench(name: str, path: Path, *options: str) -> dict:
     result = qaq("bench", name, "--json", path, *options)
     assert result.returncode == 0, result.stderr
     figures = json.loads(path.read_text())
-    jsonschema.validate(figures, json.loads((ROOT / "services" / "schemas" / f"bench_{name}.json").read_text()))
+    jsonschema.validate(figures, json.loads((ROOT / "qaq_eval" / "schemas" / f"bench_{name}.json").read_text()))
     return figures
 
 

@@ -11,7 +11,7 @@ import pytest
 from .command import qaq
 from .composed import ROOT, Composed
 
-SCHEMA = json.loads((ROOT / "services" / "schemas" / "bench_serve.json").read_text())
+SCHEMA = json.loads((ROOT / "qaq_eval" / "schemas" / "bench_serve.json").read_text())
 SMALL = ("--streams", "2", "--stream-tokens", "2", "--memory-sessions", "15")
 
 

@@ -9,7 +9,7 @@ import jsonschema
 
 from .command import ROOT, qaq
 
-SCHEMA = json.loads((ROOT / "services" / "schemas" / "eval.json").read_text())
+SCHEMA = json.loads((ROOT / "qaq_eval" / "schemas" / "eval.json").read_text())
 SMALL = ("--context", "160", "--decode", "6", "--documents", "1")
 
 

@@ -20,8 +20,8 @@ from qaq_core.cache.sequence import SequenceCache
 from qaq_core.quantization.quantizer import Quantizer
 from qaq_core.storage.originals import InProcessOriginals
 from tests.core.cache.test_sequence import agrees_with_originals
-from tests.core.models import calibration, tiny
 from tests.core.rows import normal
+from tests.core.tiny_models import calibration, tiny
 
 LENGTH = 132  # 4 sinks, 120 packed, 8 recent
 OLD = 20

@@ -65,7 +65,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "TILE", 64)
 
 
-def statistics(one: Attention, turn: int) -> list[Reduction]:
+def reductions(one: Attention, turn: int) -> list[Reduction]:
     """Both, or the one whose turn it is."""
     both: list[Reduction] = ["max", "mean_square"]
     return both if not isinstance(one, TritonAttention) else [both[turn % 2]]
@@ -76,7 +76,7 @@ def test_every_head_dim_and_group(kernel: str, dim: int) -> None:
     mine = subject("progressive", dim, 61, heads=1 if kernel == "triton" else 2)
     one = make(kernel, mine.quantizer.codec)
     for group in (dim // 16,) if kernel == "triton" else range(1, 17):
-        mine.check(one, group, statistics=statistics(one, group)[:1])
+        mine.check(one, group, reductions=reductions(one, group)[:1])
 
 
 @each(
@@ -91,14 +91,14 @@ def test_every_head_dim_and_group(kernel: str, dim: int) -> None:
 def test_every_width(kernel: str, name: str, dim: int, width: int) -> None:
     mine = subject(name, dim, 61, widths=(width,))
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group=3, statistics=statistics(one, width))
+    mine.check(one, group=3, reductions=reductions(one, width))
 
 
 @each("name", QUANTIZERS, ["gaussian", "uniform-head", "uniform-layer", "normal-token"])
 def test_every_codec(kernel: str, name: str) -> None:
     mine = subject(name, 32, 61)
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group=3, statistics=statistics(one, 0))
+    mine.check(one, group=3, reductions=reductions(one, 0))
 
 
 @each("name", GROUPED, ["normal-head"])
@@ -114,7 +114,7 @@ def test_outliers(kernel: str, name: str) -> None:
 def test_every_length(kernel: str, packed: int) -> None:
     mine = subject("progressive", 32, packed)
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group=2, statistics=statistics(one, packed))
+    mine.check(one, group=2, reductions=reductions(one, packed))
 
 
 @each("widths", [[1, 2, 3], [4], [*WIDTHS]], [])
@@ -123,14 +123,14 @@ def test_many_rows_of_a_width(kernel: str, widths: list[int], monkeypatch: pytes
     monkeypatch.setattr(packed_module, "BLOCK_TOKENS", 600)
     mine = subject("progressive", 32, 700, heads=1, widths=tuple(widths))
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group=5, statistics=statistics(one, 0))
+    mine.check(one, group=5, reductions=reductions(one, 0))
 
 
 @each("group", [17, 21], [])
 def test_very_many_query_heads(kernel: str, group: int) -> None:
     mine = subject("progressive", 80, 61, heads=1)
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group, statistics=statistics(one, group))
+    mine.check(one, group, reductions=reductions(one, group))
 
 
 WINDOWS = [(sinks, recent) for sinks, recent in ((4, 1), (4, 40), (1, 16), (0, 16))]
@@ -141,7 +141,7 @@ def test_few_rows_after_a_full_tile(kernel: str, packed: int, width: int) -> Non
     """Their few bytes are the pool's last: what reads rows 16 bytes at a time may not read beyond them."""
     mine = subject("progressive", 32, packed, widths=(width,))
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group=2, statistics=statistics(one, packed))
+    mine.check(one, group=2, reductions=reductions(one, packed))
 
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -155,18 +155,22 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32)
 def test_exact_tokens(kernel: str, dtype: torch.dtype, sinks: int, recent: int, packed: int) -> None:
     mine = subject("progressive", 32, packed, sinks=sinks, recent=recent, dtype=dtype)
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group=2, statistics=statistics(one, recent))
+    mine.check(one, group=2, reductions=reductions(one, recent))
 
 
 @each(
-    "name,window",
-    [(name, statistic) for name in ("progressive", "uniform-layer") for statistic in (1, 17, 18, 40, 67, 120, 1000)],
+    "name,sliding_window",
+    [
+        (name, sliding_window)
+        for name in ("progressive", "uniform-layer")
+        for sliding_window in (1, 17, 18, 40, 67, 120, 1000)
+    ],
     [("progressive", 18), ("uniform-layer", 67)],
 )
-def test_sliding_window(kernel: str, name: str, statistic: int) -> None:
+def test_sliding_window(kernel: str, name: str, sliding_window: int) -> None:
     mine = subject(name, 32, 100)
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group=2, statistic=statistic, statistics=statistics(one, statistic))
+    mine.check(one, group=2, sliding_window=sliding_window, reductions=reductions(one, sliding_window))
 
 
 @each(
@@ -177,7 +181,7 @@ def test_sliding_window(kernel: str, name: str, statistic: int) -> None:
 def test_extreme_numbers(kernel: str, size: float, spread: float, scaling: float) -> None:
     mine = subject("progressive", 64, 100, size=size, spread=spread)
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group=3, scaling=scaling, statistics=statistics(one, 0))
+    mine.check(one, group=3, scaling=scaling, reductions=reductions(one, 0))
 
 
 @each("packed", [131])
@@ -186,7 +190,7 @@ def test_many_splits_and_tiles(kernel: str, packed: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(triton, "TILE", 16)
     mine = subject("progressive", 32, packed, heads=1)
     one = make(kernel, mine.quantizer.codec)
-    mine.check(one, group=2, statistics=statistics(one, 0))
+    mine.check(one, group=2, reductions=reductions(one, 0))
 
 
 @each("group", [2])

@@ -41,8 +41,8 @@ def states(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=40)
-@given(state=states(), group=st.integers(1, 16), statistic=st.one_of(st.none(), st.integers(1, 200)))
-def test_random_pools(state: dict[str, Any], group: int, statistic: int | None) -> None:
+@given(state=states(), group=st.integers(1, 16), sliding_window=st.one_of(st.none(), st.integers(1, 200)))
+def test_random_pools(state: dict[str, Any], group: int, sliding_window: int | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed_module, "BLOCK_TOKENS", 48)
         mine = Subject(**state)
@@ -51,7 +51,7 @@ def test_random_pools(state: dict[str, Any], group: int, statistic: int | None) 
         scaling = 30 / float(largest)
         for kernel in QUICK:
             with forced(kernel):
-                mine.check(make(kernel, mine.quantizer.codec), group, scaling, statistic, layer=0)
+                mine.check(make(kernel, mine.quantizer.codec), group, scaling, sliding_window, layer=0)
 
 
 @pytest.mark.parametrize("kernel", QUICK)

@@ -14,10 +14,10 @@ from tests.core.rows import normal
 GROUP = 3
 
 
-@pytest.mark.parametrize("window", [None, 12, 30])
+@pytest.mark.parametrize("sliding_window", [None, 12, 30])
 @pytest.mark.parametrize(("name", "outliers"), [(name, 0.0) for name in QUANTIZERS] + [(name, 0.1) for name in GROUPED])
 def test_it_is_causal_softmax_attention(
-    name: str, outliers: float, statistic: int | None, monkeypatch: pytest.MonkeyPatch
+    name: str, outliers: float, sliding_window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_module, "BLOCK_TOKENS", 16)
     mine, n = subject(name, 32, 45, recent=9, outliers=outliers), 5
@@ -25,12 +25,12 @@ def test_it_is_causal_softmax_attention(
     for layer in range(mine.layers):
         query = mine.query(layer, GROUP, n)
         seen: list[torch.Tensor] = []
-        got = attention(query, mine.tokens(layer), 0.2, statistic, lambda p, _, seen=seen: seen.append(p))
-        probabilities = mine.probabilities(query, layer, 0.2, statistic)
+        got = attention(query, mine.tokens(layer), 0.2, sliding_window, lambda p, _, seen=seen: seen.append(p))
+        probabilities = mine.probabilities(query, layer, 0.2, sliding_window)
         assert torch.allclose(got.double(), mine.output(probabilities, layer), atol=1e-4)
         assert torch.allclose(seen[0].flatten(0, 1).double(), probabilities, atol=1e-4)
-        if statistic is not None:
-            assert bool((seen[0][..., : mine.length - n - statistic + 1] == 0).all())
+        if sliding_window is not None:
+            assert bool((seen[0][..., : mine.length - n - sliding_window + 1] == 0).all())
 
 
 def test_its_scratch_is_one_block_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from qaq_core.base.errors import UnsupportedModelError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import HALF
 from qaq_core.cache.cache import QAQCache
-from tests.core.models import KINDS, SLIDING, calibration, capped, teacher_forced, tiny, token_ids
+from tests.core.tiny_models import KINDS, SLIDING, calibration, capped, teacher_forced, tiny, token_ids
 
 PROMPT, TOTAL = 90, 130
 

@@ -14,8 +14,8 @@ from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.kernels import library as native
 from tests.core.decisions import differing
-from tests.core.models import calibration, tiny, token_ids
 from tests.core.rows import normal
+from tests.core.tiny_models import calibration, tiny, token_ids
 
 KIND = "llama-gqa"
 PROMPTS = (70, 9, 133, 41)

@@ -14,7 +14,7 @@ from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.kernels import library as native
 from qaq_core.models.loading import LoadedModel
-from tests.core.models import calibration, tiny, token_ids
+from tests.core.tiny_models import calibration, tiny, token_ids
 
 TEXT = (
     "The Python interpreter reads a program line by line. A line that ends in a backslash is joined with the "

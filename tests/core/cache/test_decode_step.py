@@ -17,8 +17,8 @@ from qaq_core.cache.sequence import SequenceCache
 from qaq_core.kernels import load_library
 from qaq_core.quantization.quantizer import Quantizer
 from tests.core.conformance import INSTRUCTION_SETS
-from tests.core.models import calibration, tiny, token_ids
 from tests.core.rows import normal, rotated
+from tests.core.tiny_models import calibration, tiny, token_ids
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the C++ library is not built")
 
@@ -66,7 +66,9 @@ def filled(method: Method, lengths: tuple[int, ...]) -> list[SequenceCache]:
     return sequences
 
 
-def stepped(method: Method, sequences: list[SequenceCache], native: bool, statistic: int | None) -> list[torch.Tensor]:
+def stepped(
+    method: Method, sequences: list[SequenceCache], native: bool, sliding_window: int | None
+) -> list[torch.Tensor]:
     """Outputs of the layers in one step; the step is not committed."""
     step = begin_decode(method, sequences) if native else LayerwiseStep(method, sequences)
     assert isinstance(step, NativeStep) is native
@@ -74,7 +76,7 @@ def stepped(method: Method, sequences: list[SequenceCache], native: bool, statis
     for layer in range(method.shape.layers):
         each = [fresh(method, 5000 + 100 * i + 10 * layer, 1) for i in range(len(sequences))]
         query, keys, values = (torch.stack(parts) for parts in zip(*each, strict=True))
-        out.append(step.attend(layer, query, keys, values, 0.3, statistic))
+        out.append(step.attend(layer, query, keys, values, 0.3, sliding_window))
     return out
 
 
@@ -89,16 +91,16 @@ def stepped(method: Method, sequences: list[SequenceCache], native: bool, statis
         ("gemma3", "balanced", torch.float32),
     ],
 )
-@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("sliding_window", [None, 24])
 @pytest.mark.parametrize("own", [False, True])
 def test_the_step_in_cpp_is_the_step(
-    isa: str, kind: str, preset: str, dtype: torch.dtype, statistic: int | None, own: bool
+    isa: str, kind: str, preset: str, dtype: torch.dtype, sliding_window: int | None, own: bool
 ) -> None:
     subject = method(kind, preset, dtype)
     if own and subject.adaptation is not None:
         subject = replace(subject, adaptation=turning)
     ours, theirs = filled(subject, LENGTHS), filled(subject, LENGTHS)
-    got, expected = stepped(subject, ours, True, statistic), stepped(subject, theirs, False, statistic)
+    got, expected = stepped(subject, ours, True, sliding_window), stepped(subject, theirs, False, sliding_window)
     most = 5e-4 if own else 1e-4  # queries that were turned differ in a last bit, and so in one of their integers
     for one, other in zip(got, expected, strict=True):
         assert one.shape == other.shape

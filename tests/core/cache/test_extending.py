@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from qaq_core import presets
+from qaq_core.cache import presets
 from qaq_core.cache.cache import QAQCache
 from qaq_eval.quality import Config, Document, evaluate, summarize
-from tests.core.models import tiny, token_ids
+from tests.core.tiny_models import tiny, token_ids
 
-PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.storage.originals import InProcessOriginals
-from tests.core.models import calibration, teacher_forced, tiny, token_ids
+from tests.core.tiny_models import calibration, teacher_forced, tiny, token_ids
 
 KIND, PROMPT, STEPS = "llama-gqa", 150, 60
 SETTINGS = [("balanced", {"target_bits": 2.5}), ("paper", {"statistic": 3}), ("fp16", {})]

@@ -14,7 +14,7 @@ from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.storage.originals import InProcessOriginals
-from tests.core.models import calibration, tiny, token_ids
+from tests.core.tiny_models import calibration, tiny, token_ids
 
 KIND, PAGE, PROMPT = "llama-gqa", 16, 200
 

@@ -20,8 +20,8 @@ from qaq_core.cache.sequence import SequenceCache
 from qaq_core.models.loading import LoadedModel
 from qaq_core.storage.originals import InProcessOriginals
 from qaq_core.storage.packed import BLOCK_TOKENS
-from tests.core.models import calibration, teacher_forced, tiny, token_ids
 from tests.core.rows import normal, request
+from tests.core.tiny_models import calibration, teacher_forced, tiny, token_ids
 
 PROMPT, STEPS = 200, 24
 

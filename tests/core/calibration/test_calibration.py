@@ -15,7 +15,7 @@ from qaq_core.calibration.calibration import calibrate, measure, weights_fingerp
 from qaq_core.models.loading import LoadedModel
 from qaq_core.models.shape import ModelShape
 from qaq_core.quantization.transforms import LinearTransform
-from tests.core.models import KINDS, calibration, tiny, token_ids
+from tests.core.tiny_models import KINDS, calibration, tiny, token_ids
 
 
 @pytest.mark.parametrize("kind", KINDS)

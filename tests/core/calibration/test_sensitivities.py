@@ -14,7 +14,7 @@ from qaq_core.calibration import sensitivities
 from qaq_core.calibration.calibration import Calibration, calibrate, measure, shown
 from qaq_core.calibration.sensitivities import Seen, gradient_bytes
 from qaq_core.models.shape import ModelShape
-from tests.core.models import KINDS, tiny, token_ids
+from tests.core.tiny_models import KINDS, tiny, token_ids
 
 
 @pytest.mark.parametrize("kind", KINDS)

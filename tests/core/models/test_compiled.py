@@ -13,7 +13,7 @@ from qaq_core import QAQCache
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 from qaq_core.models.compiled import compile_layers
 from qaq_core.models.linear import pack
-from tests.core.models import tiny, token_ids
+from tests.core.tiny_models import tiny, token_ids
 
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 

@@ -10,7 +10,7 @@ from qaq_core.calibration.calibration import measure
 from qaq_core.models.linear import LOSSLESS, WEIGHTS, Int4Linear, Int8Linear, OneDnnLinear, pack
 from qaq_core.models.loading import default_model_path, load_model
 from qaq_core.models.shape import ModelShape
-from tests.core.models import tiny, token_ids
+from tests.core.tiny_models import tiny, token_ids
 
 PACKED = [name for name in WEIGHTS if name not in ("auto", "plain")]
 

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from qaq_core.base.errors import UnsupportedModelError
 from qaq_core.models.shape import ModelShape
-from tests.core.models import capped, tiny
+from tests.core.tiny_models import capped, tiny
 
 SMALL = {
     "vocab_size": 50,

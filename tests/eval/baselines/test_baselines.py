@@ -9,8 +9,8 @@ from qaq_core.base.pages import KEY, VALUE
 from qaq_core.cache.presets import make_method
 from qaq_eval import baselines
 from qaq_eval.baselines.kivi import GROUP_TOKENS, Groups, UnitCodec
-from tests.core.models import tiny
 from tests.core.rows import normal
+from tests.core.tiny_models import tiny
 
 
 @pytest.mark.parametrize("name", ["uniform-3", "hadamard-2", "k4v2", "kivi-2", "h2o-0.2", "scissorhands-.5"])

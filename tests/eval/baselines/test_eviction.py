@@ -15,7 +15,7 @@ from qaq_eval.baselines.eviction import EvictingCache, EvictingMethod
 from qaq_eval.baselines.scissorhands import PivotCounts
 from qaq_eval.quality.documents import Document
 from qaq_eval.quality.prompt import compute
-from tests.core.models import teacher_forced, tiny, token_ids
+from tests.core.tiny_models import teacher_forced, tiny, token_ids
 
 PROMPT, DECODE, HEADS, GROUP, DIM = 40, 30, 2, 2, 32
 

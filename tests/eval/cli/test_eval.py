@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from qaq_eval.quality import needle
 from services.cli import app
 
-SCHEMAS = Path(__file__).parents[3] / "services" / "schemas"
+SCHEMAS = Path(__file__).parents[3] / "qaq_eval" / "schemas"
 
 
 def run(*arguments: str | Path) -> Any:

@@ -8,7 +8,7 @@ import pytest
 
 from qaq_eval.cli.experiments import EXPERIMENTS
 from qaq_eval.quality import Config
-from tests.core.models import calibration, tiny
+from tests.core.tiny_models import calibration, tiny
 from tests.e2e.command import ROOT
 
 
@@ -25,5 +25,5 @@ def test_its_configurations_can_be_made(name: str) -> None:
 
 
 def test_the_schema_names_them_all() -> None:
-    schema = json.loads((ROOT / "services" / "schemas" / "paper.json").read_text())
+    schema = json.loads((ROOT / "qaq_eval" / "schemas" / "paper.json").read_text())
     assert schema["properties"]["experiment"]["enum"] == list(EXPERIMENTS)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from services.cli import app
 from tests.e2e.command import ROOT
 
-SCHEMAS = ROOT / "services" / "schemas"
+SCHEMAS = ROOT / "qaq_eval" / "schemas"
 SMALL = ("--context", "120", "--decode", "4", "--documents", "1")
 
 

@@ -15,7 +15,7 @@ from qaq_eval.quality import Config
 from qaq_eval.quality.choices import FULL, Examiner, Question
 from qaq_eval.quality.journal import Journal
 from qaq_eval.quality.tasks import read_questions, run_task
-from tests.core.models import tiny, token_ids
+from tests.core.tiny_models import tiny, token_ids
 
 KIND = "llama-gqa"
 CONFIGS = ("fp16", "uniform-2", "h2o@4x")

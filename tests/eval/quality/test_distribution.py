@@ -10,7 +10,7 @@ import torch
 from qaq_core.cache.cache import QAQCache
 from qaq_eval.quality import Document, distribution
 from qaq_eval.quality.distribution import _spread
-from tests.core.models import tiny, token_ids
+from tests.core.tiny_models import tiny, token_ids
 
 
 def test_a_normal_is_told_from_one_with_a_channel_of_outliers() -> None:

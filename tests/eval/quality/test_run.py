@@ -29,7 +29,7 @@ from qaq_eval.quality import (
 )
 from qaq_eval.quality.prompt import compute
 from qaq_eval.quality.record import MAP_BINS
-from tests.core.models import calibration, teacher_forced, tiny, token_ids
+from tests.core.tiny_models import calibration, teacher_forced, tiny, token_ids
 
 KIND, CONTEXT, DECODE = "llama-gqa", 200, 40
 NAMES = (

@@ -7,7 +7,7 @@ import torch
 
 from qaq_eval.quality import Config, Document, Part
 from qaq_eval.quality.turns import evaluate_turns, turn_rows
-from tests.core.models import teacher_forced, tiny, token_ids
+from tests.core.tiny_models import teacher_forced, tiny, token_ids
 
 KIND, TURNS, CONTEXT, DECODE = "llama-gqa", 3, 60, 12
 CONFIGS = ("fp16", "uniform-2", "h2o-0.5")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from qaq_eval.speed.attention import attention_speed, parse_shapes
 from services.cli import app
 
-SCHEMA = Path(__file__).parents[2] / "services" / "schemas" / "bench_attention.json"
+SCHEMA = Path(__file__).parents[3] / "qaq_eval" / "schemas" / "bench_attention.json"
 
 
 def test_every_backend_attends_to_the_same_numbers() -> None:

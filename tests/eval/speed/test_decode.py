@@ -9,7 +9,7 @@ import torch
 
 from qaq_core.base.errors import ConfigError
 from qaq_eval.speed import decode_speed
-from tests.core.models import tiny, token_ids
+from tests.core.tiny_models import tiny, token_ids
 
 
 def test_every_cache_is_timed_and_weighed() -> None:

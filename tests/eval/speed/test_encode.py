@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from qaq_eval.speed.encode import encode_speed, parse_shape
 from services.cli import app
 
-SCHEMA = Path(__file__).parents[2] / "services" / "schemas" / "bench_encode.json"
+SCHEMA = Path(__file__).parents[3] / "qaq_eval" / "schemas" / "bench_encode.json"
 
 
 def test_each_kind_of_work_is_timed_in_torch_and_in_cpp() -> None:

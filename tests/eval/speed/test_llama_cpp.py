@@ -12,7 +12,7 @@ from qaq_core.base.errors import ConfigError
 from qaq_core.models.loading import default_model_path, load_model
 from qaq_eval.speed import decode_speed
 from qaq_eval.speed.llama_cpp import CACHES, LlamaCpp
-from tests.core.models import tiny, token_ids
+from tests.core.tiny_models import tiny, token_ids
 
 installed = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")
 

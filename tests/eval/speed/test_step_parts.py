@@ -8,7 +8,7 @@ import torch
 from qaq_core import QAQCache
 from qaq_eval.speed import decode_speed
 from qaq_eval.speed.step_parts import PARTS, REST, PartRow, Stopwatch
-from tests.core.models import tiny, token_ids
+from tests.core.tiny_models import tiny, token_ids
 
 
 @pytest.mark.parametrize("cache", ["fp16", "exact/reference"])

@@ -14,9 +14,9 @@ from qaq_core.models.linear import pack
 from qaq_core.models.loading import LoadedModel
 from qaq_eval.quality.documents import Document
 from qaq_eval.speed.weights_loss import weights_loss
-from tests.core.models import tiny, token_ids
+from tests.core.tiny_models import tiny, token_ids
 
-SCHEMA = Path(__file__).parents[2] / "services" / "schemas" / "bench_weights.json"
+SCHEMA = Path(__file__).parents[3] / "qaq_eval" / "schemas" / "bench_weights.json"
 
 
 def loaded(weights: str) -> LoadedModel:

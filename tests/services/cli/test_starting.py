@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from services.cli import app, demo
-from services.cluster import control, members
+from services.cluster import control, launcher
 from services.cluster.launcher import Launcher
 from services.cluster.state import StackSettings
 from services.common.settings import WorkerSettings
@@ -62,7 +62,7 @@ def test_weights_and_compiled_steps(command: str, told: list[Any]) -> None:
 def test_a_stacks_workers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[WorkerSettings] = []
     launch: Callable[..., None] = lambda name, host, settings, gpus: started.append(settings)  # noqa: E731
-    monkeypatch.setattr(members, "launch", launch)
+    monkeypatch.setattr(launcher, "launch", launch)
     monkeypatch.setenv("QAQ_WEIGHTS", "int4")
     for settings in (StackSettings(model="m"), StackSettings(model="m", weights="bfloat16", compiled=True)):
         Launcher(settings, "redis://127.0.0.1", lambda *report: None)._worker(0)

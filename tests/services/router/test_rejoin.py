@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from services.common.settings import RouterSettings
 
 from .conftest import running_router
-from .test_relay import MortalWorker, mortal
+from .test_generation import MortalWorker, mortal
 from .test_service import replies, request, until
 
 Stub = generate_pb2_grpc.InferenceStub

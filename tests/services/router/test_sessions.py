@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 
 from services.common.errors import FailedPrecondition, NotFound
 from services.router import sessions as module
-from services.router import tokenlog
+from services.router import token_log
 from services.router.sessions import SessionDirectory
 from services.router.token_log import LogWriter
 
@@ -106,7 +106,7 @@ async def test_the_log_writer_collects_tokens(directory: SessionDirectory, monke
         return await write(identifier, offset, tokens)
 
     monkeypatch.setattr(directory, "write", counted)
-    monkeypatch.setattr(tokenlog, "LAG_S", 60.0)
+    monkeypatch.setattr(token_log, "LAG_S", 60.0)
     writer = LogWriter(directory, session.id, 0, [1], lambda: None)
     for token in range(2, 50):
         writer.add(token)
