@@ -1,8 +1,21 @@
 """The cache: sequences, the method that they share, and the cache that transformers sees."""
 
+from qaq_core.cache.backends import faster_kernel, make_attention, make_encoder
 from qaq_core.cache.cache import QAQCache
-from qaq_core.cache.method import Method
+from qaq_core.cache.method import Method, Pair
 from qaq_core.cache.presets import PRESETS, make_method, register_family, register_preset
 from qaq_core.cache.sequence import SequenceCache
 
-__all__ = ["PRESETS", "Method", "QAQCache", "SequenceCache", "make_method", "register_family", "register_preset"]
+__all__ = [
+    "PRESETS",
+    "Method",
+    "Pair",
+    "QAQCache",
+    "SequenceCache",
+    "faster_kernel",
+    "make_attention",
+    "make_encoder",
+    "make_method",
+    "register_family",
+    "register_preset",
+]

@@ -129,7 +129,7 @@ class QAQCache(Cache):
         attended(self)
         batch, _, n, _ = query.shape
         if layer == 0:
-            self._step = self._begin(batch, n, position_ids)
+            self._step = self.begin_step(batch, n, position_ids)
         assert self._step is not None, "layers attend in order"
         out = self._step.attend(layer, query, keys, values, scaling, sliding_window)
         if layer == self.method.shape.layers - 1:
@@ -139,8 +139,8 @@ class QAQCache(Cache):
             self._columns += n
         return out
 
-    def _begin(self, batch: int, n: int, position_ids: torch.Tensor | None) -> Step:
-        """A forward pass over n columns begins."""
+    def begin_step(self, batch: int, n: int, position_ids: torch.Tensor | None) -> Step:
+        """The step that attends for a forward pass over n columns, which are checked against the sequences' lengths."""
         fresh = self._new_tokens(batch, n, position_ids)
         if n == 1 and all(sequence.batched and sequence.method is self.method for sequence in self.sequences):
             return begin_decode(self.method, self.sequences)

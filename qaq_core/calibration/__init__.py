@@ -1,5 +1,14 @@
 """Calibration: what is measured of a model once, before its cache is quantized."""
 
-from qaq_core.calibration.calibration import Calibration, calibrate
+from qaq_core.calibration.calibration import (
+    DISTURBANCE,
+    GRADIENTS,
+    Calibration,
+    cached_at,
+    calibrate,
+    known,
+    measure,
+    shown,
+)
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["DISTURBANCE", "GRADIENTS", "Calibration", "cached_at", "calibrate", "known", "measure", "shown"]

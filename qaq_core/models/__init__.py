@@ -8,23 +8,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qaq_core.models.compiled import compile_layers
     from qaq_core.models.default_model import default_model_path
-    from qaq_core.models.loading import Checkpoint, LoadedModel, find_checkpoint, load_model
+    from qaq_core.models.linear import PackedLinear
+    from qaq_core.models.loading import (
+        Checkpoint,
+        LoadedModel,
+        device_of,
+        find_checkpoint,
+        load_model,
+        load_tokenizer,
+    )
     from qaq_core.models.shape import ModelShape
 
 __all__ = [
     "Checkpoint",
     "LoadedModel",
     "ModelShape",
+    "PackedLinear",
     "compile_layers",
     "default_model_path",
+    "device_of",
     "find_checkpoint",
     "load_model",
+    "load_tokenizer",
 ]
 
 _HOMES = {
     "compiled": ("compile_layers",),
     "default_model": ("default_model_path",),
-    "loading": ("Checkpoint", "LoadedModel", "find_checkpoint", "load_model"),
+    "linear": ("PackedLinear",),
+    "loading": ("Checkpoint", "LoadedModel", "device_of", "find_checkpoint", "load_model", "load_tokenizer"),
     "shape": ("ModelShape",),
 }
 

@@ -10,10 +10,12 @@ from qaq_core.quantization.codecs import (
     UniformCodec,
     make_codec,
 )
+from qaq_core.quantization.codecs.progressive import greedy_order
 from qaq_core.quantization.encoder import Encoder, MakeEncoder, TorchEncoder
 from qaq_core.quantization.outliers import Outliers, split_outliers
 from qaq_core.quantization.quantizer import Quantizer
 from qaq_core.quantization.transforms import IdentityTransform, LinearTransform, Rotation, Transform
+from qaq_core.quantization.transforms.hadamard import hadamard
 
 __all__ = [
     "Adaptation",
@@ -32,6 +34,8 @@ __all__ = [
     "TorchEncoder",
     "Transform",
     "UniformCodec",
+    "greedy_order",
+    "hadamard",
     "make_codec",
     "split_outliers",
 ]

@@ -14,19 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
-from qaq_core.allocation.attention_statistics import AttentionStatistic, PromptObserver
-from qaq_core.allocation.policies import FixedPolicy
-from qaq_core.allocation.target import Target
+from qaq_core import Method, Originals, Quantizer, SequenceCache, Target
+from qaq_core.allocation import AttentionStatistic, FixedPolicy, PromptObserver
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.statistics import CacheStatistics
-from qaq_core.cache.method import Method
-from qaq_core.cache.sequence import SequenceCache
-from qaq_core.models.shape import ModelShape
-from qaq_core.quantization.codecs import GaussianCodec
-from qaq_core.quantization.quantizer import Quantizer
-from qaq_core.quantization.transforms import IdentityTransform
-from qaq_core.storage.originals import Originals
+from qaq_core.models import ModelShape
+from qaq_core.quantization import GaussianCodec, IdentityTransform
 
 QUERY_CHUNK = 256
 FEWEST = 4

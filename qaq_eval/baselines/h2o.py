@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from qaq_core.allocation.attention_statistics import Reduction
-from qaq_core.allocation.target import Target
-from qaq_core.models.shape import ModelShape
+from qaq_core import Target
+from qaq_core.allocation import Reduction
+from qaq_core.models import ModelShape
 from qaq_eval.baselines import eviction
 from qaq_eval.baselines.no_statistic import NoObserver
 

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from qaq_core.models.shape import ModelShape
-from qaq_core.quantization.codecs import UniformCodec
-from qaq_core.quantization.quantizer import Quantizer
-from qaq_core.quantization.transforms import LinearTransform
-from qaq_core.quantization.transforms.hadamard import hadamard
+from qaq_core import Quantizer
+from qaq_core.models import ModelShape
+from qaq_core.quantization import LinearTransform, UniformCodec, hadamard
 from qaq_eval.baselines import uniform
 
 NAME, PATTERN = "hadamard-<bits>", r"hadamard-(\d+)"

@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-from qaq_core.allocation.policies import FixedPolicy
+from qaq_core import Method, Quantizer
+from qaq_core.allocation import FixedPolicy
 from qaq_core.base.errors import ConfigError, QuantizationError
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.cache.method import Method, Pair
-from qaq_core.models.shape import ModelShape
-from qaq_core.quantization.codecs import UniformCodec
-from qaq_core.quantization.outliers import Outliers
-from qaq_core.quantization.quantizer import Quantizer
-from qaq_core.quantization.transforms import IdentityTransform
+from qaq_core.cache import Pair
+from qaq_core.models import ModelShape
+from qaq_core.quantization import IdentityTransform, Outliers, UniformCodec
 from qaq_eval.baselines.no_statistic import NoStatistic
 
 NAME, PATTERN = "kivi-<bits>", r"kivi-(\d+)"

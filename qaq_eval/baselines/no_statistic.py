@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qaq_core.allocation.attention_statistics import Reduction
+from qaq_core.allocation import Reduction
 
 
 class NoStatistic:

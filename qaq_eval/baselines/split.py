@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qaq_core.allocation.policies import FixedPolicy
-from qaq_core.models.shape import ModelShape
+from qaq_core.allocation import FixedPolicy
+from qaq_core.models import ModelShape
 from qaq_eval.baselines import uniform
 
 NAME, PATTERN = "k<bits>v<bits>", r"k(\d+)v(\d+)"

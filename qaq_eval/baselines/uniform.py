@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from qaq_core.allocation.policies import FixedPolicy
-from qaq_core.models.shape import ModelShape
-from qaq_core.quantization.codecs import UniformCodec
-from qaq_core.quantization.quantizer import Quantizer
-from qaq_core.quantization.transforms import IdentityTransform
+from qaq_core import Quantizer
+from qaq_core.allocation import FixedPolicy
+from qaq_core.models import ModelShape
+from qaq_core.quantization import IdentityTransform, UniformCodec
 from qaq_eval.baselines.no_statistic import NoStatistic
 
 NAME, PATTERN = "uniform-<bits>", r"uniform-(\d+)"

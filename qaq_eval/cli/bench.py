@@ -65,9 +65,9 @@ def decode(
     """Decodes from each cache in turn, one step at a time, and from transformers' DynamicCache."""
     import torch
 
+    from qaq_core import calibration
     from qaq_core.base.errors import ConfigError
-    from qaq_core.calibration import calibration
-    from qaq_core.models.loading import load_model
+    from qaq_core.models import load_model
     from qaq_eval.quality import builtin_text
     from qaq_eval.speed import decode_speed
 

@@ -16,7 +16,7 @@ from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
 from services.cli.terminal import progress_line, screen, size
 
 if TYPE_CHECKING:
-    from qaq_core.models.loading import LoadedModel
+    from qaq_core.models import LoadedModel
     from services.worker.generation import Generation
     from services.worker.scheduler.scheduler import Scheduler
 
@@ -66,7 +66,7 @@ def elastic(
     json_path: JsonPath = None,
 ) -> None:
     """Streams many sessions within the budget of 4 at full precision, halves it, and lifts it again."""
-    from qaq_core.models.loading import load_model
+    from qaq_core.models import load_model
 
     with progress_line() as report:
         loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None), "auto")
@@ -94,7 +94,7 @@ async def _run(
 ) -> Elastic:
     from qaq_core import InProcessOriginals
     from qaq_core.base.errors import ConfigError
-    from qaq_core.models.shape import ModelShape
+    from qaq_core.models import ModelShape
     from qaq_eval.quality import builtin_text
     from services.common.settings import WorkerSettings
     from services.worker.scheduler.scheduler import Scheduler

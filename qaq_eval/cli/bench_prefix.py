@@ -20,7 +20,7 @@ from services.cli.terminal import progress_line, screen
 if TYPE_CHECKING:
     from qaq.v1 import common_pb2
 
-    from qaq_core.models.loading import LoadedModel
+    from qaq_core.models import LoadedModel
     from services.worker.scheduler.scheduler import Scheduler
 
 
@@ -46,7 +46,7 @@ def prefix(
     json_path: JsonPath = None,
 ) -> None:
     """Computes a prompt and loads it, through a cache service and a Redis of their own processes."""
-    from qaq_core.models.loading import load_model
+    from qaq_core.models import load_model
     from services.common.embedded_redis import EmbeddedRedis
 
     with progress_line() as report, EmbeddedRedis() as redis, _cache_service(redis.url):

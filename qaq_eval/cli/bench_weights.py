@@ -28,7 +28,7 @@ def weights(
     """Compares predictions with each form of the linear layers' weights to those with the model's own."""
     import torch
 
-    from qaq_core.models.loading import load_model, load_tokenizer
+    from qaq_core.models import load_model, load_tokenizer
     from qaq_eval.cli.eval.common import named_text
     from qaq_eval.quality import cut
     from qaq_eval.speed.weights_loss import weights_loss

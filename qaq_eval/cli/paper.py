@@ -16,7 +16,7 @@ from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
 from services.cli.terminal import progress_line, screen
 
 if TYPE_CHECKING:
-    from qaq_core.models.loading import LoadedModel
+    from qaq_core.models import LoadedModel
     from qaq_eval.quality import Document, PartLog, Row, Spread
 
 _LIST = "\n\n".join(f"{name}: {experiment.about}" for name, experiment in EXPERIMENTS.items())
@@ -42,8 +42,8 @@ def paper(
     dtype: Dtype = "auto",
     json_path: JsonPath = None,
 ) -> None:
-    from qaq_core.calibration import calibration
-    from qaq_core.models.loading import load_model
+    from qaq_core import calibration
+    from qaq_core.models import load_model
     from qaq_eval import quality
 
     if experiment not in EXPERIMENTS:

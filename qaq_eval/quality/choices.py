@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+from qaq_core import Method, QAQCache, SequenceCache
 from qaq_core.base.errors import ConfigError
-from qaq_core.cache.cache import QAQCache
-from qaq_core.cache.method import Method
-from qaq_core.cache.sequence import SequenceCache
 from qaq_eval.quality.journal import Journal
 from qaq_eval.quality.prompt import FullPrecisionCache
 from qaq_eval.quality.record import held_bytes, token_bytes

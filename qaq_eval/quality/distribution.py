@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qaq_core.cache.presets import make_method
+from qaq_core import make_method
 from qaq_eval.quality.documents import Document
 from qaq_eval.quality.prompt import compute
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from qaq_core import QAQCache
 from qaq_core.base.errors import ConfigError
-from qaq_core.cache.cache import QAQCache
 from qaq_eval.quality.choices import FULL
 from qaq_eval.quality.prompt import FullPrecisionCache
 from qaq_eval.quality.record import held_bytes, token_bytes

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from qaq_core.allocation.attention_statistics import AttentionStatistic, PromptObserver
-from qaq_core.attention.reference import LayerTokens
+from qaq_core import Method, QAQCache
+from qaq_core.allocation import AttentionStatistic, PromptObserver
+from qaq_core.attention import LayerTokens
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.cache.cache import QAQCache
-from qaq_core.cache.method import Method
 from qaq_eval.quality.documents import Document
 
 CHUNK = 512

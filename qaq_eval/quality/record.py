@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
+from qaq_core import Method, SequenceCache
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.cache.method import Method
-from qaq_core.cache.sequence import SequenceCache
 from qaq_eval.quality.documents import Document
 from qaq_eval.quality.journal import Journal, name_of
 

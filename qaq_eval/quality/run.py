@@ -15,12 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from qaq_core import InProcessOriginals, Method, QAQCache, SequenceCache, make_method
 from qaq_core.base.errors import ConfigError
-from qaq_core.cache.cache import QAQCache
-from qaq_core.cache.method import Method
-from qaq_core.cache.presets import make_method
-from qaq_core.cache.sequence import SequenceCache
-from qaq_core.storage.originals import InProcessOriginals
 from qaq_eval.quality.documents import Document
 from qaq_eval.quality.prompt import Computed, compute
 from qaq_eval.quality.record import Measure, Part

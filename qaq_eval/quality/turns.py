@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qaq_core.cache.cache import QAQCache
+from qaq_core import QAQCache
 from qaq_eval.quality.documents import Document, cut
 from qaq_eval.quality.prompt import CHUNK, FullPrecisionCache
 from qaq_eval.quality.record import Measure, Part, Row, summarize

@@ -16,15 +16,12 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from qaq_core import Quantizer
 from qaq_core.attention import CpuAttention, LayerTokens, ReferenceAttention
 from qaq_core.base.rope import rotate_pairs
-from qaq_core.kernels import DecodeStep, load_library
-from qaq_core.kernels.layers import LAYER, TYPES
-from qaq_core.quantization.codecs import ProgressiveCodec
-from qaq_core.quantization.codecs.progressive import greedy_order
-from qaq_core.quantization.quantizer import Quantizer
-from qaq_core.quantization.transforms import LinearTransform
-from qaq_core.storage.packed import PackedTokens
+from qaq_core.kernels import LAYER, TYPES, DecodeStep, load_library
+from qaq_core.quantization import LinearTransform, ProgressiveCodec, greedy_order
+from qaq_core.storage import PackedTokens
 
 MIXED = ((0.60, 2, 2), (0.25, 3, 2), (0.10, 4, 4), (0.05, 8, 8))
 """Shares of tokens and the bits of their keys and values."""

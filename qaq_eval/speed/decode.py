@@ -13,10 +13,8 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, QuantizedCache
 
+from qaq_core import Method, QAQCache, make_method
 from qaq_core.base.errors import ConfigError
-from qaq_core.cache.cache import QAQCache
-from qaq_core.cache.method import Method
-from qaq_core.cache.presets import make_method
 from qaq_eval.speed import llama_cpp
 from qaq_eval.speed.step_parts import PartRow, step_parts
 

@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 
+from qaq_core import QAQCache, SequenceCache
 from qaq_core.attention import CpuAttention
-from qaq_core.cache import cache as cache_module
-from qaq_core.cache.cache import QAQCache
-from qaq_core.cache.sequence import SequenceCache
-from qaq_core.models.linear import PackedLinear
+from qaq_core.models import PackedLinear
 
 PARTS = ("linear", "attention", "around attention", "begin", "packing and exceptions", "next token")
 """What is told apart. linear: linear layers, the output's included. attention: the kernel. around attention: from
@@ -114,7 +112,7 @@ def _watched(model: Any, cache: QAQCache, watch: Stopwatch) -> Iterator[None]:
             stack.callback(module.register_forward_hook(lambda *_: watch.end()).remove)
         for owner, method, part in (
             (QAQCache, "attend", "around attention"),
-            (cache_module, "begin_decode", "begin"),
+            (QAQCache, "begin_step", "begin"),
             (SequenceCache, "commit", "packing and exceptions"),
             (*kernel, "attention"),
         ):

@@ -10,7 +10,7 @@ from statistics import fmean, median
 import torch
 from transformers import DynamicCache
 
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from qaq_eval.quality.documents import Document
 
 STEPS = 24

@@ -32,9 +32,8 @@ def calibrate(
     Written to the cache, or with --output as the table that can be shipped in qaq_core/calibration/tables. A
     table that is shipped for the model comes before the one in the cache.
     """
-    from qaq_core.calibration import calibration
-    from qaq_core.models.loading import load_model
-    from qaq_core.models.shape import ModelShape
+    from qaq_core import calibration
+    from qaq_core.models import ModelShape, load_model
 
     source = None if gradients is None else calibration.GRADIENTS if gradients else calibration.DISTURBANCE
     with progress_line() as report:

@@ -97,28 +97,27 @@ def kernel(device: str) -> Iterator[Finding]:
     import torch
 
     from qaq_core.base.errors import ConfigError
-    from qaq_core.cache import backends
-    from qaq_core.models.loading import device_of
-    from qaq_core.quantization.codecs import GaussianCodec
+    from qaq_core.cache import faster_kernel, make_attention
+    from qaq_core.models import device_of
+    from qaq_core.quantization import GaussianCodec
 
     try:
         place = device_of(device)
-        running = backends.make_attention(GaussianCodec(), place).name
+        running = make_attention(GaussianCodec(), place).name
     except ConfigError as error:
         yield Finding(name="kernel", state="wrong", found=f"none on {device}", advice=str(error))
         return
     asked = os.environ.get("QAQ_KERNEL", "auto")
     advice = None
     if running == "reference":
-        advice = backends.faster_kernel(place) if asked == "auto" else "a faster one may be there: unset QAQ_KERNEL"
+        advice = faster_kernel(place) if asked == "auto" else "a faster one may be there: unset QAQ_KERNEL"
     found = f"{running} on {device} (QAQ_KERNEL={asked}; the processor has {torch.backends.cpu.get_cpu_capability()})"
     yield Finding(name="kernel", state="better" if advice else "ok", found=found, advice=advice)
 
 
 def library() -> Iterator[Finding]:
     """The C++ library, which also packs and moves rows."""
-    from qaq_core.kernels import load_library, missing_library
-    from qaq_core.kernels.library import INTERFACE
+    from qaq_core.kernels import INTERFACE, load_library, missing_library
 
     loaded = load_library()
     if loaded is None:
@@ -170,9 +169,9 @@ def model_files(model: str | None) -> Iterator[Finding]:
     """The model's files, and what has been measured of it."""
     from safetensors import SafetensorError
 
+    from qaq_core import calibration
     from qaq_core.base.errors import ModelLoadError
-    from qaq_core.calibration import calibration
-    from qaq_core.models.loading import find_checkpoint
+    from qaq_core.models import find_checkpoint
 
     try:
         checkpoint = find_checkpoint(model_or_default(model))

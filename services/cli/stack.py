@@ -146,7 +146,7 @@ def model_or_default(model: str | None) -> str:
         ModelLoadError: none was named and the default model's package is not installed.
     """
     if model is None:
-        from qaq_core.models.default_model import default_model_path
+        from qaq_core.models import default_model_path
 
         return str(default_model_path())
     return os.path.abspath(model) if os.path.exists(model) else model

@@ -17,10 +17,10 @@ from pydantic import SecretStr
 from qaq.v1 import originals_pb2 as pb
 from qaq.v1 import originals_pb2_grpc
 
+from qaq_core import Quantizer
 from qaq_core.base.errors import OriginalsError
 from qaq_core.base.pages import Page, PageShape
 from qaq_core.base.rows import RowReply, RowRequest
-from qaq_core.quantization.quantizer import Quantizer
 from services.common import metrics
 from services.common.background import BackgroundLoop
 from services.common.errors import StatusError

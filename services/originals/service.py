@@ -13,8 +13,8 @@ import torch
 from qaq.v1 import originals_pb2 as pb
 from qaq.v1 import originals_pb2_grpc
 
+from qaq_core import Quantizer
 from qaq_core.base.rows import RowRequest
-from qaq_core.quantization.quantizer import Quantizer
 from services.common import metrics
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.originals import wire

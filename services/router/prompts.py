@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 
-from qaq_core.models.loading import load_tokenizer
+from qaq_core.models import load_tokenizer
 from services.common.errors import FailedPrecondition, InvalidArgument
 
 T = TypeVar("T")

@@ -7,9 +7,9 @@ import functools
 import torch
 from qaq.v1 import common_pb2
 
-from qaq_core import ConfigError, Method
-from qaq_core.cache.presets import PRESETS, make_method
-from qaq_core.models.loading import LoadedModel
+from qaq_core import ConfigError, Method, make_method
+from qaq_core.cache import PRESETS
+from qaq_core.models import LoadedModel
 from services.common.settings import WorkerSettings
 
 _KEPT = 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qaq.v1 import worker_pb2
 
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.errors import InvalidArgument
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation, Voice

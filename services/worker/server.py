@@ -10,8 +10,8 @@ from contextlib import AsyncExitStack
 import structlog
 from qaq.v1 import worker_pb2_grpc
 
-from qaq_core.calibration import calibration
-from qaq_core.models.loading import LoadedModel, load_model
+from qaq_core import calibration
+from qaq_core.models import LoadedModel, load_model
 from services.common import log, metrics
 from services.common.redis import check, connect
 from services.common.registry import Registry

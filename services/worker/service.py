@@ -9,8 +9,7 @@ import grpc
 from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from qaq_core.base.pages import dtype_name
-from qaq_core.models.loading import LoadedModel
-from qaq_core.models.shape import ModelShape
+from qaq_core.models import LoadedModel, ModelShape
 from services.worker.scheduler.scheduler import Scheduler
 
 

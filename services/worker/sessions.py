@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import Originals
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.errors import ResourceExhausted
 from services.common.settings import WorkerSettings
 from services.worker.memory_controller import MemoryController

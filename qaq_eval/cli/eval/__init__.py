@@ -72,8 +72,8 @@ def evaluate(
 
     With --json, finished parts are kept beside the file, and a run that was stopped goes on where it was.
     """
-    from qaq_core.calibration import calibration
-    from qaq_core.models.loading import load_model
+    from qaq_core import calibration
+    from qaq_core.models import load_model
     from qaq_eval import quality
 
     kind = _kind(recall, turn_count, hide, task_names)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from qaq_core.models.loading import LoadedModel
+    from qaq_core.models import LoadedModel
     from qaq_eval.quality import Config
 
 BUILTIN = "builtin"

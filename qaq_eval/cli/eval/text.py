@@ -11,7 +11,7 @@ from rich.table import Table
 from qaq_eval.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text, shown_name
 
 if TYPE_CHECKING:
-    from qaq_core.models.loading import LoadedModel
+    from qaq_core.models import LoadedModel
     from qaq_eval.quality import Config, Row
 
 

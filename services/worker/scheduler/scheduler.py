@@ -17,7 +17,7 @@ import torch
 from qaq.v1 import worker_pb2
 
 from qaq_core import Originals
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation

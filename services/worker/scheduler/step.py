@@ -10,7 +10,7 @@ import torch
 from qaq.v1 import common_pb2
 
 from qaq_core import QAQCache
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common import metrics
 from services.common.errors import ResourceExhausted
 from services.worker.generation import Generation, Reply, age, session_of
