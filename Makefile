@@ -20,6 +20,7 @@ lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/gen_proto.py --check
 
 # The kernels' tests against a library that watches its memory and its arithmetic.

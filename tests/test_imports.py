@@ -1,0 +1,63 @@
+"""`make lint` refuses an import against the ladder, a circle, and a library that needs a server."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("qaq_core", "qaq_eval", "services")
+
+
+def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
+    command = Path(sys.executable).with_name("lint-imports")
+    return subprocess.run([command, "--no-logo", "--no-cache"], cwd=tree, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources with their contracts."""
+    tree = tmp_path_factory.mktemp("tree")
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            copy = tree / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    return tree
+
+
+def test_the_imports_are_as_they_should_be(tree: Path) -> None:
+    result = lint_imports(tree)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "added", "broken"),
+    [
+        ("qaq_core/base/rows.py", "from qaq_core.storage.pool import Pool", "imports downwards"),
+        ("qaq_core/kernels/library.py", "def late():\n    import qaq_core.attention.cpu", "imports downwards"),
+        ("services/router/server.py", "from qaq_eval.serving.load import Load", "Evaluation above services"),
+        ("services/router/server.py", "import services.worker.server", "do not know each other"),
+        (
+            "qaq_core/base/pages.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from qaq_core.base.rows import RowRequest",
+            "No circle",
+        ),
+        ("qaq_core/storage/originals.py", "import redis", "needs nothing of a server"),
+    ],
+)
+def test_an_import_that_breaks_a_contract_fails(tree: Path, module: str, added: str, broken: str) -> None:
+    path = tree / module
+    before = path.read_text()
+    path.write_text(f"{before}\n{added}\n")
+    try:
+        result = lint_imports(tree)
+    finally:
+        path.write_text(before)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert any(broken in line for line in result.stdout.splitlines() if line.endswith("BROKEN")), result.stdout
