@@ -12,7 +12,6 @@ import torch
 from blake3 import blake3
 
 from qaq_core.base.errors import ConfigError, ModelLoadError
-from qaq_core.models.compiled import compile_layers
 from qaq_core.models.default_model import default_model_path
 from qaq_core.models.gguf import Progress, check_gguf, converted_model, converted_tokenizer, quiet
 from qaq_core.models.linear import LOSSLESS, pack
@@ -34,7 +33,7 @@ class LoadedModel:
         model: in eval mode, on its device. tokenizer: as transformers makes it.
         fingerprint: hex; the same weights and configuration have the same one wherever they were found.
         context_length: tokens the model was made for.
-        weights: form of its linear layers, one of `weights.WEIGHTS` but "auto".
+        weights: form of its linear layers, one of `linear.WEIGHTS` but "auto".
     """
 
     model: Any
@@ -114,7 +113,6 @@ def load_model(
     dtype: str = "auto",
     progress: Progress | None = None,
     weights: str = "plain",
-    compiled: bool = False,
 ) -> LoadedModel:
     """A causal language model with its tokenizer.
 
@@ -123,12 +121,10 @@ def load_model(
         dtype: "float32", "float16", "bfloat16", or "auto": float32 on a CPU, elsewhere the checkpoint's own
             half precision or else bfloat16.
         progress: called with a stage and how much of it is done, 0 to 1.
-        weights: form of the linear layers, see `weights.pack`.
-        compiled: decode steps go through torch.compile, see `attention.compiled`.
+        weights: form of the linear layers, see `linear.pack`.
     Raises:
         ModelLoadError: with what to do about it.
         ConfigError: unknown device, dtype or weights, or not for this machine.
-        UnsupportedModelError: its layers cannot be compiled.
     """
     progress = progress or _silent
     place = device_of(device)
@@ -146,8 +142,6 @@ def load_model(
     model = _weights(directory, resolved, place, source)
     weights = pack(model, weights)
     progress("loading weights", 1.0)
-    if compiled:
-        compile_layers(model, progress)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context:
         raise ModelLoadError(f"{source} does not say how long its context is (max_position_embeddings)")

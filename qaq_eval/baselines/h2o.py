@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from qaq_core import Target
-from qaq_core.allocation import Reduction
+from qaq_core.allocation import NoObserver, Reduction
 from qaq_core.models import ModelShape
 from qaq_eval.baselines import eviction
-from qaq_eval.baselines.no_statistic import NoObserver
 
 NAME, PATTERN = "h2o[-<share kept>]", r"h2o(?:-(\d*\.?\d+))?"
 TARGETED = True

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from qaq_core import Method, Quantizer
-from qaq_core.allocation import FixedPolicy
+from qaq_core.allocation import FixedPolicy, NoStatistic
 from qaq_core.base.errors import ConfigError, QuantizationError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.cache import Pair
 from qaq_core.models import ModelShape
 from qaq_core.quantization import IdentityTransform, Outliers, UniformCodec
-from qaq_eval.baselines.no_statistic import NoStatistic
 
 NAME, PATTERN = "kivi-<bits>", r"kivi-(\d+)"
 GROUP_TOKENS = 32

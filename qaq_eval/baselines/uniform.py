@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qaq_core import Quantizer
-from qaq_core.allocation import FixedPolicy
+from qaq_core.allocation import FixedPolicy, NoStatistic
 from qaq_core.models import ModelShape
 from qaq_core.quantization import IdentityTransform, UniformCodec
-from qaq_eval.baselines.no_statistic import NoStatistic
 
 NAME, PATTERN = "uniform-<bits>", r"uniform-(\d+)"
 

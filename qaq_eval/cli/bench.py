@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,7 @@ def decode(
 
     from qaq_core import calibration
     from qaq_core.base.errors import ConfigError
-    from qaq_core.models import load_model
+    from qaq_core.models import compile_layers, load_model
     from qaq_eval.quality import builtin_text
     from qaq_eval.speed import decode_speed
 
@@ -75,9 +76,10 @@ def decode(
     with progress_line() as report, calibration.shown(report):
         if "dynamic-bf16" in names and (weights != "plain" or compiled):
             raise ConfigError("dynamic-bf16 makes weights of its own: leave out --weights and --compiled for it")
-        loaded = load_model(
-            model_or_default(model), device, dtype, lambda what, share: report(what, None), weights, compiled
-        )
+        progress = partial(_stage, report)
+        loaded = load_model(model_or_default(model), device, dtype, progress, weights)
+        if compiled:
+            compile_layers(loaded.model, progress)
         words = builtin_text() if text is None else text.read_text(encoding="utf-8")
         ids = loaded.tokenizer(words, return_tensors="pt").input_ids
         if ids.shape[1] < context + steps:
@@ -152,6 +154,11 @@ def encode(
     screen.print(table, highlight=False)
     if json_path is not None:
         _write(json_path, {"shape": shape, "tokens": str(tokens), "bits": f"{MEAN_BITS:.2f} an element"}, rows)
+
+
+def _stage(report: Callable[[str, float | None], None], stage: str, share: float) -> None:
+    """Shows a stage without how much of it is done."""
+    report(stage, None)
 
 
 def _write(path: Path, about: dict[str, Any], rows: Sequence[SpeedRow | AttentionRow | EncodeRow]) -> None:

@@ -10,8 +10,14 @@ from contextlib import AsyncExitStack
 import structlog
 from qaq.v1 import worker_pb2_grpc
 
+<<<<<<< HEAD
 from qaq_core import calibration
 from qaq_core.models import LoadedModel, load_model
+=======
+from qaq_core.calibration import calibration
+from qaq_core.models.compiled import compile_layers
+from qaq_core.models.loading import LoadedModel, load_model
+>>>>>>> 34589ff (The loader does not compile layers; NoStatistic is part of allocation)
 from services.common import log, metrics
 from services.common.redis import check, connect
 from services.common.registry import Registry
@@ -87,9 +93,11 @@ class WorkerServer:
 
     def _load(self, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, Scheduler]:
         settings = self._settings
-        loaded = self._loaded or load_model(
-            settings.model, settings.device, settings.dtype, self._note, settings.weights, settings.compiled
-        )
+        loaded = self._loaded
+        if loaded is None:
+            loaded = load_model(settings.model, settings.device, settings.dtype, self._note, settings.weights)
+            if settings.compiled:
+                compile_layers(loaded.model, self._note)
         # The engine's thread keeps the interpreter busy; by default the event loop waits 5 ms for its turn.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._note("preparing the cache", 0.0)

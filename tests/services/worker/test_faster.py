@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qaq_core import InProcessOriginals
+from qaq_core.models.compiled import compile_layers
 from qaq_core.models.loading import LoadedModel, default_model_path, load_model
 from services.common.settings import WorkerSettings
 from services.worker.scheduler.scheduler import Scheduler
@@ -28,7 +29,8 @@ async def test_it_says_the_same(smollm2: LoadedModel, make_scheduler: MakeSchedu
     async with make_scheduler() as scheduler:
         want = [await outcome(scheduler.submit(request(tokens, 8, cache=EXACT))) for tokens in prompts]
     settings = WorkerSettings(model=str(default_model_path()), weights="float32", compiled=True)
-    loaded = load_model(settings.model, weights=settings.weights, compiled=settings.compiled)
+    loaded = load_model(settings.model, weights=settings.weights)
+    compile_layers(loaded.model)
     scheduler = Scheduler(loaded, InProcessOriginals(), settings, asyncio.get_running_loop())
     scheduler.start()
     try:
