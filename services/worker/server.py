@@ -10,14 +10,8 @@ from contextlib import AsyncExitStack
 import structlog
 from qaq.v1 import worker_pb2_grpc
 
-<<<<<<< HEAD
 from qaq_core import calibration
-from qaq_core.models import LoadedModel, load_model
-=======
-from qaq_core.calibration import calibration
-from qaq_core.models.compiled import compile_layers
-from qaq_core.models.loading import LoadedModel, load_model
->>>>>>> 34589ff (The loader does not compile layers; NoStatistic is part of allocation)
+from qaq_core.models import LoadedModel, compile_layers, load_model
 from services.common import log, metrics
 from services.common.redis import check, connect
 from services.common.registry import Registry
