@@ -1,7 +1,8 @@
-"""One sequence's cache: exact sinks and recent tokens, packed tokens between them, originals behind them.
+"""The cache of one sequence: the residual window, packed tokens, and the originals behind them.
 
-Tokens stand as [sinks | packed | recent]. While a prompt is computed all its tokens are exact; when it is
-complete (or, in decode, when the recent window is full) the oldest are quantized in groups and packed.
+Tokens are ordered as [sinks | packed | recent]. The residual window holds sinks and recent tokens. During prefill it
+holds the whole prompt. When prefill ends, and in decode whenever the window is full, the oldest tokens are quantized
+and packed.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ class SequenceCache:
 
     Args:
         method: what all sequences of a model share.
-        originals: store for full-precision pages; this process's memory if not given.
-        page_name: gives the id of page i, called when its tokens are complete; random names if not given.
-        wait: block a step until re-quantized rows have arrived.
+        originals: store of full-precision pages; this process's memory if not given.
+        page_name: returns the id of page i; called when its tokens are complete; random ids if not given.
+        wait: a decode step waits until re-quantized rows have arrived.
 
     Attributes:
-        lam: what a bit costs.
-        importance: what attention the tokens have got.
-        exact_prefix: first tokens whose keys and values were computed over full precision alone: those of the
-            first prompt. They depend on the tokens and nothing else; later ones on what was quantized, and when.
+        rate: finds and steers λ.
+        importance: the attention that the tokens have had.
+        exact_prefix: number of first tokens whose keys and values were computed over a full-precision cache: those
+            of the first prompt. They depend on the token ids alone; later ones depend on what was quantized.
     """
 
     batched = True
-    """Whether its decode steps can be computed together with others of the same method."""
+    """Decode steps of sequences of one method are computed together."""
 
     def __init__(
         self,
@@ -70,22 +71,22 @@ class SequenceCache:
         self._steps = 0
         self._first_prompt = True
 
-    # -- what a forward pass does, layer by layer ------------------------------------------------------
+    # -- a forward pass, layer by layer ----------------------------------------------------------------
 
     def expect_prompt(self, tokens: int) -> None:
-        """The next tokens are a prompt that may come in chunks: keep them exact until the last has arrived."""
+        """Announces a prompt, which may arrive in chunks. It stays in the residual window until its last token."""
         if self._expected:
-            raise ConfigError("a prompt is still arriving")
+            raise ConfigError("prefill has not ended")
         self._begin_prompt(tokens)
 
     def load(self, pages: Sequence[Page], shared: int, coming: int) -> None:
-        """Begins a prompt with stored pages in place of computing them; `coming` more tokens are computed.
+        """Begins a prompt with stored pages; the `coming` tokens after them are computed.
 
-        What the window predicts of all of them comes from the queries of those `coming` tokens.
+        The attention statistic of all of them comes from the queries of the `coming` tokens.
 
         Args:
-            pages: the prompt's first, in order, without a gap. The sequence must be empty.
-            shared: so many of them, from the first, hold full-precision numbers, see `exact_prefix`.
+            pages: the first pages of the prompt, in order, without a gap. The sequence must be empty.
+            shared: number of first pages that hold full-precision numbers, see `exact_prefix`.
         """
         if self.length or self._expected:
             raise ConfigError("pages can only be loaded into an empty sequence")
@@ -99,17 +100,17 @@ class SequenceCache:
         self._begin_prompt(coming)
 
     def bits_at(self, floor: float) -> float:
-        """Code bits an element of the packed tokens that a floor would leave, see `set_lambda_floor`."""
-        return self.rate.bits_at(floor, self._kept())
+        """Code bits per element of the packed tokens at a floor, see `set_lambda_floor`."""
+        return self.rate.bits_at(floor, self._packed_state())
 
     def set_lambda_floor(self, floor: float) -> None:
-        """Sets the least price of a bit, which sequences may share.
+        """Sets the least λ, which sequences may share.
 
-        If that is more than was paid, vectors give up what they would not pay for, at once and from what they
-        hold. If it is less they get it back from their originals while decoding, within `RateControl.allowance`.
+        If λ rises, rows are narrowed at once. If it falls, rows are widened from their originals during decode, within
+        `RateControl.allowance`.
         """
         if self.rate.set_floor(floor) and len(self.packed):
-            self.requantizer.narrow_to(self._kept(), self.rate.value)
+            self.requantizer.narrow_to(self._packed_state(), self.rate.value)
 
     def attend(
         self,
@@ -120,50 +121,50 @@ class SequenceCache:
         scaling: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
-        """Takes the next n tokens' keys and values of a layer and attends to everything so far.
+        """Stores the keys and values of the next n tokens in a layer, and attends to all tokens so far.
 
         Args:
             query: [query_heads, n, head_dim]. keys, values: [kv_heads, n, head_dim], after RoPE.
         Returns:
             float32 [query_heads, n, head_dim].
         """
-        tokens, observe = self.take(layer, keys, values)
-        return self.method.attention(query, tokens, scaling, sliding_window, observe)
+        tokens, observer = self.take(layer, keys, values)
+        return self.method.attention(query, tokens, scaling, sliding_window, observer)
 
     @property
     def prefilling(self) -> bool:
-        """Whether a prompt is still arriving."""
+        """Whether a prompt is not complete yet."""
         return self._expected > 0
 
     def begin(self) -> None:
-        """A decode step begins: one token's keys and values will be written to `exact`, and attention observed."""
+        """Begins a decode step: the keys and values of one token will be written to `residual`."""
         self._begin_step(1)
 
     def take(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[LayerTokens, Observer | None]:
-        """Takes the next tokens' keys and values of a layer; what to attend to, and who watches."""
+        """Stores the keys and values of the next tokens in a layer; returns what to attend to, and the observer."""
         if layer == 0:
             self._begin_step(keys.shape[1])
-        exact_keys, exact_values = self.residual.write(layer, keys, values)
-        sinks, packed = min(self.method.sinks, exact_keys.shape[1]), self.packed if len(self.packed) else None
-        tokens = LayerTokens(layer, exact_keys, exact_values, sinks, packed)
+        residual_keys, residual_values = self.residual.write(layer, keys, values)
+        sinks, packed = min(self.method.sinks, residual_keys.shape[1]), self.packed if len(self.packed) else None
+        tokens = LayerTokens(layer, residual_keys, residual_values, sinks, packed)
         return tokens, self.importance.observer(layer, self.length)
 
-    def load_prefill(self, originals: torch.Tensor, watch: PromptObserver) -> None:
-        """Takes a prompt that was computed elsewhere, as if its forward pass had just ended.
+    def load_prefill(self, originals: torch.Tensor, observer: PromptObserver) -> None:
+        """Takes the keys and values of a prompt that was computed elsewhere, as if its forward pass had just ended.
 
         Args:
             originals: [layers, 2, kv_heads, n, head_dim], after RoPE, in the model's dtype.
-            watch: has seen the prompt's probabilities.
+            observer: has seen the prompt's attention probabilities.
         """
         self.expect_prompt(originals.shape[3])
         self._begin_step(originals.shape[3])
-        self.importance.prompt = watch
+        self.importance.prompt = observer
         for layer, (keys, values) in enumerate(originals):
             self.residual.write(layer, keys, values)
         self.commit()
 
     def commit(self) -> None:
-        """Ends a forward pass: originals leave, tokens are packed, exceptions are looked for."""
+        """Ends a forward pass: stages originals, packs tokens, looks for attention-window exceptions."""
         fresh = self.residual.end_step()
         if self._first_prompt and self._expected and self.exact_prefix == self.length:
             self.exact_prefix += fresh.shape[3]
@@ -184,17 +185,17 @@ class SequenceCache:
             self._review(self._steps % policy.narrow_every == 0)
 
     def fork(self, page_name: Callable[[int], bytes] | None = None) -> SequenceCache:
-        """A sequence that holds the same tokens and goes on by itself; its counts begin at 0.
+        """An independent sequence with the same tokens; its counters start at 0.
 
-        Its device memory is its own, its complete pages are shared.
+        Device memory is copied; complete pages of originals are shared.
 
         Args:
-            page_name: as for a new sequence; asked for the pages that are not complete yet.
+            page_name: as for a new sequence; called for pages that are not complete yet.
         Raises:
-            ConfigError: a prompt is still arriving.
+            ConfigError: prefill has not ended.
         """
         if self._expected:
-            raise ConfigError("a prompt is still arriving; fork when it is complete")
+            raise ConfigError("prefill has not ended; fork when the prompt is complete")
         other = SequenceCache(self.method, self.staging.originals, wait=self.requantizer.wait)
         other.length, other.rate, other.importance = self.length, self.rate.fork(), self.importance.copy()
         other.exact_prefix, other._first_prompt = self.exact_prefix, False
@@ -218,9 +219,9 @@ class SequenceCache:
         return self.staging.nbytes
 
     def bits(self, side: int) -> torch.Tensor:
-        """float32 [layers, kv_heads, length]: bits an element of each vector, by position; exact ones have 16."""
-        shape, exact = self.method.shape, 8.0 * self.method.residual_dtype.itemsize
-        held = torch.full((shape.layers, shape.kv_heads, self.length), exact)
+        """float32 [layers, kv_heads, length]: bits per element of each vector, by position; 16 in the residual window."""
+        shape, residual = self.method.shape, 8.0 * self.method.residual_dtype.itemsize
+        held = torch.full((shape.layers, shape.kv_heads, self.length), residual)
         if len(self.packed):
             held[:, :, self.packed.start : self.packed.stop] = self.packed.widths(side).cpu() / 2
         return held
@@ -242,7 +243,7 @@ class SequenceCache:
         )
 
     def close(self) -> None:
-        """Frees everything; pages under way still reach the store."""
+        """Frees all memory; pages being stored still reach the store."""
         self.staging.close()
         self.residual.close()
         self.importance.close()
@@ -255,7 +256,7 @@ class SequenceCache:
         if not self._expected and n > 1:
             self._begin_prompt(n)
         if self._expected and n > self._expected:
-            raise ConfigError(f"a prompt of {self._expected} more tokens was announced, {n} came")
+            raise ConfigError(f"a prompt of {self._expected} more tokens was announced, but {n} arrived")
         self.residual.begin_step(n, prompt=self._expected > 0)
         if self._expected:
             return
@@ -276,40 +277,40 @@ class SequenceCache:
             self._pack(groups * self.method.pack_tokens, solve=True)
         self.residual.end_prompt()
         if self.method.dtype != self.method.residual_dtype:
-            # What is in the window now, and all that comes after, is packed from rounded numbers.
+            # Tokens in the window now, and all later ones, are packed from rounded numbers.
             self.requantizer.rounded_from = min(self.requantizer.rounded_from, self.packed.stop)
 
     def _pack(self, tokens: int, solve: bool = False) -> None:
-        """Quantizes the oldest exact tokens after the sinks; finds the price anew if told to, or if it must."""
+        """Quantizes the oldest tokens of the residual window, behind the sinks; `solve` finds λ again."""
         method, packed, sinks = self.method, self.packed, self.method.sinks
         originals = self.residual.take_for_packing(sinks, sinks + tokens)
         if method.adaptation is not None and not len(packed):
             packed.quantizer = method.adaptation(method.quantizer, originals, packed.stop)
         rows, metas, outliers = method.prepare(packed.quantizer, originals, packed.stop, overwrite=True)
-        kept = TokenState(self.importance.state[:, :, : self.length], packed.stop, metas)
+        new = TokenState(self.importance.state[:, :, : self.length], packed.stop, metas)
         if solve or self.rate.unsolved(len(packed)):
-            everything = kept.preceded(packed.start, packed.metas) if len(packed) else kept
+            everything = new.preceded(packed.start, packed.metas) if len(packed) else new
             self.rate.solve(everything, self.length, self._fixed_bytes(tokens, (*metas, *outliers)))
             self.rate.settling = self._steps > 0 and not solve
-        packed.append(self.rate.widths(kept), rows, metas, outliers)
+        packed.append(self.rate.widths(new), rows, metas, outliers)
         self.residual.drop(sinks, sinks + tokens)
 
     def _review(self, narrow: bool) -> None:
         if narrow:
             self.rate.steer(self.packed, self.length, self._fixed_bytes())
-        self.rate.charge(self.requantizer.review(self._kept(), self.rate.value, narrow, self.rate.most_bytes))
+        self.rate.charge(self.requantizer.review(self._packed_state(), self.rate.value, narrow, self.rate.most_bytes))
 
-    def _kept(self) -> TokenState:
-        """What is kept of the packed tokens."""
+    def _packed_state(self) -> TokenState:
+        """The state of the packed tokens."""
         return TokenState(self.importance.state[:, :, : self.length], self.packed.start, self.packed.metas)
 
     def _fixed_bytes(self, tokens: int = 0, parts: Sequence[torch.Tensor | Outliers | None] = ()) -> int:
-        """What the cache will hold besides codes.
+        """Bytes that the cache will hold besides codes.
 
         Args:
-            tokens: so many more are about to be packed; `parts` are their meta bytes and outliers.
+            tokens: number of tokens about to be packed; `parts` are their meta bytes and outliers.
         """
         tags = self.method.shape.layers * self.method.shape.kv_heads * tokens
-        coming = tags + sum(part.nbytes for part in parts if part is not None)
-        watched = self.importance.bytes_of(self.length + 2 * self.method.pack_tokens)
-        return self.residual.residual_bytes + self.packed.fixed_bytes + coming + watched
+        new = tags + sum(part.nbytes for part in parts if part is not None)
+        statistic = self.importance.bytes_of(self.length + 2 * self.method.pack_tokens)
+        return self.residual.residual_bytes + self.packed.fixed_bytes + new + statistic

@@ -1,8 +1,8 @@
-"""Exact tokens: the sinks, the recent window, and a prompt while it is computed.
+"""The residual window: tokens that are not quantized. Sinks, recent tokens, and a prompt during prefill.
 
-They stand in one buffer, [sinks | recent | prompt]. A prompt is held in the model's dtype; when it is
-over, what stays (sinks and recent tokens) is held in the window's dtype, half precision where the model
-computes in float32. Originals are always the model's own numbers, not these.
+They share one buffer, [sinks | recent | prompt]. A prompt is held in the model's dtype. After prefill, sinks and
+recent tokens are held in the window's dtype: half precision where the model computes in float32. Originals are always
+the model's own numbers, not these.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from qaq_core.base.pages import KEY, VALUE
 
 
 class ResidualWindow:
-    """Exact keys and values of one sequence.
+    """Unquantized keys and values of one sequence.
 
     Args:
         dims: (layers, kv_heads, head_dim).
-        capacity: tokens that the buffer has room for outside a prompt.
-        dtype: of the model. window_dtype: of the buffer outside a prompt.
+        capacity: tokens that the buffer has room for outside prefill.
+        dtype: of the model. residual_dtype: of the buffer outside prefill.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ResidualWindow:
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes of the buffer outside a prompt."""
+        """Bytes of the buffer outside prefill."""
         layers, heads, dim = self._dims
         return layers * 2 * heads * self.capacity * dim * self.residual_dtype.itemsize
 
@@ -53,23 +53,23 @@ class ResidualWindow:
         self._move(self.held + tokens, self.dtype)
 
     def load(self, originals: torch.Tensor) -> None:
-        """Takes tokens of a prompt that were computed before: [layers, 2, kv_heads, n, head_dim]."""
+        """Takes stored tokens of a prompt: [layers, 2, kv_heads, n, head_dim]."""
         stop = self.held + originals.shape[3]
         self._buffer[:, :, :, self.held : stop] = originals
         self.held = stop
 
     def end_prompt(self) -> None:
-        """Goes back to the window's size and dtype."""
+        """Shrinks the buffer to the window's size and dtype."""
         self._move(max(self.capacity, self.held), self.residual_dtype)
 
     def begin_step(self, n: int, prompt: bool) -> None:
         """Expects n tokens, layer by layer.
 
         Raises:
-            QuantizationError: tokens were spent, and packing them failed.
+            QuantizationError: tokens were overwritten while packing, and packing failed.
         """
         if self._overwritten:
-            raise QuantizationError("this sequence's tokens could not be packed: begin a new sequence")
+            raise QuantizationError("the tokens of this sequence could not be packed: begin a new sequence")
         self._incoming = n
         if prompt:
             return
@@ -79,7 +79,7 @@ class ResidualWindow:
             self._step = self._new(n, self.dtype)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes a layer's new keys and values [kv_heads, n, head_dim]; returns those of all exact tokens."""
+        """Takes a layer's new keys and values [kv_heads, n, head_dim]; returns those of the whole window."""
         stop = self.held + self._incoming
         for side, new in ((KEY, keys), (VALUE, values)):
             self._buffer[layer, side, :, self.held : stop] = new
@@ -88,7 +88,7 @@ class ResidualWindow:
         return self._buffer[layer, KEY, :, :stop], self._buffer[layer, VALUE, :, :stop]
 
     def places(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where the step's keys and values go, for who writes them without `write`.
+        """Where the step's keys and values go, for a kernel that writes them itself.
 
         Returns:
             [layers, 2, kv_heads, room, head_dim], at the tokens from `held` on; and in the model's dtype
@@ -108,20 +108,20 @@ class ResidualWindow:
     def take_for_packing(self, first: int, last: int) -> torch.Tensor:
         """Tokens first..last-1 in buffer order: [layers, 2, kv_heads, n, head_dim].
 
-        They may be written over (a prompt's rows need no memory of their own then) and must be dropped next.
+        The caller may overwrite them, so that a prompt's rows need no extra memory, and must drop them next.
         """
         self._overwritten = True
         return self._buffer[:, :, :, first:last]
 
     def drop(self, first: int, last: int) -> None:
-        """Lets go of tokens first..last-1; later ones move up."""
+        """Removes tokens first..last-1; later ones move up."""
         self._overwritten = False
         tail = self._buffer[:, :, :, last : self.held].clone()
         self.held -= last - first
         self._buffer[:, :, :, first : self.held] = tail
 
     def copy(self) -> ResidualWindow:
-        """The same tokens in memory of their own; between steps only."""
+        """A copy; between steps only."""
         other = ResidualWindow(self._dims, self.capacity, self.dtype, self.residual_dtype, self._device)
         other.held, other._buffer, other._overwritten = self.held, self._buffer.clone(), self._overwritten
         return other

@@ -21,15 +21,15 @@ class Transform(Protocol):
         ...
 
     def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Queries [heads, n, head_dim] as they meet packed keys."""
+        """Queries [heads, n, head_dim] to multiply with packed keys."""
         ...
 
     def center_scores(self, layer: int, query: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
-        """What centering took from q·k at positions start..stop-1: [heads, n, stop-start], or None for 0."""
+        """What centering subtracted from q·k at positions start..stop-1: [heads, n, stop-start], or None for 0."""
         ...
 
     def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What `center_scores` is made of, or None for 0.
+        """The parts of `center_scores`, or None for 0.
 
         Returns:
             means before RoPE [kv_heads, head_dim]; RoPE's cosines and sines [>= stop, head_dim] from position 0.
@@ -37,15 +37,15 @@ class Transform(Protocol):
         ...
 
     def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
-        """Output [heads, n, head_dim] summed over packed values, as it was but for `value_center`."""
+        """Sums over packed values [heads, n, head_dim], transformed back; `value_center` is not added."""
         ...
 
     def value_center(self, layer: int) -> torch.Tensor | None:
-        """What centering took from values: [kv_heads, head_dim], or None for 0."""
+        """What centering subtracted from values: [kv_heads, head_dim], or None for 0."""
         ...
 
     def centered_on(self, originals: torch.Tensor, start: int) -> Transform:
-        """A frame whose queries and outputs are the same as this one's, with centers of its own.
+        """The same transform centered on the means of these tokens.
 
         Args:
             originals: [layers, 2, kv_heads, n, head_dim] of positions start, start+1, ….
@@ -53,14 +53,13 @@ class Transform(Protocol):
         ...
 
     def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What `query` and `restore` are made of, but for axes, or None if they leave everything as it is.
+        """The matrices of `query` and `restore`, without the rotation; None for the identity.
 
         Returns:
-            matrices [layers, kv_heads, head_dim, head_dim] that a query is multiplied with from the right, and an
-            output.
+            [layers, kv_heads, head_dim, head_dim], multiplied from the right: with a query, and with an output.
         """
         ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything needed to make the same frame elsewhere."""
+        """Everything needed to make the same transform elsewhere."""
         ...

@@ -36,7 +36,7 @@ class LinearTransform:
         kind: int64 [layers], which frequencies a layer uses.
 
     Attributes:
-        rotation: to which keys' and values' rows are turned, or None.
+        rotation: of keys and values, applied last, or None.
     """
 
     name = "linear"
@@ -55,7 +55,7 @@ class LinearTransform:
         self.key_mean, self.value_mean = key_mean.float(), value_mean.float()
         self.frequencies, self.kind = frequencies.double(), kind.long()
         self.matrices = (key_matrix.float().mT.contiguous(), value_matrix.float().mT.contiguous())
-        """Of keys and values, by dim of the original and then of the row."""
+        """Of keys and values: [.., dim of the original, dim of the row]."""
         key_inverse, value_inverse = (torch.linalg.inv(matrix.double().mT).float() for matrix in self.matrices)
         self._key_inverse, self._output_map = key_inverse.contiguous(), value_inverse.mT.contiguous()
         self._angles = Angles(self.frequencies, key_matrix.device)
@@ -75,7 +75,7 @@ class LinearTransform:
         }
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
-        """What a sequence does not share with others, if this is a sequence's."""
+        """The tensors that a sequence does not share with others."""
         own = {"key_mean": self.key_mean, "value_mean": self.value_mean}
         for side, rotation in zip(("key", "value"), self.rotation or (), strict=False):
             own |= {f"{side}_{name}": tensor for name, tensor in vars(rotation).items()}
@@ -116,10 +116,11 @@ class LinearTransform:
         return rows
 
     def centers(self, side: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What rows are centered by: means [layers, kv_heads, head_dim]; and what turns those by their positions.
+        """What rows are centered on.
 
         Returns:
-            the latter as cosines and sines [kinds, >= stop, head_dim]; None for values.
+            means [layers, kv_heads, head_dim]; RoPE's cosines and sines [kinds, >= stop, head_dim] that are applied to
+            them, None for values.
         """
         return (self.key_mean, self._angles(stop)) if side == KEY else (self.value_mean, None)
 
@@ -167,7 +168,7 @@ class LinearTransform:
         return self.with_means(*(torch.stack([self.key_mean, self.value_mean]).lerp(own, share)))
 
     def with_means(self, key_mean: torch.Tensor, value_mean: torch.Tensor) -> LinearTransform:
-        """The same matrices, shared, and other means."""
+        """The same transform with other means; the matrices are shared."""
         if key_mean.shape != self.key_mean.shape or value_mean.shape != self.value_mean.shape:
             raise ConfigError(f"means must have the shape {list(self.key_mean.shape)}")
         other = copy.copy(self)
@@ -175,10 +176,10 @@ class LinearTransform:
         return other
 
     def rotated(self, rotation: tuple[Rotation, Rotation]) -> LinearTransform:
-        """The same, with rows that are turned to these axes."""
+        """The same transform followed by a rotation of keys and of values."""
         layers, heads, dim = self.key_mean.shape
         if any(one.shape != (layers, heads, dim) for one in rotation):
-            raise ConfigError(f"axes must be those of {layers} layers, {heads} heads and {dim} dims")
+            raise ConfigError(f"a rotation must be for {layers} layers, {heads} KV heads and head_dim {dim}")
         other = copy.copy(self)
         other.rotation = rotation
         return other

@@ -1,14 +1,14 @@
-"""A sequence's own axes: its rows turned to where its own numbers are large.
+"""Rotation: the Karhunen-Loève transform (KLT) of one sequence, applied after the model's linear transform.
 
-A frame's matrices come from the model's calibration, and a text's vectors do not spread quite as those did. So
-a long sequence turns its rows once more. With C what an error in each dim costs and Σ the covariance of the rows
-that are to be quantized, both in the model's frame, the axes are the eigenvectors U of C^½ Σ C^½, where an error
-costs the same in every direction (Karhunen-Loève), sorted by what lies along them:
+The model's matrices come from its calibration, but the vectors of one text are distributed differently. So the rows
+of a long sequence are rotated once more. C is the cost of an error in each dim, Σ the covariance of the rows to
+quantize, both after the model's transform. The rotation is the eigenvectors U of C^½ Σ C^½, where an error costs the
+same in every direction, sorted by variance:
 
-    y' = L·U·R·y,    R = C^½,    L = C^-½ and what makes every octet's variance 1
+    y' = L·U·R·y,    R = C^½,    L = C^-½ with a scale that makes every octet's variance 1
 
-U is held as Householder reflections, whose vectors are rounded to 8 bits: a product of reflections is orthogonal
-whatever they were rounded to, so queries and outputs are brought back exactly, and half of a matrix is stored.
+U is stored as Householder reflections with int8 vectors. A product of reflections is orthogonal whatever their
+vectors were rounded to, so queries and outputs are restored exactly, and half a matrix is stored.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from qaq_core.quantization.transforms.hadamard import hadamard
 from qaq_core.quantization.transforms.whitening import OCTET, octet_means
 
 PRIOR_TOKENS = 64
-"""Covariances are drawn to the model's as if so many of the tokens had been like those."""
+"""Weight of the model's covariance in a sequence's own, in tokens."""
 
 _MOST = 127
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Of one side's rows.
+    """The rotation of one side's rows (keys or values).
 
     Attributes:
         reflections: int8 [layers, kv_heads, d·(d+1)/2 - 1], the vectors of d-1 reflections. The i-th leaves the
-            first i dims alone and so has d-i numbers. A vector of zeros reflects nothing.
+            first i dims unchanged and so has d-i numbers. A vector of zeros is no reflection.
         before, after: R and L, float32 [layers, kv_heads, octets].
     """
 
@@ -45,13 +45,13 @@ class Rotation:
     def __post_init__(self) -> None:
         layers, heads, dim = self.shape
         if self.reflections.shape != (layers, heads, dim * (dim + 1) // 2 - 1) or self.after.shape != self.before.shape:
-            raise ConfigError(f"axes of {dim} dims do not have {self.reflections.shape[-1]} numbers")
+            raise ConfigError(f"a rotation of {dim} dims does not have {self.reflections.shape[-1]} numbers")
         if (self.reflections.dtype, self.before.dtype, self.after.dtype) != (
             torch.int8,
             torch.float32,
             torch.float32,
         ):
-            raise ConfigError("axes are int8 reflections and float32 scales")  # C++ takes them at their word
+            raise ConfigError("a rotation has int8 reflections and float32 scales")  # C++ does not check them
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,7 +69,7 @@ class Rotation:
         return rotated
 
     def rows(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """Rows float32 [kv_heads, n, head_dim] of a layer, turned.
+        """Rotated rows float32 [kv_heads, n, head_dim] of a layer.
 
         Every reflection is rounded to float32. Products of a float and a whole number are exact in double
         precision, and their sums all but exact, so that a row is the same bits wherever it is made.
@@ -83,17 +83,17 @@ class Rotation:
         return rows * after.float()
 
     def head_rows(self, layer: int, head: int, rows: torch.Tensor) -> torch.Tensor:
-        """The same of one head's rows [n, head_dim]."""
+        """The same for the rows [n, head_dim] of one head."""
         part = (tensor[layer, None, head, None] for tensor in vars(self).values())
         return Rotation(*part).rows(0, rows.unsqueeze(0))[0]
 
     def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Queries float32 [kv_heads, n, head_dim] that meet rows, as they meet turned ones."""
+        """Queries float32 [kv_heads, n, head_dim] to multiply with rotated rows."""
         before, after = self._scales(layer)
         return ((query / before.float()) @ self.matrix(layer).mT.float()) / after.float()
 
     def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
-        """Sums of turned rows, float32 [kv_heads, n, head_dim], as they were."""
+        """Sums of rotated rows, float32 [kv_heads, n, head_dim], rotated back."""
         before, after = self._scales(layer)
         return ((output / after.float()) @ self.matrix(layer).float()) / before.float()
 
@@ -111,10 +111,10 @@ class Rotation:
 
 
 def fit_rotation(rows: torch.Tensor, costs: torch.Tensor) -> Rotation:
-    """The axes of rows.
+    """The rotation of a sequence, from its rows.
 
     Args:
-        rows: float32 [layers, kv_heads, n, head_dim], in the model's frame, where a typical one has variance 1.
+        rows: float32 [layers, kv_heads, n, head_dim], after the model's transform, which makes a typical variance 1.
         costs: float32 [layers, kv_heads, octets], what an error in a dim of an octet costs.
     """
     tokens, dim = rows.shape[2:]
@@ -127,19 +127,19 @@ def fit_rotation(rows: torch.Tensor, costs: torch.Tensor) -> Rotation:
     _, vectors = torch.linalg.eigh(weight.unsqueeze(-1) * covariance * weight.unsqueeze(-2))
     mix = torch.block_diag(*[hadamard(OCTET)] * (dim // OCTET)).to(rows.device)
     reflections = _reflections(vectors.flip(-1) @ mix.mT)
-    turn = Rotation(reflections, before, torch.ones_like(before))
-    along = torch.stack([turn.matrix(layer) for layer in range(len(rows))]) * weight.unsqueeze(-2)
+    rotation = Rotation(reflections, before, torch.ones_like(before))
+    along = torch.stack([rotation.matrix(layer) for layer in range(len(rows))]) * weight.unsqueeze(-2)
     spread = octet_means(along @ covariance @ along.mT)
     return Rotation(reflections, before, spread.rsqrt().float())
 
 
 def _square(vectors: torch.Tensor) -> torch.Tensor:
-    """Of vectors [..., d]: [..., 1]; 1 for those of zeros, which reflect nothing."""
+    """Of vectors [..., d]: [..., 1]; 1 for vectors of zeros, which are no reflection."""
     return vectors.square().sum(-1, keepdim=True).clamp_min(1)
 
 
 def _reflections(vectors: torch.Tensor) -> torch.Tensor:
-    """Reflections whose product turns the columns of orthogonal matrices [..., d, d] to the axes, up to signs."""
+    """Householder vectors of orthogonal matrices [..., d, d], whose columns they map to the unit vectors, up to signs."""
     dim = vectors.shape[-1]
     below, factors = torch.geqrf(vectors)
     parts = []

@@ -1,13 +1,12 @@
-"""Shaping: the matrix that makes a head's vectors cheap to quantize.
+"""Whitening: the matrix of a head for which quantization noise costs least.
 
-Rows y = M·x get noise that is alike in all dims of an octet. With Σ = E[x xᵀ] what the vectors are and F = E[g gᵀ]
-what an error in them costs (δᵀ F δ), the best matrix up to a rotation is G^½ with
+Rows y = M·x get noise of equal variance in all dims of an octet. Σ = E[x xᵀ] is the covariance of the vectors, and
+F = E[g gᵀ] the cost of an error in them (δᵀ F δ). The best matrix, up to a rotation, is G^½ with
 
     G = Σ^-½ · (Σ^½ F Σ^½)^½ · Σ^-½
 
-(G minimises trace(F G⁻¹) · trace(G Σ): rows and noise are balanced in every direction). It is followed by the
-rotation that sorts dims by their variance, a Hadamard matrix within each octet, so that its 8 dims are alike and
-nearly Gaussian, and a scale that makes every octet's variance 1.
+G minimises trace(F G⁻¹) · trace(G Σ). It is followed by a rotation that sorts dims by variance, a Hadamard matrix
+within each octet, which makes its 8 dims alike and nearly Gaussian, and a scale that makes every octet's variance 1.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from qaq_core.quantization.transforms.hadamard import hadamard
 
 OCTET = 8
 FISHER_FLOOR = 0.01
-"""Share of the mean cost that every direction has at least: few gradients were seen."""
+"""Least cost of a direction, as a share of the mean cost, since only few gradients are measured."""
 
 COVARIANCE_FLOOR = 1e-3
 LARGEST = 2.0**14
-"""A head whose vectors are all but nothing (a pruned one) keeps them so, where half precision would overflow."""
+"""Largest entry of a matrix; that of a pruned head, whose vectors are nearly 0, would overflow half precision."""
 
 
 def whitened(covariance: torch.Tensor, fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix of each head, and what errors in its octets cost.
+    """The matrix of each head, and the cost of errors in its octets.
 
     Args:
         covariance, fisher: Σ and F, [..., head_dim, head_dim].
