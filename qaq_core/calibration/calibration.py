@@ -116,7 +116,7 @@ def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> 
 def known(fingerprint: str) -> Calibration | None:
     """A model's calibration, if it is shipped or was measured before."""
     cached = cached_at(fingerprint)
-    with resources.as_file(resources.files("qaq_core") / "tables" / cached.name) as path:
+    with resources.as_file(resources.files("qaq_core.calibration") / "tables" / cached.name) as path:
         return _kept(path) or _kept(cached)
 
 
