@@ -1,7 +1,7 @@
-"""Allocation: what a policy makes of the bytes that a sequence keeps of its tokens.
+"""The allocator: asks a policy for widths, given the bytes that a sequence stores about its tokens.
 
-`Allocator` turns the bytes into numbers and asks the policy, which defines what is done. On a CPU `balanced` is
-asked in C++ (native/balance.py), which reads the bytes as they are.
+`Allocator` decodes the bytes and calls the policy, which defines the result. On a CPU the balanced policy runs in C++
+(kernels/allocate.py), which reads the bytes directly.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from qaq_core.quantization.codecs import Codec
 
 @dataclass(frozen=True)
 class TokenState:
-    """What is kept of tokens that hold bits, or are about to.
+    """The bytes stored about tokens that are packed, or about to be.
 
     Attributes:
-        state: uint8 [layers, kv_heads, length, bytes], the window's, of all tokens by position.
+        state: uint8 [layers, kv_heads, length, bytes], of the attention statistic, of all tokens by position.
         first: position of the first of the n tokens that get bits.
-        metas: keys' and values' meta bytes, uint8 [layers or 1, kv_heads or 1, n, bytes].
+        metas: meta bytes of keys and values, uint8 [layers or 1, kv_heads or 1, n, bytes].
     """
 
     state: torch.Tensor
@@ -37,18 +37,18 @@ class TokenState:
         return self.state.shape[0], self.state.shape[1], self.metas[KEY].shape[2]
 
     def preceded(self, first: int, metas: tuple[torch.Tensor, torch.Tensor]) -> TokenState:
-        """The same tokens with those of the meta bytes, from position `first`, before them."""
+        """The same state with the tokens of these meta bytes, from position `first`, in front."""
         keys, values = (torch.cat([old, new], 2) for old, new in zip(metas, self.metas, strict=True))
         return TokenState(self.state, first, (keys, values))
 
 
 @dataclass(frozen=True)
 class WidthChanges:
-    """n vectors of one side that should change their width.
+    """n vectors of one side whose width should change.
 
     Attributes:
         index: int64 [n], ascending, flat in the tags [layers, kv_heads, tokens].
-        held, want: uint8 [n], the width they have, and the one they should have.
+        held, want: uint8 [n], the width that they have and the one that they should have.
     """
 
     index: torch.Tensor
@@ -67,28 +67,28 @@ class WidthChanges:
         return self.where(self.want > self.held)
 
     def where(self, mask: torch.Tensor) -> WidthChanges:
-        """Those of a bool [n]."""
+        """Those that a bool [n] selects."""
         return self if mask.all() else WidthChanges(self.index[mask], self.held[mask], self.want[mask])
 
 
 class Allocator:
-    """The bytes as numbers, and the policy's answers. For every policy, on any device."""
+    """Widths by any policy, on any device."""
 
     def __init__(self, policy: Policy, codec: Codec, statistic: AttentionStatistic) -> None:
         self.policy, self.statistic, self._codec = policy, statistic, codec
 
-    def view(self, kept: TokenState) -> View:
-        """What a policy looks at."""
-        keys, values = (self._codec.affine(meta)[0] for meta in kept.metas)
-        return View(self.statistic.importance(kept.state), kept.first, (keys, values))
+    def view(self, state: TokenState) -> View:
+        """The state as a policy sees it."""
+        keys, values = (self._codec.affine(meta)[0] for meta in state.metas)
+        return View(self.statistic.importance(state.state), state.first, (keys, values))
 
-    def update_statistic(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
+    def update_statistic(self, state: torch.Tensor, observed: torch.Tensor, position: int) -> None:
         """See `AttentionStatistic.update`."""
-        self.statistic.update(state, reduction, position)
+        self.statistic.update(state, observed, position)
 
-    def demand(self, kept: TokenState) -> Any:
-        """What does not depend on the price."""
-        return self.policy.demand(self.view(kept))
+    def demand(self, state: TokenState) -> Any:
+        """What the policy needs for widths at any λ."""
+        return self.policy.demand(self.view(state))
 
     def widths(self, demand: Any, lam: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Policy.widths`."""
@@ -97,13 +97,12 @@ class Allocator:
     def width_changes(
         self, demand: Any, tags: torch.Tensor, lam: float, most: float | None, least: float | None
     ) -> tuple[WidthChanges, WidthChanges]:
-        """Keys and values that hold more than they could need, or less than they need at the least.
+        """Keys and values whose width is above the most that they could need, or below the least.
 
         Args:
-            tags: uint8 [layers, kv_heads, n] of the demand's tokens, see `packing`.
-            most: what a vector could need is what it wants with its importance so many times larger; None: do not
-                look for those that hold more.
-            least: the same for those that hold less.
+            tags: uint8 [layers, kv_heads, n] of the demand's tokens, see `bit_planes`.
+            most: factor on the importance for the most that a vector could need; None finds none that hold more.
+            least: factor on the importance for the least that a vector needs; None finds none that hold less.
         """
         want = self.widths(demand, lam)
         high, low = (want if need in (None, 1.0) else self.widths(demand, lam, need=need) for need in (most, least))

@@ -1,7 +1,7 @@
-"""Windows: how much attention a token is predicted to get, from the attention it has got.
+"""Attention statistics: the attention that a token is predicted to get, from the attention it has had.
 
-A window keeps a few bytes per (layer, kv_head, token), which are counted, and reduces each step's
-probabilities to the statistic it needs.
+A statistic keeps a few bytes per (layer, KV head, token), which count as resident. It reduces the probabilities of
+each observed decode step to one number per token.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Literal, Protocol
 import torch
 
 LOG2_FLOOR = -40.0
-"""Smallest statistic that a byte tells from 0; the largest is 1."""
+"""log2 of the smallest number that a byte distinguishes from 0; the largest number is 1."""
 
 LOG2_STEP = -LOG2_FLOOR / 255
 
 DITHER = 1_000_003
-"""Thresholds of one seed stand so many places after those of the seed before."""
+"""Distance between the dither sequences of two consecutive seeds."""
 
 
 Observer = Callable[[torch.Tensor, int], None]
@@ -30,9 +30,9 @@ Reduction = Literal["max", "mean_square"]
 
 @dataclass(frozen=True)
 class StepObserver:
-    """Observer of a decode step that keeps one statistic of the query group's probabilities.
+    """Observer of a decode step that reduces the query group's probabilities to one number per token.
 
-    A kernel that finds one may write `into` itself instead of showing it the probabilities.
+    A kernel may write `into` itself instead of calling the observer.
 
     Attributes:
         into: float32 [kv_heads, tokens], contiguous.
@@ -52,17 +52,17 @@ class StepObserver:
 class AttentionStatistic(Protocol):
     bytes_per_token: int
     every: int
-    """Decode steps from one observation to the next."""
+    """A decode step is observed once in this many."""
 
     reduction: Reduction
-    """What a decode step's probabilities are reduced to, see `StepObserver`."""
+    """How the probabilities of a decode step are reduced, see `StepObserver`."""
 
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptObserver:
-        """Watches the prefill of the last `queries` of `total` tokens."""
+        """An observer of the prefill of the last `queries` of `total` tokens."""
         ...
 
-    def update(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
-        """Folds the statistic [layers, kv_heads, tokens] of the query at a position into the state, in place."""
+    def update(self, state: torch.Tensor, observed: torch.Tensor, position: int) -> None:
+        """Updates the state in place with what the query at a position observed, [layers, kv_heads, tokens]."""
         ...
 
     def importance(self, state: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class PromptObserver(Protocol):
 def to_log_byte(value: torch.Tensor, dither: int | None = None) -> torch.Tensor:
     """uint8 log code of numbers in [0, 1].
 
-    Dithered rounding keeps small changes alive on average; the same number gives the same thresholds.
+    Dithered rounding preserves small changes on average; the same seed gives the same thresholds.
     """
     code = (value.clamp(2.0**LOG2_FLOOR, 1.0).log2() - LOG2_FLOOR) / LOG2_STEP
     threshold = 0.5 if dither is None else _thresholds(code, dither)
@@ -91,7 +91,7 @@ def to_log_byte(value: torch.Tensor, dither: int | None = None) -> torch.Tensor:
 
 
 def _thresholds(like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Evenly spread numbers in [0, 1): a Weyl sequence, which needs nobody's random generator."""
+    """Evenly distributed numbers in [0, 1): a Weyl sequence, which needs no random generator."""
     place = torch.arange(like.numel(), device=like.device, dtype=torch.int64) + DITHER * seed
     return (((place * 2_654_435_769) >> 16) & 0xFFFF).view(like.shape) / 65536.0
 
@@ -115,15 +115,15 @@ class AttentionWindow:
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptObserver:
         return _LastSteps(self.steps, layers, heads, total, device)
 
-    def update(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
-        state[:, :, : reduction.shape[2], position % self.steps] = to_log_byte(reduction)
+    def update(self, state: torch.Tensor, observed: torch.Tensor, position: int) -> None:
+        state[:, :, : observed.shape[2], position % self.steps] = to_log_byte(observed)
 
     def importance(self, state: torch.Tensor) -> torch.Tensor:
         return from_log_byte(state.amax(-1))
 
 
 class _LastSteps:
-    """The last n prompt queries fill the window."""
+    """Fills an attention window with the last n prompt queries."""
 
     def __init__(self, steps: int, layers: int, heads: int, total: int, device: torch.device) -> None:
         self._total = total
@@ -164,13 +164,13 @@ class DecayingMeanSquare:
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptObserver:
         return _PromptMeans(self, layers, heads, total, min(queries, self.queries), device)
 
-    def update(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
-        seen = state[:, :, : reduction.shape[2], 0]
-        seen.copy_(to_log_byte(torch.lerp(reduction, from_log_byte(seen), self.keep), dither=position))
+    def update(self, state: torch.Tensor, observed: torch.Tensor, position: int) -> None:
+        known = state[:, :, : observed.shape[2], 0]
+        known.copy_(to_log_byte(torch.lerp(observed, from_log_byte(known), self.keep), dither=position))
 
     @property
     def keep(self) -> float:
-        """Share of what was known that is kept when a step is folded in."""
+        """Weight of the old value when a step is folded in."""
         return float(0.5 ** (self.every / self.half_life))
 
     def importance(self, state: torch.Tensor) -> torch.Tensor:
@@ -212,7 +212,7 @@ class NoStatistic:
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> NoObserver:
         return NoObserver(torch.zeros(layers, heads, total, 0, dtype=torch.uint8, device=device))
 
-    def update(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
+    def update(self, state: torch.Tensor, observed: torch.Tensor, position: int) -> None:
         pass
 
     def importance(self, state: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Importance: what attention one sequence's tokens have got, and so what they are predicted to get.
+"""Importance: the attention that one sequence's tokens have had, and so are predicted to get.
 
-The state is a window's few bytes for each token. A prompt fills it when it is over; decode folds a step in
-every `AttentionStatistic.every` steps.
+The state is the attention statistic's few bytes per token. Prefill fills it at its end; decode updates it every
+`AttentionStatistic.every` steps.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Importance:
 
     Attributes:
         state: uint8 [layers, kv_heads, tokens or more, `AttentionStatistic.bytes_per_token`].
-        prompt: sees the probabilities of the prompt that is arriving; None in decode.
-        observed: float32 [layers, kv_heads, tokens], what the decode step under way is reduced to; None if it is
+        prompt: observes the probabilities of the prompt during prefill; None in decode.
+        observed: float32 [layers, kv_heads, tokens], what the present decode step is reduced to; None if it is
             not observed.
     """
 
@@ -37,25 +37,25 @@ class Importance:
         return self.state.untyped_storage().nbytes()
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes of the state of so many tokens."""
+        """Bytes of the state of that many tokens."""
         layers, heads = self._heads
         return layers * heads * tokens * self._statistic.bytes_per_token
 
     def begin_prompt(self, total: int, queries: int) -> None:
-        """The last `queries` of `total` tokens will be computed while all of them are exact."""
+        """Prefill of the last `queries` of `total` tokens begins."""
         self.prompt = self._statistic.prompt(*self._heads, total, queries, self._device)
 
     def end_prompt(self) -> None:
-        """Takes over what the prompt saw."""
+        """Takes over what the prompt observer saw."""
         assert self.prompt is not None
         seen = self.prompt.state()
         held = self.state[:, :, : seen.shape[2]]
-        # Earlier turns' tokens keep what they were worth if this prompt did not look at them.
+        # Tokens of earlier turns keep their importance if this prompt did not attend to them.
         seen[:, :, : held.shape[2]] = torch.maximum(seen[:, :, : held.shape[2]], held)
         self.state, self.prompt = seen, None
 
     def begin_step(self, tokens: int, room: int, observe: bool) -> None:
-        """A decode step begins, after which there are `tokens`; if they do not fit, room is made for `room`."""
+        """A decode step begins, after which there are `tokens`; if they do not fit, the state grows to `room`."""
         if observe:
             self.observed = torch.empty(*self._heads, tokens, device=self._device)
         if self.state.shape[2] < tokens:
@@ -64,13 +64,13 @@ class Importance:
             self.state = grown
 
     def end_step(self, position: int) -> None:
-        """Folds in what the query at a position looked at, if it was observed."""
+        """Updates the state with the query at a position, if it was observed."""
         if self.observed is not None:
             self._allocator.update_statistic(self.state, self.observed, position)
             self.observed = None
 
     def observer(self, layer: int, held: int) -> Observer | None:
-        """Who watches a layer's probabilities in this step; None if nobody does.
+        """The observer of a layer's probabilities in this step, or None.
 
         Args:
             held: tokens before those of the step.
@@ -82,7 +82,7 @@ class Importance:
         return StepObserver(self._statistic.reduction, self.observed[layer])
 
     def copy(self) -> Importance:
-        """The same state in memory of its own; between steps of decode only."""
+        """A copy; between decode steps only."""
         other = Importance(self._allocator, self._heads, self._device)
         other.state = self.state.clone()
         return other

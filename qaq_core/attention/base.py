@@ -12,7 +12,7 @@ from qaq_core.attention.reference import LayerTokens
 
 
 class Attention(Protocol):
-    """Causal attention of a sequence's last positions over everything one layer holds of it."""
+    """Causal attention of a sequence's last positions over all its tokens in one layer."""
 
     @property
     def name(self) -> str: ...
@@ -23,7 +23,7 @@ class Attention(Protocol):
         tokens: LayerTokens,
         scaling: float,
         sliding_window: int | None = None,
-        observe: Observer | None = None,
+        observer: Observer | None = None,
     ) -> torch.Tensor:
         """See `ReferenceAttention`, which defines what is computed."""
         ...

@@ -1,4 +1,4 @@
-"""Decode attention on the CPU, in C++ behind a plain C interface (native/csrc/attention.h).
+"""Decode attention on the CPU, in C++ behind a plain C interface (kernels/csrc/attention.h).
 
 It reads the packed pools as they are, of one layer of a whole batch of sequences in one call, which releases
 the interpreter lock. Scratch is kept per thread. A decode step in which it does everything goes through
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from qaq_core.allocation.attention_statistics import StepObserver
-from qaq_core.attention.fallback import KernelWithFallback, restored, transformed
+from qaq_core.attention.fallback import KernelWithFallback, restored_outputs, transformed_queries
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
 from qaq_core.kernels.layers import LAYER, REDUCTIONS, TYPES, Describer
 from qaq_core.quantization.codecs import Codec
 
 _ALONE = 1 << 19
-"""Numbers in keys and values below which one thread does all: others would take longer to wake up."""
+"""Numbers in keys and values below which one thread does all: waking others would take longer."""
 
 
 class CpuAttention(KernelWithFallback):
@@ -41,7 +41,7 @@ class CpuAttention(KernelWithFallback):
         return f"cpu ({self.library.qaq_isa().decode()})"
 
     def threads(self, numbers: int) -> int:
-        """On how many threads to attend to so many numbers in keys and values."""
+        """Threads for attention over that many numbers in keys and values."""
         return 1 if numbers < _ALONE else torch.get_num_threads()
 
     def decode(
@@ -53,12 +53,12 @@ class CpuAttention(KernelWithFallback):
         observers: Sequence[StepObserver | None],
     ) -> torch.Tensor:
         """See `KernelWithFallback`."""
-        # A frame takes queries as [query_heads, n, head_dim]; here n counts sequences.
+        # A transform takes queries as [query_heads, n, head_dim]; here n counts sequences.
         query = (query.transpose(0, 1).float() * scaling).contiguous()
         heads, batch, dim = query.shape
         layer, packed = tokens[0].layer, next((mine.packed for mine in tokens if mine.packed is not None), None)
         transforms = [(mine.packed or packed).quantizer.transform for mine in tokens] if packed is not None else []
-        asked = transformed(transforms, layer, query) if transforms else query
+        asked = transformed_queries(transforms, layer, query) if transforms else query
         exact, middle = torch.empty(2, heads, batch, dim).unbind()
         if transforms and any(mine.packed is None for mine in tokens):
             middle.zero_()
@@ -73,7 +73,7 @@ class CpuAttention(KernelWithFallback):
         calls["stride"] = batch * dim
         if self.library.qaq_attend(c_void_p(calls.ctypes.data), c_int32(batch), c_int32(self.threads(size))):
             raise MemoryError("no memory for the attention kernel's scratch")
-        out = exact.add_(restored(transforms, layer, middle)) if transforms else exact
+        out = exact.add_(restored_outputs(transforms, layer, middle)) if transforms else exact
         return out.transpose(0, 1).unsqueeze(2)
 
     def fill(

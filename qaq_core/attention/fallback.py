@@ -1,4 +1,4 @@
-"""What kernels for decode share: they take one query position; what they do not take goes to the reference."""
+"""Decode kernels with a fallback: they compute one query position; the reference computes all else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""Of exact tokens."""
+"""Types of tokens in the residual window that kernels support."""
 _PROMPT = "a prompt"
 
 
@@ -28,7 +28,7 @@ class KernelWithFallback(ABC):
     """An implementation of `Attention` for one query position.
 
     Attributes:
-        fallbacks: calls that went to the reference, by why. Prompts always do.
+        fallbacks: number of calls that the reference computed, by reason. Prompts always are.
     """
 
     def __init__(self, reference: ReferenceAttention, kernel: str) -> None:
@@ -52,10 +52,10 @@ class KernelWithFallback(ABC):
         tokens: LayerTokens,
         scaling: float,
         sliding_window: int | None = None,
-        observe: Observer | None = None,
+        observer: Observer | None = None,
     ) -> torch.Tensor:
         """See `Attention`."""
-        return self.batch(query.unsqueeze(0), [tokens], scaling, sliding_window, [observe])[0]
+        return self.batch(query.unsqueeze(0), [tokens], scaling, sliding_window, [observer])[0]
 
     def batch(
         self,
@@ -66,26 +66,26 @@ class KernelWithFallback(ABC):
         observers: Sequence[Observer | None],
     ) -> torch.Tensor:
         """See `Attention`."""
-        reasons = [self.refuses(query, mine, observe) for mine, observe in zip(tokens, observers, strict=True)]
-        taken = [i for i, reason in enumerate(reasons) if reason is None]
-        if len(taken) == len(tokens):
+        reasons = [self.unsupported(query, mine, observer) for mine, observer in zip(tokens, observers, strict=True)]
+        supported = [i for i, reason in enumerate(reasons) if reason is None]
+        if len(supported) == len(tokens):
             return self.decode(query.squeeze(2), tokens, scaling, sliding_window, observers)  # type: ignore[arg-type]
         out = torch.empty(query.shape, device=query.device)
         for i, reason in enumerate(reasons):
             if reason is not None:
-                self._say(reason)
+                self._count(reason)
                 out[i] = self._reference(query[i], tokens[i], scaling, sliding_window, observers[i])
-        if taken:
-            mine, watching = [tokens[i] for i in taken], [observers[i] for i in taken]
-            out[taken] = self.decode(query[taken].squeeze(2), mine, scaling, sliding_window, watching)  # type: ignore[arg-type]
+        if supported:
+            mine, observing = [tokens[i] for i in supported], [observers[i] for i in supported]
+            out[supported] = self.decode(query[supported].squeeze(2), mine, scaling, sliding_window, observing)  # type: ignore[arg-type]
         return out
 
-    def refuses(self, query: torch.Tensor, tokens: LayerTokens, observe: Observer | None) -> str | None:
-        """Why the kernel does not take a call, or None if it does."""
+    def unsupported(self, query: torch.Tensor, tokens: LayerTokens, observer: Observer | None) -> str | None:
+        """Why the kernel does not support a call; None if it does."""
         packed, keys, values = tokens.packed, tokens.keys, tokens.values
-        if query.shape[2] != 1 or not (observe is None or isinstance(observe, StepObserver)):
+        if query.shape[2] != 1 or not (observer is None or isinstance(observer, StepObserver)):
             return _PROMPT
-        if not takes(query.shape[3]):
+        if not supports_head_dim(query.shape[3]):
             return f"a head_dim of {query.shape[3]}"
         if keys.dtype != values.dtype or keys.dtype not in DTYPES:
             return f"{keys.dtype} keys with {values.dtype} values"
@@ -95,27 +95,29 @@ class KernelWithFallback(ABC):
             return "outliers"
         return None
 
-    def _say(self, reason: str) -> None:
+    def _count(self, reason: str) -> None:
         self.fallbacks[reason] += 1
         if reason != _PROMPT:
             _warn(self._kernel, reason)
 
 
-def takes(head_dim: int) -> bool:
-    """Whether kernels do rows of that many numbers."""
+def supports_head_dim(head_dim: int) -> bool:
+    """Whether decode kernels support a head_dim."""
     return head_dim % 16 == 0 and head_dim <= 256
 
 
 @cache
 def _warn(kernel: str, reason: str) -> None:
-    log.warning("the %s attention kernel does not take %s: torch operations run instead, more slowly", kernel, reason)
+    log.warning(
+        "the %s attention kernel does not support %s: torch operations run instead, more slowly", kernel, reason
+    )
 
 
-def transformed(transforms: Sequence[Transform], layer: int, query: torch.Tensor) -> torch.Tensor:
-    """Queries [heads, sequences, head_dim] as they meet each sequence's packed keys."""
+def transformed_queries(transforms: Sequence[Transform], layer: int, query: torch.Tensor) -> torch.Tensor:
+    """Queries [heads, sequences, head_dim] to multiply with each sequence's packed keys."""
     return torch.cat([transform.query(layer, query[:, i : i + 1]) for i, transform in enumerate(transforms)], 1)
 
 
-def restored(transforms: Sequence[Transform], layer: int, output: torch.Tensor) -> torch.Tensor:
-    """Sums of each sequence's packed values [heads, sequences, head_dim], as they were."""
+def restored_outputs(transforms: Sequence[Transform], layer: int, output: torch.Tensor) -> torch.Tensor:
+    """Sums of each sequence's packed values [heads, sequences, head_dim], transformed back."""
     return torch.cat([transform.restore(layer, output[:, i : i + 1]) for i, transform in enumerate(transforms)], 1)

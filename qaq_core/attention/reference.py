@@ -1,6 +1,6 @@
 """Reference attention: torch operations on any device. It defines what other kernels must compute.
 
-A sequence's tokens stand in position order as [sinks | packed | recent]. Sinks and recent tokens are exact;
+A sequence's tokens stand in position order as [sinks | packed | recent]. Sinks and recent tokens are not quantized;
 packed rows are unpacked one block of one layer at a time into a scratch buffer that all layers and
 sequences share, so a dequantized copy of the cache never exists.
 """
@@ -24,11 +24,11 @@ QUERY_CHUNK = 256
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """What one layer of one sequence attends to.
+    """The tokens of one layer of one sequence.
 
     Attributes:
-        keys, values: exact tokens [kv_heads, sinks + recent, head_dim].
-        sinks: how many of them stand before the packed ones.
+        keys, values: the residual window [kv_heads, sinks + recent, head_dim].
+        sinks: number of them before the packed tokens.
         packed: the packed tokens, or None.
     """
 
@@ -63,15 +63,15 @@ class ReferenceAttention:
         tokens: LayerTokens,
         scaling: float,
         sliding_window: int | None = None,
-        observe: Observer | None = None,
+        observer: Observer | None = None,
     ) -> torch.Tensor:
         """Causal attention of the last n positions.
 
         Args:
             query: [query_heads, n, head_dim], at the last n of the layer's tokens.
             scaling: factor on the scores.
-            sliding_window: how many positions back a query sees, itself included; None for all.
-            observe: is shown the probabilities.
+            sliding_window: positions that a query sees, itself included; None for all.
+            observer: is called with the probabilities.
         Returns:
             float32 [query_heads, n, head_dim].
         """
@@ -80,9 +80,9 @@ class ReferenceAttention:
         for first in range(0, query.shape[1], QUERY_CHUNK):
             part = query[:, first : first + QUERY_CHUNK]
             probabilities = self._probabilities(part, tokens, query.shape[1] - first, sliding_window)
-            if observe is not None:
+            if observer is not None:
                 heads = tokens.keys.shape[0]
-                observe(probabilities.view(heads, -1, *probabilities.shape[1:]), first)
+                observer(probabilities.view(heads, -1, *probabilities.shape[1:]), first)
             outputs.append(self._output(probabilities, tokens))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
@@ -96,10 +96,10 @@ class ReferenceAttention:
     ) -> torch.Tensor:
         """See `Attention`."""
         each = zip(query, tokens, observers, strict=True)
-        return torch.stack([self(one, mine, scaling, sliding_window, observe) for one, mine, observe in each])
+        return torch.stack([self(one, mine, scaling, sliding_window, observer) for one, mine, observer in each])
 
     def unpack(self, packed: PackedTokens, side: int, layer: int) -> torch.Tensor:
-        """All packed rows of a layer, in their frame: float32 [kv_heads, tokens, head_dim]."""
+        """All packed rows of a layer, dequantized but not transformed back: float32 [kv_heads, tokens, head_dim]."""
         return torch.cat([self._rows(packed, side, block, layer).clone() for block in range(packed.blocks)], 1)
 
     def _probabilities(
@@ -149,7 +149,7 @@ class ReferenceAttention:
         return restored + _weighted(exact, tokens.values.float())
 
     def _rows(self, packed: PackedTokens, side: int, block: int, layer: int) -> torch.Tensor:
-        """Rows [kv_heads, tokens, head_dim] of one block of one layer; good until the next call."""
+        """Rows [kv_heads, tokens, head_dim] of one block of one layer; valid until the next call."""
         first, last = packed.block_range(block)
         shape = (packed.heads, last - first, packed.head_dim)
         size = shape[0] * shape[1] * shape[2]

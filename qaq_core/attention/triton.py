@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from qaq_core.allocation.attention_statistics import Observer, StepObserver
-from qaq_core.attention.fallback import KernelWithFallback, restored, transformed
+from qaq_core.attention.fallback import KernelWithFallback, restored_outputs, transformed_queries
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
 from qaq_core.attention.triton_table import NIBBLE, Table
 from qaq_core.base.errors import ConfigError
@@ -76,11 +76,11 @@ class TritonAttention(KernelWithFallback):
     def name(self) -> str:
         return "triton (interpreted)" if self._device.type == "cpu" else "triton"
 
-    def refuses(self, query: torch.Tensor, tokens: LayerTokens, observe: Observer | None) -> str | None:
+    def unsupported(self, query: torch.Tensor, tokens: LayerTokens, observer: Observer | None) -> str | None:
         """See `KernelWithFallback`."""
         group = query.shape[1] // tokens.keys.shape[0]
         too_many = f"{group} query heads for a KV head" if group > GROUP else None
-        return super().refuses(query, tokens, observe) or too_many
+        return super().unsupported(query, tokens, observer) or too_many
 
     def decode(
         self,
@@ -91,7 +91,7 @@ class TritonAttention(KernelWithFallback):
         observers: Sequence[StepObserver | None],
     ) -> torch.Tensor:
         """See `KernelWithFallback`."""
-        # A frame takes queries as [query_heads, n, head_dim]; here n counts sequences.
+        # A transform takes queries as [query_heads, n, head_dim]; here n counts sequences.
         query = (query.transpose(0, 1).float() * scaling).contiguous()
         heads, batch, dim = query.shape
         layer, kv_heads = tokens[0].layer, tokens[0].keys.shape[0]
@@ -106,7 +106,7 @@ class TritonAttention(KernelWithFallback):
         peaks, masses = self._empty(2, batch, kv_heads, splits, GROUP).unbind()
         sums = self._empty(batch, kv_heads, splits, GROUP, 8 * octets)
         if packed is not None:
-            asked = transformed(transforms, layer, query)
+            asked = transformed_queries(transforms, layer, query)
             stop = max(TILE, max(mine.packed.stop for mine in tokens if mine.packed))
             centers = [center for own in transforms if (center := own.center(layer, stop)) is not None]
             mean, angles = self._scales, self._scales
@@ -140,7 +140,7 @@ class TritonAttention(KernelWithFallback):
             longest = max(mine.length for mine in tokens)
             grid = (-(-longest // SPLIT), kv_heads, batch)
             self._kernels.observe[grid](sequences, norms, batch, shape[2], TILE=SPLIT)
-        out = exact.add_(restored(transforms, layer, middle)) if transforms else exact
+        out = exact.add_(restored_outputs(transforms, layer, middle)) if transforms else exact
         taken = [one for own in transforms if (one := own.value_center(layer)) is not None]
         if taken:
             out.addcmul_(mass.unsqueeze(-1), torch.stack(taken, 1).repeat_interleave(heads // kv_heads, 0))

@@ -1,4 +1,4 @@
-"""RoPE: angles by position, and vectors turned by them."""
+"""RoPE: angles by position, and vectors rotated by them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Angles:
-    """RoPE's cosines and sines by position; a frame and those that share its matrices share these too."""
+    """RoPE's cosines and sines by position; transforms that share matrices share these too."""
 
     def __init__(self, frequencies: torch.Tensor, device: torch.device) -> None:
         self._frequencies, self._device = frequencies.cpu(), device

@@ -1,4 +1,4 @@
-"""A decode step: one token of each of several sequences, layer by layer.
+"""Decode steps: one token of each of several sequences, layer by layer.
 
 `LayerwiseStep` does it with any attention. Where the C++ library can do all of it, `NativeStep` describes the
 sequences once, and then makes one call a layer: it takes the new tokens in, attends, and brings outputs back from
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from qaq_core.attention.cpu import CpuAttention
-from qaq_core.attention.fallback import takes
+from qaq_core.attention.fallback import supports_head_dim
 from qaq_core.cache.method import Method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.kernels import LAYER, REDUCTIONS, SIDES, TYPES, DecodeStep, addresses
@@ -31,7 +31,9 @@ class Step(Protocol):
         scaling: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
-        """Takes the new tokens' keys and values of a layer and attends to everything so far. Layers come in order.
+        """Stores the keys and values of the new tokens in a layer and attends to all tokens so far.
+
+        Layers are in order.
 
         Args:
             query: [batch, query_heads, 1, head_dim]. keys, values: [batch, kv_heads, 1, head_dim], after RoPE.
@@ -42,11 +44,11 @@ class Step(Protocol):
 
 
 def begin_decode(method: Method, sequences: Sequence[SequenceCache]) -> Step:
-    """A step of sequences of that method."""
+    """A decode step of sequences of that method: in C++ where it can do all of it."""
     attention, shape = method.attention, method.shape
     if isinstance(attention, CpuAttention) and attention.describer.looks_up and method.dtype in TYPES:
         plain = all(not s.prefilling and all(side.outliers is None for side in s.packed.sides) for s in sequences)
-        if plain and takes(shape.head_dim):
+        if plain and supports_head_dim(shape.head_dim):
             return NativeStep(attention, method, sequences)
     return LayerwiseStep(method, sequences)
 
@@ -100,7 +102,7 @@ class LayerwiseStep:
 
 
 class NativeStep:
-    """The step in C++ (native/csrc/decode.h)."""
+    """The step in C++ (kernels/csrc/decode.h)."""
 
     def __init__(self, attention: CpuAttention, method: Method, sequences: Sequence[SequenceCache]) -> None:
         self._library = attention.library
@@ -124,7 +126,7 @@ class NativeStep:
         self._batch, self._threads = c_int32(batch), c_int32(attention.threads(numbers))
 
     def _describe(self, i: int, attention: CpuAttention, sequence: SequenceCache) -> None:
-        """Fills in the i-th sequence's records and where its new token goes."""
+        """Fills in the records of the i-th sequence, and where its new token is written."""
         mine, describer = self._records[:, i], attention.describer
         has = len(sequence.packed) > 0
         mine[:] = describer.packed(sequence.packed).layers if has else describer.nothing(len(mine))

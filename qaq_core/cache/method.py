@@ -18,7 +18,7 @@ from qaq_core.quantization import Adaptation, Outliers, Quantizer, split_outlier
 from qaq_core.storage import Repacker
 
 PACK_TOKENS = 8
-"""Tokens leave the residual window this many at a time, and this many always stay."""
+"""Tokens leave the residual window in groups of this size, and this many always stay."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -29,12 +29,12 @@ class Method:
 
     Attributes:
         new_sequence: makes an empty sequence of this method; see `sequence`.
-        dtype: of keys and values as the model makes them, and so of originals.
+        dtype: of the model's keys and values, and so of originals.
         sinks: first tokens that are never packed.
         pack_tokens: tokens that leave the residual window at a time; as many always stay.
         kernel: which kernels to run, one of `backends.KERNELS`; the environment's QAQ_KERNEL if not given.
-        outlier_ratio: share of numbers kept beside the codes; 0 for none.
-        adaptation: what a sequence's quantizer takes from its first packed tokens; None if all have the model's.
+        outlier_ratio: share of numbers stored beside the codes; 0 for none.
+        adaptation: makes a sequence's own quantizer from its first packed tokens; None if all use the model's.
     """
 
     preset: str

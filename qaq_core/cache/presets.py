@@ -1,8 +1,8 @@
-"""Presets: which frame, codec, policy and window make up a method.
+"""Presets: the transform, codec, policy and attention statistic of a method.
 
-balanced  centered and shaped rows, progressive Gaussian codes, cost-weighted bits (the default)
-paper     QAQ as published: groups, outliers, both bit formulas, attention window
-fp16      half precision for everything: the reference that quantization is measured against
+balanced  centered and whitened rows, progressive Gaussian codes, cost-weighted bits (the default)
+paper     QAQ as published: grouped codecs, outliers, both bit formulas, attention window
+fp16      half precision for everything: the reference that quantization is compared with
 
 What others do has names too, see `baselines`.
 """
@@ -89,7 +89,7 @@ def balanced(
     exceptions: bool = True,
     rotation: bool = True,
 ) -> dict[str, Any]:
-    """The default. Without a target it holds 2.2 code bits an element after the prompt."""
+    """The default. Without a target it holds 2.2 code bits per element after prefill."""
     known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
     device = known.key_mean.device
     costs = (known.key_costs, known.value_costs)
@@ -178,7 +178,7 @@ def register_family(name: str, find: Callable[[str], Preset | None]) -> None:
     """Adds presets whose names follow a pattern, such as "uniform-3".
 
     Args:
-        name: what messages call the family.
+        name: of the family, in error messages.
         find: gets a name; returns the preset of that name, or None.
     """
     _FAMILIES.append((name, find))

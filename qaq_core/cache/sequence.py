@@ -219,7 +219,7 @@ class SequenceCache:
         return self.staging.nbytes
 
     def bits(self, side: int) -> torch.Tensor:
-        """float32 [layers, kv_heads, length]: bits per element of each vector, by position; 16 in the residual window."""
+        """Bits per element of each vector, float32 [layers, kv_heads, length]; 16 in the residual window."""
         shape, residual = self.method.shape, 8.0 * self.method.residual_dtype.itemsize
         held = torch.full((shape.layers, shape.kv_heads, self.length), residual)
         if len(self.packed):

@@ -1,8 +1,8 @@
 """Calibration: what is measured of a model once, before its cache is quantized."""
 
 from qaq_core.calibration.calibration import (
-    DISTURBANCE,
     GRADIENTS,
+    PERTURBATION,
     Calibration,
     cached_at,
     calibrate,
@@ -11,4 +11,4 @@ from qaq_core.calibration.calibration import (
     shown,
 )
 
-__all__ = ["DISTURBANCE", "GRADIENTS", "Calibration", "cached_at", "calibrate", "known", "measure", "shown"]
+__all__ = ["GRADIENTS", "PERTURBATION", "Calibration", "cached_at", "calibrate", "known", "measure", "shown"]

@@ -1,8 +1,8 @@
 """Calibration: what the method has to know of a model, measured once on text the model samples itself.
 
 key_mean, value_mean      mean of a head's keys before RoPE, and of its values
-key_matrix, value_matrix  the frame in which they are quantized, see `shaping`
-key_costs, value_costs    what an error in an octet of a vector in that frame costs, see `sensitivity`
+key_matrix, value_matrix  the linear transform, see `quantization.transforms.whitening`
+key_costs, value_costs    cost of an error in an octet of a transformed vector, see `sensitivities`
 query_norm                upper 10% quantile of ‖q‖² of a KV head's queries (the paper's key formula)
 """
 
@@ -34,7 +34,7 @@ from qaq_core.quantization.transforms.whitening import whitened
 SEQUENCES, TOKENS = 6, 1024
 PERTURBATION_TOKENS = 256
 
-GRADIENTS, DISTURBANCE = "gradients", "disturbance"
+GRADIENTS, PERTURBATION = "gradients", "perturbation"
 Progress = Callable[[str, float], None]
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Calibration:
         key_mean, value_mean: float32 [layers, kv_heads, head_dim].
         key_costs, value_costs: float32 [layers, kv_heads, head_dim/8].
         query_norm: float32 [layers, kv_heads].
-        source: how costs were measured: "gradients", or "disturbance" where those had no memory.
+        source: how costs were measured: "gradients", or "perturbation" where those had no memory.
     """
 
     key_matrix: torch.Tensor
@@ -174,7 +174,7 @@ def measure(
     Takes about one backward pass a sequence; for a 135M model and 6 x 1,024 tokens minutes on one core.
 
     Args:
-        source: how to measure sensitivities; None takes gradients if their memory is there, else disturbance.
+        source: how to measure sensitivities; None takes gradients if their memory is there, else perturbation.
     """
     report = progress or _shown.get() or (lambda what, share: None)
     tokens = min(tokens, model.config.get_text_config(decoder=True).max_position_embeddings)
@@ -193,9 +193,9 @@ def measure(
             except (MemoryError, RuntimeError) as error:
                 if not sensitivities.is_out_of_memory(error):
                     raise
-                log.warning("no memory for gradients (%s): measuring sensitivities by disturbance", error)
+                log.warning("no memory for gradients (%s): measuring sensitivities by perturbation", error)
         if fisher is None:
-            source = DISTURBANCE
+            source = PERTURBATION
             fisher = _fisher_by_perturbation(model, shape, text, generator, report)
     matrices, costs = whitened(covariances, fisher)
     return Calibration(
@@ -240,12 +240,12 @@ def _affordable(model: Any, tokens: int, device: torch.device) -> str:
     if need <= free:
         return GRADIENTS
     log.warning(
-        "gradients of %s would take %.1f GB and %.1f GB are free: measuring sensitivities by disturbance",
+        "gradients of %s would take %.1f GB and %.1f GB are free: measuring sensitivities by perturbation",
         type(model).__name__,
         need / 1e9,
         free / 1e9,
     )
-    return DISTURBANCE
+    return PERTURBATION
 
 
 @contextmanager

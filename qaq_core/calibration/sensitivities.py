@@ -4,7 +4,7 @@ F = E[g gᵀ], g the gradient of the loss on labels the model samples itself, su
 small error δ the model's predictions move by a KL of ½ δᵀ F δ. Two ways to measure it:
 
 by gradients      exact up to sampling; needs the activations of a text in memory
-by disturbance    adds a little noise to one head's vectors and measures that KL: F's trace, by forward passes only
+by perturbation   adds a little noise to one head's vectors and measures that KL: F's trace, by forward passes only
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from qaq_core.models.shape import ModelShape
 
 NOISE = 0.1
-"""Deviation of the disturbance, in deviations of the head's own numbers."""
+"""Deviation of the perturbation, in deviations of the head's own numbers."""
 
 LOGITS = 1 << 24
 """Logits that are in memory at a time: a large vocabulary's would outweigh everything else."""
@@ -31,7 +31,7 @@ LOGITS = 1 << 24
 class Seen(DynamicCache):
     """Keeps the keys and values of a forward pass, after RoPE, by layer.
 
-    With `differentiate` they keep their gradients. With `noise` they are disturbed: {(layer, side): deviation of
+    With `differentiate` they keep their gradients. With `noise` they are perturbed: {(layer, side): deviation of
     each KV head [kv_heads]}, row i of the batch in head i alone.
     """
 

@@ -19,7 +19,7 @@ each output. int4: a scale and an offset for every 32 inputs. With the last two 
 auto: float32 where that can be, else plain."""
 LOSSLESS = ("plain", "float32")
 """Those that change numbers by the order of sums only."""
-GROUP = 32
+GROUP_SIZE = 32
 """Inputs that share a scale in int4, as in GGUF's Q4_1."""
 _OUTPUTS = 16
 """int4's outputs come in so many at a time."""
@@ -61,7 +61,7 @@ def _packed(name: str, layer: nn.Linear, weights: str) -> nn.Module:
     if weights == "int8":
         return Int8Linear(layer)
     if weights == "int4":
-        if layer.in_features % GROUP or layer.out_features % _OUTPUTS:
+        if layer.in_features % GROUP_SIZE or layer.out_features % _OUTPUTS:
             raise ConfigError(f"{name} has sizes that int4 weights are not for; take int8 ones")
         return Int4Linear(layer)
     return OneDnnLinear(layer, torch.float32 if weights == "float32" else torch.bfloat16)
@@ -126,14 +126,14 @@ class Int8Linear(PackedLinear):
 
 
 class Int4Linear(PackedLinear):
-    """Rounded to 16 levels from the least to the greatest of GROUP weights; activations in bfloat16."""
+    """Rounded to 16 levels from the least to the greatest of GROUP_SIZE weights; activations in bfloat16."""
 
     weight: torch.Tensor
     affine: torch.Tensor
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer, torch.bfloat16)
-        groups = layer.weight.detach().unflatten(1, (-1, GROUP))
+        groups = layer.weight.detach().unflatten(1, (-1, GROUP_SIZE))
         least, greatest = groups.amin(-1), groups.amax(-1)
         # Levels are counted from the eighth, so that is what is rounded to bfloat16.
         scale = ((greatest - least) / 15).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
@@ -144,7 +144,7 @@ class Int4Linear(PackedLinear):
         self.register_buffer("affine", torch.stack([scale, eighth], -1).transpose(0, 1).contiguous())
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.affine)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP_SIZE, self.affine)
         return y if self.bias is None else y + self.bias
 
 

@@ -1,6 +1,7 @@
-"""Adaptation: what a sequence's quantizer takes from the tokens that are packed first.
+"""Adaptation: a sequence's own quantizer, from the tokens that are packed first.
 
-Means, which leave less to quantize, and axes (see `rotation`), where the sequence is long enough to pay for them.
+It has the sequence's means, which leave less to quantize, and a rotation where the sequence is long enough to pay for
+its bytes.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from qaq_core.quantization.quantizer import Quantizer
 from qaq_core.quantization.transforms.rotation import fit_rotation
 
 MEANS_TOKENS = 64
-"""Fewer tokens than these know too little of what is to come."""
+"""Fewer tokens predict the means of later ones badly."""
 
 ROTATION_TOKENS = 24
-"""Tokens per dim from which axes are worth their bytes, which grow with the square of head_dim."""
+"""Tokens per dim from which a rotation pays for its bytes, which grow with the square of head_dim."""
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Makes sequences' own quantizers.
+    """Makes the quantizers of sequences.
 
     Attributes:
-        costs: of keys and values, what an error in an octet costs, float32 [layers, kv_heads, octets].
-        rotation: whether there may be axes.
+        costs: of keys and values, cost of an error in an octet, float32 [layers, kv_heads, octets].
+        rotation: whether sequences may have a rotation.
     """
 
     costs: tuple[torch.Tensor, torch.Tensor]

@@ -1,4 +1,4 @@
-"""Rows: how codes become bytes, and bytes become levels.
+"""Bit planes: how codes become bytes, and bytes become levels.
 
 The head_dim codes of a row are cut into octets of 8 dims. A unit is one bit plane of one octet, one byte: dim j
 of the octet is bit j of it. Octets differ in how much they matter, so a row is a sequence of units in an order

@@ -1,8 +1,8 @@
-"""Encoding: originals become rows of a frame, and rows bytes of a codec.
+"""Encoding: originals become rows of a transform, and rows become bytes of a codec.
 
-The torch implementation here runs on any device and defines what is done; on a CPU native/encode.py does the
-same in C++. Both make the same bits, since a worker and a cache service may run one each and planes that are
-fetched must continue those that are held: a row's products are summed in double precision and rounded once.
+The torch implementation here runs on any device and defines the result; on a CPU kernels/encode.py computes the same
+in C++. Both produce the same bits, since worker and cache service may run different ones and fetched planes must
+continue held ones: the products of a row are summed in double precision and rounded once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qaq_core.quantization.codecs import Codec
 from qaq_core.quantization.transforms import Transform
 
 Layouts = Callable[[int, int], RowLayout]
-"""The layout of a side's rows of some head_dim."""
+"""(side, head_dim) -> layout of the side's rows."""
 
 
 class Encoder(Protocol):
     def rows(
         self, side: int, originals: torch.Tensor, start: int, overwrite: bool = False
     ) -> tuple[torch.Tensor, int | None]:
-        """See `Quantizer.rows`; with them the first layer that is not finite, if any, and nothing is raised."""
+        """See `Quantizer.rows`; returns the first layer that is not finite, if any, instead of raising."""
         ...
 
     def rows_at(
@@ -48,12 +48,12 @@ class Encoder(Protocol):
         begin: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Writes the bytes of rows that those of width `want` have and those of width `have` lack; of HALF all.
+        """Writes the bytes that each row lacks from width `have` to width `want`; all of a row for HALF.
 
         Args:
             rows: float32 [..., head_dim], n in all. meta: uint8 [n, meta_bytes].
             have, want: uint8 [n], have <= want or want = HALF.
-            begin: int64 [n], where a row's bytes begin in `out`, uint8.
+            begin: int64 [n], offset of each row's bytes in `out`, uint8.
         """
         ...
 
@@ -110,7 +110,7 @@ class TorchEncoder:
 
 
 def spread(scale: torch.Tensor, head_dim: int, split: int) -> torch.Tensor:
-    """Scales [..., 1 or 2] of rows as those of their dims: [..., 1 or head_dim]; `split` as in `Codec`."""
+    """Scales per row [..., 1 or 2] as scales per dim [..., 1 or head_dim]; `split` as in `Codec`."""
     if not split:
         return scale
     dims = torch.tensor([8 * split, head_dim - 8 * split], device=scale.device)

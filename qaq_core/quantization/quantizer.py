@@ -1,4 +1,4 @@
-"""The quantizer: a frame and a codec. The worker and the cache service run this same code."""
+"""The quantizer: a transform and a codec. Worker and cache service run this same code."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Quantizer:
         make_encoder: chooses the encoder of a device.
 
     Attributes:
-        id: 16 bytes that name frame and codec; the cache service looks them up by it.
+        id: 16 bytes, hash of transform and codec; the cache service finds them by it.
         meta_bytes: scale bytes of a row.
-        base: the one that this sequence's own rests on, or None.
+        base: the model's quantizer that this sequence's own one extends, or None.
     """
 
     def __init__(
@@ -52,23 +52,23 @@ class Quantizer:
         self.id = blake3(self.to_bytes()).digest(16)
 
     def using(self, make_encoder: MakeEncoder) -> Quantizer:
-        """The same quantizer with other encoders, which make the same bits."""
+        """The same quantizer with other encoders, which produce the same bits."""
         other = copy.copy(self)
         other._make_encoder, other._encoders = make_encoder, {}
         return other
 
     def centered_on(self, originals: torch.Tensor, start: int) -> Quantizer:
-        """A sequence's own: centered on those tokens, see `Transform.centered_on`. It rests on this one."""
+        """A sequence's own quantizer, centered on those tokens, see `Transform.centered_on`. It extends this one."""
         return Quantizer(self.transform.centered_on(originals, start), self.codec, self, self._make_encoder)
 
     def rotated(self, rotation: tuple[Rotation, Rotation]) -> Quantizer:
-        """A sequence's own, from its own, with rows that are turned to these axes."""
-        assert isinstance(self.transform, LinearTransform), "only linear frames are turned"
+        """A sequence's own quantizer with a rotation of keys and of values."""
+        assert isinstance(self.transform, LinearTransform), "only linear transforms are rotated"
         return Quantizer(self.transform.rotated(rotation), self.codec, self.base, self._make_encoder)
 
     @property
     def own_bytes(self) -> int:
-        """Memory of what a sequence does not share with others."""
+        """Bytes of the tensors that a sequence does not share with others."""
         return sum(tensor.nbytes for tensor in self._own_tensors().values())
 
     def _own_tensors(self) -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ class Quantizer:
         return self.transform.own_tensors()
 
     def spread(self, scale: torch.Tensor, head_dim: int) -> torch.Tensor:
-        """Scales [..., 1 or 2] of rows as those of their dims: [..., 1 or head_dim]."""
+        """Scales per row [..., 1 or 2] as scales per dim [..., 1 or head_dim]."""
         return spread(scale, head_dim, self.codec.split)
 
     def layout(self, side: int, head_dim: int) -> RowLayout:
@@ -89,11 +89,11 @@ class Quantizer:
         return self._layouts[key]
 
     def rows(self, side: int, originals: torch.Tensor, start: int, overwrite: bool = False) -> torch.Tensor:
-        """Rows to quantize of consecutive positions.
+        """Transformed rows of consecutive positions.
 
         Args:
             originals: [layers, kv_heads, tokens, head_dim] of positions start, start+1, ….
-            overwrite: nobody needs the originals any more, and rows may be written over them.
+            overwrite: the originals are not needed any more, and rows may overwrite them.
         Returns:
             float32, same shape.
         Raises:
@@ -109,7 +109,7 @@ class Quantizer:
         return self._encoder(rows.device).meta(rows, excluded)
 
     def encode(self, side: int, rows: torch.Tensor, meta: torch.Tensor, have: int, want: int) -> torch.Tensor:
-        """What rows [n, head_dim] lack that all have one width and want another: uint8 [n, bytes]."""
+        """The bytes that rows [n, head_dim] lack from width `have` to width `want`: uint8 [n, bytes]."""
         widths = torch.tensor([have, want], dtype=torch.uint8, device=rows.device)
         held, wanted = widths[:, None].expand(-1, len(rows))
         return self.encode_each(side, rows, meta, held, wanted)[0].view(len(rows), -1)
@@ -117,13 +117,13 @@ class Quantizer:
     def encode_each(
         self, side: int, rows: torch.Tensor, meta: torch.Tensor, have: torch.Tensor, want: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bytes of rows that those of width `want` have and those of width `have` lack; of HALF all.
+        """The bytes that each row lacks from width `have` to width `want`; all of a row for HALF.
 
         Args:
             rows: float32 [..., head_dim], n in all. meta: uint8 [n, meta_bytes].
             have, want: uint8 [n] of WIDTHS, have <= want or want = HALF.
         Returns:
-            uint8 bytes, one row after another; int64 [n], where a row's begin.
+            uint8 bytes, one row after another; int64 [n], offset of each row.
         """
         sizes = torch.where(want == HALF, HALF, want.long() - have) * rows.shape[-1] // 16
         begin, out = _room(sizes)
@@ -131,7 +131,7 @@ class Quantizer:
         return out, begin
 
     def requantize(self, request: RowRequest, originals: torch.Tensor) -> np.ndarray:
-        """Bytes that a request's rows lack, one row after another.
+        """The bytes that the rows of a request lack, one row after another.
 
         Args:
             originals: float [n, head_dim], the request's rows in full precision.
@@ -159,19 +159,22 @@ class Quantizer:
         return self._encoders[device.type]
 
     def to_bytes(self) -> bytes:
-        """Frame and codec as safetensors, or the base's id and a sequence's own; the same give the same bytes."""
+        """Transform and codec as safetensors; for a sequence's own quantizer the base's id and its own tensors.
+
+        Equal quantizers give equal bytes.
+        """
         described: dict[str, object] = {"transform": self.transform.name, "codec": self.codec.settings()}
         if self.base is not None:
             described = {"base": self.base.id.hex()}
         note = torch.frombuffer(bytearray(json.dumps(described, sort_keys=True).encode()), dtype=torch.uint8)
-        # Clones: a file cannot hold tensors that share memory, as keys' and values' tables may.
+        # Clones: safetensors refuses tensors that share memory, as tables of keys and values may.
         held = self.transform.tensors() if self.base is None else self._own_tensors()
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in held.items()}
         return save_tensors({**tensors, _SETTINGS: note})
 
     @staticmethod
     def base_of(raw: bytes) -> bytes | None:
-        """Id of the quantizer that `from_bytes` needs to make this one, or None."""
+        """Id of the base quantizer that `from_bytes` needs, or None."""
         base = json.loads(bytes(load_tensors(raw)[_SETTINGS].numpy())).get("base")
         return None if base is None else bytes.fromhex(base)
 
@@ -179,12 +182,12 @@ class Quantizer:
     def from_bytes(
         cls, raw: bytes, base: Quantizer | None = None, make_encoder: MakeEncoder = torch_encoder
     ) -> Quantizer:
-        """What `to_bytes` wrote; `base` is the one that `base_of` names."""
+        """The quantizer that `to_bytes` wrote; `base` is the one that `base_of` names."""
         tensors = load_tensors(raw)
         described = json.loads(bytes(tensors.pop(_SETTINGS).numpy()))
         if "base" in described:
             if base is None or base.base is not None or not isinstance(base.transform, LinearTransform):
-                raise ConfigError("means must rest on a complete quantizer with a linear frame")
+                raise ConfigError("a sequence's own means need a base quantizer with a linear transform")
             transform = base.transform.with_means(*(tensors.pop(name) for name in _MEANS))
             return cls(
                 transform.rotated(_rotation_of(tensors)) if tensors else transform, base.codec, base, make_encoder
@@ -196,17 +199,17 @@ class Quantizer:
 
 
 def _rotation_of(tensors: dict[str, torch.Tensor]) -> tuple[Rotation, Rotation]:
-    """Those that `LinearTransform.own_tensors` names."""
+    """The rotations of keys and values, from the tensors that `LinearTransform.own_tensors` names."""
     names = [field.name for field in fields(Rotation)]
     sides = [[f"{side}_{name}" for name in names] for side in ("key", "value")]
     if set(tensors) != {*sides[KEY], *sides[VALUE]}:
-        raise ConfigError(f"{', '.join(tensors)} are not the tables of axes")
+        raise ConfigError(f"{', '.join(tensors)} are not the tensors of a rotation")
     keys, values = (Rotation(*(tensors[name] for name in side)) for side in sides)
     return keys, values
 
 
 def _room(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where rows of so many bytes begin, one after another, int64 [n]; and memory for them."""
+    """Offsets int64 [n] of rows of those sizes, one after another; and memory for all of them."""
     if len(sizes) and int(sizes.min()) < 0:
-        raise ValueError("a row that is made from some width on must want a wider one")
+        raise ValueError("a row can only be encoded from a narrower width to a wider one")
     return sizes.cumsum(0) - sizes, torch.empty(int(sizes.sum()), dtype=torch.uint8, device=sizes.device)

@@ -2,7 +2,7 @@
 
 Rows of one width stand together, ordered by (layer, head, token). A row's place is its rank among equal
 widths in that order, so positions are not stored: the tags, kept by the caller, are the only index. A block
-that changes is woven again, see `weaving`.
+that changes is repacked, see `repack`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Pool:
         return self.first.nbytes + sum(rows.untyped_storage().nbytes() for rows in self.rows.values())
 
     def copy(self) -> Pool:
-        """The same rows in memory of their own."""
+        """A copy."""
         other = copy.copy(self)
         other.rows = {width: rows.clone() for width, rows in self.rows.items()}
         other.first = self.first.clone()
@@ -47,7 +47,7 @@ class Pool:
         return self.rows[width][starts[layer] : starts[layer + 1]]
 
     def repack(self, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves) -> None:
-        """Takes in rows that come or change their width.
+        """Adds rows, or changes their width.
 
         Args:
             before, after: the block's tags [layers, kv_heads, tokens]; `after` may have more tokens.
@@ -56,12 +56,12 @@ class Pool:
         self._find_rows(after, side)
 
     def narrow(self, before: torch.Tensor, after: torch.Tensor, side: int) -> None:
-        """Cuts rows off at the widths of `after`, at most those of `before`. None is in half precision."""
+        """Truncates rows to the widths of `after`, at most those of `before`. No row is in half precision."""
         self.rows = self._repacker.narrow(self.rows, self._half_bit, before, after, side)
         self._find_rows(after, side)
 
     def _find_rows(self, tags: torch.Tensor, side: int) -> None:
-        """Finds where the rows of each layer and head begin."""
+        """Finds the first row of each layer and head."""
         counts = self._repacker.count(tags, side)
         self._starts = torch.nn.functional.pad(counts.sum(1).cumsum(0), (0, 0, 1, 0)).T.tolist()
         flat = counts.view(-1, len(WIDTHS))

@@ -1,7 +1,7 @@
-"""Weaving: rows of a pool put in order again when some come or change their width.
+"""Repacking: the rows of a pool are put in order again when rows are added or change their width.
 
-The torch implementation here runs on any device and defines what is done; on a CPU native/weave.py does the
-same in one pass, at memcpy speed.
+The torch implementation here runs on any device and defines the result; on a CPU kernels/repack.py computes the same
+in one pass, at memcpy speed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Rows = dict[int, torch.Tensor]
 
 @dataclass(frozen=True)
 class Moves:
-    """n rows that come (at the end of their head) or change their width.
+    """n rows that are added at the end of their head, or change their width.
 
     Attributes:
-        index: int64 [n], ascending, flat in the tags [layers, kv_heads, tokens] as they are afterwards.
-        have, want: uint8 [n], widths before (0 for rows that come) and afterwards.
-        keep: uint8 [n], the width up to which the row held before stays.
-        planes: uint8, the other bytes of each row that has some.
-        offsets: int64 [n], where a row's begin.
+        index: int64 [n], ascending, flat in the tags [layers, kv_heads, tokens] after the move.
+        have, want: uint8 [n], width before (0 for added rows) and after.
+        keep: uint8 [n], width up to which the old row is kept.
+        planes: uint8, the remaining bytes of the rows.
+        offsets: int64 [n], offset of each row in `planes`.
     """
 
     index: torch.Tensor
@@ -46,16 +46,16 @@ class Repacker(Protocol):
     def repack(
         self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int, moves: Moves
     ) -> Rows:
-        """Rows after the moves; widths that no move comes to or leaves are the very same tensors.
+        """Rows after the moves; the tensors of widths that no move touches are returned as they are.
 
         Args:
-            half_bit: bytes that half a bit an element takes, head_dim/16.
-            before, after: tags [layers, kv_heads, tokens]; `after` may have more tokens, and those come.
+            half_bit: bytes of half a bit per element, head_dim/16.
+            before, after: tags [layers, kv_heads, tokens]; `after` may have more tokens, which are added.
         """
         ...
 
     def narrow(self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int) -> Rows:
-        """Rows cut off at the widths of `after`, at most those of `before`. None is in half precision."""
+        """Rows truncated to the widths of `after`, at most those of `before`. No row is in half precision."""
         ...
 
 
@@ -84,15 +84,15 @@ class TorchRepacker:
                     rows[width] = held[width]
                 continue
             here = new == width
-            woven = torch.empty(int(here.sum()), width * half_bit, dtype=torch.uint8, device=new.device)
-            if not len(woven):
+            repacked = torch.empty(int(here.sum()), width * half_bit, dtype=torch.uint8, device=new.device)
+            if not len(repacked):
                 continue
             coming = moved[here]
             if width in held:
-                woven[~coming] = held[width][stays[old == width]]
+                repacked[~coming] = held[width][stays[old == width]]
             mine = torch.nonzero(moves.want == width).squeeze(1)
-            woven[coming] = _moved(held, half_bit, old, source, moves, mine, width)
-            rows[width] = woven
+            repacked[coming] = _moved(held, half_bit, old, source, moves, mine, width)
+            rows[width] = repacked
         return rows
 
     def narrow(self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int) -> Rows:
@@ -112,7 +112,7 @@ def _moved(
     mine: torch.Tensor,
     width: int,
 ) -> torch.Tensor:
-    """The moves `mine`, which all want that width, as rows in their order."""
+    """The rows of the moves `mine`, which all have that width afterwards, in order."""
     rows = torch.empty(len(mine), width * half_bit, dtype=torch.uint8, device=old.device)
     kinds = torch.stack([moves.have[mine], moves.keep[mine]], 1)
     for have, keep in kinds.unique(dim=0).tolist():

@@ -1,12 +1,12 @@
-"""The balanced policy: every vector gets the bits at which the next step up is worth its price.
+"""The balanced policy: every vector gets the widest width whose last bit saves more loss than λ.
 
     b* = argmin_b  w_t · mean_o c_o · D(b_o) · scale² + λ · b
 
-c_o is what an error in octet o of that layer and head costs (calibrated once per model), b_o the planes the octet
-has in a row of b bits, D the codec's distortion, w_t the token's predicted attention relative to its head's mean,
-λ the price. A row grows step by step, one width after the other, and gets the last width whose step gains more
-than its bits cost. What a step gains is w_t times what only the row's scales decide; so a row's scales say which
-w_t/λ each step asks for, and that is what is compared.
+c_o is the cost of an error in octet o of that layer and head (calibrated once per model), b_o the planes of the octet
+in a row of b bits, D the codec's distortion, w_t the token's predicted attention relative to its head's mean. A row
+grows width by width and gets the last width whose step gains more than its bits cost. The gain of a step is w_t times
+a factor that depends on the row's scales alone. So the scales decide which w_t/λ each step requires, and that is
+compared.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from qaq_core.quantization.quantizer import Quantizer
 CODED = tuple(width for width in WIDTHS if width < HALF)
 """Widths that hold codes, from 0."""
 FLOOR = 0.0003
-"""Weight of a token that nobody looks at."""
+"""Weight of a token without attention."""
 
 OWN = 0.93
-"""Share of a token's own attention in its importance; the rest is the mean of it and of REACH tokens before it."""
+"""Share of a token's own attention in its importance; the rest is the mean over it and the REACH tokens before it."""
 
 REACH = 64
 
@@ -38,7 +38,7 @@ SINKS = 4
 
 
 class BalancedPolicy:
-    """Sensitivity-weighted allocation with one price. native/balance.py does the same in C++.
+    """Sensitivity-weighted allocation with one λ. kernels/allocate.py computes the same in C++.
 
     Args:
         quantizer: its codec gives D(b) and the planes of each octet at each width.
@@ -48,7 +48,7 @@ class BalancedPolicy:
     elastic = True
     hysteresis = 2.5
     rise = 2.0
-    """A moving average takes a while to say how important a token has become."""
+    """A moving average is late to show that a token has become important."""
     every = 4
     narrow_every = 16
     lam = 1e-9
@@ -62,17 +62,17 @@ class BalancedPolicy:
             for side in (KEY, VALUE)
         ]
 
-    def demand(self, view: View) -> Weighed:
-        """What tokens weigh, and their rows' scales."""
+    def demand(self, view: View) -> WeightedRows:
+        """Token weights, and the scales of their rows."""
         weight = token_weights(view.importance)[:, :, view.first : view.first + view.shape[2]]
-        return Weighed(weight, view.scales, self.tables)
+        return WeightedRows(weight, view.scales, self.tables)
 
-    def widths(self, demand: Weighed, lam: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def widths(self, demand: WeightedRows, lam: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (_climb(demand.weight * (need / lam), least) for least in demand.thresholds)
         return keys, values
 
-    def error(self, demand: Weighed, widths: tuple[torch.Tensor, torch.Tensor]) -> float:
-        """½ · Σ w · c · D(b) · scale²: c are traces of the Fisher information, see `sensitivity`."""
+    def error(self, demand: WeightedRows, widths: tuple[torch.Tensor, torch.Tensor]) -> float:
+        """½ · Σ w · c · D(b) · scale²: c are traces of the Fisher information, see `calibration.sensitivities`."""
         total = 0.0
         for table, scale, width in zip(self.tables, demand.scales, widths, strict=True):
             total += float((demand.weight * table.lost(scale, width)).sum(dtype=torch.float64))
@@ -80,8 +80,8 @@ class BalancedPolicy:
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """Tokens of weight w_t [layers, kv_heads, n], and what their keys and values ask of it."""
+class WeightedRows:
+    """Token weights w_t [layers, kv_heads, n], and the scales and costs of their rows."""
 
     weight: torch.Tensor
     scales: tuple[torch.Tensor, torch.Tensor]
@@ -94,7 +94,7 @@ class Weighed:
 
 
 class CostTable:
-    """What errors in one side's rows cost, per width and part of the row that has a scale of its own."""
+    """The cost of errors in one side's rows, per width and per part of the row that has its own scale."""
 
     def __init__(self, costs: torch.Tensor, layout: RowLayout, distortion: torch.Tensor, split: int) -> None:
         planes = layout.planes[list(CODED)].long().to(costs.device)
@@ -103,10 +103,10 @@ class CostTable:
         self._lost = torch.stack([part.sum(-1) for part in parts])  # [parts, layers, kv_heads, widths]
 
     def thresholds(self, scale: torch.Tensor) -> torch.Tensor:
-        """The w/λ that a row must exceed to take a step, or one after it: float32 [steps, layers, kv_heads, n].
+        """The w/λ that a row must exceed to take a step or a later one: float32 [steps, layers, kv_heads, n].
 
-        They never fall from step to step. Sums and products are rounded one by one, so that a row's are the same
-        alone and among others.
+        Thresholds never fall from step to step. Sums and products are rounded one by one, so that a row's thresholds
+        do not depend on other rows.
 
         Args:
             scale: [layers or 1, kv_heads or 1, n, parts].
@@ -143,16 +143,16 @@ def _climb(worth: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
 
 
 def token_weights(importance: torch.Tensor) -> torch.Tensor:
-    """w_t = 0.9997 · s_t / mean(s) + 0.0003. 7% of s is what the tokens before got: what is read is read on.
+    """w_t = 0.9997 · s_t / mean(s) + 0.0003; 7% of s is attention to preceding tokens, since reading continues forward.
 
-    Sinks count as 0: they are exact, and their attention would drown everyone else's in the mean.
+    Sinks count as 0: they are not quantized, and their attention would dominate the mean.
 
     Args:
         importance: [layers, kv_heads, length].
     """
-    looked = importance.clone()
-    looked[:, :, :SINKS] = 0.0
-    smooth = looked * OWN + trailing_mean(looked, REACH) * (1 - OWN)
+    own = importance.clone()
+    own[:, :, :SINKS] = 0.0
+    smooth = own * OWN + trailing_mean(own, REACH) * (1 - OWN)
     mean = smooth.mean(-1, keepdim=True, dtype=torch.float64).float()
     return smooth * (mean.clamp_min(1e-30).reciprocal() * (1 - FLOOR)) + FLOOR
 

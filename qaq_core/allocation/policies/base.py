@@ -30,11 +30,11 @@ class View:
 
 
 Demand = Any
-"""A policy's own summary of a view."""
+"""What a policy computes from a view once, for widths at any λ."""
 
 
 class Rule(Protocol):
-    """Anything that gives widths at a price."""
+    """Gives widths at a λ."""
 
     def widths(self, demand: Demand, lam: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Policy.widths`."""
@@ -43,51 +43,51 @@ class Rule(Protocol):
 
 class Policy(Rule, Protocol):
     exceptions: bool
-    """Whether tokens are looked at again while decoding."""
+    """Whether decode looks for attention-window exceptions."""
 
     elastic: bool
-    """Whether the price is an exchange rate of loss against bits, so that several sequences may share one."""
+    """Whether λ is loss per bit, so that several sequences may share it."""
 
     every: int
-    """Decode steps from one look to the next."""
+    """Decode steps from one review to the next."""
 
     narrow_every: int
-    """Decode steps from one look that takes bits back to the next: it is not urgent, and re-packs blocks."""
+    """Decode steps from one review that narrows to the next: narrowing is not urgent, and repacks blocks."""
 
     def demand(self, view: View) -> Demand:
-        """What does not depend on the price."""
+        """What `widths` needs at any λ."""
         ...
 
     def widths(self, demand: Demand, lam: float, *, need: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bits for keys and values.
+        """Widths of keys and values.
 
         Args:
-            lam: the one knob between bytes and error; higher gives fewer bits.
+            lam: λ, the loss that a bit must save; higher gives fewer bits.
             need: factor on the importance, for hysteresis.
         Returns:
-            two uint8 [layers, kv_heads, n] of widths among `packing.WIDTHS`, in half bits.
+            two uint8 [layers, kv_heads, n] of widths among `WIDTHS`, in half bits.
         """
         ...
 
     @property
     def hysteresis(self) -> float:
-        """A vector moves only if it would with its importance this many times smaller (up) or larger (down)."""
+        """A width changes only if it also would at this many times less importance (up) or more (down)."""
         ...
 
     @property
     def rise(self) -> float:
-        """A vector that moves up gets what it would with its importance this many times larger."""
+        """A vector that is widened gets the width for this many times its importance."""
         ...
 
     @property
     def lam(self) -> float:
-        """The price to use when no target is given."""
+        """λ when no target is given."""
         ...
 
 
 @runtime_checkable
 class ErrorPolicy(Policy, Protocol):
-    """A policy that predicts what its widths cost."""
+    """A policy that predicts the error of its widths."""
 
     def error(self, demand: Demand, widths: tuple[torch.Tensor, torch.Tensor]) -> float:
         """Predicted KL, summed over layers, heads, keys and values and the view's tokens; per element, in nats.
@@ -98,22 +98,22 @@ class ErrorPolicy(Policy, Protocol):
 
 
 def solve_lambda(rule: Rule, demand: Demand, target_bits: float) -> float:
-    """The lowest price at which keys and values hold at most `target_bits` on average."""
+    """The lowest λ at which keys and values have at most `target_bits` on average."""
 
     def is_enough(lam: float) -> bool:
         keys, values = rule.widths(demand, lam)
         return float(keys.float().mean() + values.float().mean()) / 4 <= target_bits
 
-    return _turn(is_enough)[1]
+    return _bisect(is_enough)[1]
 
 
 def solve_error(policy: ErrorPolicy, demand: Demand, tolerated: float) -> float:
-    """The highest price at which `ErrorPolicy.error` is at most `tolerated`, or the lowest there is."""
-    return _turn(lambda lam: policy.error(demand, policy.widths(demand, lam)) > tolerated)[0]
+    """The highest λ at which `ErrorPolicy.error` is at most `tolerated`, or the lowest there is."""
+    return _bisect(lambda lam: policy.error(demand, policy.widths(demand, lam)) > tolerated)[0]
 
 
-def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
-    """Prices just below and just above the one from which on something holds: bisection on their logarithm."""
+def _bisect(holds: Callable[[float], bool]) -> tuple[float, float]:
+    """λ just below and just above the value from which `holds` is true: bisection on log λ."""
     low, high = -60.0, 60.0
     for _ in range(40):
         middle = (low + high) / 2

@@ -4,8 +4,8 @@
     keys    σ_K²   <= ln(T³/(T-1) · σ_S² + 1) / ‖q‖²
     bits    B = ⌈log2((max - min) / (2√3 · σ))⌉, clipped to [min, max]
 
-S_t is the window's maximum over the group (a head, a layer or all of a token), ‖q‖² the calibrated upper
-10% quantile of each head's squared query norm. The price divides both target errors' inverse: σ_X and σ_S
+S_t is the attention window's maximum over the group (a head, a layer or all of a token), ‖q‖² the calibrated upper
+10% quantile of each head's squared query norm. λ divides both target errors' inverse: σ_X and σ_S
 are multiplied by it.
 """
 

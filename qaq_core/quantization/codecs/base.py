@@ -18,10 +18,10 @@ class Codec(Protocol):
     name: str
     meta_bytes: int
     split: int
-    """Octets that a row's first scale is for, the second is for the others; 0 where a row has one scale."""
+    """Octets of a row's first scale; the second scale is for the others. 0 where a row has one scale."""
 
     def order(self, side: int, head_dim: int) -> torch.Tensor:
-        """uint8 [head_dim]: the octet of each unit of a row, see `packing.RowLayout`."""
+        """uint8 [head_dim]: the octet of each unit of a row, see `bit_planes.RowLayout`."""
         ...
 
     def meta(self, rows: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Codec(Protocol):
         ...
 
     def levels(self, bits: int) -> torch.Tensor:
-        """float32 [2^bits]: what each b-bit code stands for, in units of the scale."""
+        """float32 [2^bits]: the level of each b-bit code, in units of the scale."""
         ...
 
     def distortion(self, bits: int) -> float:
@@ -58,7 +58,7 @@ class Codec(Protocol):
         ...
 
     def settings(self) -> dict[str, object]:
-        """What `codecs.make` needs to make it again elsewhere."""
+        """The arguments of `make_codec` that make the same codec elsewhere."""
         ...
 
 

@@ -1,11 +1,11 @@
-"""Progressive codes: the cells of `gaussian`, for rows whose octets differ in how much they matter.
+"""Progressive codes: the cells of `gaussian`, for rows whose octets differ in the cost of an error.
 
-The frame has sorted a row's dims by what an error in them costs, so bits go where they buy most: the order of
-units is greedy, each next bit plane goes to the octet where it lowers the expected cost most. That is reverse
-water-filling over octets, and a prefix of the order is (nearly) the best row of its size.
+The transform has sorted the dims of a row by cost. The order of bit planes is greedy: each next plane goes to the octet
+where it lowers the expected cost most. That is reverse water-filling over octets, and a prefix of the order is nearly
+the best row of its size.
 
 A row has two scales, one for its first quarter and one for the rest, each a 4-bit logarithm, in one meta byte. The
-frame makes a typical row's scale 1; the last few codes reach out for rows that are nothing like it.
+transform makes the scale of a typical row 1; the last few codes cover outlier rows.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LOG2_SCALES = (*(-7 / 3 + i / 3 for i in range(12)), 2.0, 3.5, 6.0, 12.0)
 
 
 class ProgressiveCodec(GaussianCodec):
-    """Rows in a frame that sorts their dims.
+    """For rows of a transform that sorts their dims by cost.
 
     Args:
-        orders: for keys and values, the octet of each unit, see `packing.RowLayout`.
+        orders: for keys and values, the octet of each unit, see `bit_planes.RowLayout`.
     """
 
     name = "progressive"

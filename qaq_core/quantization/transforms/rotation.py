@@ -139,7 +139,7 @@ def _square(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _reflections(vectors: torch.Tensor) -> torch.Tensor:
-    """Householder vectors of orthogonal matrices [..., d, d], whose columns they map to the unit vectors, up to signs."""
+    """Householder vectors that map the columns of orthogonal matrices [..., d, d] to unit vectors, up to signs."""
     dim = vectors.shape[-1]
     below, factors = torch.geqrf(vectors)
     parts = []

@@ -75,11 +75,11 @@ def test_without_memory_for_gradients_the_other_way_is_taken_and_told(
     model = tiny("llama-gqa")
     with caplog.at_level(logging.WARNING):
         known = calibrate(model, ModelShape.of(model))
-    assert known.source == "disturbance"
-    assert "0.0 GB are free: measuring sensitivities by disturbance" in caplog.text
+    assert known.source == "perturbation"
+    assert "0.0 GB are free: measuring sensitivities by perturbation" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assert calibrate(model, ModelShape.of(model)).source == "disturbance"  # from the file
+        assert calibrate(model, ModelShape.of(model)).source == "perturbation"  # from the file
     assert "for want of memory for gradients" in caplog.text
 
 
@@ -90,7 +90,7 @@ def test_running_out_of_memory_takes_the_other_way(error: Exception, monkeypatch
 
     monkeypatch.setattr(sensitivities, "by_gradients", fail)
     model = tiny("llama-gqa")
-    assert measure(model, ModelShape.of(model), sequences=1, tokens=16).source == "disturbance"
+    assert measure(model, ModelShape.of(model), sequences=1, tokens=16).source == "perturbation"
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
