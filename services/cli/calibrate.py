@@ -35,7 +35,7 @@ def calibrate(
     from qaq_core import calibration
     from qaq_core.models import ModelShape, load_model
 
-    source = None if gradients is None else calibration.GRADIENTS if gradients else calibration.DISTURBANCE
+    source = None if gradients is None else calibration.GRADIENTS if gradients else calibration.PERTURBATION
     with progress_line() as report:
         loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
         begun = time.monotonic()

@@ -10,7 +10,7 @@ from qaq_core.base.widths import WIDTHS
 
 
 class FixedPolicy:
-    """Static widths. `FixedPolicy(16, 16)` keeps half precision: the `exact` preset."""
+    """Static widths. `FixedPolicy(16, 16)` keeps half precision: the `fp16` preset."""
 
     exceptions = elastic = False
     every = narrow_every = 1

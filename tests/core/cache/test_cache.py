@@ -210,7 +210,7 @@ def test_a_model_switched_to_qaq_still_serves_other_caches(smollm2: LoadedModel)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "best"}, "balanced, paper, exact"),
+        ({"preset": "best"}, "balanced, paper, fp16"),
         ({"preset": "fp16", "sigma_x": 1.0}, "sigma_x"),
         ({"target_bits": 0}, "target_bits"),
         ({"target_bits": 17}, "target_bits"),

@@ -29,7 +29,7 @@ def figures(path: Path, schema: str) -> dict[str, Any]:
 def test_turns(tmp_path: Path) -> None:
     path, page = tmp_path / "turns.json", tmp_path / "turns.html"
     asked = ("--turns", 2, "--context", 60, "--decode", 4, "--documents", 1)
-    shown = run(*map(str, asked), "--configs", "exact,uniform-2", "--json", path, "--html", page)
+    shown = run(*map(str, asked), "--configs", "fp16,uniform-2", "--json", path, "--html", page)
     assert shown.exit_code == 0, shown.output
     told = figures(path, "eval-turns")
     assert [(row["turn"], row["config"]) for row in told["rows"]] == [

@@ -278,7 +278,7 @@ def test_what_is_no_configuration_is_refused(text: str) -> None:
         ("uniform-3@2", "takes no target"),
         ("uniform-9", "9/9 bits are not among"),
         ("kivi-9", "1 to 8 bits"),
-        ("exact-norequant", "does not take these settings"),
+        ("fp16-norequant", "does not take these settings"),
         ("paper@e0.1", "does not predict its error"),
         ("uniform-3@e0.1", "takes no target"),
         ("balanced@e11", "at most 10 nats"),

@@ -11,7 +11,7 @@ from qaq_eval.speed.step_parts import PARTS, REST, PartRow, Stopwatch
 from tests.core.tiny_models import tiny, token_ids
 
 
-@pytest.mark.parametrize("cache", ["fp16", "exact/reference"])
+@pytest.mark.parametrize("cache", ["fp16", "fp16/reference"])
 def test_parts_of_a_step_are_told_apart(cache: str) -> None:
     model, attend = tiny("llama-gqa"), QAQCache.attend
     parts: list[PartRow] = []

@@ -56,7 +56,7 @@ def test_accepts_the_edges(changes: dict) -> None:
         ({"sampling": {"top_k": -1}}, "top_k is -1; send 0"),
         ({"sampling": {"repetition_penalty": 0}}, "repetition_penalty is 0; send a number above 0"),
         ({"sampling": {"repetition_penalty": math.inf}}, "repetition_penalty is inf"),
-        ({"cache": {"preset": "best"}}, 'preset "best" is unknown; use one of balanced, paper, exact'),
+        ({"cache": {"preset": "best"}}, 'preset "best" is unknown; use one of balanced, paper, fp16'),
         ({"cache": {"target_bits": 0}}, "target_bits is 0"),
         ({"cache": {"target_compression": 0.5}}, "target_compression is 0.5"),
         ({"cache": {"target_error": 0}}, "target_error is 0"),

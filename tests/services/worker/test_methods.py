@@ -14,7 +14,7 @@ from services.worker.methods import Methods
 @pytest.mark.parametrize("preset", ["h2o-0.2", "uniform-3", "nothing"])
 def test_only_presets_are_served(smollm2: LoadedModel, preset: str) -> None:
     methods = Methods(smollm2, WorkerSettings(model="smollm2"))
-    with pytest.raises(ConfigError, match=f"preset '{preset}' is not served; use one of balanced, paper, exact"):
+    with pytest.raises(ConfigError, match=f"preset '{preset}' is not served; use one of balanced, paper, fp16"):
         methods.get(common_pb2.CacheParams(preset=preset))
 
 
