@@ -49,7 +49,7 @@ def test_without_the_library_the_reference_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "_load", lambda: (None, "it is not built: install a compiler"))
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(backends, "load_library", lambda: None)
     with caplog.at_level(logging.INFO, "qaq_core.attention"):
         for _ in range(2):
             assert backends.make_attention(CODEC, CPU).name == "reference"
