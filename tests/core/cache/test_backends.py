@@ -50,7 +50,7 @@ def test_without_the_library_the_reference_runs(
 ) -> None:
     monkeypatch.setattr(native, "_load", lambda: (None, "it is not built: install a compiler"))
     monkeypatch.setattr(backends, "load_library", lambda: None)
-    with caplog.at_level(logging.INFO, "qaq_core.attention"):
+    with caplog.at_level(logging.INFO, "qaq_core.cache.backends"):
         for _ in range(2):
             assert backends.make_attention(CODEC, CPU).name == "reference"
     assert [record.message for record in caplog.records] == [
