@@ -1,5 +1,5 @@
 """`python -m services.cli`: the `qaq` command where it is not installed."""
 
-from services.cli.main import app
+from services.cli import run
 
-app()
+run()

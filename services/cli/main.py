@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from services.cli import calibrate, client, demo, doctor, roles, stack
 from services.cli.terminal import errors
+from services.common.extras import advice
 
 
 class Polite(TyperGroup):
@@ -28,13 +29,23 @@ class Polite(TyperGroup):
 
 def _sentence(error: Exception) -> str | None:
     """What to tell about an error; None for one that was not foreseen."""
-    import grpc
-    from pydantic import ValidationError
-    from redis.exceptions import RedisError
     from rich.markup import escape
 
     from qaq_core.base.errors import QAQError
-    from services.common.errors import StatusError
+
+    if isinstance(error, ModuleNotFoundError):
+        missing = advice(error)
+        return missing and escape(missing)
+    if isinstance(error, QAQError | OSError):
+        return escape(str(error))
+    try:
+        import grpc
+        from pydantic import ValidationError
+        from redis.exceptions import RedisError
+
+        from services.common.errors import StatusError
+    except ModuleNotFoundError:
+        return None
 
     if isinstance(error, StatusError):
         return escape(error.message)
@@ -48,8 +59,6 @@ def _sentence(error: Exception) -> str | None:
         return escape(f"{name}: {first['msg']}; set it by its option or by QAQ_{name.upper()}")
     if isinstance(error, RedisError):
         return escape(f"Redis does not answer ({error}); start it, or check QAQ_REDIS_URL")
-    if isinstance(error, QAQError | OSError):
-        return escape(str(error))
     return None
 
 

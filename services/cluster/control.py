@@ -16,6 +16,7 @@ from services.cluster import state
 from services.cluster.stack import python_path, ray_environment
 from services.cluster.state import StackError, StackSettings, StackState
 from services.common.embedded_redis import EmbeddedRedis
+from services.common.extras import require
 
 STOP_TIMEOUT_S = 60.0
 
@@ -91,6 +92,7 @@ def scale(running: StackState, workers: int, report: Report) -> None:
 
 
 def _spawn(settings: StackSettings, errors: int, *, attached: bool) -> subprocess.Popen[str]:
+    require("ray")  # in this process, which can say what to install
     host = subprocess.Popen(
         [sys.executable, "-m", "services.cluster.host"],
         stdin=subprocess.PIPE,

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qaq_eval.quality import needle
-from services.cli import app
+from services.cli.main import app
 
 SCHEMAS = Path(__file__).parents[3] / "qaq_eval" / "schemas"
 

@@ -9,7 +9,7 @@ import jsonschema
 from referencing import Registry, Resource
 from typer.testing import CliRunner, Result
 
-from services.cli import app
+from services.cli.main import app
 from tests.e2e.command import ROOT
 
 SCHEMAS = ROOT / "qaq_eval" / "schemas"

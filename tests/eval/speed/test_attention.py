@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qaq_eval.speed.attention import attention_speed, parse_shapes
-from services.cli import app
+from services.cli.main import app
 
 SCHEMA = Path(__file__).parents[3] / "qaq_eval" / "schemas" / "bench_attention.json"
 

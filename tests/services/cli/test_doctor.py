@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from qaq_core.calibration import calibration
 from qaq_core.kernels import library as native
 from qaq_core.models.default_model import default_model_path
-from services.cli import app
+from services.cli.main import app
 from services.common.embedded_redis import EmbeddedRedis
 
 SCHEMA = json.loads((Path(__file__).parents[3] / "services" / "schemas" / "doctor.json").read_text())
@@ -47,7 +47,7 @@ def test_a_machine_that_works(tmp_path: Path) -> None:
     if native.load_library() is not None:
         assert found["kernel"]["found"].startswith("cpu (")
         assert found["C++ library"]["state"] == "ok"
-    assert {"extra eval", "extra redis", "extra triton"} <= found.keys()
+    assert {"extra eval", "extra serve", "extra triton"} <= found.keys()
     assert not (tmp_path / "cache").exists()
 
 

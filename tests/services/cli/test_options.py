@@ -10,7 +10,8 @@ import pytest
 from qaq.v1 import common_pb2, generate_pb2
 from typer.testing import CliRunner
 
-from services.cli import app, inference
+from services.cli import inference
+from services.cli.main import app
 from services.common.errors import Unavailable
 
 ALL = (

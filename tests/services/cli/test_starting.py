@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from services.cli import app, demo
+from services.cli import demo
+from services.cli.main import app
 from services.cluster import control, launcher
 from services.cluster.launcher import Launcher
 from services.cluster.state import StackSettings
