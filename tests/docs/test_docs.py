@@ -79,4 +79,6 @@ def test_lines_are_not_too_long(page: Path) -> None:
 
 def test_every_page_is_reached() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
-    assert [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and page.name not in index] == []
+    assert [
+        page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and page.name not in index
+    ] == []
