@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -82,3 +83,13 @@ def test_every_page_is_reached() -> None:
     assert [
         page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and page.name not in index
     ] == []
+
+
+def test_the_readmes_table_is_what_was_measured() -> None:
+    measured = json.loads((ROOT / "docs" / "results" / "quality" / "baselines.json").read_text())
+    known = {
+        row["config"]: (f"{row['compression']:.2f}x", f"{row['kl_mean']:.4f}") for row in measured["result"]["rows"]
+    }
+    written = re.findall(r"^\| `([^`]+)`.*? \| (\S+) \| (\S+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(written) > 4
+    assert all(known[config] == tuple(figures) for config, *figures in written)

@@ -13,6 +13,8 @@ from .conftest import Run
 
 pytestmark = pytest.mark.model
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_drop_in(run: Run) -> None:
     said = run("drop_in", "The capital of France is", "--max-new-tokens", 24)
@@ -45,3 +47,12 @@ def test_long_document(run: Run, tmp_path: Path) -> None:
     times = re.search(r"([\d.]+) times smaller", said)
     assert times is not None
     assert float(times[1]) == pytest.approx(4, rel=0.1)
+
+
+def test_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its code, as it stands there."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "Paris" in said
+    assert float(said.split()[-1]) > 2
