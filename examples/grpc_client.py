@@ -47,9 +47,7 @@ def generate(router: generate_pb2_grpc.InferenceStub, session: str, prompt: str,
         elif reply.HasField("finished"):
             usage = reply.finished.usage
             print(reply.finished.text)
-            print(
-                f"[{usage.generated_tokens} tokens, the first after {usage.ttft_ms:.0f} ms; {usage.cache.kv_bytes:,} bytes]"
-            )
+            print(f"[{usage.generated_tokens} tokens, the first after {usage.ttft_ms:.0f} ms]")
 
 
 if __name__ == "__main__":
