@@ -13,8 +13,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-INTERFACE = 15
-"""QAQ_INTERFACE of csrc/attention.h; a library that was built from another is not used."""
+INTERFACE = 16
+"""QAQ_INTERFACE of csrc/interface.h; a library that was built from another is not used."""
 
 
 @cache

@@ -12,13 +12,8 @@
 #include <memory>
 #include <vector>
 
-#include "attention.inc"
 #include "isa.h"
 #include "threads.h"
-
-void attend_generic(const QaqLayer& layer, int head) { attend(layer, head); }
-
-int qaq_interface(void) { return QAQ_INTERFACE; }
 
 int qaq_attend(const QaqLayer* layers, int32_t count, int32_t threads) {
     const HeadAttention head_of = instruction_set().attend;

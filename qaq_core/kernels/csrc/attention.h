@@ -5,15 +5,11 @@
 #pragma once
 #include <cstdint>
 
+#include "interface.h"
 #include "rotation.h"
 
 extern "C" {
 
-enum { QAQ_INTERFACE = 15 };  // changes whenever something here or in the other headers of C structures does
-
-enum { QAQ_WIDTHS = 14 };  // 0..8, 10, 12, 14, 16 and 32 half bits, in this order; a tag's nibble is an index into it
-
-enum QaqType : int32_t { QAQ_HALF = 0, QAQ_BFLOAT16 = 1, QAQ_FLOAT = 2 };
 enum QaqReduction : int32_t { QAQ_NONE = 0, QAQ_MAX = 1, QAQ_MEAN_SQUARE = 2 };
 
 // The pool of one block.
@@ -57,14 +53,6 @@ struct QaqLayer {
     float* out_packed;  // [kv_heads * group][dim], over packed values in their frame
     float* observed;        // [kv_heads][tokens], the statistic, where one is asked for
 };
-
-int qaq_interface(void);
-
-// Name of the instruction set in use: "avx512", "avx2" or "generic".
-const char* qaq_isa(void);
-
-// Uses the named instruction set from now on; 0 if this machine has it, else -1 and nothing changes.
-int qaq_use(const char* isa);
 
 // Attends in every one of `count` layers (one of each of several sequences), on up to `threads` threads, the caller
 // being one of them. 0, or -1 if memory for the scratch could not be had.

@@ -1,23 +1,9 @@
-// The same operation for AVX-512.
+#if defined(__x86_64__)
+#define QAQ_AVX512
+#include "attention_head_avx512.h"
 #include "isa.h"
 
-#if defined(__x86_64__)
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <new>
-#include <numeric>
-#include <type_traits>
-#include <memory>
-#include <vector>
-
-#include "begin_avx512.inc"
-#include "attention512.inc"
-
+QAQ_BEGIN_TARGET
 void attend_avx512(const QaqLayer& layer, int head) { attend(layer, head); }
-
-#include "end_avx512.inc"
-
+QAQ_END_TARGET
 #endif

@@ -8,13 +8,8 @@
 #include <vector>
 #include <new>
 
-#include "decode.inc"
 #include "isa.h"
 #include "threads.h"
-
-void decode_generic(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend) {
-    decode(step, layer, i, head, attend);
-}
 
 int qaq_decode(const QaqDecode* step, const QaqLayer* layers, int32_t count, int32_t threads) {
     const InstructionSet& set = instruction_set();

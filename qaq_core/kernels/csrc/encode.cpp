@@ -10,11 +10,8 @@
 
 #include "attention.h"
 #include "encode_kernels.h"
-#include "encode.inc"
 #include "isa.h"
 #include "threads.h"
-
-const EncodeKernels encode_generic{transform_rows, rms_rows, encode_rows};
 
 static const EncodeKernels& kernels() { return instruction_set().encode; }
 

@@ -1,9 +1,9 @@
 // What encode.inc gives for one instruction set.
 #pragma once
 #include "encode.h"
+#include "widths.h"
 
 constexpr int CHUNK = 48;     // rows that are framed together
-constexpr int MAX_DIM = 256;  // head_dims beyond go to torch
 
 // A row's original, its position, and where the row goes.
 struct Transformed {

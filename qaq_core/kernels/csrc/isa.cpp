@@ -1,6 +1,7 @@
 // The choice of instruction set at run time.
 #include "isa.h"
 
+
 #include <atomic>
 #include <cstring>
 

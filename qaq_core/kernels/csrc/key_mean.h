@@ -3,6 +3,20 @@
 // summed for the later half only; sums and differences are the scores. The angles of one span serve all. Pairs that turn
 // fast are summed at every position. The sum of the slow ones is hardly curved within a span: it is interpolated from
 // NODES of its positions, which lie evenly about the middle too.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "buffer.h"
+#include "layout.h"
+#include "target.h"
+#include "vectors.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 constexpr int SPAN = 64, HALF_SPAN = SPAN / 2, NODES = 8;
 constexpr int NODE[NODES] = {0, 5, 14, 25, 38, 49, 58, 63};  // near to Chebyshev's
@@ -35,7 +49,7 @@ struct MeanScores {
     Buffer<float> nodes;  // [half / WIDE][2][PAIRS][WIDE], cosines and sines of slow pairs; 0 for fast ones
 
     // Pairs turn by less than 2 a position, as RoPE's do: the angles between two positions are made of theirs.
-    NOINLINE void prepare(const float* table, int width) {
+    QAQ_NOINLINE void prepare(const float* table, int width) {
         angles = table;
         if (dim == width && std::equal(known.begin(), known.end(), angles + dim)) return;
         dim = width, half = dim / 2;
@@ -102,7 +116,7 @@ struct MeanScores {
 
     // How much of each of `rows` there is in the span whose first position has these angles. Reads and writes some numbers
     // beyond those of dims.
-    NOINLINE void weigh(const float* angle, const float* coefficients, float* weights) const {
+    QAQ_NOINLINE void weigh(const float* angle, const float* coefficients, float* weights) const {
         const int half = this->half;
         for (int begin = 0; begin < half; begin += WIDE) {
             const int i = std::max(0, std::min(begin, half - WIDE));  // the last vector may have some of the one before
@@ -129,7 +143,7 @@ struct MeanScores {
 
     // A lane is a position.
     template <int H>
-    NOINLINE void add_up(const float* weights, int64_t step, float* scores, int64_t stride) const {
+    QAQ_NOINLINE void add_up(const float* weights, int64_t step, float* scores, int64_t stride) const {
         constexpr int VECTORS = 2;
         for (int x = 0; x < HALF_SPAN; x += VECTORS * WIDE) {
             wide even[H][VECTORS] = {}, odd[H][VECTORS] = {};
@@ -154,3 +168,6 @@ struct MeanScores {
         }
     }
 };
+
+}  // namespace
+QAQ_END_TARGET

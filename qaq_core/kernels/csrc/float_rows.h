@@ -2,6 +2,19 @@
 
 // sums[g * TILE + i]: the dot product of row i with query g, for H queries that stand `step` floats apart. Rows are
 // taken two at a time, so that a query is loaded once for both.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "half.h"
+#include "layout.h"
+#include "target.h"
+#include "vectors.h"
+
+QAQ_BEGIN_TARGET
+namespace {
+
 template <int H>
 void dots(const float* rows, int n, int dim, const float* queries, int64_t step, float* sums) {
     for (int first = 0; first < n; first += 8) {
@@ -60,3 +73,6 @@ inline void four_at_a_time(int heads, Visit visit) {  // visit(first head, how m
     if (heads - g == 2) visit(g, std::integral_constant<int, 2>());
     if (heads - g == 3) visit(g, std::integral_constant<int, 3>());
 }
+
+}  // namespace
+QAQ_END_TARGET

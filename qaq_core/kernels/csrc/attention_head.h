@@ -1,16 +1,24 @@
 // The operation, written once and compiled once per instruction set, in a namespace of its own. Per KV head: scores of
 // all tokens, softmax, weighted values. Rows of one width are contiguous in their pool, so each width is a tight loop
 // over its rows, and scores are scattered to their positions.
+#pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "buffer.h"
+#include "head.h"
+#include "key_mean.h"
+#include "packed_rows.h"
+#include "quads.h"
+#include "target.h"
+#include "vectors.h"
+
+QAQ_BEGIN_TARGET
 namespace {
-
-#include "vectors.inc"
-#include "layout.inc"
-#include "floats.inc"
-#include "quads.inc"
-#include "rows.inc"
-#include "mean.inc"
-#include "head.inc"
 
 struct Scratch {  // one per thread, kept from call to call
     std::vector<float> scores, lines, coefficients, residual, packed, shares;
@@ -279,3 +287,4 @@ void attend(const QaqLayer& layer, int head) {
 }
 
 }  // namespace
+QAQ_END_TARGET

@@ -1,5 +1,17 @@
 // Quads: the scores and weights of four query heads at one position stand together, so that what moves rows between the
 // order of pools and the order of positions moves four numbers at once.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "layout.h"
+#include "target.h"
+#include "vectors.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 constexpr int QUAD = 4;
 
@@ -95,7 +107,7 @@ inline f4 upper(f8 v) { return f4{v[4], v[5], v[6], v[7]}; }
 
 // Replaces scores[first..length) of a quad's heads by e^(score - their highest), and the rest up to `padded`, an even
 // number, by 0. Returns the sum of each head.
-NOINLINE f4 exponentiate(float* scores, int first, int length, int padded) {
+QAQ_NOINLINE f4 exponentiate(float* scores, int first, int length, int padded) {
     const float inf = std::numeric_limits<float>::infinity();
     const int begin = first / 2 * 2;
     std::fill(scores, scores + QUAD * first, -inf);
@@ -128,3 +140,6 @@ inline f4 sum(const float* quads, int n) {
     for (; t < n; ++t) out += load4(quads + QUAD * t);
     return out;
 }
+
+}  // namespace
+QAQ_END_TARGET

@@ -1,5 +1,21 @@
 // Weighted sums of rows of codes with AVX-512. Four rows are interleaved byte by byte, so that a lane holds one dim of
 // four tokens; products of unsigned levels with weights, integers of two signed bytes, are added up in 32 bits.
+#pragma once
+#define QAQ_AVX512
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "buffer.h"
+#include "keys_avx512.h"
+#include "levels_avx512.h"
+#include "runs_avx512.h"
+#include "target.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 constexpr int FOURS = TILE / 4;  // of rows in a tile
 constexpr float LEAST = 1e-30f;  // worth of a weight's integer
@@ -19,7 +35,7 @@ struct Weights {
     Buffer<int32_t> fours;  // [tiles][2][2][FOURS], of the first scale, the other; high bytes, low ones: of four rows
     float units[2], sums[2];
 
-    NOINLINE void take(const float* weights, const float* first, const float* rest, int n) {
+    QAQ_NOINLINE void take(const float* weights, const float* first, const float* rest, int n) {
         room(fours, whole_tiles(n));
         const __m512i spread = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
         for (int part = 0; part < 2; ++part) {
@@ -103,7 +119,7 @@ struct Values {
 
   private:
     template <int K>
-    NOINLINE static void read_tile(Values& self, const Reading& reading, const Levels& levels, int s, const uint8_t* rows,
+    QAQ_NOINLINE static void read_tile(Values& self, const Reading& reading, const Levels& levels, int s, const uint8_t* rows,
                                    int n) {
         for (int i = 0; i < n; i += 4) {
             __m512i row[K][4];
@@ -122,7 +138,7 @@ struct Values {
 
     // Byte b of the levels of a slice times the weights of H heads from g on, of the tile whose first row is t.
     template <int H>
-    NOINLINE static void multiply(Values& self, const __mmask16* before, int s, int b, int g, int t, int fours) {
+    QAQ_NOINLINE static void multiply(Values& self, const __mmask16* before, int s, int b, int g, int t, int fours) {
         const __mmask16 even = before[0], odd = before[1];
         constexpr int REST = 2 * FOURS;
         if (even != odd)
@@ -188,3 +204,6 @@ struct Values {
         }
     }
 };
+
+}  // namespace
+QAQ_END_TARGET

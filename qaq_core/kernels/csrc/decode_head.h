@@ -1,51 +1,18 @@
 // The work of one KV head in a decode step, for every instruction set.
+#pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "decode.h"
+#include "half.h"
+#include "reflections.h"
+#include "target.h"
+#include "vectors.h"
+
+QAQ_BEGIN_TARGET
 namespace {
-
-#include "vectors.inc"
-
-constexpr int MAX_DIM = 256;
-
-#include "rotation.inc"
-
-int bytes_of(int type) { return type == QAQ_FLOAT ? 4 : 2; }
-
-void to_floats(int type, const uint8_t* source, int dim, float* out) {
-    if (type == QAQ_FLOAT) std::memcpy(out, source, dim * 4);
-    if (type == QAQ_HALF) halves_to_floats(source, dim, out);
-    if (type == QAQ_BFLOAT16) bfloats_to_floats(source, dim, out);
-}
-
-#ifndef QAQ_AVX2
-// To half precision, to the nearest, ties to even.
-uint16_t to_half(float number) {
-    uint32_t bits;
-    std::memcpy(&bits, &number, 4);
-    const uint32_t sign = bits >> 16 & 0x8000, fraction = bits & 0x7fffff;
-    const int power = int(bits >> 23 & 0xff) - 127;
-    if (power == 128) return uint16_t(sign | 0x7c00 | (fraction ? 0x200 : 0));
-    if (power > 15) return uint16_t(sign | 0x7c00);
-    const int drop = 13 + std::max(0, -14 - power);
-    if (drop > 24) return uint16_t(sign);
-    const uint32_t whole = fraction | 0x800000, rest = whole & ((1u << drop) - 1), middle = 1u << (drop - 1);
-    uint32_t kept = whole >> drop;
-    kept += rest > middle || (rest == middle && (kept & 1));
-    return uint16_t(sign | (kept + (power >= -14 ? uint32_t(power + 14) << 10 : 0)));
-}
-#endif
-
-void floats_to_halves(const float* source, int dim, uint8_t* out) {
-#ifdef QAQ_AVX2
-    for (int d = 0; d < dim; d += 8)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * d),
-                         _mm256_cvtps_ph(_mm256_loadu_ps(source + d), _MM_FROUND_TO_NEAREST_INT));
-#else
-    for (int d = 0; d < dim; ++d) {
-        const uint16_t half = to_half(source[d]);
-        std::memcpy(out + 2 * d, &half, 2);
-    }
-#endif
-}
 
 // Columns d to d + N·WIDE of out += rows · map, of H rows.
 template <int H, int N>
@@ -142,3 +109,4 @@ void decode(const QaqDecode& step, QaqLayer layer, int i, int head, void (*atten
 }
 
 }  // namespace
+QAQ_END_TARGET

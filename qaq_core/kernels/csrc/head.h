@@ -1,4 +1,17 @@
 // A KV head of a layer, and the loops over its tokens that every instruction set needs.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "attention.h"
+#include "half.h"
+#include "layout.h"
+#include "target.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 struct HeadOfLayer {
     const QaqLayer& layer;
@@ -34,3 +47,6 @@ struct HeadOfLayer {
         }
     }
 };
+
+}  // namespace
+QAQ_END_TARGET

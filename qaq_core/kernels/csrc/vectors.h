@@ -1,6 +1,12 @@
 // Vectors of floats, for every instruction set; what rows of numbers become before they are codes.
+#pragma once
 
-#define NOINLINE __attribute__((noinline))  // for loops that want all registers to themselves
+#include <cstdint>
+
+#include "target.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 typedef float f8 __attribute__((vector_size(32)));
 typedef float f8u __attribute__((vector_size(32), aligned(4), may_alias));
@@ -15,40 +21,6 @@ constexpr int WIDE = 8;
 #endif
 typedef float wide __attribute__((vector_size(4 * WIDE)));  // as many as there are in a register
 typedef float wide_u __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
-
-// Numbers from a multiple of 64 bytes on, as no vector of less than a line should lie in two. A std::vector, even one of
-// vectors, does not see to it. What it held is lost when it grows.
-template <typename T>
-class Buffer {
-  public:
-    Buffer() = default;
-    Buffer(Buffer&&) = default;
-    Buffer& operator=(Buffer&&) = default;
-
-    size_t size() const { return size_; }
-    T* data() { return first_; }
-    const T* data() const { return first_; }
-    T& operator[](size_t i) { return first_[i]; }
-    const T& operator[](size_t i) const { return first_[i]; }
-    void resize(size_t size) {
-        held_.assign(size + 64 / sizeof(T), T());
-        void* first = held_.data();
-        size_t left = held_.size() * sizeof(T);
-        first_ = static_cast<T*>(std::align(64, size * sizeof(T), first, left));
-        size_ = size;
-    }
-
-  private:
-    std::vector<T> held_;
-    T* first_ = nullptr;
-    size_t size_ = 0;
-};
-
-// Makes room in a buffer that is kept from call to call.
-template <typename Buffer>
-inline void room(Buffer& buffer, size_t size) {
-    if (buffer.size() < size) buffer.resize(size);
-}
 
 inline f8 load(const float* p) { return *reinterpret_cast<const f8u*>(p); }
 inline void store(float* p, f8 v) { *reinterpret_cast<f8u*>(p) = v; }
@@ -113,40 +85,5 @@ inline __m512 exp16(__m512 x) {
 }
 #endif
 
-inline float from_half(uint16_t h) {
-    uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff, bits;
-    if (rest >= 0x7c00) {
-        bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
-    } else if (rest >= 0x400) {
-        bits = sign | ((rest << 13) + 0x38000000);
-    } else {
-        float small = float(rest) * 0x1p-24f;
-        std::memcpy(&bits, &small, 4);
-        bits |= sign;
-    }
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-}
-
-inline void halves_to_floats(const uint8_t* source, int dim, float* out) {
-#ifdef QAQ_AVX2
-    for (int d = 0; d < dim; d += 8)
-        _mm256_storeu_ps(out + d, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 2 * d))));
-#else
-    for (int d = 0; d < dim; ++d) {
-        uint16_t half;
-        std::memcpy(&half, source + 2 * d, 2);
-        out[d] = from_half(half);
-    }
-#endif
-}
-
-inline void bfloats_to_floats(const uint8_t* source, int dim, float* out) {
-    for (int d = 0; d < dim; ++d) {
-        uint16_t high;
-        std::memcpy(&high, source + 2 * d, 2);
-        uint32_t bits = uint32_t(high) << 16;
-        std::memcpy(out + d, &bits, 4);
-    }
-}
+}  // namespace
+QAQ_END_TARGET

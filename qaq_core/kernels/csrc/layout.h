@@ -1,9 +1,16 @@
 // What is known of packed rows before any is read (qaq_core/quantization/bit_planes.py).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "target.h"
+#include "widths.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 constexpr int TILE = 64;  // rows taken from a pool together
-constexpr int HALF_BITS[QAQ_WIDTHS] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 32};
-constexpr int HALF = QAQ_WIDTHS - 1;  // the index of rows in half precision
-constexpr int MAX_DIM = 256;
 
 // Which units hold the planes of each octet, of one side.
 struct Layout {
@@ -28,3 +35,6 @@ struct Tile {  // n <= TILE rows of one width
     bool last;            // whether bytes beyond the last row are not to be read
     const float* scales;  // [2][TILE], of the octets before the split and of the others
 };
+
+}  // namespace
+QAQ_END_TARGET

@@ -1,17 +1,26 @@
 // The operation for AVX-512: for each KV head scores of all tokens, the softmax, weighted values, a block at a time.
 // A query head's scores stand together: those of packed tokens, then of exact ones.
+#pragma once
+#define QAQ_AVX512
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "buffer.h"
+#include "float_rows.h"
+#include "head.h"
+#include "key_mean.h"
+#include "keys_avx512.h"
+#include "levels_avx512.h"
+#include "runs_avx512.h"
+#include "target.h"
+#include "values_avx512.h"
+
+QAQ_BEGIN_TARGET
 namespace {
-
-#include "vectors.inc"
-#include "layout.inc"
-#include "floats.inc"
-#include "mean.inc"
-#include "head.inc"
-#include "levels512.inc"
-#include "widths512.inc"
-#include "keys512.inc"
-#include "values512.inc"
 
 struct Scratch {  // one per thread, kept from call to call
     Buffer<float> scores, lines, tile, floats, coefficients, residual, packed, peaks, sums, masses, shifts;
@@ -104,7 +113,7 @@ struct Head : HeadOfLayer {
 
     // Brings the scores of H heads from the order of rows to that of positions, and adds what is not in rows.
     template <int H>
-    NOINLINE void place_scores(int g, int begin, int n) const {
+    QAQ_NOINLINE void place_scores(int g, int begin, int n) const {
         const Widths& widths = scratch.widths;
         const float* lines = scratch.lines.data() + int64_t(g) * widths.line;
         const float* offset = offset_of(layer.key, begin);
@@ -208,7 +217,7 @@ struct Head : HeadOfLayer {
 
     // The weights of a block of H heads, also in the order of rows.
     template <int H>
-    NOINLINE void collect_weights(int g, int begin, int n) const {
+    QAQ_NOINLINE void collect_weights(int g, int begin, int n) const {
         const Widths& widths = scratch.widths;
         float* lines = scratch.lines.data() + int64_t(g) * widths.line;
         const float* offset = offset_of(layer.value, begin);
@@ -316,3 +325,4 @@ void attend(const QaqLayer& layer, int head) {
 }
 
 }  // namespace
+QAQ_END_TARGET

@@ -1,5 +1,19 @@
 // Scores of rows of codes with AVX-512. Sixteen rows are transposed so that a lane is a row and holds four dims of it;
 // products of unsigned levels with signed queries are added up in 32 bits. A query is an integer of two signed bytes.
+#pragma once
+#define QAQ_AVX512
+
+#include <algorithm>
+#include <cstdint>
+
+#include "buffer.h"
+#include "head.h"
+#include "levels_avx512.h"
+#include "runs_avx512.h"
+#include "target.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 constexpr int PAIR = 32;          // rows that are scored together
 constexpr float MOST = 127 << 8;  // of a query or weight: its low byte is signed, so more would not fit the high one
@@ -101,7 +115,7 @@ struct Keys {
 
   private:
     template <int K>
-    NOINLINE static void read_half(Keys& self, const Reading& reading, const Levels& levels, const uint8_t* rows, int n,
+    QAQ_NOINLINE static void read_half(Keys& self, const Reading& reading, const Levels& levels, const uint8_t* rows, int n,
                                    int half) {
         for (int s = 0; s < reading.count; ++s) {
             __m512i found[K][16];
@@ -115,7 +129,7 @@ struct Keys {
     }
 
     template <int H>
-    NOINLINE void multiply(const Queries& queries, int g, int bytes, const float* first, const float* rest, float* lines,
+    QAQ_NOINLINE void multiply(const Queries& queries, int g, int bytes, const float* first, const float* rest, float* lines,
                            int64_t step) const {
         const int32_t *high = queries.high.data() + g * queries.dwords, *low = queries.low.data() + g * queries.dwords;
         __m512 total[H][2];
@@ -159,3 +173,6 @@ struct Keys {
             for (int v = 0; v < 2; ++v) store16(lines + h * step + 16 * v, total[h][v] * queries.units[g + h]);
     }
 };
+
+}  // namespace
+QAQ_END_TARGET

@@ -1,6 +1,20 @@
 // The rows of a block in the order of their pools and in that of positions. For each width there is a mask of the
 // positions that have it, and compressing and expanding by it moves numbers between the orders, sixteen at a time.
 // A line is a number for every row of a block, in the order of pools, with room between the widths.
+#pragma once
+#define QAQ_AVX512
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "buffer.h"
+#include "head.h"
+#include "levels_avx512.h"
+#include "target.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 inline __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
 inline void store16(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
@@ -149,3 +163,6 @@ struct Widths {
         }
     }
 };
+
+}  // namespace
+QAQ_END_TARGET

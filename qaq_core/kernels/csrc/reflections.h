@@ -1,5 +1,17 @@
 // Turning vectors to a sequence's own axes and back. All of a head's are turned together, reflection by reflection:
 // each has to wait for the one before it, and so does something else meanwhile.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "widths.h"
+#include "rotation.h"
+#include "target.h"
+#include "vectors.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 inline int64_t numbers_of(int dim) { return int64_t(dim) * (dim + 1) / 2 - 1; }
 
@@ -16,7 +28,7 @@ inline int spread_vector(const int8_t* numbers, int first, int dim, T* vector) {
 }
 
 // Reflects n rows, one after the other, by the vector that leaves the first dims alone.
-NOINLINE void reflect(const int8_t* numbers, int first, int dim, float* rows, int n) {
+QAQ_NOINLINE void reflect(const int8_t* numbers, int first, int dim, float* rows, int n) {
     float vector[MAX_DIM];
     const int square = spread_vector(numbers, first, dim, vector);
     if (!square) return;
@@ -48,3 +60,6 @@ void turn_sums_back(const QaqRotation& rotation, int head, int dim, float* sums,
     for (int first = dim - 2; first >= 0; --first) reflect(numbers -= dim - first, first, dim, sums, n);
     divide_octets(rotation.before + head * (dim / 8), dim, sums, n);
 }
+
+}  // namespace
+QAQ_END_TARGET

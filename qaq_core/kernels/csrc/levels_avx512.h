@@ -4,6 +4,20 @@
 // how many of them are held, find it in one shuffle. Where an octet of a row holds more, or a codec's levels do not stand
 // on a grid of bytes, k has two bytes, from tables of 256. Codes come of units by one shuffle and one transposition
 // of bits.
+#pragma once
+#define QAQ_AVX512
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "layout.h"
+#include "target.h"
+
+QAQ_BEGIN_TARGET
+namespace {
 
 constexpr int SLICE = 64;                // dims that are read at once
 constexpr int SLICES = MAX_DIM / SLICE;  // of a row, and of its bytes, at most
@@ -169,3 +183,6 @@ struct Reading {
         }
     }
 };
+
+}  // namespace
+QAQ_END_TARGET

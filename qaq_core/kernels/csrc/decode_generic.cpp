@@ -1,0 +1,8 @@
+#include "decode_head.h"
+#include "isa.h"
+
+QAQ_BEGIN_TARGET
+void decode_generic(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend) {
+    decode(step, layer, i, head, attend);
+}
+QAQ_END_TARGET

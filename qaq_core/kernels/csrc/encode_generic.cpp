@@ -1,0 +1,7 @@
+#include "encode_rows.h"
+#include "transform_rows.h"
+#include "isa.h"
+
+QAQ_BEGIN_TARGET
+const EncodeKernels encode_generic{transform_rows, rms_rows, encode_rows};
+QAQ_END_TARGET

@@ -1,0 +1,30 @@
+// What the library says of itself, and the constants that all of its C interface shares.
+#pragma once
+#include <stdint.h>
+
+extern "C" {
+
+// Changes with a function's arguments or a field's meaning. Layouts of structures are compared by themselves.
+enum { QAQ_INTERFACE = 16 };
+
+enum { QAQ_WIDTHS = 14 };  // of rows: 0..8, 10, 12, 14, 16 and 32 half bits; a tag's nibble is an index into them
+
+enum QaqType : int32_t { QAQ_HALF = 0, QAQ_BFLOAT16 = 1, QAQ_FLOAT = 2 };
+
+// A field of a structure of the interface. One without a name is the structure itself.
+struct QaqField {
+    const char *structure, *name;
+    int64_t offset, size;  // bytes
+};
+
+int qaq_interface(void);
+
+// The fields of all structures, in order. The last entry has no structure.
+const QaqField* qaq_fields(void);
+
+// The instruction set in use: "avx512", "avx2" or "generic".
+const char* qaq_isa(void);
+
+// Uses the named instruction set from now on. Returns 0, or -1 if the processor does not have it; then nothing changes.
+int qaq_use(const char* isa);
+}
