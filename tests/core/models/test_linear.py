@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from qaq_core.base.errors import ConfigError
 from qaq_core.calibration.calibration import measure
+from qaq_core.models import LoadedModel, load_model
 from qaq_core.models.linear import LOSSLESS, WEIGHTS, Int4Linear, Int8Linear, OneDnnLinear, pack
-from qaq_core.models.loading import default_model_path, load_model
 from qaq_core.models.shape import ModelShape
 from tests.core.tiny_models import tiny, token_ids
 
@@ -132,9 +134,9 @@ def test_packed_weights_have_no_gradients_and_say_so() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("weights", PACKED)
-def test_the_demo_model_goes_on_as_with_plain_weights(weights: str) -> None:
-    plain = load_model(str(default_model_path()))
-    packed = load_model(str(default_model_path()), weights=weights)
+def test_the_demo_model_goes_on_as_with_plain_weights(weights: str, smollm2: LoadedModel, model_path: Path) -> None:
+    plain = smollm2
+    packed = load_model(str(model_path), weights=weights)
     assert (packed.identity == plain.identity) == (weights in LOSSLESS)
     assert packed.fingerprint == plain.fingerprint
     words = "The three primary colours are red, yellow and blue. Two and two is four. The capital of France is"

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qaq_core.base.errors import ConfigError, ModelLoadError
-from qaq_core.models import gguf
-from qaq_core.models.loading import LoadedModel, default_model_path, load_model, load_tokenizer
+from qaq_core.models import LoadedModel, gguf, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +62,17 @@ def test_demo_model(smollm2: LoadedModel) -> None:
     assert "Paris" in smollm2.tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
 
 
-def test_converted_weights_are_those_of_the_file(smollm2: LoadedModel) -> None:
+def test_converted_weights_are_those_of_the_file(smollm2: LoadedModel, model_path: Path) -> None:
     from gguf import GGUFReader, dequantize
 
-    stored = next(t for t in GGUFReader(default_model_path()).tensors if t.name == "blk.7.ffn_down.weight")
+    stored = next(t for t in GGUFReader(model_path).tensors if t.name == "blk.7.ffn_down.weight")
     expected = torch.from_numpy(dequantize(stored.data, stored.tensor_type))
     assert torch.equal(smollm2.model.model.layers[7].mlp.down_proj.weight, expected)
 
 
-def test_tokenizer_alone(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_alone(smollm2: LoadedModel, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", None)  # whoever makes a weight fails
-    tokenizer = load_tokenizer(str(default_model_path()))
+    tokenizer = load_tokenizer(str(model_path))
     text = "Grüße, 世界! 🙂\n\tdef f(x): return x"
     assert tokenizer.encode(text) == smollm2.tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -125,9 +124,9 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", [3, 100, 50_000, 3_000_000, 98_000_000])
-def test_truncated_gguf(size: int, tmp_path: Path) -> None:
+def test_truncated_gguf(size: int, model_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "cut.gguf"
-    with default_model_path().open("rb") as whole:
+    with model_path.open("rb") as whole:
         file.write_bytes(whole.read(size))
     for load in (load_model, load_tokenizer):
         with pytest.raises(ModelLoadError, match="download it again" if size > 3 else "not a GGUF file"):
@@ -172,7 +171,7 @@ def test_bad_device_and_dtype(saved: Path) -> None:
         load_model(str(saved), device=f"cuda:{torch.cuda.device_count()}")
 
 
-def test_conversion_happens_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_happens_once_and_whole(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
     started = []
     abandoned = tmp_path / "models" / f"{'ab' * 16}-1" / ".part-dead"
@@ -186,7 +185,7 @@ def test_conversion_happens_once_and_whole(tmp_path: Path, monkeypatch: pytest.M
     results: list[Path] = []
 
     def run() -> None:
-        results.append(gguf._once(default_model_path(), "ab" * 32, "part", convert))
+        results.append(gguf._once(model_path, "ab" * 32, "part", convert))
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
@@ -198,7 +197,9 @@ def test_conversion_happens_once_and_whole(tmp_path: Path, monkeypatch: pytest.M
     assert not abandoned.exists()
 
 
-def test_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_that_fails_leaves_nothing(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
 
     def convert(target: Path) -> None:
@@ -206,12 +207,11 @@ def test_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ModelLoadError, match="QAQ_CACHE_DIR"):
-        gguf._once(default_model_path(), "cd" * 32, "part", convert)
+        gguf._once(model_path, "cd" * 32, "part", convert)
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])
 
 
-def test_transformers_tokenizer_is_unchanged(smollm2: LoadedModel) -> None:
-    path = default_model_path()
-    fresh = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+def test_transformers_tokenizer_is_unchanged(smollm2: LoadedModel, model_path: Path) -> None:
+    fresh = AutoTokenizer.from_pretrained(model_path.parent, gguf_file=model_path.name)
     text = "The quick brown fox; 12345 + 678 = ?"
     assert fresh.encode(text) == smollm2.tokenizer.encode(text)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from qaq_core.base.errors import ConfigError
-from qaq_core.models.loading import default_model_path, load_model
+from qaq_core.models import LoadedModel
 from qaq_eval.speed import decode_speed
 from qaq_eval.speed.llama_cpp import CACHES, LlamaCpp
 from tests.core.tiny_models import tiny, token_ids
@@ -36,14 +37,13 @@ def test_it_reads_gguf_files_only() -> None:
 
 @installed
 @torch.inference_mode()
-def test_it_decodes_the_same_tokens_as_transformers() -> None:
-    loaded = load_model(str(default_model_path()))
-    ids = loaded.tokenizer("One, two, three, four, five, six, seven, eight.", return_tensors="pt").input_ids
+def test_it_decodes_the_same_tokens_as_transformers(smollm2: LoadedModel, model_path: Path) -> None:
+    ids = smollm2.tokenizer("One, two, three, four, five, six, seven, eight.", return_tensors="pt").input_ids
     ids = torch.cat([ids, ids.roll(-2, 1)])
-    want = loaded.model(ids).logits[:, -1].log_softmax(-1)
+    want = smollm2.model(ids).logits[:, -1].log_softmax(-1)
     held = []
     for kind in CACHES:
-        with LlamaCpp(str(default_model_path()), kind, 2, 64) as decoder:
+        with LlamaCpp(str(model_path), kind, 2, 64) as decoder:
             decoder.decode(ids[:, :-2])
             for at in (-2, -1):
                 got = decoder.decode(ids[:, at:][:, :1]).log_softmax(-1)

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from qaq_core.calibration import calibration
 from qaq_core.kernels import library as native
-from qaq_core.models.default_model import default_model_path
 from services.cli.main import app
 from services.common.embedded_redis import EmbeddedRedis
 
@@ -38,9 +37,9 @@ def diagnosed(tmp_path: Path, *arguments: str, exit_code: int = 0) -> dict[str, 
     return {finding["name"]: finding for finding in told["findings"]}
 
 
-def test_a_machine_that_works(tmp_path: Path) -> None:
+def test_a_machine_that_works(tmp_path: Path, model_path: Path) -> None:
     found = diagnosed(tmp_path)
-    assert found["model"]["found"].endswith(str(default_model_path()))
+    assert found["model"]["found"].endswith(str(model_path))
     assert found["calibration"]["state"] == "ok"
     assert "qaq up starts" in found["Redis"]["found"]
     assert "torch" in found["versions"]["found"]

@@ -14,6 +14,8 @@ from services.common import embedded_redis
 from services.common.embedded_redis import EmbeddedRedis, RedisStartError, free_port
 from services.common.redis import RedisUnreachableError, check, connect, redacted
 
+pytestmark = pytest.mark.redis
+
 
 def test_starts_privately_and_leaves_nothing() -> None:
     server = EmbeddedRedis().start()

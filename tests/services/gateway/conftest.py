@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI
 from redis.asyncio import Redis
 
-from qaq_core.models.default_model import default_model_path
 from qaq_core.models.loading import LoadedModel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import GatewaySettings, RouterSettings, WorkerSettings
@@ -28,11 +28,13 @@ class Served:
 
 
 @pytest.fixture
-async def served(redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel) -> AsyncIterator[Served]:
+async def served(
+    redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel, model_path: Path
+) -> AsyncIterator[Served]:
     common = {"redis_url": redis_server.url, "port": 0}
     worker = WorkerServer(WorkerSettings(model="smollm2", preset="fp16", **common), smollm2)
     working = await worker.start()
-    router = RouterServer(RouterSettings(model=str(default_model_path()), **common))
+    router = RouterServer(RouterSettings(model=str(model_path), **common))
     await router.start()
     gateway = GatewayServer(GatewaySettings(**common))
     url = f"http://{await gateway.start()}"

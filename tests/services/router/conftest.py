@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import pytest
 from qaq.v1 import common_pb2, generate_pb2_grpc, worker_pb2, worker_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.models.default_model import default_model_path
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.registry import Registry
 from services.common.server import GrpcServer
@@ -86,8 +86,8 @@ async def worker(redis: Redis) -> AsyncIterator[CountingWorker]:
 
 
 @pytest.fixture
-def router_settings(redis_server: EmbeddedRedis) -> RouterSettings:
-    return RouterSettings(redis_url=redis_server.url, port=0, model=str(default_model_path()))
+def router_settings(redis_server: EmbeddedRedis, model_path: Path) -> RouterSettings:
+    return RouterSettings(redis_url=redis_server.url, port=0, model=str(model_path))
 
 
 @contextlib.asynccontextmanager

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qaq_core.models.loading import default_model_path, load_tokenizer
+from qaq_core.models import load_tokenizer
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.router.prompts import Prompts
 
@@ -12,8 +14,8 @@ AGAIN = [{"role": "user", "content": "Another?"}]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer(str(default_model_path()))
+def tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(model_path))
 
 
 async def test_text_is_what_the_tokenizer_says(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from qaq_core import InProcessOriginals
 from qaq_core.models.compiled import compile_layers
-from qaq_core.models.loading import LoadedModel, default_model_path, load_model
+from qaq_core.models.loading import LoadedModel, load_model
 from services.common.settings import WorkerSettings
 from services.worker.scheduler.scheduler import Scheduler
 from tests.services.worker.conftest import EXACT, MakeScheduler, outcome, request
@@ -24,11 +25,11 @@ pytestmark = [
 ]
 
 
-async def test_it_says_the_same(smollm2: LoadedModel, make_scheduler: MakeScheduler) -> None:
+async def test_it_says_the_same(smollm2: LoadedModel, model_path: Path, make_scheduler: MakeScheduler) -> None:
     prompts = [smollm2.tokenizer(STORY * n).input_ids for n in (6, 5, 4)]
     async with make_scheduler() as scheduler:
         want = [await outcome(scheduler.submit(request(tokens, 8, cache=EXACT))) for tokens in prompts]
-    settings = WorkerSettings(model=str(default_model_path()), weights="float32", compiled=True)
+    settings = WorkerSettings(model=str(model_path), weights="float32", compiled=True)
     loaded = load_model(settings.model, weights=settings.weights)
     compile_layers(loaded.model)
     scheduler = Scheduler(loaded, InProcessOriginals(), settings, asyncio.get_running_loop())
