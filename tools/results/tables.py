@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tools.results.runs import Json, Runs
@@ -21,7 +22,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}." for line in lines)
+    return "\n".join(textwrap.fill(f"- {line}.", 120, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def sources(measured: Sequence[Runs]) -> str:
