@@ -39,10 +39,10 @@ EXPERIMENTS = {
         (
             "paper@4x",
             "paper[outlier_ratio=0]@4x",
-            "paper[window=1]@4x",
+            "paper[attention_window=1]@4x",
             "paper-norequant@4x",
-            "paper[group=head]@4x",
-            "paper[group=token]@4x",
+            "paper[granularity=head]@4x",
+            "paper[granularity=token]@4x",
             "paper[codec=normal]@4x",
             "balanced@4x",
             "balanced-norequant@4x",
@@ -51,8 +51,8 @@ EXPERIMENTS = {
     "fig3": Experiment(
         "Attention window against outlier ratio, at the same resident bytes.",
         tuple(
-            f"paper[window={statistic}, outlier_ratio={ratio}]@4x"
-            for statistic, ratio in product((1, 3, 5, 8), (0, 0.01, 0.02, 0.05))
+            f"paper[attention_window={window}, outlier_ratio={ratio}]@4x"
+            for window, ratio in product((1, 3, 5, 8), (0, 0.01, 0.02, 0.05))
         ),
     ),
     "fig4": Experiment(
@@ -70,8 +70,8 @@ EXPERIMENTS = {
         ("balanced", "balanced@8x", "paper@4x", "uniform-3", "kivi-2"),
         (512, 1024, 2048, 4096, 8192),
     ),
-    "statistic": Experiment(
+    "attention-window": Experiment(
         "How long the attention window should be, with and without exceptions, at the same resident bytes.",
-        tuple(f"paper{kind}[window={n}]@4x" for kind in ("", "-norequant") for n in (1, 2, 3, 5, 8, 16)),
+        tuple(f"paper{kind}[attention_window={n}]@4x" for kind in ("", "-norequant") for n in (1, 2, 3, 5, 8, 16)),
     ),
 }

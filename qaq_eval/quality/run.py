@@ -47,7 +47,7 @@ class Config:
             raise ConfigError(
                 f"{text!r} is no configuration: write a preset or rival, and a target after @, "
                 "as in balanced@2.2 (bits), balanced@8x (times smaller) or balanced@e0.01 (nats), "
-                "and settings in brackets: paper[window=3]@4x"
+                "and settings in brackets: paper[attention_window=3]@4x"
             )
         settings = _settings(found["settings"] or "")
         if found["number"]:
@@ -70,7 +70,7 @@ class Config:
 
 
 def _settings(text: str) -> dict[str, Any]:
-    """Settings as keyword arguments are written, words without quotes: `statistic=3, group=head, bits=(2, 6)`."""
+    """Settings as keyword arguments are written, words without quotes: `granularity=head, bits=(2, 6)`."""
     try:
         call = ast.parse(f"settings({text})", mode="eval").body
         assert isinstance(call, ast.Call)
@@ -81,7 +81,7 @@ def _settings(text: str) -> dict[str, Any]:
             for part in call.keywords
         }
     except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"[{text}] are no settings ({error}): write them as in [window=3, group=head]") from error
+        raise ConfigError(f"[{text}] are no settings ({error}): write them as in [granularity=head]") from error
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ def evaluate(
         float, typer.Option(min=0.0, max=1.0, help="Where in the text they begin, 0 to 1.")
     ] = 0.0,
     configs: Annotated[
-        str | None, typer.Option(help="Presets or rivals, by comma: balanced, balanced@2.2, paper[window=3]@4x.")
+        str | None,
+        typer.Option(help="Presets or baselines, by comma: balanced@2.2, paper[attention_window=3]@4x."),
     ] = None,
     recall: Annotated[bool, typer.Option("--recall", help="Decode a passage of the prompt, word for word.")] = False,
     turn_count: Annotated[
@@ -57,9 +58,7 @@ def evaluate(
     ] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="How many of each task; all if not given.")] = None,
     shots: Annotated[int, typer.Option(min=0, help="Answered questions before each question.")] = 0,
-    statistic: Annotated[
-        int | None, typer.Option(min=1, help="Recent tokens that stay exact in multiple choice.")
-    ] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Recent tokens that stay exact in multiple choice.")] = None,
     html_path: Annotated[
         Path | None, typer.Option("--html", help="Write a page with plots there: of texts and turns.")
     ] = None,
@@ -92,7 +91,7 @@ def evaluate(
         task_files=_files(task_file or []),
         questions=questions,
         shots=shots,
-        statistic=statistic,
+        window=window,
         json_path=json_path,
         html_path=html_path,
     )

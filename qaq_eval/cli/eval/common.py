@@ -34,7 +34,7 @@ class Asked:
     task_files: dict[str, Path] = field(default_factory=dict)
     questions: int | None = None
     shots: int = 0
-    statistic: int | None = None
+    window: int | None = None
     json_path: Path | None = None
     html_path: Path | None = None
 

@@ -21,10 +21,8 @@ def run(loaded: LoadedModel, configs: list[Config], asked: Asked, report: Report
     strangers = set(asked.task_files) - set(asked.tasks)
     if strangers:
         raise ConfigError(f"--task-file names {', '.join(sorted(strangers))}, which --tasks does not")
-    said = {**about(loaded, "choice"), "shots": asked.shots, "statistic": asked.statistic}
-    examiner = Examiner(
-        loaded.model, loaded.fingerprint, configs, asked.statistic, Journal(name_of(said), asked.journal)
-    )
+    said = {**about(loaded, "choice"), "shots": asked.shots, "window": asked.window}
+    examiner = Examiner(loaded.model, loaded.fingerprint, configs, asked.window, Journal(name_of(said), asked.journal))
     names = [config.text for config in configs]
     rows = []
     for done, task in enumerate(asked.tasks):

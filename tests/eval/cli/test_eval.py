@@ -103,6 +103,6 @@ def test_mistakes_are_told_in_a_sentence(arguments: tuple[str, ...], sentence: s
 
 
 def test_settings_are_part_of_a_name() -> None:
-    shown = run("--context", 60, "--decode", 2, "--documents", 1, "--configs", "paper[window=1]")
+    shown = run("--context", 60, "--decode", 2, "--documents", 1, "--configs", "paper[codec=normal]")
     assert shown.exit_code == 0, shown.output
-    assert "paper[window=1]" in shown.output
+    assert "paper[codec=normal]" in shown.output

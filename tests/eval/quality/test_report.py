@@ -14,7 +14,7 @@ from qaq_eval.quality.turns import turn_rows
 
 EVEN = [[16.0, 2.0, 2.0, 16.0]] * 3
 UNEVEN = [[16.0, 1.0, 3.0, 16.0], [16.0, 2.0, 2.5, 16.0], [16.0, 4.0, 0.5, 16.0]]
-CONFIGS = ["balanced@8x", "uniform-2", "paper[window=3]"]
+CONFIGS = ["balanced@8x", "uniform-2", "paper[attention_window=3]"]
 
 
 def part(config: str, turn: int = 0) -> Part:
@@ -54,7 +54,7 @@ def test_texts() -> None:
     page = text_page({"model": "<tiny>", "context": 4}, rows(parts), parts)
     # Losses, bits of the two configurations that vary them, exceptions.
     assert len(drawn(page)) == 4
-    assert "Bits of paper[window=3] at the end" in page
+    assert "Bits of paper[attention_window=3] at the end" in page
     assert "Bits of uniform-2" not in page
     assert "&lt;tiny&gt;" in page
     assert not re.search(r"<(script|link|img)|(src|href)=[\"']https?:", page)

@@ -297,20 +297,22 @@ def test_targets() -> None:
 
 
 def test_settings() -> None:
-    found = Config.parse("paper[window=3, group=head, bits=(2, 6), exceptions=False]@4x")
+    found = Config.parse("paper[attention_window=3, granularity=head, bits=(2, 6), exceptions=False]@4x")
     assert found.preset == "paper"
     assert found.settings == {
-        "statistic": 3,
+        "attention_window": 3,
         "granularity": "head",
         "bits": (2, 6),
         "exceptions": False,
         "target_compression": 4.0,
     }
-    several = Config.parse_all("paper[window=3,bits=(2, 6)], uniform-2,,paper[window=3,bits=(2, 6)],balanced@8x")
-    assert [config.text for config in several] == ["paper[window=3,bits=(2, 6)]", "uniform-2", "balanced@8x"]
+    several = Config.parse_all(
+        "paper[codec=normal,bits=(2, 6)], uniform-2,,paper[codec=normal,bits=(2, 6)],balanced@8x"
+    )
+    assert [config.text for config in several] == ["paper[codec=normal,bits=(2, 6)]", "uniform-2", "balanced@8x"]
 
 
-@pytest.mark.parametrize("text", ["paper[3]", "paper[window=]", "paper[window=1+x]", "paper[**{}]", "paper[a=b.c]"])
+@pytest.mark.parametrize("text", ["paper[3]", "paper[codec=]", "paper[codec=1+x]", "paper[**{}]", "paper[a=b.c]"])
 def test_settings_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="are no settings"):
         Config.parse(text)
