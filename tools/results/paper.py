@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from tools.results.runs import Json, Runs
@@ -18,10 +19,13 @@ def section(measured: Sequence[Runs]) -> str:
             raise ValueError(f"no table shows {runs.source}")
         by_name[runs.first["experiment"]][model_name(runs.first)] = runs.first
     some = measured[0].first
+    about = (
+        f"{some['documents']} documents of {some['text']}, {some['contexts'][0]:,} tokens each and {some['decode']} "
+        "decoded, so small differences mean nothing. ± is the standard error over documents. Compression counts every "
+        "resident byte. Commands, commits and machine: [results/paper](results/paper)."
+    )
     return f"""
-{some["documents"]} documents of {some["text"]}, {some["contexts"][0]:,} tokens each and {some["decode"]} decoded, so
-small differences mean nothing. ± is the standard error over documents. Compression counts every resident byte.
-Commands, commits and machine: [results/paper](results/paper).
+{textwrap.fill(about, 120, break_on_hyphens=False)}
 
 Keys against values (`fig2a`): KL with one side at b bits and the other at 16, uniform codes per head.
 
