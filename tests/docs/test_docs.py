@@ -39,10 +39,11 @@ def anchors(page: Path) -> set[str]:
 
 @cache
 def known_names() -> frozenset[str]:
-    """Every word of the code."""
+    """Every word of the code, every setting as a variable of the environment, every file."""
     files = [path for source in SOURCES for kind in ("py", "proto") for path in (ROOT / source).rglob(f"*.{kind}")]
     words = {word for path in files for word in re.findall(r"[A-Za-z_]\w+", path.read_text())}
-    return frozenset(words | {f"QAQ_{word.upper()}" for word in words} | ELSEWHERE)
+    stems = {path.stem for source in SOURCES for path in (ROOT / source).rglob("*.*")}
+    return frozenset(words | {f"QAQ_{word.upper()}" for word in words} | stems | ELSEWHERE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
