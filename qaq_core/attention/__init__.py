@@ -1,6 +1,6 @@
 """Attention over packed tokens. One file per implementation."""
 
-from qaq_core.attention.base import Attention
+from qaq_core.attention.base import Attention, LayerInput
 from qaq_core.attention.cpu import CpuAttention
 from qaq_core.attention.interface import use_qaq_attention
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
@@ -10,6 +10,7 @@ from qaq_core.attention.triton import missing as triton_missing
 __all__ = [
     "Attention",
     "CpuAttention",
+    "LayerInput",
     "LayerTokens",
     "ReferenceAttention",
     "TritonAttention",

@@ -1,14 +1,37 @@
-"""What an attention kernel is."""
+"""What an attention kernel is, and what a layer attends with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from qaq_core.allocation.attention_statistics import Observer
 from qaq_core.attention.reference import LayerTokens
+
+
+class LayerInput(NamedTuple):
+    """The new tokens of one layer, of a batch or of one sequence.
+
+    Attributes:
+        query: [batch, query_heads, n, head_dim]. keys, values: [batch, kv_heads, n, head_dim]. All after RoPE; without
+            the batch dim for one sequence.
+        scaling: factor on the scores.
+        sliding_window: positions that a query sees, itself included; None for all.
+    """
+
+    layer: int
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    scaling: float
+    sliding_window: int | None
+
+    def of(self, sequence: int, columns: slice) -> LayerInput:
+        """One sequence's columns."""
+        query, keys, values = (part[sequence, :, columns] for part in (self.query, self.keys, self.values))
+        return self._replace(query=query, keys=keys, values=values)
 
 
 class Attention(Protocol):

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qaq_core.attention.base import LayerInput
 from qaq_core.base.errors import UnsupportedModelError
 
 NAME = "qaq"
@@ -24,16 +25,7 @@ _MARK = "_qaq_source"
 
 
 class Attendable(Protocol):
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-        position_ids: torch.Tensor | None,
-    ) -> torch.Tensor: ...
+    def attend(self, given: LayerInput, position_ids: torch.Tensor | None) -> torch.Tensor: ...
 
 
 class Source(NamedTuple):
@@ -132,7 +124,7 @@ def qaq_attention(
     if source is None:
         out = torch.ops.qaq.attend(query, key, value, factor, sliding_window)
     else:
-        out = source.cache.attend(source.layer, query, key, value, factor, sliding_window, position_ids)
+        out = source.cache.attend(LayerInput(source.layer, query, key, value, factor, sliding_window), position_ids)
     return out.transpose(1, 2).to(query.dtype), None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from qaq_core.attention.base import LayerInput
 from qaq_core.attention.interface import attended, mark
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 from qaq_core.base.statistics import CacheStatistics
@@ -115,24 +116,15 @@ class QAQCache(Cache):
 
     # -- attention -------------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-        position_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def attend(self, given: LayerInput, position_ids: torch.Tensor | None) -> torch.Tensor:
         """[batch, query_heads, n, head_dim], each sequence over its own tokens; padding gives zeros."""
         attended(self)
-        batch, _, n, _ = query.shape
-        if layer == 0:
+        batch, _, n, _ = given.query.shape
+        if given.layer == 0:
             self._step = self.begin_step(batch, n, position_ids)
         assert self._step is not None, "layers attend in order"
-        out = self._step.attend(layer, query, keys, values, scaling, sliding_window)
-        if layer == self.method.shape.layers - 1:
+        out = self._step.attend(given)
+        if given.layer == self.method.shape.layers - 1:
             self._step = None
             for sequence in self.sequences:
                 sequence.commit()

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from qaq_core.attention.base import LayerInput
 from qaq_core.attention.cpu import CpuAttention
 from qaq_core.attention.fallback import supports_head_dim
 from qaq_core.cache.method import Method
@@ -22,23 +23,13 @@ from qaq_core.kernels import LAYER, REDUCTIONS, SIDES, TYPES, DecodeStep, addres
 
 
 class Step(Protocol):
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, given: LayerInput) -> torch.Tensor:
         """Stores the keys and values of the new tokens in a layer and attends to all tokens so far.
 
         Layers are in order.
 
-        Args:
-            query: [batch, query_heads, 1, head_dim]. keys, values: [batch, kv_heads, 1, head_dim], after RoPE.
         Returns:
-            float32 [batch, query_heads, 1, head_dim].
+            float32 [batch, query_heads, n, head_dim]; n is 1 in a decode step.
         """
         ...
 
@@ -63,22 +54,13 @@ class SequentialStep:
     def __init__(self, sequences: Sequence[SequenceCache], fresh: Sequence[int]) -> None:
         self._sequences, self._fresh = sequences, fresh
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
-        """See `Step`; n columns instead of one. Padding gives zeros."""
+    def attend(self, given: LayerInput) -> torch.Tensor:
+        """See `Step`. Padding gives zeros."""
+        query, columns = given.query, given.query.shape[2]
         out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         for i, (sequence, fresh) in enumerate(zip(self._sequences, self._fresh, strict=True)):
-            own = slice(query.shape[2] - fresh, query.shape[2])
-            out[i, :, own] = sequence.attend(
-                layer, query[i, :, own], keys[i, :, own], values[i, :, own], scaling, sliding_window
-            )
+            own = slice(columns - fresh, columns)
+            out[i, :, own] = sequence.attend(given.of(i, own))
         return out
 
 
@@ -86,19 +68,11 @@ class LayerwiseStep:
     def __init__(self, method: Method, sequences: Sequence[SequenceCache]) -> None:
         self._attention, self._sequences = method.attention, sequences
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, given: LayerInput) -> torch.Tensor:
         """See `Step`."""
-        taken = [s.take(layer, keys[i], values[i]) for i, s in enumerate(self._sequences)]
+        taken = [s.take(given.layer, given.keys[i], given.values[i]) for i, s in enumerate(self._sequences)]
         tokens, observers = zip(*taken, strict=True)
-        return self._attention.batch(query, tokens, scaling, sliding_window, observers)
+        return self._attention.batch(given.query, tokens, given.scaling, given.sliding_window, observers)
 
 
 class NativeStep:
@@ -143,17 +117,10 @@ class NativeStep:
             mine["reduction"] = REDUCTIONS[sequence.method.statistic.reduction]
             mine["observed"] = addresses(observed)
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, given: LayerInput) -> torch.Tensor:
         """See `Step`."""
-        query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
+        layer, scaling, sliding_window = given.layer, given.scaling, given.sliding_window
+        query, keys, values = given.query.contiguous(), given.keys.contiguous(), given.values.contiguous()
         out = torch.empty(self._dims)
         if sliding_window is not None:
             self._records["first"][layer] = np.maximum(self._lengths - sliding_window, 0)

@@ -16,6 +16,7 @@ from qaq_core.allocation.attention_statistics import Observer, PromptObserver
 from qaq_core.allocation.importance import Importance
 from qaq_core.allocation.rate_control import RateControl
 from qaq_core.allocation.requantize import Requantizer
+from qaq_core.attention.base import LayerInput
 from qaq_core.attention.reference import LayerTokens
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE, Page, unique_names
@@ -112,24 +113,14 @@ class SequenceCache:
         if self.rate.set_floor(floor) and len(self.packed):
             self.requantizer.narrow_to(self._packed_state(), self.rate.value)
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, given: LayerInput) -> torch.Tensor:
         """Stores the keys and values of the next n tokens in a layer, and attends to all tokens so far.
 
-        Args:
-            query: [query_heads, n, head_dim]. keys, values: [kv_heads, n, head_dim], after RoPE.
         Returns:
             float32 [query_heads, n, head_dim].
         """
-        tokens, observer = self.take(layer, keys, values)
-        return self.method.attention(query, tokens, scaling, sliding_window, observer)
+        tokens, observer = self.take(given.layer, given.keys, given.values)
+        return self.method.attention(given.query, tokens, given.scaling, given.sliding_window, observer)
 
     @property
     def prefilling(self) -> bool:

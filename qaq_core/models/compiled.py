@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from qaq_core.attention.base import LayerInput
 from qaq_core.attention.interface import Attendable, use_qaq_attention
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 
@@ -106,17 +107,8 @@ def _dispatched(eager: Callable[..., Any], index: int) -> Callable[..., Any]:
 class _Nothing(DynamicCache):
     """Attends to nothing: what layers are compiled with."""
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-        position_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return torch.zeros(query.shape)
+    def attend(self, given: LayerInput, position_ids: torch.Tensor | None) -> torch.Tensor:
+        return torch.zeros(given.query.shape)
 
 
 _library = torch.library.Library("qaq", "FRAGMENT")
@@ -129,7 +121,7 @@ def _attend(
     cache, _place.cache = _place.cache, None
     if cache is None:
         raise UnsupportedModelError("a layer attends more than once a step; it cannot be compiled")
-    out = cache.attend(_place.layer, query, keys, values, scaling, sliding_window, _place.position_ids)
+    out = cache.attend(LayerInput(_place.layer, query, keys, values, scaling, sliding_window), _place.position_ids)
     return out.contiguous()
 
 

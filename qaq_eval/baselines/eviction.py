@@ -16,6 +16,7 @@ import torch
 
 from qaq_core import Method, Originals, Quantizer, SequenceCache, Target
 from qaq_core.allocation import AttentionStatistic, FixedPolicy, PromptObserver
+from qaq_core.attention import LayerInput
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.statistics import CacheStatistics
@@ -121,15 +122,8 @@ class EvictingCache(SequenceCache):
             shape.layers, shape.kv_heads, self.length + tokens, tokens, self.method.device
         )
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, given: LayerInput) -> torch.Tensor:
+        layer, query, keys, values, scaling, sliding_window = given
         if layer == 0:
             self._begin(keys.shape[1])
         stop = self._write(layer, keys, values)

@@ -10,7 +10,7 @@ import torch
 
 from qaq_core import Method, QAQCache
 from qaq_core.allocation import AttentionStatistic, PromptObserver
-from qaq_core.attention import LayerTokens
+from qaq_core.attention import LayerInput, LayerTokens
 from qaq_core.base.pages import KEY, VALUE
 from qaq_eval.quality.documents import Document
 
@@ -90,15 +90,8 @@ class FullPrecisionCache:
         """The prompt, and what has been predicted after it."""
         return Computed(self._rows[:, :, :, : self._context], log_probabilities, self._watches)
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, given: LayerInput) -> torch.Tensor:
+        layer, query, keys, values, scaling, sliding_window = given
         held, stop = self.length, self.length + keys.shape[1]
         self._incoming = keys.shape[1]
         self._rows[layer, KEY, :, held:stop] = keys

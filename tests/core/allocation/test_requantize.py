@@ -12,6 +12,7 @@ import torch
 from qaq_core.allocation.allocator import TokenState
 from qaq_core.allocation.attention_statistics import to_log_byte
 from qaq_core.allocation.requantize import RETRY_AFTER_REVIEWS, Requantizer
+from qaq_core.attention import LayerInput
 from qaq_core.base.errors import OriginalsError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.rows import RowReply, RowRequest
@@ -65,7 +66,7 @@ class Subject:
         for layer in range(shape.layers):
             keys, values = normal(layer, 2, shape.kv_heads, LENGTH, shape.head_dim)
             query = normal(10 + layer, shape.query_heads, LENGTH, shape.head_dim)
-            self.sequence.attend(layer, query, keys, values, 0.1, None)
+            self.sequence.attend(LayerInput(layer, query, keys, values, 0.1, None))
         self.sequence.commit()
 
     @property
@@ -97,7 +98,7 @@ def test_attention_that_comes_back_to_an_old_token_raises_its_width() -> None:
         for layer in range(shape.layers):
             query = 5 * target[layer].repeat_interleave(shape.query_heads // shape.kv_heads, 0).unsqueeze(1)
             keys, values = normal(99, 2, shape.kv_heads, 1, shape.head_dim) * 0.1
-            sequence.attend(layer, query, keys, values, 1.0, None)
+            sequence.attend(LayerInput(layer, query, keys, values, 1.0, None))
         sequence.commit()
     counts = subject.requantizer.counts
     assert bool((subject.widths(VALUE) > before).all())
@@ -154,7 +155,7 @@ def test_rows_packed_from_the_rounded_window_come_back_whole() -> None:
     for step in range(40):
         for layer in range(shape.layers):
             query, keys, values = normal(1000 + 10 * step + layer, 3, shape.query_heads, 1, shape.head_dim)
-            sequence.attend(layer, query, keys[: shape.kv_heads], values[: shape.kv_heads], 0.1, None)
+            sequence.attend(LayerInput(layer, query, keys[: shape.kv_heads], values[: shape.kv_heads], 0.1, None))
         sequence.commit()
     position = sequence.packed.stop - 2
     assert position >= sequence.requantizer.rounded_from
@@ -280,7 +281,9 @@ def test_rows_on_the_growing_page_are_answered_from_staging() -> None:
     shape = method.shape
     for layer in range(shape.layers):
         keys, values = normal(layer, 2, shape.kv_heads, LENGTH, shape.head_dim)
-        subject.sequence.attend(layer, normal(9, shape.query_heads, LENGTH, shape.head_dim), keys, values, 0.1, None)
+        subject.sequence.attend(
+            LayerInput(layer, normal(9, shape.query_heads, LENGTH, shape.head_dim), keys, values, 0.1, None)
+        )
     subject.sequence.commit()
     before = subject.widths(VALUE)
     subject.review(attention=1.0)
@@ -303,7 +306,9 @@ def test_tokens_packed_while_an_answer_is_under_way_do_not_move_its_rows() -> No
         for _ in range(20):
             for layer in range(shape.layers):
                 keys, values = normal(77, 2, shape.kv_heads, 1, shape.head_dim)
-                sequence.attend(layer, normal(78, shape.query_heads, 1, shape.head_dim), keys, values, 0.1, None)
+                sequence.attend(
+                    LayerInput(layer, normal(78, shape.query_heads, 1, shape.head_dim), keys, values, 0.1, None)
+                )
             sequence.commit()
     finally:
         type(policy).every = every

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from qaq_core.attention import LayerInput
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
@@ -70,7 +71,7 @@ def decoded(method: Method, given: Sequence[Numbers]) -> list[SequenceCache]:
             at = [given[i].prompt + step for i in running]
             each = [given[i].at(layer, slice(place, place + 1)) for i, place in zip(running, at, strict=True)]
             query, keys, values = (torch.stack(parts) for parts in zip(*each, strict=True))
-            cache.attend(layer, query, keys, values, SCALING, None, None)
+            cache.attend(LayerInput(layer, query, keys, values, SCALING, None), None)
     return sequences
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qaq_core.attention import cpu
+from qaq_core.attention import LayerInput, cpu
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.decode_step import LayerwiseStep, NativeStep, begin_decode
 from qaq_core.cache.method import Method
@@ -61,7 +61,7 @@ def filled(method: Method, lengths: tuple[int, ...]) -> list[SequenceCache]:
     for i, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         sequence.expect_prompt(length)
         for layer in range(method.shape.layers):
-            sequence.attend(layer, *fresh(method, 100 * i + 10 * layer, length), 0.3, None)
+            sequence.attend(LayerInput(layer, *fresh(method, 100 * i + 10 * layer, length), 0.3, None))
         sequence.commit()
     return sequences
 
@@ -76,7 +76,7 @@ def stepped(
     for layer in range(method.shape.layers):
         each = [fresh(method, 5000 + 100 * i + 10 * layer, 1) for i in range(len(sequences))]
         query, keys, values = (torch.stack(parts) for parts in zip(*each, strict=True))
-        out.append(step.attend(layer, query, keys, values, 0.3, sliding_window))
+        out.append(step.attend(LayerInput(layer, query, keys, values, 0.3, sliding_window)))
     return out
 
 
@@ -124,7 +124,7 @@ def test_halves_are_rounded_as_everywhere(isa: str) -> None:
     hard = torch.tensor([0.0, -0.0, 1.0, 2049.0, 2051.0, 65519.0, 65520.0, 1e9, 6e-8, 2.9e-8, 3e-8, 1e-40, 6.1e-5])
     hard = torch.cat([hard, 2.0 ** -torch.arange(12.0, 27.0) * 1.0003, torch.tensor([torch.inf, -torch.inf, 0.1])])
     keys = hard.repeat(size[1] * size[3])[: size[1] * size[3]].view(size)
-    step.attend(0, torch.zeros(1, shape.query_heads, 1, shape.head_dim), keys, -keys, 1.0, None)
+    step.attend(LayerInput(0, torch.zeros(1, shape.query_heads, 1, shape.head_dim), keys, -keys, 1.0, None))
     room, originals = sequences[0].residual.places()
     assert originals is not None
     assert torch.equal(room[0, :, :, 3], torch.stack([keys, -keys])[:, 0, :, 0].half())

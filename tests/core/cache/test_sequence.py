@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qaq_core.attention import LayerInput
 from qaq_core.base.errors import ConfigError, QuantizationError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.cache.cache import QAQCache
@@ -276,7 +277,9 @@ def test_what_is_packed_does_not_depend_on_the_kernel() -> None:
         sequence, shape = SequenceCache(method), method.shape
         for layer in range(shape.layers):
             keys, values = normal(layer, 2, shape.kv_heads, 150, shape.head_dim)
-            sequence.attend(layer, normal(9, shape.query_heads, 150, shape.head_dim), keys, values, 0.1, None)
+            sequence.attend(
+                LayerInput(layer, normal(9, shape.query_heads, 150, shape.head_dim), keys, values, 0.1, None)
+            )
         sequence.commit()
         held.append(sequence.packed)
     one, other = held
@@ -295,9 +298,11 @@ def test_nan_keys_are_refused_naming_the_layer() -> None:
         keys = normal(layer, shape.kv_heads, 80, shape.head_dim)
         if layer == 2:
             keys[0, 30, 0] = float("nan")
-        sequence.attend(layer, normal(9, shape.query_heads, 80, shape.head_dim), keys, keys.abs(), 0.1, None)
+        sequence.attend(
+            LayerInput(layer, normal(9, shape.query_heads, 80, shape.head_dim), keys, keys.abs(), 0.1, None)
+        )
     with pytest.raises(QuantizationError, match="layer 2"):
         sequence.commit()
     one = normal(0, shape.kv_heads, 1, shape.head_dim)
     with pytest.raises(QuantizationError, match="begin a new sequence"):
-        sequence.attend(0, normal(9, shape.query_heads, 1, shape.head_dim), one, one, 0.1, None)
+        sequence.attend(LayerInput(0, normal(9, shape.query_heads, 1, shape.head_dim), one, one, 0.1, None))

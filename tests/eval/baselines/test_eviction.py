@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from qaq_core.attention import LayerInput
 from qaq_core.base.errors import ConfigError
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.presets import make_method
@@ -84,7 +85,7 @@ def test_it_keeps_what_the_rule_keeps(rival: str, share: float) -> None:
                 query = torch.randn(HEADS * GROUP, n, DIM, generator=generator) * 3
                 # Kept rows are in half precision: numbers that have it already.
                 keys, values = torch.randn(2, HEADS, n, DIM, generator=generator).half().float()
-                outputs[layer].append(held.attend(layer, query, keys, values, scaling, None))
+                outputs[layer].append(held.attend(LayerInput(layer, query, keys, values, scaling, None)))
                 fed[layer] = [torch.cat(pair, 1) for pair in zip(fed[layer], (query, keys, values), strict=True)]
             held.commit()
         for layer in range(layers):
