@@ -101,6 +101,8 @@ class EvictingCache(SequenceCache):
     Keys are kept after RoPE; positions are kept for masks and to know the recent ones.
     """
 
+    batched = False
+
     def __init__(self, method: EvictingMethod) -> None:
         super().__init__(method)
         self._budget, self._recent = method.budget, method.recent

@@ -31,7 +31,7 @@ def parts(model: Any, shape: ModelShape, bits: int) -> dict[str, Any]:
         "quantizer": Quantizer(IdentityTransform(), UnitCodec(bits)),
         "policy": FixedPolicy(bits, bits),
         "statistic": NoStatistic(),
-        "group": GROUP_TOKENS,
+        "pack_tokens": GROUP_TOKENS,
         "kind": KiviMethod,
     }
 

@@ -56,6 +56,8 @@ class FullPrecisionCache:
         room: tokens that may follow the prompt.
     """
 
+    batched = False
+
     def __init__(
         self, model: Any, method: Method, prompt: torch.Tensor, windows: Iterable[AttentionStatistic], room: int
     ) -> None:
