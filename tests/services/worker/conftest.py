@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from qaq.v1 import common_pb2, worker_pb2
+from transformers import DynamicCache
 
 from qaq_core import InProcessOriginals, Originals
 from qaq_core.models.loading import LoadedModel
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler
+from services.worker.state import State
 
 
 @dataclass
@@ -65,7 +68,10 @@ def request(tokens: list[int], new: int = 8, **fields: Any) -> worker_pb2.RunReq
 
 
 EXACT = common_pb2.CacheParams(preset="fp16")
+STORY = "The lighthouse keeper climbed the stairs every evening, lit the lamp and wrote the weather in his book. "
+LISTS = "A list is a mutable sequence. Methods that change a list return None; sorted() returns a new list. "
 
+Ids = Callable[[str], list[int]]
 
 MakeScheduler = Callable[..., Any]
 
@@ -75,9 +81,11 @@ def make_scheduler(smollm2: LoadedModel) -> MakeScheduler:
     """`async with make_scheduler(prefill_chunk=16, …) as scheduler`."""
 
     @asynccontextmanager
-    async def make(originals: Originals | None = None, **settings: Any) -> AsyncIterator[Scheduler]:
+    async def make(
+        originals: Originals | None = None, loaded: LoadedModel = smollm2, **settings: Any
+    ) -> AsyncIterator[Scheduler]:
         chosen = WorkerSettings(model="smollm2", **settings)
-        scheduler = Scheduler(smollm2, originals or InProcessOriginals(), chosen, asyncio.get_running_loop())
+        scheduler = Scheduler(loaded, originals or InProcessOriginals(), chosen, asyncio.get_running_loop())
         scheduler.start()
         try:
             yield scheduler
@@ -85,6 +93,27 @@ def make_scheduler(smollm2: LoadedModel) -> MakeScheduler:
             await asyncio.to_thread(scheduler.stop)
 
     return make
+
+
+def expected(smollm2: LoadedModel, tokens: list[int], new: int) -> list[int]:
+    """What transformers makes of it with its own cache."""
+    prompt = torch.tensor([tokens])
+    with torch.no_grad():
+        out = smollm2.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=DynamicCache(),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+        )
+    return out[0, len(tokens) :].tolist()
+
+
+async def settled(scheduler: Scheduler, **wanted: int) -> State:
+    """The engine's state, once it is as wanted."""
+    await until(lambda: all(getattr(scheduler.state, name) == value for name, value in wanted.items()))
+    return scheduler.state
 
 
 class Gate:
@@ -118,5 +147,5 @@ def gate(smollm2: LoadedModel) -> Any:
 
 
 @pytest.fixture
-def ids(smollm2: LoadedModel) -> Callable[[str], list[int]]:
+def ids(smollm2: LoadedModel) -> Ids:
     return lambda text: smollm2.tokenizer.encode(text)

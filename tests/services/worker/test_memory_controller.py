@@ -12,8 +12,7 @@ from qaq_core import InProcessOriginals, SequenceCache
 from services.worker.generation import Generation
 from services.worker.memory_controller import MemoryController
 from services.worker.scheduler.scheduler import Scheduler
-from tests.services.worker.conftest import EXACT, MakeScheduler, outcome, request, until
-from tests.services.worker.scheduler.test_scheduler import LISTS, STORY
+from tests.services.worker.conftest import EXACT, LISTS, STORY, MakeScheduler, outcome, request, until
 
 Ids = Callable[[str], list[int]]
 MANY = 6

@@ -12,8 +12,7 @@ from prometheus_client import REGISTRY
 
 from qaq_core import InProcessOriginals, OriginalsError, Page, PageShape
 from qaq_core.models.loading import LoadedModel
-from tests.services.worker.conftest import EXACT, Gate, MakeScheduler, outcome, request
-from tests.services.worker.scheduler.test_scheduler import LISTS, STORY, expected
+from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, MakeScheduler, expected, outcome, request
 
 Ids = Callable[[str], list[int]]
 SMALL = {"page_tokens": 16, "prefix_rest": 1}

@@ -20,8 +20,7 @@ from services.common.errors import FailedPrecondition, Unavailable
 from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler
 from services.worker.state import State
-from tests.services.worker.conftest import EXACT, Gate, MakeScheduler, outcome, request, until
-from tests.services.worker.scheduler.test_scheduler import LISTS, STORY, expected
+from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, MakeScheduler, expected, outcome, request, until
 from tests.services.worker.test_memory_controller import bits
 
 Ids = Callable[[str], list[int]]

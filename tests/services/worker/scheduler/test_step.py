@@ -1,0 +1,79 @@
+"""Steps: which tokens are computed together, and that a batch decides as each sequence alone."""
+
+from __future__ import annotations
+
+import asyncio
+
+from qaq_core import SequenceCache
+from qaq_core.models.loading import LoadedModel
+from services.worker.generation import Generation
+from tests.core.decisions import differing
+from tests.services.worker.conftest import (
+    EXACT,
+    LISTS,
+    STORY,
+    Gate,
+    Ids,
+    MakeScheduler,
+    expected,
+    outcome,
+    request,
+)
+
+
+async def test_sequences_decode_in_one_pass(
+    smollm2: LoadedModel, make_scheduler: MakeScheduler, ids: Ids, gate: Gate
+) -> None:
+    prompts = [ids(STORY), ids(LISTS * 2), ids(STORY + LISTS)]
+    async with make_scheduler() as scheduler:
+        generations = [scheduler.submit(request(tokens, 8, cache=EXACT)) for tokens in prompts]
+        gate.open()
+        results = await asyncio.gather(*map(outcome, generations))
+        assert (3, 1) in gate.batches
+        assert [result.tokens for result in results] == [expected(smollm2, tokens, 8) for tokens in prompts]
+
+
+async def test_a_quantized_batch_decides_as_each_alone(make_scheduler: MakeScheduler, ids: Ids, gate: Gate) -> None:
+    """The same tokens; and row by row the same, but where a batch's other rounding tips the scale."""
+    prompts = {"story": ids(STORY * 5), "lists": ids(LISTS * 6)}
+    async with make_scheduler(prefix_reuse=False, requantize_wait=True) as scheduler:
+
+        def begun(name: str, session: str) -> Generation:
+            return scheduler.submit(request(prompts[name], 20, session_id=session, keep=True))
+
+        def kept(session: str) -> SequenceCache:
+            found = scheduler._sessions.cache.look(session)
+            assert found is not None
+            return found.sequence
+
+        together = [begun(name, f"{name} of two") for name in prompts]
+        gate.open()
+        batch = await asyncio.gather(*map(outcome, together))
+        assert (2, 1) in gate.batches
+        for name, result in zip(prompts, batch, strict=True):
+            assert result.tokens == (await outcome(begun(name, name))).tokens
+            unlike = differing(kept(f"{name} of two"), kept(name))
+            assert unlike["tags"] <= 0.01
+            assert max(unlike["key meta"], unlike["value meta"]) <= 0.005
+            assert max(unlike["key rows"], unlike["value rows"]) <= 0.005
+
+
+async def test_a_long_prompt_does_not_hold_up_others(make_scheduler: MakeScheduler, ids: Ids, gate: Gate) -> None:
+    async with make_scheduler(prefill_chunk=16) as scheduler:
+        first = scheduler.submit(request(ids(STORY)[:16], 12, cache=EXACT))
+        second = scheduler.submit(request(ids(STORY * 4)[:80], 2, cache=EXACT))
+        gate.open()
+        await asyncio.gather(outcome(first), outcome(second))
+    start = gate.batches.index((1, 16))
+    assert gate.batches[start : start + 12] == [(1, 16), (1, 1)] * 5 + [(1, 16), (2, 1)]
+
+
+async def test_a_step_takes_as_many_short_prompts_as_fit(make_scheduler: MakeScheduler, ids: Ids, gate: Gate) -> None:
+    async with make_scheduler(prefill_chunk=16) as scheduler:
+        first = scheduler.submit(request(ids(STORY)[:16], 9, cache=EXACT))
+        others = [scheduler.submit(request(ids(LISTS)[:6], 2, cache=EXACT)) for _ in range(3)]
+        gate.open()
+        await asyncio.gather(*map(outcome, (first, *others)))
+    start = gate.batches.index((1, 16))
+    shapes = gate.batches[start : start + 8]
+    assert shapes == [(1, 16), (1, 1), (1, 6), (1, 6), (1, 4), (3, 1), (1, 2), (2, 1)]
