@@ -114,7 +114,7 @@ def test_counts_go_back_one_history_at_most(chunk: int) -> None:
     assert torch.equal(counts.importance(watch.state())[0, 0], pivotal[350:].sum(0).float())
     state = watch.state()[:, :, :700]
     for position in range(700, 850):
-        counts.observe(state, torch.ones(1, 1, 700).softmax(-1) * 1.5, position)
+        counts.update(state, torch.ones(1, 1, 700).softmax(-1) * 1.5, position)
     assert bool((state[..., 0] == 50).all())
     assert torch.equal(state[0, 0, :, 1].float(), pivotal[550:].sum(0).float() + 100)
 

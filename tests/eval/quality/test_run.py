@@ -147,7 +147,7 @@ def test_a_prompt_that_was_computed_elsewhere_is_the_same_prompt() -> None:
         own = Config.parse(preset).method(model, "tiny")
         computed = compute(model, method, document, [method.statistic])
         prefilled = SequenceCache(method)
-        prefilled.load_prefill(computed.originals, computed.watch(own.window))
+        prefilled.load_prefill(computed.originals, computed.watch(own.statistic))
         cache = QAQCache([SequenceCache(method)])
         with torch.no_grad():
             model(document.ids[None, :CONTEXT], past_key_values=cache)
