@@ -51,7 +51,7 @@ def record(path: Path, result: dict[str, Any], **facts: str) -> None:
 def decoded(rate: float) -> dict[str, Any]:
     row = {"context": 64, "batch": 1, "cache": "balanced", "tokens_per_second": rate, "median_ms": 1e3 / rate}
     rows = [{**row, "ratio_to_dynamic_cache": rate / 10, "kv_bytes": 4_000_000}]
-    return {"weights": "plain", "compiled": False, "threads": 1, "rows": rows}
+    return {"weights": "plain", "compiled": False, "threads": 1, "isa": None, "rows": rows}
 
 
 def test_the_page_says_what_the_files_say(capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,7 +114,17 @@ def _turns(result: Json) -> str:
 
 def decode(measured: Sequence[Runs]) -> str:
     """`qaq bench decode`."""
-    head = ["context", "sequences", "weights", "threads", "cache", "tokens/s", "over DynamicCache", "median step"]
+    head = [
+        "context",
+        "sequences",
+        "weights",
+        "threads",
+        "kernels",
+        "cache",
+        "tokens/s",
+        "over DynamicCache",
+        "median step",
+    ]
     head += ["resident", "runs", "source"]
     ordered = sorted(measured, key=lambda runs: (runs.first["rows"][0]["context"], runs.source))
     return table(head, (cells for runs in ordered for cells in _decode_rows(runs)))
@@ -128,6 +138,7 @@ def _decode_rows(runs: Runs) -> Iterator[list[object]]:
             row["batch"],
             weights,
             runs.first["threads"],
+            runs.first["isa"] or "torch",
             "DynamicCache, float32" if row["cache"] == "dynamic" else f"`{row['cache']}`",
             runs.figure("rows", at, "tokens_per_second"),
             runs.figure("rows", at, "ratio_to_dynamic_cache", shape="{:.2f}"),
