@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
 
     loaded = load_model(options.model or str(default_model_path()))
-    text = "The history of the lighthouse begins with fires on hills. " * 20 + "It ends with"
+    text = "The history of the lighthouse begins with fires on hills. " * 12 + "It ends with"
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         exact = next_tokens(loaded.model, ids, None)
@@ -68,7 +68,7 @@ def main() -> None:
             print(f"{preset}: {held.compression:.1f} times smaller, KL {kl:.4f} nats a token")
 
 
-def next_tokens(model: Any, ids: torch.Tensor, cache: QAQCache | None, decoded: int = 16) -> torch.Tensor:
+def next_tokens(model: Any, ids: torch.Tensor, cache: QAQCache | None, decoded: int = 8) -> torch.Tensor:
     """Log-probabilities [decoded, vocabulary] after each of the last tokens, fed one at a time."""
     output = model(ids[:, :-decoded], past_key_values=cache, use_cache=True)
     rows = []
