@@ -115,8 +115,8 @@ async def _usage(scheduler: Scheduler, prompt: list[int]) -> common_pb2.Usage:
         reply = await generation.replies.get()
         if isinstance(reply, Exception):
             raise reply
-        if reply.HasField("done"):
-            return reply.done.usage
+        if reply.HasField("finished"):
+            return reply.finished.usage
 
 
 @contextlib.contextmanager

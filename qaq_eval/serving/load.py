@@ -49,7 +49,7 @@ class Prompts:
     @classmethod
     async def load(cls, stub: generate_pb2_grpc.InferenceStub, seed: int) -> Prompts:
         text = "\n\n".join(topics[name] for name in sorted(topics))[:_TEXT_BYTES]
-        reply = await stub.Tokenize(generate_pb2.TokenizeRequest(text=text, plain=True), timeout=60)
+        reply = await stub.Tokenize(generate_pb2.TokenizeRequest(text=text, no_special_tokens=True), timeout=60)
         return cls(list(reply.token_ids), seed)
 
     def shared(self, name: str, tokens: int) -> list[int]:

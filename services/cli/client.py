@@ -150,13 +150,19 @@ def chat(
             opening = []
 
 
-def tokenize(text: str, plain: bool = False, router: Router = None) -> None:
+def tokenize(
+    text: str,
+    no_special_tokens: Annotated[
+        bool, typer.Option("--no-special-tokens", help="Leave out the special tokens that a prompt begins with.")
+    ] = False,
+    router: Router = None,
+) -> None:
     """Prints the token ids of a text."""
     from qaq.v1 import generate_pb2
 
     from services.cli.inference import inference
 
-    request = generate_pb2.TokenizeRequest(text=text, plain=plain)
+    request = generate_pb2.TokenizeRequest(text=text, no_special_tokens=no_special_tokens)
     with inference(router) as asked:
         reply = asked.once(lambda stub: stub.Tokenize(request, timeout=DEADLINE_S))
     screen.out(" ".join(str(token) for token in reply.token_ids))

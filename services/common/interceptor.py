@@ -49,11 +49,11 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:
                 await _abort(context, error, method)
 
-        async def stream(raw: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async def stream(raw: Any, context: grpc.aio.ServicerContext) -> None:
             try:
                 async with aclosing(behaviour(decode(raw, handler.request_deserializer), context)) as replies:
                     async for reply in replies:
-                        yield reply
+                        await context.write(reply)
             except Exception as error:
                 await _abort(context, error, method)
 

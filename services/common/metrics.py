@@ -11,9 +11,9 @@ kv_bytes = Gauge("qaq_kv_bytes", "Allocated bytes of caches", ["tier"])
 kv_compression_ratio = Gauge("qaq_kv_compression_ratio", "Bytes at 16 bits an element over resident bytes")
 kv_bits = Gauge("qaq_kv_bits", "Vectors of that many bits in the cache of the last generation", ["side", "bits"])
 kv_lambda = Gauge("qaq_lambda", "Least price of a bit that the worker asks of its caches; 0 without pressure")
-preempted = Counter("qaq_paused_total", "Generations that were paused to bring the caches into the budget")
+preempted = Counter("qaq_preempted_total", "Generations that were paused to bring the caches into the budget")
 kv_budget_exceeded = Counter(
-    "qaq_budget_passed_total", "Times that caches grew over the budget and no generation could be paused"
+    "qaq_kv_budget_exceeded_total", "Times that caches grew over the budget and no generation could be paused"
 )
 exceptions = Counter("qaq_exceptions_total", "Vectors whose predicted need rose above what they hold")
 

@@ -1,4 +1,4 @@
-"""From text and messages to token ids, with the model's own tokenizer and chat template."""
+"""Token ids of texts and chat messages, with the model's own tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from services.common.errors import FailedPrecondition, InvalidArgument
 T = TypeVar("T")
 Message = dict[str, str]
 
-# An exchange that no real one contains, to see what a template puts around messages.
+# A conversation with unique texts, which shows what a template puts around messages.
 _EXCHANGE = [{"role": "user", "content": "<qaq:asked>"}, {"role": "assistant", "content": "<qaq:answered>"}]
 
 
 class Prompts:
-    """Makes prompts in threads: a long text takes seconds, and the stream of others must not wait.
+    """Encodes prompts in threads: a long text takes seconds, and running streams must not wait for it.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -37,29 +37,31 @@ class Prompts:
         """
         return cls(await asyncio.to_thread(load_tokenizer, source))
 
-    async def text(self, text: str, *, begins: bool) -> list[int]:
-        """Ids of a text; with the tokens that a prompt begins with if it `begins` one."""
-        return await self._in_thread(lambda: self._encode(text, special=begins))
+    async def text(self, text: str, *, special_tokens: bool) -> list[int]:
+        """Ids of a text; `special_tokens` adds those that the model's prompts begin with."""
+        return await self._in_thread(lambda: self._encode(text, special=special_tokens))
 
-    async def chat(self, messages: Sequence[Message], held: Sequence[int]) -> list[int]:
-        """Ids of messages and of the start of the answer, to follow the session's tokens `held`.
+    async def chat(self, messages: Sequence[Message], history: Sequence[int]) -> list[int]:
+        """Ids of messages and of the beginning of the answer.
 
+        Args:
+            history: the session's token log, which these ids continue.
         Raises:
-            FailedPrecondition: the model has no chat template.
-            InvalidArgument: its template refuses the messages.
+            FailedPrecondition: the model has no chat template, or its template changes earlier messages.
+            InvalidArgument: the template rejects the messages.
         """
         if not self._tokenizer.chat_template:
             raise FailedPrecondition("this model has no chat template; use Generate")
-        return await self._in_thread(lambda: self._chat(list(messages), held))
+        return await self._in_thread(lambda: self._chat(list(messages), history))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _chat(self, messages: list[Message], held: Sequence[int]) -> list[int]:
-        if not held:
+    def _chat(self, messages: list[Message], history: Sequence[int]) -> list[int]:
+        if not history:
             return self._encode(self._render(messages), special=False)
-        # What the template adds when the conversation goes on after an answer: the end of that answer's
-        # turn, then the new messages. The model may have ended its turn by itself.
+        # After an answer, the template adds the end of the assistant's turn and then the new messages. The history
+        # already has the end-of-turn token if the model generated it.
         before, answer, _ = self._render(_EXCHANGE, answer=False).rpartition(_EXCHANGE[1]["content"])
         after = self._render([*_EXCHANGE, *messages])
         if not answer or not after.startswith(before + answer):
@@ -67,14 +69,14 @@ class Prompts:
                 "this model's chat template rewrites earlier messages; send all of them, without a session"
             )
         ids = self._encode(after.removeprefix(before + answer), special=False)
-        ended = bool(ids) and ids[0] == held[-1] and ids[0] in self._tokenizer.all_special_ids
+        ended = bool(ids) and ids[0] == history[-1] and ids[0] in self._tokenizer.all_special_ids
         return ids[1:] if ended else ids
 
     def _render(self, messages: list[Message], *, answer: bool = True) -> str:
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
         except TemplateError as error:
-            raise InvalidArgument(f"the model's chat template refuses these messages: {error}") from error
+            raise InvalidArgument(f"the model's chat template rejects these messages: {error}") from error
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

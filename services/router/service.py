@@ -1,4 +1,4 @@
-"""The public API. Each method reads as the protocol: check, find the session, make the prompt, stream."""
+"""The public API. A generation reads as the protocol: validate, find the session, encode the prompt, stream."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from redis.exceptions import RedisError
 from services.common.settings import RouterSettings
 from services.router import validation
 from services.router.admission import Admission
-from services.router.latency import RelayLatency
+from services.router.generation import GenerationStream
+from services.router.metrics import RelayLatency
 from services.router.prompts import Prompts
 from services.router.sessions import RUN_TTL_S, Session, SessionDirectory
-from services.router.turns import Turn
 from services.router.workers import WorkerPool
 
 DROP_DEADLINE_S = 5.0
@@ -25,14 +25,16 @@ DROP_DEADLINE_S = 5.0
 log = structlog.get_logger()
 
 Request = generate_pb2.GenerateRequest | generate_pb2.ChatRequest
+Replies = AsyncGenerator[generate_pb2.GenerateReply, None]
 Encode = Callable[[list[int]], Awaitable[list[int]]]
+"""Makes a prompt's token ids, given the tokens in the session's log."""
 
 
 class InferenceService(generate_pb2_grpc.InferenceServicer):
-    """Stateless over Redis but for the turns that run through it.
+    """Keeps no state but the running generations; sessions are in Redis.
 
     Attributes:
-        latency: how long tokens lately were in this router.
+        latency: times that recent tokens spent in this router.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self._pool = pool
         self._prompts = prompts
         self.latency = RelayLatency()
-        self._turns: dict[str, Turn] = {}
+        self._streams: dict[str, GenerationStream] = {}  # by session
         self._admission = Admission(settings.max_queue, lambda: pool.capacity)
         pool.refreshed = self._admission.wake
 
@@ -52,12 +54,12 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[generate_pb2.GenerateReply]:
         validation.generate(request, self._limits(request.model))
 
-        async def encode(held: list[int]) -> list[int]:
+        async def encode(history: list[int]) -> list[int]:
             if request.prompt_token_ids:
                 return list(request.prompt_token_ids)
-            return await self._prompts.text(request.prompt, begins=not held)
+            return await self._prompts.text(request.prompt, special_tokens=not history)
 
-        async with contextlib.aclosing(self._turn(request, encode, context)) as replies:
+        async with self._turn(request, encode, context) as replies:
             async for reply in replies:
                 yield reply
 
@@ -67,10 +69,10 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         validation.chat(request, self._limits(request.model))
         messages = [{"role": message.role, "content": message.content} for message in request.messages]
 
-        async def encode(held: list[int]) -> list[int]:
-            return await self._prompts.chat(messages, held)
+        async def encode(history: list[int]) -> list[int]:
+            return await self._prompts.chat(messages, history)
 
-        async with contextlib.aclosing(self._turn(request, encode, context)) as replies:
+        async with self._turn(request, encode, context) as replies:
             async for reply in replies:
                 yield reply
 
@@ -78,15 +80,17 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: generate_pb2.RejoinRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generate_pb2.GenerateReply]:
         validation.session_id(request.session_id)
-        async with contextlib.aclosing(self._rest(request, context)) as replies:
+        async with self._last_turn(request, context) as replies:
             async for reply in replies:
-                yield reply
+                if not (reply.HasField("token") and reply.token.index < request.received):
+                    yield reply
 
     async def Tokenize(
         self, request: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.TokenizeReply:
         validation.tokenize(request, self._limits(request.model))
-        return generate_pb2.TokenizeReply(token_ids=await self._prompts.text(request.text, begins=not request.plain))
+        ids = await self._prompts.text(request.text, special_tokens=not request.no_special_tokens)
+        return generate_pb2.TokenizeReply(token_ids=ids)
 
     async def GetModel(
         self, request: generate_pb2.GetModelRequest, context: grpc.aio.ServicerContext
@@ -109,8 +113,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     ) -> generate_pb2.CloseSessionReply:
         validation.session_id(request.session_id)
         session = await self._sessions.close(request.session_id)
-        # A turn that runs through another router ends when that one notices that it lost its hold.
-        self._end(session.id)
+        # A generation of another router ends when that router finds that its lock on the session is gone.
+        self._abort(session.id)
         await self._drop(session)
         return generate_pb2.CloseSessionReply()
 
@@ -129,19 +133,20 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
             )
         return reply
 
+    @contextlib.asynccontextmanager
     async def _turn(
         self, request: Request, encode: Encode, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
-        """One generation of a session, from its place in the directory to its last message."""
+    ) -> AsyncIterator[Replies]:
+        """The replies of a session's next turn. The session cannot have another turn meanwhile."""
         tenant = _tenant(context)
         self._admission.check(tenant)
         async with (
             self._session(request) as session,
-            self._sessions.running(session.id, lambda: self._end(session.id)),
+            self._sessions.running(session.id, lambda: self._abort(session.id)),
         ):
-            held = await self._sessions.tokens(session.id)
-            prompt = await encode(held)
-            validation.fits(len(held), len(prompt), request.stop, self._pool.model.context_length)
+            history = await self._sessions.tokens(session.id)
+            prompt = await encode(history)
+            validation.fits(len(history), len(prompt), request.stop, self._pool.model.context_length)
             run = worker_pb2.RunRequest(
                 session_id=session.id,
                 token_ids=prompt,
@@ -151,71 +156,74 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 keep=session.kept,
                 choices=request.choices,
                 output=request.output,
-                held=len(held),
+                history_tokens=len(history),
                 branch_of=session.branch_of,
                 tenant=tenant,
             )
-            await self._sessions.note_turn(session.id, run)
-            run.token_ids[:0] = held
-            async with contextlib.aclosing(self._stream(session, run, context)) as replies:
-                async for reply in replies:
-                    yield reply
+            await self._sessions.write_turn(session.id, run)
+            run.token_ids[:0] = history
+            async with self._stream(session, run, context) as replies:
+                yield replies
 
-    async def _rest(
+    @contextlib.asynccontextmanager
+    async def _last_turn(
         self, request: generate_pb2.RejoinRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
-        """The last turn of a session from token `received` on. What is generated again is what it was."""
+    ) -> AsyncIterator[Replies]:
+        """The replies of a session's last turn, from the first token that its log does not have.
+
+        Tokens that are generated again are the same as before, because the request has a seed.
+        """
         self._admission.check(tenant := _tenant(context))
         async with (
-            self._lasting(await self._sessions.get(request.session_id)) as session,
-            self._sessions.running(session.id, lambda: self._end(session.id), RUN_TTL_S),
+            self._temporary(await self._sessions.get(request.session_id)) as session,
+            self._sessions.running(session.id, lambda: self._abort(session.id), RUN_TTL_S),
         ):
             run = validation.rejoin(request, await self._sessions.turn(session.id))
-            log, begins = await self._sessions.tokens(session.id), run.held + len(run.token_ids)
-            known = log[begins : begins + request.received]  # a router that was killed may have written fewer
+            log, begins = await self._sessions.tokens(session.id), run.history_tokens + len(run.token_ids)
+            known = log[begins : begins + request.received]  # fewer, if the router was killed before it wrote all
             if len(log) > begins + request.received:
                 await self._sessions.cut(session.id, begins + request.received)
-            run.token_ids[:] = [*log[: run.held], *run.token_ids, *known]
-            run.generated, run.tenant = len(known), tenant
-            async with contextlib.aclosing(self._stream(session, run, context)) as replies:
-                async for reply in replies:
-                    if not (reply.HasField("token") and reply.token.index < request.received):
-                        yield reply
+            run.token_ids[:] = [*log[: run.history_tokens], *run.token_ids, *known]
+            run.generated_tokens, run.tenant = len(known), tenant
+            async with self._stream(session, run, context) as replies:
+                yield replies
 
+    @contextlib.asynccontextmanager
     async def _stream(
         self, session: Session, run: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
-        """A turn, once there is a place for it."""
-        turn = Turn(self._sessions, self._pool, session, run, self._settings.resume_timeout_s, self.latency)
-        self._turns[session.id] = turn
+    ) -> AsyncIterator[Replies]:
+        """The replies of a generation, once the queue admits it."""
+        stream = GenerationStream(
+            self._sessions, self._pool, session, run, self._settings.resume_timeout_s, self.latency
+        )
+        self._streams[session.id] = stream
         try:
             async with (
                 self._admission.place(run.tenant, max(1, run.choices), self._deadline(context)),
-                contextlib.aclosing(turn.replies(self._deadline(context))) as replies,
+                contextlib.aclosing(stream.replies(self._deadline(context))) as replies,
             ):
-                async for reply in replies:
-                    yield reply
+                yield replies
         finally:
-            del self._turns[session.id]
+            del self._streams[session.id]
 
-    def _end(self, session_id: str) -> None:
-        """Ends the turn of a session that was closed, if it runs here."""
-        if turn := self._turns.get(session_id):
-            turn.end()
+    def _abort(self, session_id: str) -> None:
+        """Ends the generation of a session that was closed, if it runs here."""
+        if stream := self._streams.get(session_id):
+            stream.abort()
 
     @contextlib.asynccontextmanager
     async def _session(self, request: Request) -> AsyncIterator[Session]:
-        """The session that a request names, or one for this call alone."""
+        """The session that a request names, or a temporary one."""
         if request.session_id:
             yield await self._sessions.get(request.session_id)
             return
         opened = await self._sessions.open(self._pool.model.name, request.cache, kept=False)
-        async with self._lasting(opened) as session:
+        async with self._temporary(opened) as session:
             yield session
 
     @contextlib.asynccontextmanager
-    async def _lasting(self, session: Session) -> AsyncIterator[Session]:
-        """A session for one call alone is forgotten at its end."""
+    async def _temporary(self, session: Session) -> AsyncIterator[Session]:
+        """Deletes a session at the end, if it is for this call alone."""
         try:
             yield session
         finally:
@@ -224,7 +232,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                     await self._sessions.forget(session.id)
 
     async def _drop(self, session: Session) -> None:
-        """Frees the session's cache. A worker that cannot be asked now forgets it when it needs the room."""
+        """Frees the session's cache. A worker that does not answer frees it later, when it needs the memory."""
         link = self._pool.get(session.worker)
         if link is None:
             return
@@ -243,14 +251,14 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         return validation.Limits(self._settings.max_prompt_bytes, model.context_length, model.vocab_size)
 
     def _deadline(self, context: grpc.aio.ServicerContext) -> float:
-        """Seconds the worker is given: what the client has left, and never without end."""
+        """Seconds that a generation may take: the client's deadline, at most `request_timeout_s`."""
         remaining = context.time_remaining()
         limit = self._settings.request_timeout_s
         return limit if remaining is None else min(remaining, limit)
 
 
 def _tenant(context: grpc.aio.ServicerContext) -> str:
-    """Whose a call is: its metadata `qaq-tenant`. Callers without one are one tenant.
+    """The tenant of a call: its metadata `qaq-tenant`. All callers without it are one tenant.
 
     Raises:
         InvalidArgument: the name is too long.
@@ -262,7 +270,7 @@ def _tenant(context: grpc.aio.ServicerContext) -> str:
 
 
 def _seeded(params: common_pb2.SamplingParams) -> common_pb2.SamplingParams:
-    """The same with a seed, so that the generation would go on alike on another worker."""
+    """The same parameters with a seed, so that another worker samples the same tokens."""
     seeded = common_pb2.SamplingParams()
     seeded.CopyFrom(params)
     if not seeded.HasField("seed"):

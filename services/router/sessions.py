@@ -166,7 +166,7 @@ class SessionDirectory:
         """Forgets what the log has after so many tokens, and the names of pages, which may hold some of it."""
         await self._cut(keys=[_tokens_key(identifier), _pages_key(identifier)], args=[tokens * 4, self._ttl_s])
 
-    async def note_turn(self, identifier: str, request: worker_pb2.RunRequest) -> None:
+    async def write_turn(self, identifier: str, request: worker_pb2.RunRequest) -> None:
         """Writes down what is generated now: a request whose token_ids are the turn's prompt alone."""
         await self._set_if_open(keys=[_key(identifier)], args=["turn", request.SerializeToString()])
 

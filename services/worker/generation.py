@@ -28,7 +28,7 @@ class Listener:
     """The call that a request came with; all its choices share it.
 
     Attributes:
-        replies: messages for the caller: for each choice a Done at last, or else an error. At most one a token
+        replies: messages for the caller: for each choice a Finished at last, or else an error. At most one a token
             and two a chunk.
         cancelled: nobody listens any more.
     """
@@ -84,7 +84,7 @@ class Generation:
         self.sampler, self._text = voices[0].sampler, voices[0].text
         self._likelihood = likelihood
         self._ends = frozenset(request.stop.stop_token_ids)
-        self._prompt = len(self.tokens) - request.generated
+        self._prompt = len(self.tokens) - request.generated_tokens
         self._most = context - self._prompt
         if request.stop.HasField("max_new_tokens"):
             self._most = min(self._most, request.stop.max_new_tokens)
@@ -119,12 +119,12 @@ class Generation:
     def progress(self, done: int) -> Iterator[Reply]:
         """`done` of the prompt's tokens are computed."""
         if not self.was_preempted:
-            yield Reply(progress=Reply.Progress(tokens_done=done, tokens_total=len(self.tokens)))
+            yield Reply(prefill=common_pb2.PrefillProgress(tokens_done=done, tokens_total=len(self.tokens)))
 
     def echo(self) -> Iterator[Reply]:
         """The prompt, if it is wanted without likelihoods."""
         if self.request.output.echo and not self._likelihood.wanted:
-            yield _echoed([self._likelihood.plain(token) for token in self.tokens[self.request.held :]])
+            yield _echoed([self._likelihood.plain(token) for token in self.tokens[self.request.history_tokens :]])
 
     def echo_chunk(self, start: int, logits: torch.Tensor) -> Iterator[Reply]:
         """The prompt's tokens whose likelihoods have just been computed.
@@ -133,7 +133,7 @@ class Generation:
             start: position of the first token that was computed.
             logits: float [tokens computed, vocabulary].
         """
-        held = self.request.held
+        held = self.request.history_tokens
         if start == 0 and held == 0:
             yield _echoed([self._likelihood.plain(self.tokens[0])])
         first = max(start + 1, held)
@@ -161,11 +161,12 @@ class Generation:
         self._last = time.monotonic()
         if self._generated == 0:
             self._first = self._last
-        text = self._count(token)
-        reply = Reply.Token(token_id=token, text=text, choice=self.choice, chosen_at=time.time())
-        if self._likelihood.wanted:
-            reply.info.CopyFrom(next(self._likelihood.of([token], logits[None])))
-        return Reply(token=reply)
+        index, text = self._generated, self._count(token)
+        info = next(self._likelihood.of([token], logits[None])) if self._likelihood.wanted else None
+        message = common_pb2.Token(
+            token_id=token, text=text, index=index, choice=self.choice, info=info, chosen_at=time.time()
+        )
+        return Reply(token=message)
 
     def _count(self, token: int) -> str:
         """Adds a token; returns the text that became certain and sets `reason`."""
@@ -195,12 +196,12 @@ class Generation:
             cache=cache_stats(statistics),
             loaded_tokens=self.loaded,
         )
-        done = Reply.Done(reason=self.reason, usage=usage, text=text, choice=self.choice)
+        finished = common_pb2.Finished(reason=self.reason, usage=usage, text=text, choice=self.choice)
         if self._text.found is not None:
-            done.stop_string = self._text.found
+            finished.stop_string = self._text.found
         elif self._ended_by is not None:
-            done.stop_token_id = self._ended_by
-        return Reply(done=done)
+            finished.stop_token_id = self._ended_by
+        return Reply(finished=finished)
 
 
 def session_of(generation: Generation) -> Session:

@@ -45,13 +45,13 @@ class Checker:
         if not all(request.stop.stop):
             raise InvalidArgument("stop.stop holds an empty string; leave it out")
         self._choices(request)
-        for name, part in (("held", request.held), ("generated", request.generated)):
+        for name, part in (("history_tokens", request.history_tokens), ("generated_tokens", request.generated_tokens)):
             if not 0 <= part < len(tokens):
                 raise InvalidArgument(f"{name} is {part}; send 0 to {len(tokens) - 1}, with {len(tokens)} token_ids")
         for name, ids in (("stop.stop_token_ids", request.stop.stop_token_ids), ("sampling.logit_bias", bias)):
             if ids and (min(ids) < 0 or max(ids) >= self._vocabulary):
                 raise InvalidArgument(f"{name} must name tokens from 0 to {self._vocabulary - 1}")
-        defaults, prompt = self._loaded.model.generation_config, len(tokens) - request.generated
+        defaults, prompt = self._loaded.model.generation_config, len(tokens) - request.generated_tokens
         voices = [
             Voice(
                 Sampler(request.sampling, defaults, self._device, choice, prompt),
@@ -69,7 +69,7 @@ class Checker:
                 f"choices is {request.choices}, and this worker decodes at most {self._settings.max_sequences} "
                 "sequences at a time; send fewer"
             )
-        if request.choices > 1 and (request.keep or request.generated):
+        if request.choices > 1 and (request.keep or request.generated_tokens):
             raise InvalidArgument("a session that is kept goes on with one text; send choices 1")
         if request.output.top_logprobs < 0:
             raise InvalidArgument(f"output.top_logprobs is {request.output.top_logprobs}; send at least 0")

@@ -38,7 +38,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 if isinstance(reply, Exception):
                     raise reply
                 yield reply
-                going_on -= reply.HasField("done")
+                going_on -= reply.HasField("finished")
         finally:
             self._scheduler.cancel(generation)
 

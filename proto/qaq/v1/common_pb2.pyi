@@ -69,12 +69,6 @@ class TokenInfo(_message.Message):
     top: _containers.RepeatedCompositeFieldContainer[TokenInfo]
     def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenInfo, _Mapping]]] = ...) -> None: ...
 
-class PromptTokens(_message.Message):
-    __slots__ = ("tokens",)
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
-    tokens: _containers.RepeatedCompositeFieldContainer[TokenInfo]
-    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenInfo, _Mapping]]] = ...) -> None: ...
-
 class StopParams(_message.Message):
     __slots__ = ("max_new_tokens", "stop", "ignore_eos", "stop_token_ids")
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +92,52 @@ class CacheParams(_message.Message):
     target_compression: float
     target_error: float
     def __init__(self, preset: _Optional[str] = ..., target_bits: _Optional[float] = ..., target_compression: _Optional[float] = ..., target_error: _Optional[float] = ...) -> None: ...
+
+class PrefillProgress(_message.Message):
+    __slots__ = ("tokens_done", "tokens_total")
+    TOKENS_DONE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    tokens_done: int
+    tokens_total: int
+    def __init__(self, tokens_done: _Optional[int] = ..., tokens_total: _Optional[int] = ...) -> None: ...
+
+class PromptTokens(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[TokenInfo]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenInfo, _Mapping]]] = ...) -> None: ...
+
+class Token(_message.Message):
+    __slots__ = ("token_id", "text", "index", "choice", "info", "chosen_at")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_AT_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    text: str
+    index: int
+    choice: int
+    info: TokenInfo
+    chosen_at: float
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., index: _Optional[int] = ..., choice: _Optional[int] = ..., info: _Optional[_Union[TokenInfo, _Mapping]] = ..., chosen_at: _Optional[float] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("reason", "usage", "text", "choice", "stop_string", "stop_token_id")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    STOP_STRING_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    reason: FinishReason
+    usage: Usage
+    text: str
+    choice: int
+    stop_string: str
+    stop_token_id: int
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., text: _Optional[str] = ..., choice: _Optional[int] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ...) -> None: ...
 
 class CacheStats(_message.Message):
     __slots__ = ("tokens", "kv_bytes", "kv_bytes_fp16", "staging_bytes", "key_bits_histogram", "value_bits_histogram", "exceptions", "rows_requantized", "requantize_bytes", "rows_narrowed", "originals_missing")

@@ -73,61 +73,21 @@ class GenerateReply(_message.Message):
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    prefill: PrefillProgress
-    token: TokenEvent
-    finished: Finished
+    prefill: _common_pb2.PrefillProgress
+    token: _common_pb2.Token
+    finished: _common_pb2.Finished
     prompt: _common_pb2.PromptTokens
-    def __init__(self, session_id: _Optional[str] = ..., prefill: _Optional[_Union[PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[TokenEvent, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., prompt: _Optional[_Union[_common_pb2.PromptTokens, _Mapping]] = ...) -> None: ...
-
-class PrefillProgress(_message.Message):
-    __slots__ = ("tokens_done", "tokens_total")
-    TOKENS_DONE_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
-    tokens_done: int
-    tokens_total: int
-    def __init__(self, tokens_done: _Optional[int] = ..., tokens_total: _Optional[int] = ...) -> None: ...
-
-class TokenEvent(_message.Message):
-    __slots__ = ("token_id", "text", "index", "choice", "info", "chosen_at")
-    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
-    TEXT_FIELD_NUMBER: _ClassVar[int]
-    INDEX_FIELD_NUMBER: _ClassVar[int]
-    CHOICE_FIELD_NUMBER: _ClassVar[int]
-    INFO_FIELD_NUMBER: _ClassVar[int]
-    CHOSEN_AT_FIELD_NUMBER: _ClassVar[int]
-    token_id: int
-    text: str
-    index: int
-    choice: int
-    info: _common_pb2.TokenInfo
-    chosen_at: float
-    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., index: _Optional[int] = ..., choice: _Optional[int] = ..., info: _Optional[_Union[_common_pb2.TokenInfo, _Mapping]] = ..., chosen_at: _Optional[float] = ...) -> None: ...
-
-class Finished(_message.Message):
-    __slots__ = ("reason", "usage", "text", "choice", "stop_string", "stop_token_id")
-    REASON_FIELD_NUMBER: _ClassVar[int]
-    USAGE_FIELD_NUMBER: _ClassVar[int]
-    TEXT_FIELD_NUMBER: _ClassVar[int]
-    CHOICE_FIELD_NUMBER: _ClassVar[int]
-    STOP_STRING_FIELD_NUMBER: _ClassVar[int]
-    STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
-    reason: _common_pb2.FinishReason
-    usage: _common_pb2.Usage
-    text: str
-    choice: int
-    stop_string: str
-    stop_token_id: int
-    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., text: _Optional[str] = ..., choice: _Optional[int] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., prefill: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ..., prompt: _Optional[_Union[_common_pb2.PromptTokens, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
-    __slots__ = ("model", "text", "plain")
+    __slots__ = ("model", "text", "no_special_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
-    PLAIN_FIELD_NUMBER: _ClassVar[int]
+    NO_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
-    plain: bool
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., plain: _Optional[bool] = ...) -> None: ...
+    no_special_tokens: bool
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., no_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class TokenizeReply(_message.Message):
     __slots__ = ("token_ids",)

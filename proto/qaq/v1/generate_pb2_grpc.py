@@ -80,49 +80,49 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams the continuation of a prompt. With a session id the prompt continues that session's text.
+        """Streams the continuation of a prompt. With a session id, the prompt is appended to the text of that session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Chat(self, request, context):
-        """As Generate, with messages laid out by the model's chat template.
+        """As Generate, for chat messages, which are formatted with the model's chat template.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Rejoin(self, request, context):
-        """The rest of a session's last generation, for a client that lost its stream: also through another router.
+        """Streams the rest of a session's last generation, for a client that lost its stream. Any router answers it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Token ids of a text.
+        """Returns the token ids of a text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """What the router serves.
+        """Returns the model that is served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def OpenSession(self, request, context):
-        """Makes a session that keeps its cache between calls, empty or as a branch of another.
+        """Opens a session, which keeps its cache between calls; empty, or as a branch of another session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseSession(self, request, context):
-        """Forgets a session; a running generation of it ends. NOT_FOUND if there is none.
+        """Deletes a session and ends its running generation with ABORTED. NOT_FOUND if there is no such session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

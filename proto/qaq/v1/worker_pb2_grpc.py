@@ -60,22 +60,22 @@ class WorkerServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Run(self, request, context):
-        """Runs one generation. Cancelling the call frees the sequence within one step.
+        """Runs one generation. Cancelling the call frees its sequences within one step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drop(self, request, context):
-        """Drops a session's cache. Answers also when there is none.
+        """Frees the cache of a session. No error if there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Takes nothing new and hands over what runs: every stream ends with UNAVAILABLE, for its router to go on with on
-        another worker. Answers when that is done; the process is then of no use but to be stopped.
+        """Stops accepting requests and ends every stream with UNAVAILABLE, so that its router resumes it on another worker.
+        Returns when that is done; the process can then be stopped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -78,7 +78,7 @@ class RunningBatch:
             ConfigError: the request names an unknown preset, or a target out of range.
         """
         generation.session = session = self._sessions.open(generation.request, generation.tokens)
-        held = max(1, generation.request.held)
+        held = max(1, generation.request.history_tokens)
         if generation.scores_prompt and (session.loading is not None or session.sequence.length >= held):
             session.rebuild()
         self._replies.put_all(generation, generation.echo())

@@ -57,9 +57,9 @@ class Foreseen(generate_pb2_grpc.InferenceServicer):
                 self.times -= 1
                 told = (("retry-after-ms", "100"),) if self.refuses else ()
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "gone", trailing_metadata=told)
-            token = generate_pb2.TokenEvent(token_id=index, index=index, text=f"{index} ")
+            token = common_pb2.Token(token_id=index, index=index, text=f"{index} ")
             yield generate_pb2.GenerateReply(session_id="s", token=token)
-        yield generate_pb2.GenerateReply(session_id="s", finished=generate_pb2.Finished(text="end"))
+        yield generate_pb2.GenerateReply(session_id="s", finished=common_pb2.Finished(text="end"))
 
 
 @contextlib.asynccontextmanager

@@ -42,14 +42,14 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.asked.append(request)
         total = len(request.token_ids)
         try:
-            yield worker_pb2.RunReply(progress=worker_pb2.RunReply.Progress(tokens_done=total, tokens_total=total))
+            yield worker_pb2.RunReply(prefill=common_pb2.PrefillProgress(tokens_done=total, tokens_total=total))
             for index in range(request.stop.max_new_tokens):
                 if index:
                     await self.gate.wait()
-                yield worker_pb2.RunReply(token=worker_pb2.RunReply.Token(token_id=total + index, text="é "))
+                yield worker_pb2.RunReply(token=common_pb2.Token(token_id=total + index, index=index, text="é "))
             usage = common_pb2.Usage(prompt_tokens=total, generated_tokens=request.stop.max_new_tokens)
-            done = worker_pb2.RunReply.Done(reason=common_pb2.FINISH_REASON_LENGTH, usage=usage, text="end")
-            yield worker_pb2.RunReply(done=done)
+            finished = common_pb2.Finished(reason=common_pb2.FINISH_REASON_LENGTH, usage=usage, text="end")
+            yield worker_pb2.RunReply(finished=finished)
         finally:
             self.ended.append(request.session_id)
 

@@ -29,12 +29,12 @@ class Crowd:
                 await self._ends[name].wait()
 
         task = asyncio.create_task(generate())
-        await self.narrow_to()
+        await self.settle()
         return task
 
     async def end(self, name: str) -> None:
         self._ends[name].set()
-        await self.narrow_to()
+        await self.settle()
 
     @staticmethod
     async def settle() -> None:
@@ -61,7 +61,7 @@ async def test_as_many_run_as_the_workers_take() -> None:
     assert crowd.order == ["a1", "a2"]
     crowd.capacity = 3
     crowd.admission.wake()
-    await crowd.narrow_to()
+    await crowd.settle()
     assert crowd.order == ["a1", "a2", "a3"]
     crowd.capacity = 1
     await crowd.end("a1")
@@ -138,7 +138,7 @@ async def test_a_place_that_comes_too_late_is_the_next_ones() -> None:
         await asyncio.sleep(0)
     assert crowd.order == ["a1"], "b1 has noticed already that its turn has come"
     gone.cancel()
-    await crowd.narrow_to()
+    await crowd.settle()
     assert crowd.order == ["a1", "c1"]
     await crowd.end("c1")
     assert crowd.admission.waiting == 0

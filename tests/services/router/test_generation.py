@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from services.common.registry import Registry
 from services.common.server import GrpcServer
 from services.common.settings import RouterSettings
-from services.router.relay import FRUITLESS
+from services.router.generation import FRUITLESS
 
 from .conftest import CountingWorker, running_router
 from .test_service import replies, request
@@ -37,16 +37,18 @@ class MortalWorker(CountingWorker):
         if self.refuse is not None:
             await context.abort(self.refuse, "closed")
         self.asked.append(request)
-        total, left = len(request.token_ids), request.stop.max_new_tokens - request.generated
-        yield worker_pb2.RunReply(progress=worker_pb2.RunReply.Progress(tokens_done=total, tokens_total=total))
+        total, left = len(request.token_ids), request.stop.max_new_tokens - request.generated_tokens
+        yield worker_pb2.RunReply(prefill=common_pb2.PrefillProgress(tokens_done=total, tokens_total=total))
         for index in range(left):
             if index == self.lives:
                 await context.abort(Code.UNAVAILABLE, "gone")
-            yield worker_pb2.RunReply(token=worker_pb2.RunReply.Token(token_id=total + index, text="é "))
+            token = common_pb2.Token(token_id=total + index, index=request.generated_tokens + index, text="é ")
+            yield worker_pb2.RunReply(token=token)
             page = bytes([total + index]) * 32
             yield worker_pb2.RunReply(pages=Pages(first=len(request.page_ids) + index, ids=[page]))
         usage = common_pb2.Usage(generated_tokens=request.stop.max_new_tokens)
-        yield worker_pb2.RunReply(done=worker_pb2.RunReply.Done(reason=common_pb2.FINISH_REASON_LENGTH, usage=usage))
+        finished = common_pb2.Finished(reason=common_pb2.FINISH_REASON_LENGTH, usage=usage)
+        yield worker_pb2.RunReply(finished=finished)
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +62,7 @@ async def mortal(redis: Redis, lives: int | None = None) -> AsyncIterator[Mortal
     await server.stop(0)
 
 
-async def stream(client: generate_pb2_grpc.InferenceStub, **more: object) -> list[generate_pb2.TokenEvent]:
+async def stream(client: generate_pb2_grpc.InferenceStub, **more: object) -> list[common_pb2.Token]:
     """The tokens of a stream of nine, which must be whole."""
     got = await replies(client.Generate(request(new=9, **more)))
     kinds = [reply.WhichOneof("event") for reply in got]
@@ -78,16 +80,16 @@ async def test_a_stream_goes_on_on_other_workers(router_settings: RouterSettings
         session = (await client.OpenSession(generate_pb2.OpenSessionRequest())).session_id
         # The last to come is the only one that lives; it is reached in the end, whoever is asked first.
         tokens = await stream(client, session_id=session)
-        asked = sorted((r for w in (a, b, c) for r in w.asked), key=lambda r: r.generated)
+        asked = sorted((r for w in (a, b, c) for r in w.asked), key=lambda r: r.generated_tokens)
         n = len(asked[0].token_ids)
         assert [token.token_id for token in tokens] == list(range(n, n + 9))
         assert [token.index for token in tokens] == list(range(9))
         assert asked[-1] == c.asked[-1]
         for before, after in itertools.pairwise(asked):
             # What was generated, and the pages of it, are what the next worker begins with.
-            assert list(after.token_ids) == [*asked[0].token_ids, *range(n, n + after.generated)]
-            assert list(after.page_ids) == [bytes([n + i]) * 32 for i in range(after.generated)]
-            assert after.generated > before.generated
+            assert list(after.token_ids) == [*asked[0].token_ids, *range(n, n + after.generated_tokens)]
+            assert list(after.page_ids) == [bytes([n + i]) * 32 for i in range(after.generated_tokens)]
+            assert after.generated_tokens > before.generated_tokens
         (listed,) = (await client.ListSessions(generate_pb2.ListSessionsRequest())).sessions
         assert (listed.tokens, listed.worker) == (n + 9, c.address)
         # The next turn starts from the pages that the first one told of, wherever it runs.
@@ -98,7 +100,7 @@ async def test_a_stream_goes_on_on_other_workers(router_settings: RouterSettings
 async def test_a_stream_waits_for_a_worker_to_come_back(router_settings: RouterSettings, redis: Redis) -> None:
     async with mortal(redis, 4) as only, running_router(router_settings) as client:
         assert [token.index for token in await stream(client)] == list(range(9))
-        assert [asked.generated for asked in only.asked] == [0, 4, 8]
+        assert [asked.generated_tokens for asked in only.asked] == [0, 4, 8]
 
 
 async def test_a_generation_that_no_worker_survives_ends(router_settings: RouterSettings, redis: Redis) -> None:
@@ -120,4 +122,4 @@ async def test_a_stream_that_nobody_takes_over_ends(router_settings: RouterSetti
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert caught.value.code() is Code.UNAVAILABLE
-        assert "no other is there to go on" in caught.value.details()
+        assert "no other worker could resume" in caught.value.details()

@@ -20,9 +20,9 @@ def tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
 
 async def test_text_is_what_the_tokenizer_says(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = Prompts(tokenizer)
-    assert await prompts.text("Once upon a time", begins=True) == tokenizer("Once upon a time")["input_ids"]
+    assert await prompts.text("Once upon a time", special_tokens=True) == tokenizer("Once upon a time")["input_ids"]
     plain = tokenizer("é", add_special_tokens=False)["input_ids"]
-    assert await prompts.text("é", begins=False) == plain
+    assert await prompts.text("é", special_tokens=False) == plain
 
 
 @pytest.mark.parametrize("model_ended_its_turn", [True, False])
@@ -30,13 +30,13 @@ async def test_turns_of_a_chat_are_the_whole_conversation(
     tokenizer: PreTrainedTokenizerBase, model_ended_its_turn: bool
 ) -> None:
     prompts = Prompts(tokenizer)
-    held = await prompts.chat(ASK, [])
-    held += tokenizer("Blue.", add_special_tokens=False)["input_ids"]
+    history = await prompts.chat(ASK, [])
+    history += tokenizer("Blue.", add_special_tokens=False)["input_ids"]
     if model_ended_its_turn:
-        held.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    turn = await prompts.chat(AGAIN, held)
+        history.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    turn = await prompts.chat(AGAIN, history)
     whole = [*ASK, {"role": "assistant", "content": "Blue."}, *AGAIN]
-    assert tokenizer.decode([*held, *turn]) == tokenizer.apply_chat_template(
+    assert tokenizer.decode([*history, *turn]) == tokenizer.apply_chat_template(
         whole, tokenize=False, add_generation_prompt=True
     )
 
@@ -60,7 +60,7 @@ class Template:
 
 
 @pytest.mark.parametrize(
-    ("template", "held", "error", "sentence"),
+    ("template", "history", "error", "sentence"),
     [
         (None, [], FailedPrecondition, "no chat template; use Generate"),
         ("{{ raise_exception('roles must alternate') }}", [], InvalidArgument, "roles must alternate"),
@@ -68,7 +68,7 @@ class Template:
     ],
 )
 async def test_refuses_with_what_to_change(
-    template: str | None, held: list[int], error: type[Exception], sentence: str
+    template: str | None, history: list[int], error: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(error, match=sentence):
-        await Prompts(Template(template)).chat(ASK, held)
+        await Prompts(Template(template)).chat(ASK, history)

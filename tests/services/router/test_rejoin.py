@@ -61,7 +61,7 @@ async def test_the_rest_comes_from_another_router(
     assert [token.index for token in tokens] == list(range(received, NEW))
     assert [token.token_id for token in tokens] == whole[len(whole) - NEW + received :]
     assert got[-1].HasField("finished")
-    assert worker.asked[-1].generated == received
+    assert worker.asked[-1].generated_tokens == received
     assert worker.asked[-1].sampling == worker.asked[0].sampling  # the same seed
     assert await log_of(redis, session) == whole
 
@@ -75,7 +75,7 @@ async def test_what_a_killed_router_had_not_written_is_generated_again(
     await redis.set(f"qaq:session:{session}:tokens", np.asarray(whole[: 4 - NEW], "<i4").tobytes())
     await redis.set(f"qaq:session:{session}:run", "the dead one", px=300)
     got = await rejoined(routers[1], session, 6)
-    assert worker.asked[-1].generated == 4
+    assert worker.asked[-1].generated_tokens == 4
     assert [reply.token.index for reply in got if reply.HasField("token")] == [6, 7, 8]
     assert await log_of(redis, session) == whole
 
@@ -98,7 +98,7 @@ async def test_a_later_turn_is_the_one_to_rejoin(routers: tuple[Stub, Stub], wor
     await replies(routers[0].Generate(request(" and then", new=3, session_id=session)))
     got = await rejoined(routers[1], session, 1)
     assert [reply.token.index for reply in got if reply.HasField("token")] == [1, 2]
-    assert worker.asked[-1].held == worker.asked[-2].held
+    assert worker.asked[-1].history_tokens == worker.asked[-2].history_tokens
 
 
 async def test_a_session_for_one_call_is_forgotten_when_its_rest_has_come(

@@ -58,7 +58,7 @@ async def test_a_session_for_one_call_leaves_nothing(client: Stub, redis: Redis)
 async def test_a_later_turn_sends_the_whole_log(client: Stub, worker: CountingWorker) -> None:
     session = (await client.OpenSession(generate_pb2.OpenSessionRequest(cache={"target_bits": 3}))).session_id
     first = (await client.Tokenize(generate_pb2.TokenizeRequest(text="Once upon a time"))).token_ids
-    second = (await client.Tokenize(generate_pb2.TokenizeRequest(text=" and then", plain=True))).token_ids
+    second = (await client.Tokenize(generate_pb2.TokenizeRequest(text=" and then", no_special_tokens=True))).token_ids
     for prompt in ("Once upon a time", " and then"):
         await replies(client.Generate(request(prompt, session_id=session)))
     n = len(first)
@@ -81,7 +81,7 @@ async def test_a_branch_sends_its_origins_log(client: Stub, worker: CountingWork
     first, second = worker.asked
     log = [*first.token_ids, len(first.token_ids), len(first.token_ids) + 1]
     assert second.token_ids[: len(log)] == log
-    assert (second.held, second.branch_of, second.cache.target_bits) == (len(log), origin, 3)
+    assert (second.history_tokens, second.branch_of, second.cache.target_bits) == (len(log), origin, 3)
     with pytest.raises(grpc.aio.AioRpcError, match="has the cache parameters of its origin"):
         await client.OpenSession(generate_pb2.OpenSessionRequest(branch_of=origin, cache={"target_bits": 3}))
 
@@ -98,7 +98,7 @@ async def test_parameters_reach_the_worker_and_a_seed_is_drawn(client: Stub, wor
         await replies(client.Generate(asked))
     (sent,) = worker.asked
     assert list(sent.token_ids) == [5, 6]
-    assert (sent.stop, sent.output, sent.choices, sent.held) == (asked.stop, asked.output, 3, 0)
+    assert (sent.stop, sent.output, sent.choices, sent.history_tokens) == (asked.stop, asked.output, 3, 0)
     assert sent.sampling.HasField("seed")
     sent.sampling.ClearField("seed")
     assert sent.sampling == asked.sampling
@@ -110,7 +110,9 @@ async def test_parameters_reach_the_worker_and_a_seed_is_drawn(client: Stub, wor
 async def test_chat_uses_the_template(client: Stub, worker: CountingWorker) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     await replies(client.Chat(generate_pb2.ChatRequest(messages=messages, stop={"max_new_tokens": 1})))
-    text = generate_pb2.TokenizeRequest(text="<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", plain=True)
+    text = generate_pb2.TokenizeRequest(
+        text="<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", no_special_tokens=True
+    )
     tail = list((await client.Tokenize(text)).token_ids)
     assert list(worker.asked[0].token_ids)[-len(tail) :] == tail
 

@@ -29,7 +29,7 @@ class Outcome:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     progress: list[tuple[int, int]] = field(default_factory=list)
-    done: worker_pb2.RunReply.Done | None = None
+    done: common_pb2.Finished | None = None
     pages: list[bytes] = field(default_factory=list)
 
 
@@ -41,16 +41,16 @@ async def outcome(generation: Generation) -> Outcome:
         if isinstance(reply, Exception):
             raise reply
         match reply.WhichOneof("event"):
-            case "progress":
-                result.progress.append((reply.progress.tokens_done, reply.progress.tokens_total))
+            case "prefill":
+                result.progress.append((reply.prefill.tokens_done, reply.prefill.tokens_total))
             case "token":
                 result.tokens.append(reply.token.token_id)
                 result.text += reply.token.text
             case "pages":
                 result.pages[reply.pages.first :] = reply.pages.ids
-            case "done":
-                result.done = reply.done
-                result.text += reply.done.text
+            case "finished":
+                result.done = reply.finished
+                result.text += reply.finished.text
     return result
 
 

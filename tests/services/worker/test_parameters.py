@@ -35,7 +35,7 @@ async def messages(generation: Generation, choices: int = 1) -> list[worker_pb2.
         if isinstance(reply, Exception):
             raise reply
         replies.append(reply)
-        choices -= reply.HasField("done")
+        choices -= reply.HasField("finished")
     return replies
 
 
@@ -50,9 +50,9 @@ async def by_choice(
             case "token":
                 outcomes[reply.token.choice].tokens.append(reply.token.token_id)
                 outcomes[reply.token.choice].text += reply.token.text
-            case "done":
-                outcomes[reply.done.choice].done = reply.done
-                outcomes[reply.done.choice].text += reply.done.text
+            case "finished":
+                outcomes[reply.finished.choice].done = reply.finished
+                outcomes[reply.finished.choice].text += reply.finished.text
     return outcomes
 
 
@@ -84,12 +84,12 @@ async def test_echo_of_a_later_turn_is_that_turns_prompt(make_scheduler: MakeSch
     async with make_scheduler() as scheduler:
         first = await outcome(scheduler.submit(request(log, 4, session_id="s", keep=True, cache=EXACT)))
         log += first.tokens
-        later = request([*log, *more], 2, session_id="s", keep=True, cache=EXACT, output=asked, held=len(log))
+        later = request([*log, *more], 2, session_id="s", keep=True, cache=EXACT, output=asked, history_tokens=len(log))
         replies = await messages(scheduler.submit(later))
     echoed = [info for reply in replies for info in reply.prompt.tokens]
     assert [info.token_id for info in echoed] == more
     assert all(info.HasField("logprob") for info in echoed)
-    assert [reply.progress.tokens_total for reply in replies if reply.HasField("progress")] == [len(log) + len(more)]
+    assert [reply.prefill.tokens_total for reply in replies if reply.HasField("prefill")] == [len(log) + len(more)]
 
 
 async def test_echo_without_likelihoods(make_scheduler: MakeScheduler, ids: Ids) -> None:
@@ -197,12 +197,12 @@ async def test_goes_on_where_another_worker_stopped(make_scheduler: MakeSchedule
         whole = await outcome(scheduler.submit(request(tokens, **fields)))
     async with make_scheduler() as scheduler:
         log = [*tokens, *whole.tokens[:at]]
-        rest = await outcome(scheduler.submit(request(log, generated=at, **fields)))
+        rest = await outcome(scheduler.submit(request(log, generated_tokens=at, **fields)))
         assert rest.tokens == whole.tokens[at:]
         assert whole.text.endswith(rest.text)
         assert rest.done is not None
         assert (rest.done.usage.prompt_tokens, rest.done.usage.generated_tokens) == (len(tokens), 16)
-        over = await outcome(scheduler.submit(request([*tokens, *whole.tokens], generated=16, **fields)))
+        over = await outcome(scheduler.submit(request([*tokens, *whole.tokens], generated_tokens=16, **fields)))
         assert over.tokens == []
         assert over.done is not None
         assert over.done.reason == common_pb2.FINISH_REASON_LENGTH
@@ -231,8 +231,8 @@ async def test_a_branch_copies_its_origins_cache(make_scheduler: MakeScheduler, 
         ({"stop": StopParams(stop_token_ids=[49152])}, "stop.stop_token_ids must name tokens"),
         ({"sampling": SamplingParams(logit_bias={-1: 1})}, "sampling.logit_bias must name tokens"),
         ({"stop": StopParams(max_new_tokens=0)}, "max_new_tokens is 0"),
-        ({"held": 3}, "held is 3"),
-        ({"generated": -1}, "generated is -1"),
+        ({"history_tokens": 3}, "history_tokens is 3"),
+        ({"generated_tokens": -1}, "generated_tokens is -1"),
         ({"output": OutputParams(logprobs=True, top_logprobs=-1)}, "top_logprobs is -1"),
     ],
 )

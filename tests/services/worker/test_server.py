@@ -59,8 +59,8 @@ async def test_run_with_remote_originals(
     tokens = smollm2.tokenizer.encode(TEXT * 6)
     replies = [reply async for reply in worker.Run(request(tokens, 48, session_id="s"), timeout=240)]
     kinds = [kind for reply in replies if (kind := reply.WhichOneof("event")) != "pages"]
-    assert kinds == ["progress"] * kinds.count("progress") + ["token"] * 48 + ["done"]
-    usage = replies[-1].done.usage
+    assert kinds == ["prefill"] * kinds.count("prefill") + ["token"] * 48 + ["finished"]
+    usage = replies[-1].finished.usage
     assert (usage.prompt_tokens, usage.generated_tokens) == (len(tokens), 48)
     # Exceptions fired, and all but those on staged tokens were answered over gRPC from rows in Redis.
     assert usage.cache.exceptions > 0

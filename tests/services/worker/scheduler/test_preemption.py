@@ -34,11 +34,11 @@ def metric(name: str, **labels: str) -> float:
 
 
 def preempted() -> float:
-    return metric("qaq_paused_total")
+    return metric("qaq_preempted_total")
 
 
 def passed() -> float:
-    return metric("qaq_budget_passed_total")
+    return metric("qaq_kv_budget_exceeded_total")
 
 
 def prompts(ids: Ids, many: int, tokens: int) -> list[list[int]]:
@@ -50,7 +50,7 @@ def prompts(ids: Ids, many: int, tokens: int) -> list[list[int]]:
 async def choices(generation: Generation, many: int) -> list[tuple[list[int], str, list[float], Any]]:
     """Tokens, text, log-probabilities and last message of each choice."""
     found: list[Any] = [([], [], []) for _ in range(many)]
-    done: dict[int, worker_pb2.RunReply.Done] = {}
+    done: dict[int, common_pb2.Finished] = {}
     while len(done) < many:
         reply = await generation.replies.get()
         assert not isinstance(reply, Exception), reply
@@ -60,8 +60,8 @@ async def choices(generation: Generation, many: int) -> list[tuple[list[int], st
                 tokens.append(reply.token.token_id)
                 text.append(reply.token.text)
                 logprobs.append(reply.token.info.logprob)
-            case "done":
-                done[reply.done.choice] = reply.done
+            case "finished":
+                done[reply.finished.choice] = reply.finished
     return [
         (tokens, "".join(text) + done[i].text, logprobs, done[i]) for i, (tokens, text, logprobs) in enumerate(found)
     ]

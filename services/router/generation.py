@@ -1,0 +1,214 @@
+"""The stream of one generation, with failover.
+
+When the worker of a generation goes away, the generation is resumed on another worker, which gets the tokens
+generated so far and the ids of the stored pages. The client's stream continues with the next token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+from qaq.v1 import common_pb2, generate_pb2, worker_pb2
+from redis.exceptions import RedisError
+
+from services.common import metrics
+from services.common.errors import StatusError
+from services.router.metrics import RelayLatency, TokenTimes
+from services.router.session_pages import SessionPages
+from services.router.sessions import Session, SessionDirectory
+from services.router.token_log import LogWriter
+from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
+
+PLACEMENT_RETRY_S = 0.25
+FRUITLESS = 3
+"""Workers in a row that may go away without a new token. After that the generation itself is taken for the cause."""
+
+log = structlog.get_logger()
+
+# The status of a worker that goes away, and of a worker that has no room.
+_GONE, _FULL = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class GenerationStream:
+    """A generation from its placement on a worker to its last message.
+
+    Args:
+        request: for the first worker. Its token_ids are the session's log, then the new prompt, then the tokens that
+            were generated before. Each new token is appended, for the worker that may have to resume.
+        patience_s: seconds to wait for a worker to resume on.
+        latency: gets the time that each token spends in this router.
+    """
+
+    def __init__(
+        self,
+        sessions: SessionDirectory,
+        pool: WorkerPool,
+        session: Session,
+        request: worker_pb2.RunRequest,
+        patience_s: float,
+        latency: RelayLatency,
+    ) -> None:
+        self._sessions, self._pool, self._session = sessions, pool, session
+        self._request, self._patience_s = request, patience_s
+        self._latency, self._times = latency, TokenTimes(request.choices)
+        history = request.history_tokens
+        self._log = LogWriter(sessions, session.id, history, request.token_ids[history:], self.abort)
+        self._pages = SessionPages(sessions, session.id)
+        self._holder = session.worker
+        self._call: Any = None
+        self._started = self._aborted = False
+        self._refused: dict[str, grpc.aio.AioRpcError] = {}
+        self._fruitless = 0
+        self._lost_at: float | None = None
+
+    def abort(self) -> None:
+        """Ends the generation because its session was closed."""
+        self._aborted = True
+        if self._call is not None:
+            self._call.cancel()
+
+    async def replies(self, deadline_s: float) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
+        """The messages for the client, each token once.
+
+        Raises:
+            StatusError: no worker accepts or resumes the generation, a worker fails it, or its session was closed.
+        """
+        ends = time.monotonic() + deadline_s
+        try:
+            if self._session.kept:
+                self._request.page_ids[:] = await self._pages.load()
+            while True:
+                link, received = await self._place(), False
+                try:
+                    async with self._run(link, ends - time.monotonic()) as messages:
+                        async for message in messages:
+                            arrived = time.perf_counter()
+                            received = self._started = True
+                            reply = self._reply(message)
+                            if reply is None:
+                                continue
+                            if reply.HasField("finished"):
+                                # The session's next turn may begin once the client has this: it reads the log.
+                                await self._log.flush()
+                            yield reply
+                            # The next reply is requested when gRPC has taken this one.
+                            if reply.HasField("token"):
+                                self._latency.observe(time.perf_counter() - arrived)
+                    return
+                except grpc.aio.AioRpcError as error:
+                    self._fail_over(link, error, received)
+        except asyncio.CancelledError:
+            if not self._aborted:
+                raise
+            message = f'session "{self._session.id}" was closed while it generated'
+            raise StatusError(message, code=grpc.StatusCode.ABORTED) from None
+        finally:
+            await self._flush()
+
+    async def _place(self) -> WorkerLink:
+        """A worker to start or resume the generation.
+
+        Raises:
+            StatusError: there is none. A generation that has started waits for one for `patience_s`.
+        """
+        while True:
+            link = self._pool.place(self._session, self._request.token_ids, self._refused)
+            if link is not None:
+                return link
+            lost = time.monotonic() - self._lost_at if self._lost_at else 0.0
+            if not self._started or lost >= self._patience_s:
+                raise self._unplaced()
+            await asyncio.sleep(PLACEMENT_RETRY_S)
+            self._refused.clear()  # a worker may be back, or have room again
+
+    @contextlib.asynccontextmanager
+    async def _run(self, link: WorkerLink, deadline_s: float) -> AsyncIterator[Any]:
+        """The call to a worker, whose messages are to be read."""
+        if self._aborted:
+            raise asyncio.CancelledError
+        if self._session.kept and link.address != self._holder:
+            await self._sessions.set_worker(self._session.id, link.address)
+            self._holder = link.address
+        link.calls += 1
+        self._call = link.stub.Run(self._request, timeout=max(0.0, deadline_s))
+        try:
+            yield self._call
+        finally:
+            self._call.cancel()  # for a client that went away; no effect on a call that has ended
+            link.calls -= 1
+
+    def _reply(self, message: worker_pb2.RunReply) -> generate_pb2.GenerateReply | None:
+        """A worker's message as the client gets it; None if it is not for the client."""
+        event = message.WhichOneof("event")
+        match event:
+            case "pages":
+                self._pages.put(message.pages.first, message.pages.ids)
+                return None
+            case "prefill" | "prompt" if self._request.generated_tokens:
+                return None  # the client has them from the worker before
+            case "token":
+                self._record(message.token)
+        return generate_pb2.GenerateReply(session_id=self._session.id, **{event: getattr(message, event)})
+
+    def _record(self, token: common_pb2.Token) -> None:
+        """Keeps a token for the session's log and for resuming."""
+        self._lost_at, self._fruitless = None, 0
+        self._times.observe(token)
+        if token.choice == 0:
+            self._log.add(token.token_id)
+        if self._request.choices <= 1:
+            self._request.token_ids.append(token.token_id)
+            self._request.generated_tokens += 1
+
+    def _fail_over(self, link: WorkerLink, error: grpc.aio.AioRpcError, received: bool) -> None:
+        """Prepares the request for another worker.
+
+        Args:
+            received: the failed worker had sent messages.
+        Raises:
+            StatusError: the generation cannot be continued elsewhere.
+        """
+        resumable = error.code() is _GONE and self._request.choices <= 1 and self._fruitless < FRUITLESS
+        if error.code() not in (_GONE, _FULL) or (received and not resumable):
+            raise _status(error, received) from error
+        log.warning("a worker went away" if received else "a worker refused", worker=link.address)
+        self._refused[link.address] = error
+        self._lost_at = self._lost_at or time.monotonic()
+        if received:
+            self._fruitless += 1
+            self._request.page_ids[:] = self._pages.names
+            metrics.resumed.inc()
+
+    def _unplaced(self) -> StatusError:
+        """The error for a generation that no worker takes."""
+        full = [error for error in self._refused.values() if error.code() is _FULL]
+        if full:
+            return _status(full[0], received=False)
+        if not self._started:
+            return no_worker()
+        message = "the worker went away while it generated, and no other worker could resume; send the request again"
+        return StatusError(message, code=_GONE, retry_after_ms=RETRY_AFTER_MS)
+
+    async def _flush(self) -> None:
+        """Writes what the session's next turn needs."""
+        with contextlib.suppress(RedisError):  # the next turn computes what it cannot load
+            await self._pages.flush()
+        # The tokens of a cancelled generation stay in the log: the worker's cache may have them too.
+        if self._log.began and not self._aborted:
+            with contextlib.suppress(RedisError):
+                await self._log.flush()
+
+
+def _status(error: grpc.aio.AioRpcError, received: bool) -> StatusError:
+    """A worker's error as the client gets it."""
+    if error.code() is _GONE and received:
+        message = "the worker went away while it generated; send the request again (a session keeps what arrived)"
+        return StatusError(message, code=_GONE, retry_after_ms=RETRY_AFTER_MS)
+    retry = RETRY_AFTER_MS if error.code() in (_GONE, _FULL) else None
+    return StatusError(error.details() or "the worker failed", code=error.code(), retry_after_ms=retry)
