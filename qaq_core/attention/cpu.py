@@ -20,7 +20,7 @@ from qaq_core.attention.reference import LayerTokens, ReferenceAttention
 from qaq_core.kernels.layers import LAYER, REDUCTIONS, TYPES, Describer
 from qaq_core.quantization.codecs import Codec
 
-_ALONE = 1 << 19
+SINGLE_THREAD_BELOW = 1 << 19
 """Numbers in keys and values below which one thread does all: waking others would take longer."""
 
 
@@ -42,7 +42,7 @@ class CpuAttention(KernelWithFallback):
 
     def threads(self, numbers: int) -> int:
         """Threads for attention over that many numbers in keys and values."""
-        return 1 if numbers < _ALONE else torch.get_num_threads()
+        return 1 if numbers < SINGLE_THREAD_BELOW else torch.get_num_threads()
 
     def decode(
         self,

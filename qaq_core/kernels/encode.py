@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 MAX_DIM = 256
-_ALONE = 1 << 18
+SINGLE_THREAD_BELOW = 1 << 18
 """Numbers below which one thread does all: others would take longer to wake up."""
 _MOST_BINS = 1 << 15
 
@@ -263,4 +263,4 @@ def _tables(transform: LinearTransform, side: int, stop: int) -> tuple[_Transfor
 
 
 def _threads(rows: torch.Tensor) -> c_int32:
-    return c_int32(1 if rows.numel() < _ALONE else torch.get_num_threads())
+    return c_int32(1 if rows.numel() < SINGLE_THREAD_BELOW else torch.get_num_threads())

@@ -99,14 +99,14 @@ class Quantizer:
         Raises:
             QuantizationError: NaN or infinite; names the layer.
         """
-        rows, bad = self._encoder(originals.device).rows(side, originals, start, overwrite)
+        rows, bad = self.encoder(originals.device).rows(side, originals, start, overwrite)
         if bad is not None:
             raise QuantizationError(f"layer {bad}: {'value' if side else 'key'} rows hold NaN or infinity")
         return rows
 
     def meta(self, rows: torch.Tensor, excluded: torch.Tensor | None = None) -> torch.Tensor:
         """Meta bytes of rows [layers, kv_heads, tokens, head_dim], see `Codec.meta`."""
-        return self._encoder(rows.device).meta(rows, excluded)
+        return self.encoder(rows.device).meta(rows, excluded)
 
     def encode(self, side: int, rows: torch.Tensor, meta: torch.Tensor, have: int, want: int) -> torch.Tensor:
         """The bytes that rows [n, head_dim] lack from width `have` to width `want`: uint8 [n, bytes]."""
@@ -127,7 +127,7 @@ class Quantizer:
         """
         sizes = torch.where(want == HALF, HALF, want.long() - have) * rows.shape[-1] // 16
         begin, out = _room(sizes)
-        self._encoder(rows.device).encode(side, rows, meta, have, want, begin, out)
+        self.encoder(rows.device).encode(side, rows, meta, have, want, begin, out)
         return out, begin
 
     def requantize(self, request: RowRequest, originals: torch.Tensor) -> np.ndarray:
@@ -143,7 +143,7 @@ class Quantizer:
         )
         have, want, meta = (torch.from_numpy(getattr(request, name).copy()) for name in ("have", "want", "meta"))
         begin, answer = _room(torch.from_numpy(request.payload_bytes()))
-        encoder = self._encoder(originals.device)
+        encoder = self.encoder(originals.device)
         for side in (KEY, VALUE):
             mine = torch.from_numpy(np.flatnonzero(request.side == side))
             if len(mine):
@@ -152,7 +152,8 @@ class Quantizer:
         raw: np.ndarray = answer.numpy()
         return raw
 
-    def _encoder(self, device: torch.device) -> Encoder:
+    def encoder(self, device: torch.device) -> Encoder:
+        """The encoder of a device, made once."""
         if device.type not in self._encoders:
             made = self._make_encoder(self.transform, self.codec, self.layout, device)
             self._encoders[device.type] = made

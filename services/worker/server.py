@@ -42,7 +42,7 @@ class WorkerServer:
         self._settings = settings
         self._loaded = loaded
         self._running, self._listed = AsyncExitStack(), AsyncExitStack()
-        self._scheduler: Scheduler | None = None
+        self.scheduler: Scheduler | None = None
 
     async def start(self) -> str:
         """Loads the model and serves it. Returns the address, host:port.
@@ -69,7 +69,7 @@ class WorkerServer:
             stack.push_async_callback(server.stop)
             facts = {"pid": os.getpid(), "model": loaded.name, "fingerprint": loaded.fingerprint}
             await self._listed.enter_async_context(Registry(redis).announce("worker", address, facts))
-            self._scheduler = scheduler
+            self.scheduler = scheduler
             self._running = stack.pop_all()
         return address
 
@@ -78,7 +78,7 @@ class WorkerServer:
         on elsewhere from the stored pages. Returns how many there were. The server stays, and takes nothing.
         """
         await self._listed.aclose()
-        return await asyncio.to_thread(self._scheduler.drain, DRAIN_S) if self._scheduler else 0
+        return await asyncio.to_thread(self.scheduler.drain, DRAIN_S) if self.scheduler else 0
 
     async def stop(self) -> None:
         """Drains, and closes everything."""

@@ -26,8 +26,8 @@ class Sessions:
     def __init__(self, loaded: LoadedModel, originals: Originals, settings: WorkerSettings) -> None:
         self._originals, self._settings = originals, settings
         self._fingerprint = loaded.identity
-        self._methods = Methods(loaded, settings)
-        self._methods.get(common_pb2.CacheParams())
+        self.methods = Methods(loaded, settings)
+        self.methods.get(common_pb2.CacheParams())
         self.cache = SessionCache(settings.max_idle_sessions)
         self.memory = MemoryController(settings.kv_budget_bytes, settings.kv_floor_bits, settings.widen_bytes_per_s)
 
@@ -37,7 +37,7 @@ class Sessions:
         Raises:
             ConfigError: the request names an unknown preset, or a target out of range.
         """
-        method = self._methods.get(request.cache)
+        method = self.methods.get(request.cache)
         session = self.cache.take(request.session_id)
         if session is not None:
             if session.continues_in(tokens, method):
@@ -80,7 +80,7 @@ class Sessions:
             ConfigError: the request names an unknown preset, or a target out of range.
             ResourceExhausted: it would not fit if it were alone.
         """
-        need = choices * self.memory.predict(self._methods.get(request.cache), len(request.token_ids))
+        need = choices * self.memory.predict(self.methods.get(request.cache), len(request.token_ids))
         if self.memory.budget is not None and need > self.memory.budget:
             raise ResourceExhausted(
                 f"a prompt of {len(request.token_ids)} tokens takes at least {need:,} bytes of cache and this "

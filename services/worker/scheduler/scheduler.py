@@ -53,10 +53,10 @@ class Scheduler:
     ) -> None:
         self._originals, self._settings = originals, settings
         self._check = Checker(loaded, settings)
-        self._sessions = Sessions(loaded, originals, settings)
+        self.sessions = Sessions(loaded, originals, settings)
         self._queue, self._replies = RequestQueue(originals, settings), Replies(loop)
-        self._batch = RunningBatch(loaded, self._sessions, self._replies, settings.decode_threads)
-        self._preemption = Preemption(self._batch, self._sessions)
+        self.batch = RunningBatch(loaded, self.sessions, self._replies, settings.decode_threads)
+        self._preemption = Preemption(self.batch, self.sessions)
         self._state = State()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -95,7 +95,7 @@ class Scheduler:
             ResourceExhausted: too many wait already, or too many originals.
         """
         generation = self._check.generation(request)
-        self._queue.put(generation, lambda: self._free - len(self._batch.preempted))
+        self._queue.put(generation, lambda: self._free - len(self.batch.preempted))
         return generation
 
     def cancel(self, generation: Generation) -> None:
@@ -113,42 +113,42 @@ class Scheduler:
     @property
     def budget(self) -> int | None:
         """Bytes that all caches may hold."""
-        return self._sessions.memory.budget
+        return self.sessions.memory.budget
 
     def set_budget(self, kv_bytes: int | None) -> None:
         """Changes what all caches may hold; the price follows within a few steps."""
-        self._sessions.memory.budget = kv_bytes
+        self.sessions.memory.budget = kv_bytes
 
     @property
     def _free(self) -> int:
         """Places that those who wait or are paused will take."""
-        return max(0, self._settings.max_sequences - self._batch.taken)
+        return max(0, self._settings.max_sequences - self.batch.taken)
 
     # -- the thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         with torch.inference_mode():
-            while self._queue.wait(busy=bool(self._batch.begun)):
+            while self._queue.wait(busy=bool(self.batch.begun)):
                 try:
                     self._step()
                 except Exception as error:  # a fault of the engine's own: those it runs end, it goes on
                     self._fail_all(error)
             self._fail_all(Unavailable("the worker stopped; send the request again", retry_after_ms=RETRY_AFTER_MS))
-            self._sessions.cache.clear()
+            self.sessions.cache.clear()
             self._drop_asked()
             self._send()
 
     def _step(self) -> None:
         self._drop_asked()
         self._reap()
-        if self._sessions.memory.step(self._batch.sessions, self._sessions.cache):
+        if self.sessions.memory.step(self.batch.sessions, self.sessions.cache):
             self._send()
         self._preemption.step()
         self._admit()
         computing = self._compute_prompts()
-        decoding = self._batch.decoding
+        decoding = self.batch.decoding
         if decoding:
-            self._batch.decode(decoding)
+            self.batch.decode(decoding)
         self._send()
         if not computing and not decoding:
             self._queue.pause(STORE_POLL_S)  # waits for the store
@@ -156,39 +156,39 @@ class Scheduler:
     def _compute_prompts(self) -> bool:
         """Prompts in order, `prefill_chunk` tokens of them; False if there was nothing to compute."""
         room = most = self._settings.prefill_chunk
-        while room > 0 and (prompt := self._batch.next_prefill()):
-            room -= self._batch.prefill(prompt, room)
+        while room > 0 and (prompt := self.batch.next_prefill()):
+            room -= self.batch.prefill(prompt, room)
             self._send()
         return room < most
 
     def _reap(self) -> None:
         """Lets go of generations that nobody listens to."""
         self._queue.forget_cancelled()
-        for generation in [g for g in self._batch.begun if g.cancelled]:
-            self._batch.release(generation)
+        for generation in [g for g in self.batch.begun if g.cancelled]:
+            self.batch.release(generation)
 
     def _admit(self) -> None:
         """Lets generations run, in order, as far as there is room: those that are paused, then those that wait."""
         while self._free and not self._queue.staging_full:
-            if self._batch.preempted:
+            if self.batch.preempted:
                 if not self._preemption.end_first():
                     return
                 continue
-            candidate = self._queue.first(self._batch.busy)
+            candidate = self._queue.first(self.batch.busy)
             if candidate is None or candidate.slots > self._free:
                 return
             try:
-                if not self._sessions.fits(candidate.request, candidate.slots, self._batch.sessions):
+                if not self.sessions.fits(candidate.request, candidate.slots, self.batch.sessions):
                     return
-                self._batch.begin(candidate)
+                self.batch.begin(candidate)
             except Exception as error:
                 self._replies.put(candidate, error)
             self._queue.remove(candidate)
 
     def _fail_all(self, error: Exception) -> None:
         """Ends everything that runs, is paused or waits."""
-        for generation in self._batch.begun:
-            self._batch.fail(generation, error)
+        for generation in self.batch.begun:
+            self.batch.fail(generation, error)
         for generation in self._queue.take_waiting():
             self._replies.put(generation, error)
         self._send()
@@ -197,10 +197,10 @@ class Scheduler:
         """Does what `drop` asked for. The state says so before the answer does."""
         dropped = []
         for session_id, answer in self._queue.take_drops():
-            running = [g for g in self._batch.begun if g.request.session_id == session_id]
+            running = [g for g in self.batch.begun if g.request.session_id == session_id]
             for generation in running:
-                self._batch.fail(generation, FailedPrecondition("the session was dropped; open a new one"))
-            dropped.append((answer, self._sessions.cache.drop(session_id) or bool(running)))
+                self.batch.fail(generation, FailedPrecondition("the session was dropped; open a new one"))
+            dropped.append((answer, self.sessions.cache.drop(session_id) or bool(running)))
         if dropped:
             self._send()
         for answer, found in dropped:
@@ -208,7 +208,7 @@ class Scheduler:
 
     def _send(self) -> None:
         """Publishes the state, and hands what there is to say to the event loop, at once."""
-        sessions = [*self._batch.sessions, *self._sessions.cache]
-        waiting = len(self._queue) + len(self._batch.preempted)
-        self._state = observe(len(self._batch.running), waiting, sessions)
+        sessions = [*self.batch.sessions, *self.sessions.cache]
+        waiting = len(self._queue) + len(self.batch.preempted)
+        self._state = observe(len(self.batch.running), waiting, sessions)
         self._replies.send()

@@ -208,7 +208,7 @@ def test_rows_that_moved(kernel: str, group: int) -> None:
 
 @each("threads", [1, 3], [1])
 def test_a_batch_is_each_sequence_by_itself(kernel: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_ALONE", 0)
+    monkeypatch.setattr(cpu, "SINGLE_THREAD_BELOW", 0)
     lengths = (0, 50, 7) if kernel == "triton" else (0, 131, 48, 7, 300)
     layers = [subject("progressive", 64, packed).tokens(1) for packed in lengths]
     one, before = make(kernel, subject("progressive", 64, 7).quantizer.codec), torch.get_num_threads()

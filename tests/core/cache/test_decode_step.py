@@ -135,7 +135,7 @@ def test_halves_are_rounded_as_everywhere(isa: str) -> None:
 def test_threads_change_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     subject, before = method("llama-gqa"), torch.get_num_threads()
     alone = stepped(subject, filled(subject, LENGTHS), True, None)
-    monkeypatch.setattr(cpu, "_ALONE", 0)
+    monkeypatch.setattr(cpu, "SINGLE_THREAD_BELOW", 0)
     torch.set_num_threads(threads)
     try:
         together = stepped(subject, filled(subject, LENGTHS), True, None)

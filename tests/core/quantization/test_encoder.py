@@ -125,7 +125,7 @@ def test_requests(name: str, seed: int, dim: int, dtype: torch.dtype) -> None:
 
 @given(seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS), side=st.sampled_from((KEY, VALUE)))
 def test_a_row_is_the_same_bits_alone_and_in_a_block(seed: int, dim: int, side: int) -> None:
-    encoder = pair("balanced", dim)[1]._encoder(CPU)
+    encoder = pair("balanced", dim)[1].encoder(CPU)
     originals, n, start = normal(seed, LAYERS, HEADS, 61, dim) * 5, 40, 11
     block, _ = encoder.rows(side, originals, start)
     pick = torch.randperm(block[..., 0].numel(), generator=torch.Generator().manual_seed(seed))[:n]
@@ -163,7 +163,7 @@ def test_spent_originals_are_written_over() -> None:
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_ALONE", 0)
+    monkeypatch.setattr(encode, "SINGLE_THREAD_BELOW", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -177,7 +177,7 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nan_and_infinity_are_refused_naming_the_first_layer(
     bad: float, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "_ALONE", 0)
+    monkeypatch.setattr(encode, "SINGLE_THREAD_BELOW", 0)
     originals = normal(0, LAYERS, HEADS, 60, 32)
     originals[1, 1, 59, 31] = originals[2, 0, 0, 0] = bad
     before = torch.get_num_threads()
@@ -232,7 +232,7 @@ def test_numbers_on_and_beside_edges_get_the_cells_that_torch_gives_them(
     near = [torch.nextafter(edges, torch.tensor(to)) for to in (-torch.inf, torch.inf)]
     units = torch.cat([edges, *near, ends, normal(seed, 14) * 3]).view(-1, 16)
     rows, quantizer = coded(OneScale(edges), units)
-    encoder = quantizer._encoder(CPU)
+    encoder = quantizer.encoder(CPU)
     assert isinstance(encoder, NativeEncoder)
     assert not encoder.fallbacks
     codes = torch.bucketize(units, edges).to(torch.uint8)
@@ -248,7 +248,7 @@ def test_edges_that_are_too_uneven_go_to_torch() -> None:
 
 
 def counted(quantizer: Quantizer) -> list[str]:
-    encoder = quantizer._encoder(CPU)
+    encoder = quantizer.encoder(CPU)
     assert isinstance(encoder, NativeEncoder)
     return list(encoder.fallbacks)
 
@@ -291,7 +291,7 @@ def test_what_does_something_in_its_own_way_goes_to_torch_and_is_counted() -> No
 
 
 def test_places_and_shapes_that_do_not_fit_are_refused() -> None:
-    encoder = pair("balanced", 32)[1]._encoder(CPU)
+    encoder = pair("balanced", 32)[1].encoder(CPU)
     nothing, one = torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.long)
     for layer, head in ((LAYERS * one, nothing), (nothing, HEADS * one)):
         with pytest.raises(IndexError):
@@ -314,11 +314,11 @@ def test_nothing_is_made_of_nothing() -> None:
 
 def test_the_kernel_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Quantizer(IdentityTransform(), GaussianCodec())
-    assert isinstance(plain.using("reference")._encoder(CPU), TorchEncoder)
-    assert isinstance(plain._encoder(CPU), NativeEncoder)
-    assert isinstance(plain._encoder(torch.device("meta")), TorchEncoder)
+    assert isinstance(plain.using("reference").encoder(CPU), TorchEncoder)
+    assert isinstance(plain.encoder(CPU), NativeEncoder)
+    assert isinstance(plain.encoder(torch.device("meta")), TorchEncoder)
     assert (plain.using(None), plain.using("cpu").id) == (plain, plain.id)
     monkeypatch.setenv("QAQ_KERNEL", "reference")
-    assert isinstance(Quantizer(IdentityTransform(), GaussianCodec())._encoder(CPU), TorchEncoder)
+    assert isinstance(Quantizer(IdentityTransform(), GaussianCodec()).encoder(CPU), TorchEncoder)
     with pytest.raises(ConfigError, match="quick"):
-        plain.using("quick")._encoder(CPU)
+        plain.using("quick").encoder(CPU)

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 from services.common import registry as module
 from services.common.registry import Member, Registry
+from tests.services.metric import value
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -73,12 +74,12 @@ async def test_heartbeats_survive_a_redis_that_fails(redis: Redis, monkeypatch: 
     registry = Registry(redis)
 
     async def failed() -> bool:
-        return module.metrics.registry_failures._value.get() > before
+        return value(module.metrics.registry_failures) > before
 
     async def listed() -> bool:
         return bool(await registry.members("worker"))
 
-    before = module.metrics.registry_failures._value.get()
+    before = value(module.metrics.registry_failures)
     async with registry.announce("worker", "a:1", {}):
         # A value of the wrong type makes SADD fail until it is gone.
         await redis.delete("qaq:members:worker")

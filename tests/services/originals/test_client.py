@@ -27,6 +27,7 @@ from services.originals.client import RemoteOriginals
 from services.originals.server import OriginalsServer
 from services.originals.store import HEADER_BYTES
 from tests.core.rows import rotated
+from tests.services.metric import value
 from tests.services.originals.conftest import SHAPE, getranges, make_pages, make_request
 
 T = TypeVar("T")
@@ -192,17 +193,17 @@ async def test_a_put_waits_for_a_service_to_come(redis: Redis, redis_server: Emb
     remote = RemoteOriginals.at([f"127.0.0.1:{port}"])
     server = serve(redis_server, port)
     try:
-        retries = client.metrics.put_retries._value.get()
+        retries = value(client.metrics.put_retries)
         pages = make_pages(6)
         acknowledged = remote.put(pages)
-        await until(lambda: client.metrics.put_retries._value.get() > retries)
+        await until(lambda: value(client.metrics.put_retries) > retries)
         assert not acknowledged.done()
-        assert client.metrics.pages_unacked._value.get() == 6
+        assert value(client.metrics.pages_unacked) == 6
         with pytest.raises(OriginalsError, match="UNAVAILABLE"):
             await wait(remote.match([pages[0].id]))
         await server.start()
         await wait(acknowledged)
-        assert client.metrics.pages_unacked._value.get() == 0
+        assert value(client.metrics.pages_unacked) == 0
         assert await wait(remote.match([page.id for page in pages])) == 6
     finally:
         remote.close()

@@ -14,6 +14,7 @@ from qaq_core.base.pages import Page
 from services.common import metrics
 from services.common.errors import InvalidArgument
 from services.originals.store import HEADER_BYTES, PageStore, pack_page, unpack_page
+from tests.services.metric import value
 from tests.services.originals.conftest import SHAPE, make_pages
 
 
@@ -63,9 +64,9 @@ async def test_a_corrupt_page_is_missing_counted_and_can_be_put_again(
     await put(store, [page])
     byte = (await redis.getrange(key(page), place, place))[0]
     await redis.setrange(key(page), place, bytes([byte ^ 0x40]))
-    before = metrics.originals_corrupt._value.get()
+    before = value(metrics.originals_corrupt)
     assert await store.get(page.id) is None
-    assert metrics.originals_corrupt._value.get() == before + 1
+    assert value(metrics.originals_corrupt) == before + 1
     assert await put(store, [page]) == [True]
     assert await store.get(page.id) is not None
 

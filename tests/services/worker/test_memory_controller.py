@@ -19,7 +19,7 @@ MANY = 6
 
 
 def sequences(scheduler: Scheduler) -> list[SequenceCache]:
-    return [g.session.sequence for g in list(scheduler._batch.running) if g.session is not None]
+    return [g.session.sequence for g in list(scheduler.batch.running) if g.session is not None]
 
 
 def bits(scheduler: Scheduler) -> float:
@@ -93,7 +93,7 @@ async def test_a_budget_that_changes_is_looked_at_at_once(
     async with make_scheduler(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as scheduler:
         running = scheduler.submit(request(ids(STORY * 6), 3000))
         await next_token(running)
-        held, memory, before = scheduler.state.kv_bytes, scheduler._sessions.memory, 0.0
+        held, memory, before = scheduler.state.kv_bytes, scheduler.sessions.memory, 0.0
         for share in (0.95, 0.9):
             scheduler.set_budget(int(share * held))
             await until(lambda before=before: memory.lam > before)

@@ -128,7 +128,7 @@ async def test_memory_of_choices_is_counted(make_scheduler: MakeScheduler, ids: 
             while (await generation.replies.get()).WhichOneof("event") != "token":
                 pass
             gate.shut()
-            while len(scheduler._batch.running) != choices:
+            while len(scheduler.batch.running) != choices:
                 await generation.replies.get()
             seen.append(scheduler.state.kv_bytes)
             scheduler.cancel(generation)

@@ -58,7 +58,7 @@ async def test_a_hit_holds_the_bits_that_computing_it_gives(make_scheduler: Make
         alone = await outcome(apart.submit(request(shared + tails[1], 1, session_id="b", **kept)))
         assert hit.done is not None
         assert hit.done.usage.loaded_tokens == whole
-        names, shape = hit.pages[: whole // 16], one._sessions._methods.get(EXACT).page_shape
+        names, shape = hit.pages[: whole // 16], one.sessions.methods.get(EXACT).page_shape
         assert names == alone.pages[: whole // 16]
         loaded, computed = (store.fetch(names, shape).result() for store in stores)
     for mine, theirs in zip(loaded, computed, strict=True):

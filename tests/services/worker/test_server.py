@@ -118,8 +118,8 @@ async def test_a_deadline_that_passes_in_a_pause(
         for call in (goes_on, gives_way):
             while (await call.read()).WhichOneof("event") != "token":
                 pass
-        assert server._scheduler is not None
-        server._scheduler.set_budget((await describe(worker)).kv_bytes - 1)
+        assert server.scheduler is not None
+        server.scheduler.set_budget((await describe(worker)).kv_bytes - 1)
         while not (await describe(worker)).waiting:  # noqa: ASYNC110 (it is asked over gRPC)
             await asyncio.sleep(0.02)
         with pytest.raises(grpc.aio.AioRpcError) as error:  # noqa: PT012 (until it ends)

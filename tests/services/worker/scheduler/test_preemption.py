@@ -107,7 +107,7 @@ async def test_all_streams_finish_within_a_budget_that_is_too_small(
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs["input_ids"].shape[1] == 1:
-            steps.append(sum(s.sequence.nbytes for s in scheduler._batch.sessions if not s.prefilling))
+            steps.append(sum(s.sequence.nbytes for s in scheduler.batch.sessions if not s.prefilling))
 
     before = preempted(), passed(), metric("qaq_prompt_tokens_total", source="stored")
     handle = smollm2.model.register_forward_pre_hook(note, with_kwargs=True)
@@ -138,7 +138,7 @@ async def test_elastic_caches_give_way_to_the_floor_and_no_further(make_schedule
     async with make_scheduler(kv_floor_bits=1.5, **SMALL) as scheduler:
         running = [scheduler.submit(request(tokens, LONG)) for tokens in prompts(ids, 3, 160)]
         await begun(*running)
-        window = sum(session.sequence.residual.nbytes for session in scheduler._batch.sessions)
+        window = sum(session.sequence.residual.nbytes for session in scheduler.batch.sessions)
         scheduler.set_budget(window + int(0.4 * (scheduler.state.kv_bytes - window)))
         await until(lambda: scheduler.state.waiting > 0)
         assert preempted() > before
