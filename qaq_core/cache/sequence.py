@@ -102,7 +102,7 @@ class SequenceCache:
 
     def bits_at(self, floor: float) -> float:
         """Code bits per element of the packed tokens at a floor, see `set_lambda_floor`."""
-        return self.rate.bits_at(floor, self._packed_state())
+        return self.rate.bits_at(floor, self.packed_state())
 
     def set_lambda_floor(self, floor: float) -> None:
         """Sets the least λ, which sequences may share.
@@ -111,7 +111,7 @@ class SequenceCache:
         `RateControl.allowance`.
         """
         if self.rate.set_floor(floor) and len(self.packed):
-            self.requantizer.narrow_to(self._packed_state(), self.rate.value)
+            self.requantizer.narrow_to(self.packed_state(), self.rate.value)
 
     def attend(self, given: LayerInput) -> torch.Tensor:
         """Stores the keys and values of the next n tokens in a layer, and attends to all tokens so far.
@@ -289,9 +289,9 @@ class SequenceCache:
     def _review(self, narrow: bool) -> None:
         if narrow:
             self.rate.steer(self.packed, self.length, self._fixed_bytes())
-        self.rate.charge(self.requantizer.review(self._packed_state(), self.rate.value, narrow, self.rate.most_bytes))
+        self.rate.charge(self.requantizer.review(self.packed_state(), self.rate.value, narrow, self.rate.most_bytes))
 
-    def _packed_state(self) -> TokenState:
+    def packed_state(self) -> TokenState:
         """The state of the packed tokens."""
         return TokenState(self.importance.state[:, :, : self.length], self.packed.start, self.packed.metas)
 

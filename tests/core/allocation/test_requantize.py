@@ -70,12 +70,12 @@ class Subject:
         self.sequence.commit()
 
     @property
-    def exceptions(self) -> Requantizer:
-        return self.sequence.exceptions
+    def requantizer(self) -> Requantizer:
+        return self.sequence.requantizer
 
     def review(self, attention: float, elsewhere: float = 1e-4) -> TokenState:
         """Looks at the tokens as if one old position had got that much attention everywhere."""
-        kept = self.sequence._kept()
+        kept = self.sequence.packed_state()
         importance = torch.full(kept.state.shape, elsewhere)
         importance[:, :, OLD] = attention
         assert self.sequence.rate.own is not None
@@ -160,7 +160,7 @@ def test_rows_packed_from_the_rounded_window_come_back_whole() -> None:
     position = sequence.packed.stop - 2
     assert position >= sequence.requantizer.rounded_from
     originals.prompt = False
-    kept = sequence._kept()
+    kept = sequence.packed_state()
     importance = torch.full(kept.state.shape, 1e-6)
     importance[:, :, position] = 1.0
     assert sequence.rate.own is not None
