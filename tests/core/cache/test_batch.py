@@ -54,7 +54,7 @@ def prompted(method: Method, given: Numbers) -> SequenceCache:
     sequence = SequenceCache(method, wait=True)
     sequence.expect_prompt(given.prompt)
     for layer in range(method.shape.layers):
-        sequence.attend(layer, *given.at(layer, slice(given.prompt)), SCALING, None)
+        sequence.attend(LayerInput(layer, *given.at(layer, slice(given.prompt)), SCALING, None))
     sequence.commit()
     return sequence
 
