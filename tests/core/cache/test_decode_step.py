@@ -111,9 +111,9 @@ def test_the_step_in_cpp_is_the_step(
                 assert room is not None
                 stop = None if room.shape[3] == 1 else mine.residual.held + 1
                 assert torch.equal(room[:, :, :, :stop], wanted[:, :, :, :stop])
-        assert mine.importance.reduction is not None
-        assert other.importance.reduction is not None
-        assert torch.allclose(mine.importance.reduction, other.importance.reduction, rtol=10 * most, atol=1e-7)
+        assert mine.importance.observed is not None
+        assert other.importance.observed is not None
+        assert torch.allclose(mine.importance.observed, other.importance.reduction, rtol=10 * most, atol=1e-7)
 
 
 def test_halves_are_rounded_as_everywhere(isa: str) -> None:

@@ -17,7 +17,7 @@ SCHEMA = Path(__file__).parents[3] / "qaq_eval" / "schemas" / "bench_encode.json
 
 def test_each_kind_of_work_is_timed_in_torch_and_in_cpp() -> None:
     rows = encode_speed((2, 2, 32), 40, repeat=2)
-    assert {row.what: row.rows for row in rows} == {"prompt": 320, "granularity": 64, "request": 150}
+    assert {row.what: row.rows for row in rows} == {"prompt": 320, "group": 64, "request": 150}
     taken = {(row.what, row.kernel): row for row in rows}
     for (what, _), row in taken.items():
         assert row.ratio == pytest.approx(taken[what, "reference"].milliseconds / row.milliseconds)
