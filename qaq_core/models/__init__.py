@@ -6,24 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qaq_core.models.checkpoint import Checkpoint, find_checkpoint
     from qaq_core.models.compiled import compile_layers
     from qaq_core.models.default_model import default_model_path
     from qaq_core.models.linear import PackedLinear
-    from qaq_core.models.loading import (
-        Checkpoint,
-        LoadedModel,
-        device_of,
-        find_checkpoint,
-        load_model,
-        load_tokenizer,
-    )
+    from qaq_core.models.loading import LoadedModel, device_of, load_model
     from qaq_core.models.shape import ModelShape
+    from qaq_core.models.tokenizer import avoid_torch, load_tokenizer
 
 __all__ = [
     "Checkpoint",
     "LoadedModel",
     "ModelShape",
     "PackedLinear",
+    "avoid_torch",
     "compile_layers",
     "default_model_path",
     "device_of",
@@ -33,16 +29,18 @@ __all__ = [
 ]
 
 _HOMES = {
+    "checkpoint": ("Checkpoint", "find_checkpoint"),
     "compiled": ("compile_layers",),
     "default_model": ("default_model_path",),
     "linear": ("PackedLinear",),
-    "loading": ("Checkpoint", "LoadedModel", "device_of", "find_checkpoint", "load_model", "load_tokenizer"),
+    "loading": ("LoadedModel", "device_of", "load_model"),
     "shape": ("ModelShape",),
+    "tokenizer": ("avoid_torch", "load_tokenizer"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is first used: the default model's path needs no torch."""
+    """Imports a name when it is first used: the default model's path and tokenizers need no torch."""
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{home}"), name)

@@ -9,25 +9,34 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock
 
 from qaq_core.base.errors import ModelLoadError
 from qaq_core.base.paths import cache_dir
 
+if TYPE_CHECKING:
+    import torch
+
 Progress = Callable[[str, float], None]
 
 # Part of the copy's name: raise it when the conversion itself changes.
 _LAYOUT = 1
+
+
+def silent(stage: str, done: float) -> None:
+    """A `Progress` that shows nothing."""
 
 
 def check_gguf(path: Path) -> None:
@@ -66,17 +75,37 @@ def converted_tokenizer(path: Path, fingerprint: str, progress: Progress) -> Pat
     """Directory with the tokenizer of a GGUF file; no weight is read."""
 
     def convert(target: Path) -> None:
-        from transformers import AutoTokenizer
+        from transformers.utils import is_torch_available
 
         progress("converting tokenizer", 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        # Loading hints, not properties of the tokenizer.
-        for hint in ("is_local", "local_files_only"):
-            tokenizer.init_kwargs.pop(hint, None)
-        tokenizer.save_pretrained(target)
+        (_convert_tokenizer if is_torch_available() else _convert_in_child)(path, target)
         progress("converting tokenizer", 1.0)
 
     return _once(path, fingerprint, "tokenizer", convert)
+
+
+def _convert_tokenizer(path: Path, target: Path) -> None:
+    from transformers import AutoTokenizer
+
+    check_gguf(path)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    # Loading hints, not properties of the tokenizer.
+    for hint in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(hint, None)
+    tokenizer.save_pretrained(target)
+
+
+def _convert_in_child(path: Path, target: Path) -> None:
+    """For a process that avoids torch, which the conversion imports."""
+    child = subprocess.run(
+        [sys.executable, "-m", __name__, path, target],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode != 0:
+        reason = child.stderr.strip() or f"the conversion ended with code {child.returncode}"
+        raise ModelLoadError(reason.splitlines()[-1])
 
 
 def converted_model(path: Path, fingerprint: str, dtype: torch.dtype, progress: Progress) -> Path:
@@ -85,6 +114,7 @@ def converted_model(path: Path, fingerprint: str, dtype: torch.dtype, progress: 
     def convert(target: Path) -> None:
         from transformers import AutoModelForCausalLM
 
+        check_gguf(path)
         progress("converting weights", 0.0)
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
@@ -173,3 +203,17 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _child(path: Path, target: Path) -> None:
+    try:
+        with _parsed_once():
+            _convert_tokenizer(path, target)
+    except ModelLoadError as error:
+        sys.exit(str(error))
+    except Exception as error:
+        sys.exit(f"{path} cannot be loaded: {error}")
+
+
+if __name__ == "__main__":  # started by _convert_in_child
+    _child(*map(Path, sys.argv[1:]))

@@ -70,8 +70,10 @@ class Host(abc.ABC, Generic[S]):
 
 class RouterHost(Host[RouterSettings]):
     def _make(self, settings: RouterSettings) -> Role:
+        from qaq_core.models import avoid_torch
         from services.router.server import RouterServer
 
+        avoid_torch()
         return RouterServer(settings)
 
 

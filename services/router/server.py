@@ -7,6 +7,7 @@ from typing import Any
 
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
+from qaq_core.models import avoid_torch
 from services.common import log, metrics
 from services.common.redis import check, connect
 from services.common.registry import Registry
@@ -81,4 +82,5 @@ async def serve(settings: RouterSettings) -> None:
     """Runs a router until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
     metrics.serve(settings.metrics_port, settings.host)
+    avoid_torch()
     await run_until_signal(RouterServer(settings))

@@ -12,7 +12,7 @@ import time
 import jsonschema
 import pytest
 
-from qaq_core.models.loading import default_model_path, load_tokenizer
+from qaq_core.models import default_model_path, load_tokenizer
 from services.cli.demo import DemoResult, long_prompt
 from services.cluster.stack import python_path
 

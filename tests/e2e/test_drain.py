@@ -10,8 +10,8 @@ import pytest
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
 from redis.asyncio import Redis
 
+from qaq_core.models import LoadedModel
 from qaq_core.models.default_model import default_model_path
-from qaq_core.models.loading import LoadedModel
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.registry import Registry

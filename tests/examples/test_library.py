@@ -9,7 +9,7 @@ import pytest
 
 from qaq_core import models
 from qaq_core.cache import presets
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 
 from .conftest import Run
 

@@ -7,7 +7,7 @@ from pydoc_data import topics
 import torch
 
 from qaq_core.cache.cache import QAQCache
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 
 PROMPT, STEPS = 200, 36
 

@@ -13,7 +13,7 @@ from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.kernels import library as native
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from tests.core.tiny_models import calibration, tiny, token_ids
 
 TEXT = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qaq_core.calibration.calibration import measure
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from qaq_core.models.shape import ModelShape
 from qaq_eval.quality import Config, Row, builtin_text, cut, evaluate, summarize
 from tests.core.biased import with_key_bias

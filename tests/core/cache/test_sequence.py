@@ -18,7 +18,7 @@ from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.method import PACK_TOKENS
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from qaq_core.storage.originals import InProcessOriginals
 from qaq_core.storage.packed import BLOCK_TOKENS
 from tests.core.rows import normal, request

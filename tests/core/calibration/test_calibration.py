@@ -12,7 +12,7 @@ from qaq_core.base.errors import UnsupportedModelError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.calibration import calibration as room
 from qaq_core.calibration.calibration import calibrate, measure, weights_fingerprint
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from qaq_core.models.shape import ModelShape
 from qaq_core.quantization.transforms import LinearTransform
 from tests.core.tiny_models import KINDS, calibration, tiny, token_ids

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qaq_core.base.errors import ConfigError
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from qaq_eval.quality import Config, builtin_text
 from qaq_eval.quality.choices import FULL
 from qaq_eval.quality.needle import DEPTHS, Found, hide, needle_rows, search

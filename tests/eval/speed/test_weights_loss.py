@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 import torch
 
+from qaq_core.models import LoadedModel
 from qaq_core.models.linear import pack
-from qaq_core.models.loading import LoadedModel
 from qaq_eval.quality.documents import Document
 from qaq_eval.speed.weights_loss import weights_loss
 from tests.core.tiny_models import tiny, token_ids

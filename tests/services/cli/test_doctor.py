@@ -108,7 +108,7 @@ def test_a_model_that_was_never_measured(tmp_path: Path) -> None:
 def test_a_damaged_calibration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({}, tmp_path / "model.safetensors")
-    from qaq_core.models.loading import find_checkpoint
+    from qaq_core.models import find_checkpoint
 
     path = calibration.cached_at(find_checkpoint(str(tmp_path)).fingerprint())
     path.parent.mkdir(parents=True)

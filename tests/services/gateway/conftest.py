@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 from redis.asyncio import Redis
 
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import GatewaySettings, RouterSettings, WorkerSettings
 from services.gateway.server import GatewayServer

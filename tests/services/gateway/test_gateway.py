@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 from qaq.v1 import worker_pb2, worker_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.registry import Registry

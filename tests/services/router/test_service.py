@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 from redis.asyncio import Redis
 
-from qaq_core.models.loading import load_tokenizer
+from qaq_core.models import load_tokenizer
 from services.common.settings import RouterSettings
 
 from .conftest import CONTEXT, CountingWorker, running_router, running_worker

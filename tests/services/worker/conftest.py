@@ -15,7 +15,7 @@ from qaq.v1 import common_pb2, worker_pb2
 from transformers import DynamicCache
 
 from qaq_core import InProcessOriginals, Originals
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler

@@ -6,7 +6,7 @@ import pytest
 from qaq.v1 import common_pb2
 
 from qaq_core import ConfigError
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.settings import WorkerSettings
 from services.worker.methods import Methods
 

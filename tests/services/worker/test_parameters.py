@@ -10,7 +10,7 @@ import torch
 from qaq.v1 import common_pb2, worker_pb2
 from qaq.v1.common_pb2 import OutputParams, SamplingParams, StopParams
 
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.errors import InvalidArgument
 from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler

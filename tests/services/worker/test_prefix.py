@@ -11,7 +11,7 @@ import torch
 from prometheus_client import REGISTRY
 
 from qaq_core import InProcessOriginals, OriginalsError, Page, PageShape
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, MakeScheduler, expected, outcome, request
 
 Ids = Callable[[str], list[int]]

@@ -13,7 +13,7 @@ from qaq.v1 import common_pb2, originals_pb2, originals_pb2_grpc, worker_pb2, wo
 from redis.asyncio import Redis
 
 from qaq_core import ModelLoadError
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import RedisUnreachableError

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from qaq_core import InProcessOriginals, PageShape, page_id
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.worker.session import PageNames, page_salt
 from tests.services.worker.conftest import MakeScheduler, outcome, request
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaq_core.base.errors import UnsupportedModelError
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.worker.text import TextStream, backend_of
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from qaq.v1 import common_pb2
 
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.errors import InvalidArgument
 from tests.services.worker.conftest import (
     EXACT,

@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import InProcessOriginals, Page
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.errors import FailedPrecondition, Unavailable
 from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler

@@ -11,7 +11,7 @@ from qaq.v1 import common_pb2
 
 from qaq_core import QuantizationError, SequenceCache
 from qaq_core.base.widths import WIDTHS
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.errors import Unavailable
 from services.worker.scheduler.scheduler import Scheduler
 from services.worker.state import State

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from qaq.v1 import common_pb2
 
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.common.errors import FailedPrecondition, ResourceExhausted
 from services.worker.state import State
 from tests.services.worker.conftest import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from qaq_core import SequenceCache
-from qaq_core.models.loading import LoadedModel
+from qaq_core.models import LoadedModel
 from services.worker.generation import Generation
 from tests.core.decisions import differing
 from tests.services.worker.conftest import (
