@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from qaq_core.models.default_model import default_model_path
 from qaq_core.models import LoadedModel
+from qaq_core.models.default_model import default_model_path
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import GatewaySettings, RouterSettings, WorkerSettings
 from services.gateway.server import GatewayServer

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qaq_core import InProcessOriginals
-from qaq_core.models.compiled import compile_layers
 from qaq_core.models import LoadedModel, load_model
+from qaq_core.models.compiled import compile_layers
 from services.common.settings import WorkerSettings
 from services.worker.scheduler.scheduler import Scheduler
 from tests.services.worker.conftest import EXACT, MakeScheduler, outcome, request
