@@ -113,7 +113,7 @@ def test_the_step_in_cpp_is_the_step(
                 assert torch.equal(room[:, :, :, :stop], wanted[:, :, :, :stop])
         assert mine.importance.observed is not None
         assert other.importance.observed is not None
-        assert torch.allclose(mine.importance.observed, other.importance.reduction, rtol=10 * most, atol=1e-7)
+        assert torch.allclose(mine.importance.observed, other.importance.observed, rtol=10 * most, atol=1e-7)
 
 
 def test_halves_are_rounded_as_everywhere(isa: str) -> None:
