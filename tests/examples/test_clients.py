@@ -1,4 +1,4 @@
-"""The examples that talk to servers: a router, a gateway and a worker with the demo model, over real gRPC and HTTP."""
+"""The examples that talk to servers: a whole stack with the demo model, over real gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from redis.asyncio import Redis
 from qaq_core.models import LoadedModel
 from qaq_core.models.default_model import default_model_path
 from services.common.embedded_redis import EmbeddedRedis
-from services.common.settings import GatewaySettings, RouterSettings, WorkerSettings
+from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 from services.gateway.server import GatewayServer
+from services.originals.server import OriginalsServer
 from services.router.server import RouterServer
 from services.worker.server import WorkerServer
 
@@ -26,6 +27,8 @@ pytestmark = [pytest.mark.model, pytest.mark.redis]
 async def stack(redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel) -> AsyncIterator[tuple[str, str]]:
     """Addresses of a router and a gateway in this process."""
     common = {"redis_url": redis_server.url, "port": 0}
+    originals = OriginalsServer(OriginalsSettings(**common))
+    await originals.start()
     worker = WorkerServer(WorkerSettings(model="smollm2", **common), smollm2)
     await worker.start()
     router = RouterServer(RouterSettings(model=str(default_model_path()), **common))
@@ -33,7 +36,7 @@ async def stack(redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel)
     gateway = GatewayServer(GatewaySettings(**common))
     serving = await gateway.start()
     yield routing, serving
-    for server in (gateway, router, worker):
+    for server in (gateway, router, worker, originals):
         await server.stop()
 
 
