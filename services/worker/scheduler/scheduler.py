@@ -58,6 +58,7 @@ class Scheduler:
         self.batch = RunningBatch(loaded, self.sessions, self._replies, settings.decode_threads)
         self._preemption = Preemption(self.batch, self.sessions)
         self._state = State()
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- for any thread --------------------------------------------------------------------------------
@@ -66,7 +67,10 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends every generation with UNAVAILABLE and waits for the thread: for one step, and never without end."""
+        """Ends every generation with UNAVAILABLE and waits at most STOP_S for the thread. A second call does nothing."""
+        if self._stopped:
+            return
+        self._stopped = True
         self._queue.stop()
         self._thread.join(STOP_S)
         if self._thread.is_alive():

@@ -1,7 +1,8 @@
-"""A gateway over real HTTP, in front of a real router, worker, model and Redis."""
+"""A gateway over real HTTP, in front of a real router, worker, model, originals store and Redis."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from redis.asyncio import Redis
 
 from qaq_core.models import LoadedModel
 from services.common.embedded_redis import EmbeddedRedis
-from services.common.settings import GatewaySettings, RouterSettings, WorkerSettings
+from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 from services.gateway.server import GatewayServer
+from services.originals.server import OriginalsServer
 from services.router.server import RouterServer
 from services.worker.server import WorkerServer
 
@@ -33,14 +35,16 @@ async def served(
 ) -> AsyncIterator[Served]:
     common = {"redis_url": redis_server.url, "port": 0}
     worker = WorkerServer(WorkerSettings(model="smollm2", preset="fp16", **common), smollm2)
-    working = await worker.start()
-    router = RouterServer(RouterSettings(model=str(model_path), **common))
-    await router.start()
     gateway = GatewayServer(GatewaySettings(**common))
-    url = f"http://{await gateway.start()}"
-    yield Served(url, working, smollm2.name)
-    for server in (gateway, router, worker):
-        await server.stop()
+    # A worker that stops waits some seconds for a store to take its originals, so there is one.
+    originals = OriginalsServer(OriginalsSettings(**common))
+    router = RouterServer(RouterSettings(model=str(model_path), **common))
+    async with contextlib.AsyncExitStack() as stack:
+        addresses = []
+        for server in (originals, worker, router, gateway):
+            addresses.append(await server.start())
+            stack.push_async_callback(server.stop)
+        yield Served(f"http://{addresses[-1]}", addresses[1], smollm2.name)
 
 
 @pytest.fixture

@@ -74,9 +74,11 @@ async def running_worker(redis: Redis) -> AsyncIterator[CountingWorker]:
     server = GrpcServer()
     server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, worker)
     worker.address = await server.start()
-    async with Registry(redis).announce("worker", worker.address, {}):
-        yield worker
-    await server.stop(0)
+    try:
+        async with Registry(redis).announce("worker", worker.address, {}):
+            yield worker
+    finally:
+        await server.stop(0)
 
 
 @pytest.fixture
@@ -95,9 +97,11 @@ async def running_router(settings: RouterSettings) -> AsyncIterator[generate_pb2
     """A router and a client of it."""
     router = RouterServer(settings)
     address = await router.start()
-    async with grpc.aio.insecure_channel(address) as channel:
-        yield generate_pb2_grpc.InferenceStub(channel)
-    await router.stop()
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield generate_pb2_grpc.InferenceStub(channel)
+    finally:
+        await router.stop()
 
 
 @pytest.fixture

@@ -57,9 +57,11 @@ async def mortal(redis: Redis, lives: int | None = None) -> AsyncIterator[Mortal
     server = GrpcServer()
     server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, worker)
     worker.address = await server.start()
-    async with Registry(redis).announce("worker", worker.address, {}):
-        yield worker
-    await server.stop(0)
+    try:
+        async with Registry(redis).announce("worker", worker.address, {}):
+            yield worker
+    finally:
+        await server.stop(0)
 
 
 async def stream(client: generate_pb2_grpc.InferenceStub, **more: object) -> list[common_pb2.Token]:
