@@ -20,7 +20,7 @@ def completions(body: CompletionRequest) -> list[generate_pb2.GenerateRequest]:
         InvalidArgument: a number does not fit its field.
     """
     if body.session_id and len(body.prompts) > 1:
-        raise InvalidArgument("a session goes on with one text; send one prompt")
+        raise InvalidArgument("a session has one text; send one prompt")
     scored = body.logprobs is not None
     output = common_pb2.OutputParams(logprobs=scored, top_logprobs=_int32("logprobs", body.logprobs or 0))
     requests = []

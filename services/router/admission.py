@@ -1,4 +1,4 @@
-"""The queue in front of the workers: bounded, in turns over tenants, and left by whoever gives up."""
+"""Admission control: a bounded queue in front of the workers, fair between tenants."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ RETRY_AFTER_MS = 2000
 
 @dataclass
 class _Waiter:
-    """A generation that waits, with the sequences it will take."""
+    """A generation that waits, and the number of sequences that it takes."""
 
     slots: int
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Admission:
-    """Lets as many generations go to the workers as they can run at once; the others wait here.
+    """Admits as many generations as the workers can run at once. The others wait.
 
-    A place that becomes free goes to the next tenant, one generation each in turn, so that a tenant who
-    sends many waits behind his own. When the queue is full, a tenant with fewer waiting generations takes the
-    place of the one with most, whose latest is refused.
+    Free slots go to the tenants in round-robin order, one generation each, so a tenant with many requests waits
+    behind its own. When the queue is full, a request of a tenant with fewer waiting generations replaces the latest
+    one of the tenant with the most, which is refused.
 
     Args:
-        most: generations that may wait.
-        capacity: sequences that all workers together run at once, as far as is known now; asked every time.
+        max_waiting: generations that may wait.
+        capacity: returns the number of sequences that all workers together can run now.
     """
 
-    def __init__(self, most: int, capacity: Callable[[], int]) -> None:
-        self._most, self._capacity = most, capacity
+    def __init__(self, max_waiting: int, capacity: Callable[[], int]) -> None:
+        self._max_waiting, self._capacity = max_waiting, capacity
         self._taken = 0
-        # In the order of their turns.
+        # By tenant, in round-robin order.
         self._queues: OrderedDict[str, deque[_Waiter]] = OrderedDict()
 
     @property
@@ -46,21 +46,21 @@ class Admission:
 
     def check(self, tenant: str) -> None:
         """Raises:
-        ResourceExhausted: the queue is full, and this tenant's share of it used up.
+        ResourceExhausted: the queue is full, and no other tenant has more waiting generations.
         """
-        if self.waiting >= self._most and self._crowding(tenant) is None:
+        if self.waiting >= self._max_waiting and self._crowding(tenant) is None:
             raise self._full()
 
     @contextlib.asynccontextmanager
     async def place(self, tenant: str, slots: int, timeout_s: float) -> AsyncIterator[None]:
-        """A place with the workers, held while the context lasts.
+        """Waits for free slots of the workers and holds them while the context lasts.
 
         Args:
             slots: sequences that the generation takes.
-            timeout_s: how long to wait for it.
+            timeout_s: longest time to wait.
         Raises:
             ResourceExhausted: the queue is full.
-            TimeoutError: no place became free in time.
+            TimeoutError: not enough slots became free in time.
         """
         if self._queues or not self._fits(slots):
             await self._wait(tenant, slots, timeout_s)
@@ -73,7 +73,7 @@ class Admission:
             self.wake()
 
     def wake(self) -> None:
-        """Gives out what places there are. Call it when there may be more."""
+        """Admits the generations that fit. To be called when slots may have become free."""
         while self._queues:
             tenant, queue = next(iter(self._queues.items()))
             if not self._fits(queue[0].slots):
@@ -85,7 +85,7 @@ class Admission:
             waiter.turn.set_result(None)
 
     async def _wait(self, tenant: str, slots: int, timeout_s: float) -> None:
-        if self.waiting >= self._most:
+        if self.waiting >= self._max_waiting:
             self._refuse_one_for(tenant)
         waiter = _Waiter(slots)
         self._queues.setdefault(tenant, deque()).append(waiter)
@@ -98,7 +98,7 @@ class Admission:
                 self._queues[tenant].remove(waiter)
                 self._tidy(tenant)
             elif waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
-                self._taken -= slots  # the place came at the moment of giving up: it is the next one's
+                self._taken -= slots  # admitted and cancelled at the same moment: the next one gets the slots
             self.wake()
             raise
 
@@ -106,7 +106,7 @@ class Admission:
         return self._taken == 0 or self._taken + slots <= self._capacity()
 
     def _crowding(self, tenant: str) -> str | None:
-        """A tenant who has to give way to this one in a full queue."""
+        """The tenant whose latest generation this tenant's request replaces in a full queue; None if there is none."""
         longest = max(self._queues, key=lambda name: len(self._queues[name]), default=None)
         mine = len(self._queues.get(tenant, ()))
         return longest if longest is not None and len(self._queues[longest]) > mine + 1 else None
@@ -121,7 +121,7 @@ class Admission:
 
     def _full(self) -> ResourceExhausted:
         return ResourceExhausted(
-            f"{self.waiting} generations wait already, the most this router takes; try again later",
+            f"{self.waiting} generations wait already, the most that this router queues; try again later",
             retry_after_ms=RETRY_AFTER_MS,
         )
 

@@ -182,7 +182,7 @@ class GenerationStream:
         self._lost_at = self._lost_at or time.monotonic()
         if received:
             self._fruitless += 1
-            self._request.page_ids[:] = self._pages.names
+            self._request.page_ids[:] = self._pages.ids
             metrics.resumed.inc()
 
     def _unplaced(self) -> StatusError:

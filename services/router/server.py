@@ -1,4 +1,4 @@
-"""The router as a server: what it is made of, and how it starts and stops."""
+"""The router as a server: its parts, its start and its stop."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from services.router.service import InferenceService
 from services.router.sessions import SessionDirectory
 from services.router.workers import WorkerPool
 
-# A prompt at its limit, with room for the rest of its message; larger ones get a sentence as well.
+# Room for the other fields of a request with the longest prompt, so that validation can say what is too long.
 _MESSAGE_MARGIN = 1 << 20
 
 
 class RouterServer:
-    """Router of one model. `start` and `stop` may each be called once."""
+    """The router of one model. `start` and `stop` may each be called once."""
 
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._stack = contextlib.AsyncExitStack()
 
     async def start(self) -> str:
-        """Serves and announces itself. Returns its address.
+        """Serves, and registers the router. Returns its address, host:port.
 
         Raises:
-            ConfigError: a placement policy is not known.
+            ConfigError: a placement policy does not exist.
             ModelLoadError: there is no tokenizer for the model.
             PortTakenError: the port is taken.
             RedisUnreachableError: Redis does not answer.
@@ -74,7 +74,7 @@ class RouterServer:
         return address
 
     async def stop(self) -> None:
-        """Leaves the registry, lets running calls end for a moment, frees everything."""
+        """Leaves the registry, gives running calls a moment to end, and closes everything."""
         await self._stack.aclose()
 
 

@@ -1,4 +1,4 @@
-"""Where a session's originals are: the names of its stored pages, beside its token log in Redis."""
+"""The ids of a session's stored pages, which are kept beside its token log in Redis."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from services.router.sessions import SessionDirectory
 
 
 class SessionPages:
-    """The list of one session while a turn of it runs. Written behind the stream's back, one write at a time."""
+    """The page ids of one session during a turn. They are written in the background, one write at a time."""
 
     def __init__(self, sessions: SessionDirectory, session: str) -> None:
         self._sessions, self._session = sessions, session
-        self.names: list[bytes] = []
+        self.ids: list[bytes] = []
         self._written: list[bytes] = []
         self._task: asyncio.Task[None] | None = None
 
     async def load(self) -> list[bytes]:
-        """What earlier turns wrote."""
-        self.names = await self._sessions.pages(self._session)
-        self._written = list(self.names)
-        return self.names
+        """Reads the ids that earlier turns wrote."""
+        self.ids = await self._sessions.pages(self._session)
+        self._written = list(self.ids)
+        return self.ids
 
-    def put(self, first: int, names: Sequence[bytes]) -> None:
-        """From place `first` on the list is `names`, and nothing after them."""
-        self.names[first:] = names
+    def put(self, first: int, ids: Sequence[bytes]) -> None:
+        """Replaces all ids from index `first` on."""
+        self.ids[first:] = ids
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain(), name=f"pages {self._session}")
 
     async def flush(self) -> None:
-        """Returns when Redis has the list.
+        """Returns when Redis has the ids.
 
         Raises:
-            redis.exceptions.RedisError: it does not take it.
+            redis.exceptions.RedisError: the write failed.
         """
         if self._task is not None:
             await asyncio.wait([self._task])
             await self._write()
 
     async def _drain(self) -> None:
-        with contextlib.suppress(RedisError):  # the next write has it all
+        with contextlib.suppress(RedisError):  # the next write has all ids
             await self._write()
 
     async def _write(self) -> None:
-        while self.names != self._written:
-            names = list(self.names)
-            await self._sessions.write_pages(self._session, names)
-            self._written = names
+        while self.ids != self._written:
+            ids = list(self.ids)
+            await self._sessions.write_pages(self._session, ids)
+            self._written = ids

@@ -1,8 +1,8 @@
-"""Sessions in Redis: the directory, and each session's token log, the source of truth for its cache.
+"""Sessions in Redis: the directory of sessions, and the token log of each, from which its cache can be rebuilt.
 
-`qaq:session:<id>` is a hash of facts and of what was asked last, `…:tokens` the log as little-endian int32,
-`…:pages` the names of the stored pages of its first tokens (32 bytes each), `…:run` is held while a generation
-runs, and the sorted set `qaq:sessions` lists the ids by the time they were opened.
+`qaq:session:<id>` is a hash with the session's facts and its last request, `…:tokens` the token log as little-endian
+int32, `…:pages` the ids of the stored pages of its first tokens (32 bytes each), `…:run` a lock that is held while a
+generation runs. The sorted set `qaq:sessions` has all session ids by the time they were opened.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from services.common.errors import FailedPrecondition, NotFound
 
 RUN_TTL_S = 15
 RUN_REFRESH_S = 2.0
-LOOK_AGAIN_S = 0.1
+LOCK_RETRY_S = 0.1
 PAGE_ID_BYTES = 32
 INDEX = "qaq:sessions"
 
 log = structlog.get_logger()
 
-# Writing at a known place, not appending, makes a command that was sent twice harmless; asking for the
-# session first keeps a log from coming back after its session was closed.
+# A write at a known offset, unlike an append, may be sent twice. The check that the session exists keeps a log from
+# being recreated after its session was closed.
 _WRITE = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('SETRANGE', KEYS[2], ARGV[1], ARGV[2])
@@ -63,10 +63,10 @@ class Session:
     """Facts of one session.
 
     Attributes:
-        kept: it was opened by the client and lives on after a generation.
-        worker: address of the worker that holds its cache, or "".
+        kept: the client opened it, and it outlives its generations.
+        worker: address of the worker that has its cache, or "".
         opened_at: seconds since the epoch.
-        branch_of: the session that it began as a copy of, or "".
+        branch_of: the session that it was copied from, or "".
     """
 
     id: str
@@ -80,7 +80,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Listing:
-    """A session as `list` shows it."""
+    """An entry of `SessionDirectory.list`."""
 
     session: Session
     tokens: int
@@ -88,7 +88,7 @@ class Listing:
 
 
 class SessionDirectory:
-    """All routers' view of the sessions. Every method may raise a RedisError."""
+    """The sessions of all routers. Every method may raise a RedisError."""
 
     def __init__(self, redis: Redis, ttl_s: int) -> None:
         self._redis = redis
@@ -101,7 +101,7 @@ class SessionDirectory:
         self._release = redis.register_script(_RELEASE)
 
     async def open(self, model: str, cache: common_pb2.CacheParams, *, kept: bool) -> Session:
-        """Makes a session with an empty log."""
+        """Opens a session with an empty log."""
         session = Session(secrets.token_urlsafe(16), model, cache, kept, "", time.time())
         async with self._redis.pipeline(transaction=True) as pipe:
             self._add(pipe, session)
@@ -109,11 +109,11 @@ class SessionDirectory:
         return session
 
     async def branch(self, identifier: str) -> Session:
-        """Makes a kept session that begins as a copy of another.
+        """Opens a kept session as a copy of another.
 
         Raises:
             NotFound: there is no such session.
-            FailedPrecondition: it is generating.
+            FailedPrecondition: the session is generating.
         """
         async with self.running(identifier, lambda: None):
             origin = await self.get(identifier)
@@ -129,7 +129,7 @@ class SessionDirectory:
         return branch
 
     def _add(self, pipe: Any, session: Session) -> None:
-        """Lists a session and writes its facts down."""
+        """Writes a session's facts and adds it to the index."""
         facts: dict[Any, Any] = {
             "model": session.model,
             "cache": session.cache.SerializeToString(),
@@ -144,7 +144,7 @@ class SessionDirectory:
 
     async def get(self, identifier: str) -> Session:
         """Raises:
-        NotFound: there is none of that id, or it expired.
+        NotFound: no session has this id, or it has expired.
         """
         facts = await self._redis.hgetall(_key(identifier))
         if not facts:
@@ -157,50 +157,50 @@ class SessionDirectory:
         return np.frombuffer(raw or b"", dtype="<i4").tolist()
 
     async def write(self, identifier: str, offset: int, tokens: Sequence[int]) -> bool:
-        """Writes tokens to the log from position `offset` on; False if the session was closed."""
+        """Writes tokens to the log at position `offset`. False if the session was closed."""
         raw = np.asarray(tokens, dtype="<i4").tobytes()
         keys = [_key(identifier), _tokens_key(identifier)]
         return bool(await self._write(keys=keys, args=[offset * 4, raw, self._ttl_s]))
 
     async def cut(self, identifier: str, tokens: int) -> None:
-        """Forgets what the log has after so many tokens, and the names of pages, which may hold some of it."""
+        """Cuts the log after `tokens` tokens, and deletes the page ids, whose pages may have later tokens."""
         await self._cut(keys=[_tokens_key(identifier), _pages_key(identifier)], args=[tokens * 4, self._ttl_s])
 
     async def write_turn(self, identifier: str, request: worker_pb2.RunRequest) -> None:
-        """Writes down what is generated now: a request whose token_ids are the turn's prompt alone."""
+        """Records the request of the turn that begins. Its token_ids are the turn's prompt alone."""
         await self._set_if_open(keys=[_key(identifier)], args=["turn", request.SerializeToString()])
 
     async def turn(self, identifier: str) -> worker_pb2.RunRequest | None:
-        """What was generated last; None if nothing was."""
+        """The request of the session's last turn; None if it had none."""
         raw: Any = await self._redis.hget(_key(identifier), "turn")
         return worker_pb2.RunRequest.FromString(raw) if raw else None
 
     async def pages(self, identifier: str) -> list[bytes]:
-        """Names of the stored pages of the log's first tokens."""
+        """Ids of the stored pages of the log's first tokens."""
         raw: Any = await self._redis.get(_pages_key(identifier)) or b""
         return [raw[at : at + PAGE_ID_BYTES] for at in range(0, len(raw), PAGE_ID_BYTES)]
 
-    async def write_pages(self, identifier: str, names: Sequence[bytes]) -> None:
-        """Replaces them, unless the session was closed."""
+    async def write_pages(self, identifier: str, ids: Sequence[bytes]) -> None:
+        """Replaces the page ids, unless the session was closed."""
         keys = [_key(identifier), _pages_key(identifier)]
-        await self._write_pages(keys=keys, args=[b"".join(names), self._ttl_s])
+        await self._write_pages(keys=keys, args=[b"".join(ids), self._ttl_s])
 
     async def set_worker(self, identifier: str, address: str) -> None:
-        """Notes which worker holds the session's cache."""
+        """Records which worker has the session's cache."""
         await self._set_if_open(keys=[_key(identifier)], args=["worker", address])
 
     async def close(self, identifier: str) -> Session:
-        """Forgets a session; a generation that runs loses its hold and ends.
+        """Deletes a session. A running generation loses its lock and ends.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such session.
         """
         session = await self.get(identifier)
         await self.forget(identifier)
         return session
 
     async def forget(self, identifier: str) -> None:
-        """As `close`, also when there is none."""
+        """As `close`, without an error if there is no such session."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(*(key(identifier) for key in (_key, _tokens_key, _pages_key, _run_key)))
             pipe.zrem(INDEX, identifier)
@@ -229,12 +229,13 @@ class SessionDirectory:
 
     @contextlib.asynccontextmanager
     async def running(self, identifier: str, lost: Callable[[], None], patience_s: float = 0.0) -> AsyncIterator[None]:
-        """Holds a session for one generation. `lost` is called when the session is closed meanwhile.
+        """Locks a session for one generation.
 
         Args:
-            patience_s: how long to wait for a generation that holds it.
+            lost: called when the session is closed meanwhile.
+            patience_s: how long to wait for another generation to release the lock.
         Raises:
-            FailedPrecondition: another generation holds it.
+            FailedPrecondition: another generation has the lock.
         """
         holder, ends = secrets.token_hex(8), time.monotonic() + patience_s
         while not await self._redis.set(_run_key(identifier), holder, nx=True, ex=RUN_TTL_S):
@@ -242,8 +243,8 @@ class SessionDirectory:
                 raise FailedPrecondition(
                     f'session "{identifier}" is generating; wait for its stream to end, or use another session'
                 )
-            await asyncio.sleep(LOOK_AGAIN_S)
-        keeper = asyncio.create_task(self._keep(identifier, holder, lost), name=f"hold {identifier}")
+            await asyncio.sleep(LOCK_RETRY_S)
+        keeper = asyncio.create_task(self._keep(identifier, holder, lost), name=f"lock {identifier}")
         try:
             yield
         finally:
@@ -257,7 +258,7 @@ class SessionDirectory:
             try:
                 held = await self._refresh(keys=[_run_key(identifier)], args=[holder, RUN_TTL_S])
             except RedisError as error:
-                log.warning("could not refresh the hold on a session", session=identifier, error=str(error))
+                log.warning("could not refresh the lock of a session", session=identifier, error=str(error))
                 continue
             if not held:
                 lost()

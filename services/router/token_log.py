@@ -1,7 +1,7 @@
-"""Writes a turn's tokens to its session's log, behind the stream's back.
+"""Writes a turn's tokens to the session's token log, in the background.
 
-The log is for the next turn, which begins when this one has ended and `flush` has returned; a stream that
-moves to another worker goes on from what its router holds. So tokens may wait for each other: one write for many.
+The log is read by the next turn, which begins after `flush` has returned. A stream that moves to another worker resumes
+from the tokens in its router's memory. So tokens can be collected: one write for many tokens.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from redis.exceptions import RedisError
 from services.router.sessions import SessionDirectory
 
 LAG_S = 0.25
-"""How long a token waits for later ones. So much is missing in the log of a session whose router is killed."""
+"""How long a token waits for later tokens. The tokens of this time are lost from the log when a router is killed."""
 
 
 class LogWriter:
-    """Appends in order, one write at a time; what a failed write held is in the next one.
+    """Appends in order, one write at a time. The tokens of a failed write are in the next one.
 
     Args:
-        offset: the log's length before the turn. prompt: the turn's first tokens, written with the first
-            generated one and at once, so that a turn that never began can be sent again.
+        offset: length of the log before the turn.
+        prompt: the first tokens of the turn. They are written at once with the first generated token, not earlier, so
+            that a turn that produced nothing can be sent again.
         lost: called when the session turns out to be closed.
     """
 
@@ -48,7 +49,7 @@ class LogWriter:
         return self._task is not None
 
     def add(self, token: int) -> None:
-        """Notes a token. It is written within `LAG_S`, if Redis takes it."""
+        """Adds a token. It is written within `LAG_S`, if Redis answers."""
         self._pending.append(token)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._write_behind(), name=f"log {self._session}")
@@ -57,18 +58,18 @@ class LogWriter:
         """Returns when Redis has every token.
 
         Raises:
-            redis.exceptions.RedisError: it does not take them.
+            redis.exceptions.RedisError: the write failed.
         """
         self._ending.set()
         if self._task is not None:
             await asyncio.wait([self._task])
-        self._ending.clear()  # other choices may go on
+        self._ending.clear()  # other choices may still generate
         while self._pending:
             await self._write()
 
     async def _write_behind(self) -> None:
-        """Writes and waits in turns, until nothing came while it waited."""
-        with contextlib.suppress(RedisError):  # the tokens are still pending: the next write has them
+        """Writes and waits `LAG_S`, until no token arrived while it waited."""
+        with contextlib.suppress(RedisError):  # the tokens are still pending, for the next write
             while self._pending:
                 await self._write()
                 with contextlib.suppress(TimeoutError):
@@ -80,5 +81,5 @@ class LogWriter:
             self._offset += len(batch)
             del self._pending[: len(batch)]
         else:
-            self._pending.clear()  # nobody will read them
+            self._pending.clear()  # no turn will read them
             self._lost()

@@ -1,4 +1,4 @@
-"""What a request may ask for. Every refusal is a status and a sentence that says what to change."""
+"""Validation of requests. Every error has a status, and a message that says what to change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ PRESETS = ("balanced", "paper", "fp16")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a router allows. `prompt_bytes` is of UTF-8, over all messages of a chat."""
+    """Limits of a router and its model.
+
+    Attributes:
+        prompt_bytes: of a prompt in UTF-8, or of all messages of a chat.
+        context: tokens. vocabulary: number of token ids.
+    """
 
     prompt_bytes: int
     context: int
@@ -33,10 +38,10 @@ class Limits:
 
 
 def generate(request: generate_pb2.GenerateRequest, limits: Limits) -> None:
-    """Checks all of a request that can be checked without its tokens.
+    """Checks everything that does not need the prompt's tokens.
 
     Raises:
-        InvalidArgument: naming the field and its range.
+        InvalidArgument: names the field and its range.
     """
     if request.prompt_token_ids:
         if request.prompt:
@@ -70,7 +75,7 @@ def tokenize(request: generate_pb2.TokenizeRequest, limits: Limits) -> None:
 
 def model(name: str, served: common_pb2.ModelInfo) -> None:
     """Raises:
-    NotFound: the request names another model than the one that is served.
+    NotFound: another model is served.
     """
     if name and name not in (served.name, served.source):
         raise NotFound(f'model "{name[:100]}" is not served here; use "{served.name}" or leave model empty')
@@ -78,7 +83,7 @@ def model(name: str, served: common_pb2.ModelInfo) -> None:
 
 def tenant(name: str) -> None:
     """Raises:
-    InvalidArgument: the name is too long. Its characters are gRPC's to check.
+    InvalidArgument: the name is too long. gRPC checks its characters.
     """
     if len(name) > MAX_TENANT:
         raise InvalidArgument(f"the metadata qaq-tenant has {len(name)} characters; send at most {MAX_TENANT}")
@@ -86,19 +91,21 @@ def tenant(name: str) -> None:
 
 def session_id(identifier: str) -> None:
     """Raises:
-    InvalidArgument: it is empty or too long to be one that was given out.
+    InvalidArgument: it is empty, or longer than any session id.
     """
     if not identifier:
-        raise InvalidArgument("session_id is empty; send the one that OpenSession answered")
+        raise InvalidArgument("session_id is empty; send the one that OpenSession returned")
     if len(identifier.encode()) > MAX_SESSION_ID_BYTES:
-        raise InvalidArgument(f"session_id is over {MAX_SESSION_ID_BYTES} bytes; send what OpenSession answered")
+        raise InvalidArgument(
+            f"session_id is over {MAX_SESSION_ID_BYTES} bytes; send the one that OpenSession returned"
+        )
 
 
 def rejoin(request: generate_pb2.RejoinRequest, turn: worker_pb2.RunRequest | None) -> worker_pb2.RunRequest:
-    """The turn to go on with.
+    """Returns the turn that the request continues.
 
     Raises:
-        InvalidArgument: naming the field and its range.
+        InvalidArgument: names the field and its range.
         FailedPrecondition: there is no turn, or it has several choices.
     """
     if turn is None:
@@ -106,29 +113,29 @@ def rejoin(request: generate_pb2.RejoinRequest, turn: worker_pb2.RunRequest | No
     if turn.choices > 1:
         raise FailedPrecondition("a generation of several choices cannot be rejoined; send the request again")
     if request.received < 0 or (turn.stop.HasField("max_new_tokens") and request.received > turn.stop.max_new_tokens):
-        raise InvalidArgument(f"received is {request.received}; send how many of its tokens arrived, 0 for none")
+        raise InvalidArgument(f"received is {request.received}; send the number of its tokens that arrived, 0 for none")
     return turn
 
 
-def fits(held: int, prompt: int, stop: common_pb2.StopParams, context: int) -> None:
-    """Checks that a prompt and what it may grow by fit the model's context.
+def fits(history: int, prompt: int, stop: common_pb2.StopParams, context: int) -> None:
+    """Checks that a prompt and the tokens that may be generated fit the model's context.
 
     Args:
-        held: tokens in the session's log before this prompt.
+        history: tokens in the session's log before this prompt.
     Raises:
-        InvalidArgument: saying how many tokens there is room for.
+        InvalidArgument: says how many tokens there is room for.
     """
     if prompt == 0:
         raise InvalidArgument("prompt has no tokens; send some text")
-    earlier = f" after the {held} tokens of the session" if held else ""
-    # A context of n holds the prompt and at least one new token.
-    room = context - 1 - held
+    earlier = f" after the {history} tokens of the session" if history else ""
+    # The context must have room for at least one new token.
+    room = context - 1 - history
     if prompt > room:
         raise InvalidArgument(
             f"prompt is {prompt} tokens{earlier}, but the model's context of {context} has room for "
-            f"{max(room, 0)}; shorten it" + (" or open a new session" if held else "")
+            f"{max(room, 0)}; shorten it" + (" or open a new session" if history else "")
         )
-    allowed = context - held - prompt
+    allowed = context - history - prompt
     if stop.max_new_tokens > allowed:
         raise InvalidArgument(
             f"max_new_tokens is {stop.max_new_tokens}, but with a prompt of {prompt} tokens{earlier} the model's "
@@ -137,7 +144,7 @@ def fits(held: int, prompt: int, stop: common_pb2.StopParams, context: int) -> N
 
 
 def session(request: generate_pb2.OpenSessionRequest) -> None:
-    """Checks what a new session is to be."""
+    """Checks a request for a new session."""
     if request.branch_of:
         session_id(request.branch_of)
         if request.HasField("cache"):
@@ -171,7 +178,7 @@ def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest
             raise InvalidArgument("cache is fixed when a session opens; leave it unset, or pass it to OpenSession")
         if request.choices > 1:
             raise InvalidArgument(
-                f"choices is {request.choices}, but a session goes on with one text; send 1, or branch the session"
+                f"choices is {request.choices}, but a session has one text; send 1, or branch the session"
             )
     if not 0 <= request.choices <= MAX_CHOICES:
         raise InvalidArgument(f"choices is {request.choices}; send 1 to {MAX_CHOICES}")
@@ -244,7 +251,7 @@ def _range(
     *,
     open_low: bool = False,
 ) -> None:
-    """An optional float must be finite and in [low, high], or (low, high] if `open_low`."""
+    """Checks that an optional float is finite and in [low, high], or in (low, high] if `open_low`."""
     if not params.HasField(field):
         return
     value = getattr(params, field)

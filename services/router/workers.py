@@ -1,4 +1,4 @@
-"""The workers that are registered, a channel to each, and how busy they are."""
+"""The registered workers, a channel to each, and their load."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ log = structlog.get_logger()
 
 
 class WorkerLink:
-    """A worker and what it last said of itself.
+    """A worker, and its last description.
 
     Attributes:
-        calls: generations that this router runs there now.
+        calls: generations of this router that run on it.
         facts: None until it has answered for the first time.
     """
 
@@ -43,9 +43,9 @@ class WorkerLink:
 
     @property
     def load(self) -> int:
-        """Its own count also holds other routers' generations, but is up to a second old."""
-        told = self.facts.running + self.facts.waiting if self.facts else 0
-        return max(self.calls, told)
+        """Generations on it. The worker's own count includes those of other routers, but is up to a second old."""
+        described = self.facts.running + self.facts.waiting if self.facts else 0
+        return max(self.calls, described)
 
     @property
     def kv_bytes(self) -> int:
@@ -53,12 +53,12 @@ class WorkerLink:
 
     @property
     def memory_use(self) -> float:
-        """The share of its budget that its caches fill."""
+        """Bytes of its caches over its budget; 0 without a budget."""
         budget = self.facts.kv_budget_bytes if self.facts else 0
         return self.kv_bytes / budget if budget else 0.0
 
     async def refresh(self) -> None:
-        """Asks the worker; one that does not answer keeps what it said before."""
+        """Asks the worker for its facts. Those of a worker that does not answer stay as they are."""
         try:
             self.facts = await self.stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
@@ -70,10 +70,10 @@ class WorkerLink:
 
 
 class WorkerPool:
-    """Follows the registry. A worker that left it gets no new generations; those it runs go on.
+    """Follows the registry. A worker that left it gets no new generations, and finishes those that it runs.
 
     Attributes:
-        refreshed: called whenever the list and the facts are up to date.
+        refreshed: called after each refresh of the workers and their facts.
     """
 
     def __init__(self, registry: Registry, policies: Sequence[Policy]) -> None:
@@ -87,27 +87,27 @@ class WorkerPool:
 
     @property
     def ready(self) -> list[WorkerLink]:
-        """Those that can be given work."""
+        """The workers that can run generations."""
         return [link for link in self._links.values() if link.facts is not None]
 
     @property
     def capacity(self) -> int:
-        """Sequences that the ready workers decode at once."""
+        """Sequences that the ready workers can decode at once."""
         return sum(link.facts.max_sequences for link in self._links.values() if link.facts)
 
     @property
     def model(self) -> common_pb2.ModelInfo:
-        """What the workers serve, or last served.
+        """The model that the workers serve, or last served.
 
         Raises:
-            Unavailable: no worker was ever seen.
+            Unavailable: no worker has been ready yet.
         """
         if self._model is None:
             raise no_worker()
         return self._model
 
     def place(self, session: Session, prompt: Sequence[int], refused: Container[str]) -> WorkerLink | None:
-        """The worker for a generation, but none of those that refused it; None if there is no other."""
+        """The worker for a generation, except those that refused it. None if there is no other."""
         return place(session, prompt, [link for link in self.ready if link.address not in refused], self._policies)
 
     def get(self, address: str) -> WorkerLink | None:
@@ -127,7 +127,7 @@ class WorkerPool:
         self._links.clear()
 
     async def refresh(self) -> None:
-        """Brings the list and every worker's facts up to date."""
+        """Updates the list of workers and the facts of each."""
         try:
             addresses = {member.address for member in await self._registry.members("worker")}
         except RedisError as error:

@@ -1,4 +1,4 @@
-"""Which worker runs a generation. Policies are asked in order, one file each; the first that decides wins."""
+"""Placement: which worker runs a generation. The policies, one file each, are asked in order; the first choice wins."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ __all__ = ["Candidate", "Policy", "make", "place"]
 POLICIES: dict[str, Callable[[], Policy]] = {
     "affinity": SessionAffinity,
     "prefix": PrefixLocality,
-    "pressure": LeastMemory,
+    "memory": LeastMemory,
     "load": LeastLoaded,
 }
 
 
 def make(names: str) -> list[Policy]:
-    """Policies by their names, with commas between them.
+    """The policies of a comma-separated list of names.
 
     Raises:
-        ConfigError: one is not known.
+        ConfigError: a name is unknown.
     """
     unknown = [name for name in names.split(",") if name not in POLICIES]
     if unknown:
-        raise ConfigError(f"no placement policy is called {unknown[0]!r}; there are {', '.join(POLICIES)}")
+        raise ConfigError(f"placement policy {unknown[0]!r} is unknown; use some of {', '.join(POLICIES)}")
     return [POLICIES[name]() for name in names.split(",")]
 
 
 def place(session: Session, prompt: Sequence[int], workers: Sequence[C], policies: Sequence[Policy]) -> C | None:
-    """The worker for a session's next generation; None if there are none."""
+    """The worker for a session's next generation; None if there are no workers."""
     if not workers:
         return None
     choices = (policy.choose(session, prompt, workers) for policy in [*policies, LeastLoaded()])

@@ -1,4 +1,4 @@
-"""The worker that holds the session's cache."""
+"""Session affinity: the worker that has the session's cache."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from services.router.placement.base import C, Policy, spare
 from services.router.sessions import Session
 
 SLACK = 8
-"""So many generations more than elsewhere are worth waiting for, rather than loading the cache there."""
+"""With more generations than this above the least loaded worker, loading the cache on another worker is faster."""
 
 
 class SessionAffinity(Policy):
-    """Sticky, but not at any price: a session can be loaded from its pages on any worker."""
+    """Chooses the session's worker, unless it is overloaded: any worker can load the session from its pages."""
 
     def choose(self, session: Session, prompt: Sequence[int], workers: Sequence[C]) -> C | None:
         holder = next((worker for worker in workers if worker.address == session.worker), None)

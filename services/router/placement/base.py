@@ -1,4 +1,4 @@
-"""What a placement policy is, and what it may know."""
+"""The interface of a placement policy, and what it knows of a worker."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ class Candidate(Protocol):
     """A worker.
 
     Attributes:
-        load: generations that run or wait there.
-        kv_bytes: held by its caches. pressure: the share of its budget that this is; 0 if it has none.
+        load: generations that run or wait on it.
+        kv_bytes: bytes of its caches.
+        memory_use: kv_bytes over the worker's budget; 0 without a budget.
     """
 
     @property
@@ -34,16 +35,16 @@ C = TypeVar("C", bound=Candidate)
 
 
 class Policy(ABC):
-    """One reason to prefer a worker."""
+    """One criterion for a worker."""
 
     @abstractmethod
     def choose(self, session: Session, prompt: Sequence[int], workers: Sequence[C]) -> C | None:
-        """A worker out of a non-empty list, or None for no opinion. `prompt` is the whole log."""
+        """A worker of a non-empty list, or None for no preference. `prompt` is the whole token log."""
 
-    def placed(self, session: Session, prompt: Sequence[int], address: str) -> None:  # noqa: B027 (few remember)
-        """A generation was given to that worker, whoever chose it."""
+    def placed(self, session: Session, prompt: Sequence[int], address: str) -> None:  # noqa: B027 (optional)
+        """Called after a generation was placed on a worker, by any policy."""
 
 
 def spare(worker: Candidate, workers: Sequence[Candidate], slack: int) -> bool:
-    """Whether a worker has at most `slack` generations more than the least busy one."""
+    """Whether a worker has at most `slack` generations more than the least loaded one."""
     return worker.load <= min(other.load for other in workers) + slack

@@ -1,4 +1,4 @@
-"""The least busy worker."""
+"""The least loaded worker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from services.router.sessions import Session
 
 
 class LeastLoaded(Policy):
-    """The fewest generations, then the fewest cache bytes, then by address."""
+    """Chooses by the number of generations, then by cache bytes, then by address."""
 
     def choose(self, session: Session, prompt: Sequence[int], workers: Sequence[C]) -> C:
         return min(workers, key=lambda worker: (worker.load, worker.kv_bytes, worker.address))

@@ -1,4 +1,4 @@
-"""The worker whose caches fill the least of their budget."""
+"""The worker whose caches fill the smallest share of its budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from services.router.sessions import Session
 
 
 class LeastMemory(Policy):
-    """No opinion where no worker has a budget."""
+    """Has no preference if no worker has a budget."""
 
     def choose(self, session: Session, prompt: Sequence[int], workers: Sequence[C]) -> C | None:
         least = min(workers, key=lambda worker: (worker.memory_use, worker.load, worker.address))

@@ -1,7 +1,7 @@
-"""The worker that lately began a text in the same way.
+"""Prefix locality: the worker that recently got a prompt with the same first tokens.
 
-Every worker can load a stored prefix, so nothing is lost elsewhere; but a prompt whose beginning is being computed
-right now finds it stored only if it waits in the same queue.
+Every worker can load a prefix that is stored. A prefix that a worker is still computing can only be reused by a prompt
+that waits in the queue of the same worker.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from services.router.sessions import Session
 TOKENS = 64
 REMEMBERED = 4096
 SLACK = 1
-"""With more than so many generations above the least busy worker, a common beginning is left to others too."""
+"""With more generations than this above the least loaded worker, a prompt with the same prefix goes elsewhere."""
 
 
 class PrefixLocality(Policy):
-    """Remembers where the last prompts with the same first tokens went."""
+    """Remembers the workers of recent prompts by their first `TOKENS` tokens."""
 
     def __init__(self) -> None:
-        self._places: OrderedDict[tuple[int, ...], str] = OrderedDict()
+        self._workers: OrderedDict[tuple[int, ...], str] = OrderedDict()
 
     def choose(self, session: Session, prompt: Sequence[int], workers: Sequence[C]) -> C | None:
-        address = self._places.get(tuple(prompt[:TOKENS]))
+        address = self._workers.get(tuple(prompt[:TOKENS]))
         known = next((worker for worker in workers if worker.address == address), None)
         return known if known is not None and spare(known, workers, SLACK) else None
 
@@ -33,7 +33,7 @@ class PrefixLocality(Policy):
         if len(prompt) < TOKENS:
             return
         beginning = tuple(prompt[:TOKENS])
-        self._places[beginning] = address
-        self._places.move_to_end(beginning)
-        if len(self._places) > REMEMBERED:
-            self._places.popitem(last=False)
+        self._workers[beginning] = address
+        self._workers.move_to_end(beginning)
+        if len(self._workers) > REMEMBERED:
+            self._workers.popitem(last=False)

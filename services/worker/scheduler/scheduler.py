@@ -67,7 +67,7 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends every generation with UNAVAILABLE and waits at most STOP_S for the thread. A second call does nothing."""
+        """Ends every generation with UNAVAILABLE and waits at most STOP_S for the thread. Does nothing again."""
         if self._stopped:
             return
         self._stopped = True

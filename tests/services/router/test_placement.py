@@ -64,10 +64,10 @@ def test_the_same_beginning_goes_to_the_same_worker_while_it_has_room() -> None:
     assert [where([1, 2], Told("a", load=n), Told("b", load=1 - n)) for n in (1, 0)] == ["b", "a"]
 
 
-def test_least_pressure() -> None:
+def test_least_memory() -> None:
     full, free = Told("a", memory_use=0.9), Told("b", load=3, memory_use=0.2)
-    assert chosen("affinity,pressure", "", [full, free]) == "b"
-    assert chosen("affinity,pressure", "", [Told("a"), Told("b", load=3)]) == "a"
+    assert chosen("affinity,memory", "", [full, free]) == "b"
+    assert chosen("affinity,memory", "", [Told("a"), Told("b", load=3)]) == "a"
 
 
 def test_no_worker_is_no_place() -> None:
@@ -75,5 +75,5 @@ def test_no_worker_is_no_place() -> None:
 
 
 def test_unknown_policies_are_refused() -> None:
-    with pytest.raises(ConfigError, match="there are affinity, prefix"):
+    with pytest.raises(ConfigError, match="use some of affinity, prefix"):
         make("affinity,coin")

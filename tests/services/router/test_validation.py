@@ -75,7 +75,7 @@ def test_accepts_the_edges(changes: dict) -> None:
         ({"output": {"logprobs": True, "top_logprobs": 21}}, "output.top_logprobs is 21; send 0 to 20"),
         ({"choices": 17}, "choices is 17; send 1 to 16"),
         ({"choices": -1}, "choices is -1; send 1 to 16"),
-        ({"choices": 2, "session_id": "x"}, "a session goes on with one text"),
+        ({"choices": 2, "session_id": "x"}, "a session has one text"),
         ({"prompt_token_ids": [1]}, "both prompt and prompt_token_ids are set"),
         ({"prompt": "", "prompt_token_ids": [1000]}, "prompt_token_ids names token 1000"),
         ({"session_id": "x" * 129}, "session_id is over 128 bytes"),
