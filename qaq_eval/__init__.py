@@ -1,4 +1,4 @@
-"""The laboratory: quality and speed measurements, baselines, and the paper's experiments.
+"""Evaluation: quality and speed measurements, load tests, baselines, and the paper's experiments.
 
 It uses only public names of `qaq_core` and `services`. Importing it registers the baselines as presets.
 """

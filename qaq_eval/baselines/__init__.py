@@ -1,8 +1,8 @@
-"""Baselines: what others do, through the same packed path and counted by the same bytes. One file per baseline.
+"""Baselines: published methods, run through the same packed path and counted by the same bytes. One file each.
 
-A baseline is named by a pattern, such as `uniform-3`. Like a preset it says which transform, codec, policy and
-statistic make up a method. Those that quantize keep the sinks exact, as the presets do; those that evict hold what they
-keep in half precision.
+The name of a baseline follows a pattern, such as `uniform-3`. Like a preset, a baseline returns the arguments of a
+`Method`. Baselines that quantize keep the sinks in half precision, as the presets do. Baselines that evict hold the
+kept tokens in half precision.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ NAMES = tuple(baseline.NAME for baseline in _ALL)
 
 
 def register() -> None:
-    """Makes the baselines presets."""
-    register_family(", ".join(NAMES), find)
+    """Registers the baselines as a family of presets."""
+    register_family(", ".join(NAMES), find_baseline)
 
 
-def find(name: str) -> Callable[..., dict[str, Any]] | None:
-    """The preset of that name; None if there is no such baseline."""
+def find_baseline(name: str) -> Callable[..., dict[str, Any]] | None:
+    """The preset of a baseline; None if there is no such baseline."""
     for baseline in _ALL:
-        found = re.fullmatch(baseline.PATTERN, name)
-        if found:
-            return partial(_parts, name, baseline, [_number(text) for text in found.groups() if text])
+        match = re.fullmatch(baseline.PATTERN, name)
+        if match:
+            return partial(_preset, name, baseline, [_number(text) for text in match.groups() if text])
     return None
 
 
@@ -38,7 +38,7 @@ def _number(text: str) -> int | float:
     return int(text) if text.isdigit() else float(text)
 
 
-def _parts(
+def _preset(
     name: str,
     baseline: Any,
     numbers: list[int | float],
@@ -47,10 +47,7 @@ def _parts(
     fingerprint: str | None,
     target: Target,
 ) -> dict[str, Any]:
-    if getattr(baseline, "TARGETED", False):
-        made: dict[str, Any] = baseline.parts(model, shape, target, *numbers)
-        return made
-    if target.given:
-        raise ConfigError(f"{name} holds the widths of its name; it takes no target")
-    made = baseline.parts(model, shape, *numbers)
-    return made
+    if target.given and not baseline.TAKES_TARGET:
+        raise ConfigError(f"{name} has the widths of its name; it takes no target")
+    arguments: dict[str, Any] = baseline.preset(model, shape, target, *numbers)
+    return arguments

@@ -1,6 +1,6 @@
-"""H2O, heavy hitters: the tokens with the most attention accumulated, and as many recent ones (arXiv 2306.14048).
+"""H2O, heavy hitters: the tokens with the most accumulated attention, and as many recent ones (arXiv 2306.14048).
 
-A token's worth is the sum over all queries so far of the probability it got, averaged over its head's query group.
+A token's score is the sum over all queries so far of the probability it got, averaged over the GQA query group.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from qaq_core.allocation import NoObserver, Reduction
 from qaq_core.models import ModelShape
 from qaq_eval.baselines import eviction
 
-NAME, PATTERN = "h2o[-<share kept>]", r"h2o(?:-(\d*\.?\d+))?"
-TARGETED = True
+NAME, PATTERN, TAKES_TARGET = "h2o[-<share kept>]", r"h2o(?:-(\d*\.?\d+))?", True
 
 
-def parts(model: Any, shape: ModelShape, target: Target, share: float | None = None) -> dict[str, Any]:
-    return eviction.parts(shape, target, share, AccumulatedAttention(), recent=lambda kept: kept // 2)
+def preset(model: Any, shape: ModelShape, target: Target, share: float | None = None) -> dict[str, Any]:
+    return eviction.preset(target, share, AccumulatedAttention(), recent=lambda kept: kept // 2)
 
 
 class AccumulatedAttention:
-    """The sum of a token's probabilities, a float32 in the four bytes of its state."""
+    """The sum of a token's probabilities: one float32 in four bytes of state."""
 
     bytes_per_token = 4
     every = 1
@@ -32,18 +31,18 @@ class AccumulatedAttention:
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> _PromptSums:
         return _PromptSums(torch.zeros(layers, heads, total, 4, dtype=torch.uint8, device=device))
 
-    def update(self, state: torch.Tensor, reduction: torch.Tensor, position: int) -> None:
-        sums(state).add_(reduction)
+    def update(self, state: torch.Tensor, probabilities: torch.Tensor, position: int) -> None:
+        sums(state).add_(probabilities)
 
     def importance(self, state: torch.Tensor) -> torch.Tensor:
         return sums(state).clone()
 
-    def join(self, held: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        return (sums(held) + sums(seen)).unsqueeze(-1).view(torch.uint8)
+    def merge(self, before: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        return (sums(before) + sums(prompt)).unsqueeze(-1).view(torch.uint8)
 
 
 def sums(state: torch.Tensor) -> torch.Tensor:
-    """float32 [...] of state uint8 [..., 4], the same memory."""
+    """State uint8 [..., 4] as float32 [...], in the same memory."""
     return state.view(torch.float32).squeeze(-1)
 
 

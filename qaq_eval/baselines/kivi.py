@@ -1,8 +1,8 @@
 """KIVI: keys quantized per channel over 32 tokens, values per token over 32 channels (arXiv 2402.02750).
 
-A group holds its minimum and its step in half precision. The packed path knows one scale a row, so rows are
-brought to the units of their groups before they are packed, with a scale of 1, and what has been unpacked is
-brought back: the groups stand where a codec's outliers stand.
+A block of 32 numbers has its minimum and its range in half precision. The packed path stores one scale per row, so
+rows are normalized by their blocks before they are packed, with a scale of 1, and denormalized after they are
+unpacked. The blocks' parameters take the place of a codec's outliers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qaq_core import Method, Quantizer
+from qaq_core import Method, Quantizer, Target
 from qaq_core.allocation import FixedPolicy, NoStatistic
 from qaq_core.base.errors import ConfigError, QuantizationError
 from qaq_core.base.pages import KEY, VALUE
@@ -20,26 +20,27 @@ from qaq_core.cache import Pair
 from qaq_core.models import ModelShape
 from qaq_core.quantization import IdentityTransform, Outliers, UniformCodec
 
-NAME, PATTERN = "kivi-<bits>", r"kivi-(\d+)"
-GROUP_TOKENS = 32
+NAME, PATTERN, TAKES_TARGET = "kivi-<bits>", r"kivi-(\d+)", False
+BLOCK = 32
+"""Numbers in a block: tokens of a key channel, or channels of a value."""
 
 
-def parts(model: Any, shape: ModelShape, bits: int) -> dict[str, Any]:
+def preset(model: Any, shape: ModelShape, target: Target, bits: int) -> dict[str, Any]:
     if not 1 <= bits <= 8:
         raise ConfigError(f"kivi takes 1 to 8 bits, not {bits}")
     return {
         "quantizer": Quantizer(IdentityTransform(), UnitCodec(bits)),
         "policy": FixedPolicy(bits, bits),
         "statistic": NoStatistic(),
-        "pack_tokens": GROUP_TOKENS,
+        "pack_tokens": BLOCK,
         "kind": KiviMethod,
     }
 
 
 class UnitCodec(UniformCodec):
-    """Numbers between 0 and 1, rounded to the nearest of 2^b that include both ends, as published.
+    """Numbers from 0 to 1, rounded to the nearest of 2^b levels that include both ends, as published.
 
-    Codes of this one width only are meant: unlike the other codecs', they are not nested.
+    The codes have one width. Unlike other codecs' codes they cannot be truncated to fewer bits.
     """
 
     name = "kivi"
@@ -68,20 +69,19 @@ class UnitCodec(UniformCodec):
 
 @dataclass(frozen=True)
 class KiviMethod(Method):
-    """A method whose rows are in the units of their groups."""
+    """A method that normalizes rows by their blocks before they are packed."""
 
     def prepare(
         self, quantizer: Quantizer, originals: torch.Tensor, start: int, overwrite: bool = False
     ) -> tuple[Pair, Pair, tuple[Outliers | None, Outliers | None]]:
         rows, metas, _ = super().prepare(quantizer, originals, start, overwrite)
-        made = [Groups.of(side, row) for side, row in zip((KEY, VALUE), rows, strict=True)]
-        units = (made[KEY].units(rows[KEY]), made[VALUE].units(rows[VALUE]))
-        return units, metas, (made[KEY], made[VALUE])
+        keys, values = (BlockScales.of(side, rows[side]) for side in (KEY, VALUE))
+        return (keys.normalize(rows[KEY]), values.normalize(rows[VALUE])), metas, (keys, values)
 
 
 @dataclass(frozen=True)
-class Groups(Outliers):
-    """Minimum and step of groups of consecutive tokens.
+class BlockScales(Outliers):
+    """Minimum and range of blocks.
 
     Attributes:
         index: float16 minima. value: float16 ranges. Both [layers, kv_heads, tokens/32, head_dim] for keys
@@ -89,53 +89,53 @@ class Groups(Outliers):
     """
 
     @classmethod
-    def of(cls, side: int, rows: torch.Tensor) -> Groups:
-        """The groups of rows float32 [layers, kv_heads, tokens, head_dim]."""
-        split, over = (_by_token(rows), 3) if side == KEY else (_by_channel(rows), -1)
-        low = split.amin(over).half()
-        # Of the rounded minimum, so that the smallest number is still in its cell.
-        span = (split.amax(over) - low).half().clamp_min(6e-8)
+    def of(cls, side: int, rows: torch.Tensor) -> BlockScales:
+        """The scales of rows float32 [layers, kv_heads, tokens, head_dim]."""
+        blocks, dim = (_token_blocks(rows), 3) if side == KEY else (_channel_blocks(rows), -1)
+        low = blocks.amin(dim).half()
+        # The range is measured from the rounded minimum, so that the smallest number is inside it.
+        span = (blocks.amax(dim) - low).half().clamp_min(6e-8)
         if not bool(torch.isfinite(low).all() and torch.isfinite(span).all()):
-            raise QuantizationError("a group's range does not fit half precision")
+            raise QuantizationError("the range of a block does not fit half precision")
         return cls(low, span, "channel" if side == KEY else "token")
 
-    def units(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows in units of their groups."""
-        low, span = self._spread(self.index, rows.shape), self._spread(self.value, rows.shape)
+    def normalize(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows as numbers from 0 to 1."""
+        low, span = self._expand(self.index, rows.shape), self._expand(self.value, rows.shape)
         return (rows - low) / span
 
     def apply(self, rows: torch.Tensor, layer: int, first: int) -> None:
-        """Brings a layer's unpacked levels [kv_heads, tokens, head_dim] back, in place."""
+        """Denormalizes a layer's unpacked levels [kv_heads, tokens, head_dim], in place."""
         tokens = rows.shape[1]
-        step = GROUP_TOKENS if self.granularity == "channel" else 1
+        step = BLOCK if self.granularity == "channel" else 1
         span = slice(first // step, -(-(first + tokens) // step))
         shape = rows.shape
-        rows.mul_(self._spread(self.value[layer, :, span], shape))
-        rows.add_(self._spread(self.index[layer, :, span], shape))
+        rows.mul_(self._expand(self.value[layer, :, span], shape))
+        rows.add_(self._expand(self.index[layer, :, span], shape))
 
-    def narrow(self, first: int, last: int) -> Groups:
-        step = GROUP_TOKENS if self.granularity == "channel" else 1
+    def narrow(self, first: int, last: int) -> BlockScales:
+        step = BLOCK if self.granularity == "channel" else 1
         span = slice(first // step, last // step)
         return replace(self, index=self.index[:, :, span].clone(), value=self.value[:, :, span].clone())
 
-    def cat(self, other: Outliers | None) -> Groups:
+    def cat(self, other: Outliers | None) -> BlockScales:
         assert other is not None
         index, value = torch.cat([self.index, other.index], 2), torch.cat([self.value, other.value], 2)
         return replace(self, index=index, value=value)
 
-    def _spread(self, groups: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """One number for each of the rows' numbers, float32 of their shape."""
+    def _expand(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The scale of every number in rows of a shape, float32 of that shape."""
         dim = -2 if self.granularity == "channel" else -1
-        size = GROUP_TOKENS if self.granularity == "channel" else shape[-1] // groups.shape[-1]
-        return groups.float().repeat_interleave(size, dim)
+        size = BLOCK if self.granularity == "channel" else shape[-1] // scales.shape[-1]
+        return scales.float().repeat_interleave(size, dim)
 
 
-def _by_token(rows: torch.Tensor) -> torch.Tensor:
+def _token_blocks(rows: torch.Tensor) -> torch.Tensor:
     """[layers, kv_heads, tokens/32, 32, head_dim]."""
-    return rows.unflatten(2, (-1, GROUP_TOKENS))
+    return rows.unflatten(2, (-1, BLOCK))
 
 
-def _by_channel(rows: torch.Tensor) -> torch.Tensor:
-    """[layers, kv_heads, tokens, groups, 32]; a head_dim that 32 does not divide is one group."""
-    size = GROUP_TOKENS if rows.shape[-1] % GROUP_TOKENS == 0 else rows.shape[-1]
+def _channel_blocks(rows: torch.Tensor) -> torch.Tensor:
+    """[layers, kv_heads, tokens, blocks, 32]; one block if 32 does not divide head_dim."""
+    size = BLOCK if rows.shape[-1] % BLOCK == 0 else rows.shape[-1]
     return rows.unflatten(3, (-1, size))

@@ -1,4 +1,4 @@
-"""The commands of the laboratory: `qaq eval`, `qaq paper`, `qaq bench`."""
+"""The commands of the evaluation: `qaq eval`, `qaq paper`, `qaq bench`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands; found by the entry point "qaq.commands"."""
+    """Adds the commands. The entry point "qaq.commands" names this function."""
     from qaq_eval.cli import bench, eval, paper
 
     for module in (eval, paper, bench):

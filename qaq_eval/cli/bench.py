@@ -1,4 +1,4 @@
-"""`qaq bench`: how fast it is, against what a user has."""
+"""`qaq bench`: speed measurements."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qaq_eval.cli.bench_elastic import elastic
 from qaq_eval.cli.bench_prefix import prefix
 from qaq_eval.cli.bench_serve import serve
 from qaq_eval.cli.bench_weights import weights as bench_weights
-from services.cli.stack import Compiled, Device, Dtype, JsonPath, Model, Weights, model_or_default
+from services.cli.options import Compiled, Device, Dtype, JsonPath, Model, Weights, model_or_default
 from services.cli.terminal import progress_line, screen, size
 
 if TYPE_CHECKING:
-    from qaq_eval.speed import SpeedRow
-    from qaq_eval.speed.attention import AttentionRow
-    from qaq_eval.speed.encode import EncodeRow
-    from qaq_eval.speed.step_parts import PartRow
+    from qaq_eval.speed import DecodeSpeed
+    from qaq_eval.speed.attention import AttentionSpeed
+    from qaq_eval.speed.encode import EncodeSpeed
+    from qaq_eval.speed.step_parts import StepPart
 
 CACHES = "balanced,balanced/reference"
 SHAPES = "9/3/64/4096,12/2/128/16384,32/8/128/16384"
@@ -46,24 +46,24 @@ def register(app: typer.Typer) -> None:
 def decode(
     model: Model = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 1600,
-    steps: Annotated[int, typer.Option(min=2, help="Tokens from each cache; the first is not timed.")] = 48,
+    steps: Annotated[int, typer.Option(min=2, help="Tokens decoded from each cache; the first is not timed.")] = 48,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
     caches: Annotated[
         str,
         typer.Option(
-            help="By comma: presets, a kernel after /: balanced/reference; dynamic-bf16, quanto-int4, hqq-int4, "
-            "llama.cpp-f16, llama.cpp-q8_0, llama.cpp-q4_0."
+            help="Separated by commas: presets, with a kernel after / (balanced/reference), dynamic-bf16, quanto-int4, "
+            "hqq-int4, llama.cpp-f16, llama.cpp-q8_0, llama.cpp-q4_0."
         ),
     ] = CACHES,
-    text: Annotated[Path | None, typer.Option(help="Text to decode; the built-in one if not given.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to decode; default: the built-in text.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     weights: Weights = "plain",
     compiled: Compiled = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Say where the steps of QAQ's caches go.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show the parts of a step of QAQ's caches.")] = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Decodes from each cache in turn, one step at a time, and from transformers' DynamicCache."""
+    """Times decode steps of each cache and of transformers' DynamicCache, in turn."""
     import torch
 
     from qaq_core import calibration
@@ -75,19 +75,19 @@ def decode(
     names = [name.strip() for name in caches.split(",") if name.strip()]
     with progress_line() as report, calibration.shown(report):
         if "dynamic-bf16" in names and (weights != "plain" or compiled):
-            raise ConfigError("dynamic-bf16 makes weights of its own: leave out --weights and --compiled for it")
+            raise ConfigError("dynamic-bf16 converts the weights itself: leave out --weights and --compiled")
         progress = partial(_stage, report)
         loaded = load_model(model_or_default(model), device, dtype, progress, weights)
         if compiled:
             compile_layers(loaded.model, progress)
-        words = builtin_text() if text is None else text.read_text(encoding="utf-8")
-        ids = loaded.tokenizer(words, return_tensors="pt").input_ids
+        content = builtin_text() if text is None else text.read_text(encoding="utf-8")
+        ids = loaded.tokenizer(content, return_tensors="pt").input_ids
         if ids.shape[1] < context + steps:
-            raise ConfigError(f"the text has {ids.shape[1]} tokens; ask for a shorter context, or give --text")
-        # Each sequence begins somewhere else in the text.
+            raise ConfigError(f"the text has {ids.shape[1]} tokens; take a shorter context or a longer --text")
+        # Each sequence begins at another place in the text.
         ids = torch.cat([ids.roll(-37 * i, 1)[:, : context + steps] for i in range(batch)])
         ids = ids.to(device)
-        parts: list[PartRow] | None = [] if profile else None
+        parts: list[StepPart] | None = [] if profile else None
         rows = decode_speed(loaded.model, loaded.fingerprint, ids, steps, names, report, loaded.source, parts)
     screen.print(_table(rows), highlight=False)
     if parts:
@@ -99,12 +99,12 @@ def decode(
 
 
 def attention(
-    shapes: Annotated[str, typer.Option(help="Query heads/KV heads/head_dim/tokens, by comma.")] = SHAPES,
-    repeat: Annotated[int, typer.Option(min=1, help="Calls of each; the median counts.")] = 15,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch and of the kernel.")] = 1,
+    shapes: Annotated[str, typer.Option(help="Query heads/KV heads/head_dim/tokens, separated by commas.")] = SHAPES,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls of each; the median is reported.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch and of the kernel.")] = 1,
     json_path: JsonPath = None,
 ) -> None:
-    """Decode attention over one layer's packed tokens, against dense attention in torch, with cold caches."""
+    """Times decode attention over one layer's packed tokens and dense attention in torch, with cold CPU caches."""
     import torch
 
     from qaq_eval.speed.attention import attention_speed, parse_shapes
@@ -130,12 +130,12 @@ def attention(
 
 def encode(
     shape: Annotated[str, typer.Option(help="Layers/KV heads/head_dim.")] = "30/3/64",
-    tokens: Annotated[int, typer.Option(min=8, help="Of the prompt.")] = 4096,
-    repeat: Annotated[int, typer.Option(min=1, help="Calls of each; the median counts.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch and of the kernel.")] = 1,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of the prompt.")] = 4096,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls of each; the median is reported.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch and of the kernel.")] = 1,
     json_path: JsonPath = None,
 ) -> None:
-    """Packed rows of originals, of random numbers in the default preset's frame and codec: torch against C++."""
+    """Times packing of random originals with the default preset's transform and codec, in torch and in C++."""
     import torch
 
     from qaq_eval.speed.encode import MEAN_BITS, encode_speed, parse_shape
@@ -157,11 +157,11 @@ def encode(
 
 
 def _stage(report: Callable[[str, float | None], None], stage: str, share: float) -> None:
-    """Shows a stage without how much of it is done."""
+    """Reports a stage without its progress."""
     report(stage, None)
 
 
-def _write(path: Path, about: dict[str, Any], rows: Sequence[SpeedRow | AttentionRow | EncodeRow]) -> None:
+def _write(path: Path, about: dict[str, Any], rows: Sequence[DecodeSpeed | AttentionSpeed | EncodeSpeed]) -> None:
     import torch
 
     from qaq_core.kernels import load_library
@@ -177,7 +177,7 @@ def _write(path: Path, about: dict[str, Any], rows: Sequence[SpeedRow | Attentio
     path.write_text(json.dumps({**about, **machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
-def _table(rows: list[SpeedRow]) -> Table:
+def _table(rows: list[DecodeSpeed]) -> Table:
     table = Table("cache", "tokens/s", "median step", "of dense", "resident")
     for row in rows:
         table.add_row(
@@ -190,7 +190,7 @@ def _table(rows: list[SpeedRow]) -> Table:
     return table
 
 
-def _parts_table(rows: list[PartRow]) -> Table:
+def _parts_table(rows: list[StepPart]) -> Table:
     table = Table("cache", "part of a step", "CPU", "calls")
     for row in rows:
         table.add_row(row.cache, row.part, f"{row.milliseconds:.2f} ms", f"{row.calls:.1f}")

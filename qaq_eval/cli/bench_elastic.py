@@ -1,4 +1,4 @@
-"""`qaq bench elastic`: many sessions under a budget that changes while they stream."""
+"""`qaq bench elastic`: many sessions with a memory budget that changes while they stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
+from services.cli.options import Device, Dtype, JsonPath, Model, model_or_default
 from services.cli.terminal import progress_line, screen, size
 
 if TYPE_CHECKING:
@@ -20,23 +20,25 @@ if TYPE_CHECKING:
     from services.worker.generation import Generation
     from services.worker.scheduler.scheduler import Scheduler
 
-FULL = 4
-"""The budget is what so many sessions take at 16 bits an element."""
+SESSIONS_AT_16_BITS = 4
+"""The budget is the bytes of this many sessions at 16 bits per element."""
 
 OWN_TOKENS = 64
-ENOUGH = 0.95
-_PATIENCE_S = 120.0
+"""Tokens of each prompt that differ from the other prompts."""
+
+RECOVERED_SHARE = 0.95
+_TIMEOUT_S = 120.0
 
 
 @dataclass
-class Elastic:
-    """What was measured. Bits an element with scales and tags; seconds from the change of the budget on.
+class ElasticResult:
+    """Bits per element include scales and tags. Seconds are counted from the change of the budget.
 
     Attributes:
-        shrink_seconds: until the caches hold at most half the budget; None if they never did.
-        longest_gap_seconds: between two tokens of a stream while it shrank.
-        streams_stopped: that had no token then.
-        recover_seconds: until 95% of the bits are back, when the budget is lifted.
+        shrink_seconds: until the caches hold at most half of the budget; None if they never do.
+        longest_gap_seconds: the longest time between two tokens of a stream while the caches shrink.
+        streams_stopped: streams without a token in that time.
+        recover_seconds: until 95% of the bits are back after the budget is lifted.
     """
 
     model: str
@@ -57,31 +59,31 @@ class Elastic:
 
 def elastic(
     model: Model = None,
-    context: Annotated[int, typer.Option(min=256, help="Tokens of each prompt; all but 64 are the same.")] = 2048,
-    sessions: Annotated[int, typer.Option(min=1, help="How many stream at once.")] = 28,
-    seconds: Annotated[float, typer.Option(min=1, help="How long to stream before the budget changes.")] = 10.0,
-    floor_bits: Annotated[float, typer.Option(help="As QAQ_KV_FLOOR_BITS.")] = 0.5,
+    context: Annotated[int, typer.Option(min=256, help="Tokens of each prompt; all but 64 are shared.")] = 2048,
+    sessions: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 28,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds of streaming before the budget changes.")] = 10.0,
+    min_bits: Annotated[float, typer.Option(help="Bits per element that the caches keep, see QAQ_KV_MIN_BITS.")] = 0.5,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     json_path: JsonPath = None,
 ) -> None:
-    """Streams many sessions within the budget of 4 at full precision, halves it, and lifts it again."""
+    """Streams many sessions within the budget of 4 sessions at 16 bits, halves the budget, and lifts it."""
     from qaq_core.models import load_model
 
     with progress_line() as report:
-        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None), "auto")
-        found = asyncio.run(_run(loaded, context, sessions, seconds, floor_bits, lambda what: report(what, None)))
+        loaded = load_model(model_or_default(model), device, dtype, lambda stage, share: report(stage, None), "auto")
+        result = asyncio.run(_run(loaded, context, sessions, seconds, min_bits, lambda stage: report(stage, None)))
     screen.print(
-        f"{found.sessions} sessions of {found.context} tokens in {size(found.kv_bytes)} "
-        f"({size(found.kv_bytes_fp16)} at 16 bits), {found.bits:.2f} bits, "
-        f"{found.tokens_per_second:.1f} tokens/s\n"
-        f"half the budget: after {_told(found.shrink_seconds)}, {found.bits_squeezed:.2f} bits, longest gap "
-        f"between tokens {found.longest_gap_seconds:.2f} s, {found.streams_stopped} streams stopped\n"
-        f"no budget: {ENOUGH:.0%} of the bits after {_told(found.recover_seconds)}",
+        f"{result.sessions} sessions of {result.context} tokens in {size(result.kv_bytes)} "
+        f"({size(result.kv_bytes_fp16)} at 16 bits), {result.bits:.2f} bits, "
+        f"{result.tokens_per_second:.1f} tokens/s\n"
+        f"half the budget: after {_seconds(result.shrink_seconds)}, {result.bits_squeezed:.2f} bits, longest gap "
+        f"between tokens {result.longest_gap_seconds:.2f} s, {result.streams_stopped} streams stopped\n"
+        f"no budget: {RECOVERED_SHARE:.0%} of the bits after {_seconds(result.recover_seconds)}",
         highlight=False,
     )
     if json_path is not None:
-        json_path.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        json_path.write_text(json.dumps(asdict(result), indent=1) + "\n")
 
 
 async def _run(
@@ -89,9 +91,9 @@ async def _run(
     context: int,
     sessions: int,
     seconds: float,
-    floor_bits: float,
+    min_bits: float,
     report: Callable[[str], None],
-) -> Elastic:
+) -> ElasticResult:
     from qaq_core import InProcessOriginals
     from qaq_core.base.errors import ConfigError
     from qaq_core.models import ModelShape
@@ -104,14 +106,14 @@ async def _run(
         raise ConfigError(f"the built-in text has {len(ids)} tokens; ask for a shorter context")
     shape = ModelShape.of(loaded.model)
     token = shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
-    budget = FULL * context * token
+    budget = SESSIONS_AT_16_BITS * context * token
     settings = WorkerSettings(
         model=loaded.name,
         max_sequences=sessions,
         max_waiting=sessions,
         kv_budget_bytes=budget,
-        kv_floor_bits=floor_bits,
-        widen_bytes_per_s=64 << 20,
+        kv_min_bits=min_bits,
+        recovery_bytes_per_s=64 << 20,
     )
     scheduler = Scheduler(loaded, InProcessOriginals(), settings, asyncio.get_running_loop())
     scheduler.start()
@@ -123,13 +125,13 @@ async def _run(
         while any(not stream.times for stream in streams):
             report(f"prompts: {sum(bool(stream.times) for stream in streams)} of {sessions}")
             await asyncio.sleep(0.2)
-        report("coming within the budget")
+        report("shrinking to the budget")
         await _until(lambda: scheduler.state.kv_bytes <= budget)
         report("streaming")
         start, before = time.monotonic(), sum(len(stream.times) for stream in streams)
         await asyncio.sleep(seconds)
         rate = (sum(len(stream.times) for stream in streams) - before) / (time.monotonic() - start)
-        figures = Elastic(
+        result = ElasticResult(
             model=loaded.name,
             context=context,
             sessions=sessions,
@@ -142,25 +144,25 @@ async def _run(
         report("half the budget")
         began = time.monotonic()
         scheduler.set_budget(budget // 2)
-        figures.shrink_seconds = await _until(lambda: scheduler.state.kv_bytes <= budget // 2)
+        result.shrink_seconds = await _until(lambda: scheduler.state.kv_bytes <= budget // 2)
         await asyncio.sleep(2.0)
         gaps = [stream.gap_since(began) for stream in streams]
-        figures.longest_gap_seconds, figures.bits_squeezed = max(gaps), scheduler.state.bits
-        figures.streams_stopped = sum(stream.times[-1] < began for stream in streams)
+        result.longest_gap_seconds, result.bits_squeezed = max(gaps), scheduler.state.bits
+        result.streams_stopped = sum(stream.times[-1] < began for stream in streams)
         report("no budget")
         scheduler.set_budget(None)
-        # More than there was before: the budget had taken bits already.
-        figures.recover_seconds = await _until(lambda: scheduler.state.bits >= ENOUGH * figures.bits)
-        figures.bits_recovered = scheduler.state.bits
+        # The bits may exceed those before: the first budget had taken some already.
+        result.recover_seconds = await _until(lambda: scheduler.state.bits >= RECOVERED_SHARE * result.bits)
+        result.bits_recovered = scheduler.state.bits
         for stream in streams:
             stream.stop()
     finally:
         await asyncio.to_thread(scheduler.stop)
-    return figures
+    return result
 
 
 class _Stream:
-    """One endless generation and when its tokens came."""
+    """One endless generation and the times of its tokens."""
 
     def __init__(self, scheduler: Scheduler, prompt: list[int], new: int) -> None:
         from qaq.v1 import common_pb2, worker_pb2
@@ -168,7 +170,7 @@ class _Stream:
         stop = common_pb2.StopParams(max_new_tokens=new, ignore_eos=True)
         request = worker_pb2.RunRequest(token_ids=prompt, stop=stop, sampling=common_pb2.SamplingParams(temperature=0))
         self.times: list[float] = []
-        self._engine = scheduler
+        self._scheduler = scheduler
         self._generation: Generation = scheduler.submit(request)
         self._task = asyncio.create_task(self._read())
 
@@ -181,25 +183,25 @@ class _Stream:
                 self.times.append(time.monotonic())
 
     def gap_since(self, moment: float) -> float:
-        """The longest time without a token since then, the one before it included."""
+        """The longest time between two tokens since `moment`, the gap that it falls into included."""
         last = max((t for t in self.times if t < moment), default=moment)
         times = [last, *(t for t in self.times if t >= moment), time.monotonic()]
         return max(after - before for before, after in itertools.pairwise(times))
 
     def stop(self) -> None:
         self._task.cancel()
-        self._engine.cancel(self._generation)
+        self._scheduler.cancel(self._generation)
 
 
 async def _until(holds: Callable[[], bool]) -> float | None:
-    """Seconds until something holds; None if it does not in time."""
+    """Seconds until the condition holds; None after `_TIMEOUT_S`."""
     start = time.monotonic()
     while not holds():
-        if time.monotonic() - start > _PATIENCE_S:
+        if time.monotonic() - start > _TIMEOUT_S:
             return None
         await asyncio.sleep(0.02)
     return time.monotonic() - start
 
 
-def _told(seconds: float | None) -> str:
+def _seconds(seconds: float | None) -> str:
     return "never" if seconds is None else f"{seconds:.1f} s"

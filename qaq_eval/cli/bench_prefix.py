@@ -1,4 +1,4 @@
-"""`qaq bench prefix`: a prompt that is loaded from the store, against computing it."""
+"""`qaq bench prefix`: loading a prompt from the store against computing it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
+from services.cli.options import Device, Dtype, JsonPath, Model, model_or_default
 from services.cli.terminal import progress_line, screen
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Prefix:
-    """Times to the first token, each the median of `repeats` turns, which alternate."""
+class PrefixSpeed:
+    """Median times to the first token over `repeats` alternating runs."""
 
     model: str
     context: int
@@ -40,31 +40,31 @@ class Prefix:
 def prefix(
     model: Model = None,
     context: Annotated[int, typer.Option(min=512, help="Tokens of the prompt.")] = 4096,
-    repeats: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     json_path: JsonPath = None,
 ) -> None:
-    """Computes a prompt and loads it, through a cache service and a Redis of their own processes."""
+    """Computes a prompt and loads it, with a cache service and a Redis server in processes of their own."""
     from qaq_core.models import load_model
     from services.common.embedded_redis import EmbeddedRedis
 
     with progress_line() as report, EmbeddedRedis() as redis, _cache_service(redis.url):
-        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None), "auto")
-        found = asyncio.run(_run(loaded, redis.url, context, repeats, lambda what: report(what, None)))
+        loaded = load_model(model_or_default(model), device, dtype, lambda stage, share: report(stage, None), "auto")
+        result = asyncio.run(_run(loaded, redis.url, context, repeats, lambda stage: report(stage, None)))
     screen.print(
-        f"{found.context} tokens: first token after {found.computed_ttft_ms / 1e3:.2f} s computed, "
-        f"{found.loaded_ttft_ms / 1e3:.2f} s with {found.loaded_tokens} of them loaded: {found.ratio:.1f} times "
-        "sooner",
+        f"{result.context} tokens: first token after {result.computed_ttft_ms / 1e3:.2f} s computed, "
+        f"{result.loaded_ttft_ms / 1e3:.2f} s with {result.loaded_tokens} of them loaded: {result.ratio:.1f} times "
+        "faster",
         highlight=False,
     )
     if json_path is not None:
-        json_path.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        json_path.write_text(json.dumps(asdict(result), indent=1) + "\n")
 
 
 async def _run(
     loaded: LoadedModel, redis_url: str, context: int, repeats: int, report: Callable[[str], None]
-) -> Prefix:
+) -> PrefixSpeed:
     from statistics import median
 
     from qaq_core.base.errors import ConfigError
@@ -81,20 +81,20 @@ async def _run(
     scheduler.start()
     computed, fetched = [], []
     try:
-        await _usage(scheduler, ids[:64])  # warms up
+        await _first_token(scheduler, ids[:64])  # warm-up
         for turn in range(repeats):
-            prompt = ids[turn : turn + context]  # begins with another token, so nothing of it is stored
+            prompt = ids[turn : turn + context]  # begins with another token, so none of its pages is stored
             report(f"computing {turn + 1} of {repeats}")
-            computed.append(await _usage(scheduler, prompt))
+            computed.append(await _first_token(scheduler, prompt))
             while originals.pending_bytes:  # noqa: ASYNC110 (a thread sets no asyncio.Event)
                 await asyncio.sleep(0.05)
             report(f"loading {turn + 1} of {repeats}")
-            fetched.append(await _usage(scheduler, prompt))
+            fetched.append(await _first_token(scheduler, prompt))
     finally:
         await asyncio.to_thread(scheduler.stop)
         await asyncio.to_thread(originals.close)
     times = [median(usage.ttft_ms for usage in usages) for usages in (computed, fetched)]
-    return Prefix(
+    return PrefixSpeed(
         model=loaded.name,
         context=context,
         repeats=repeats,
@@ -105,8 +105,8 @@ async def _run(
     )
 
 
-async def _usage(scheduler: Scheduler, prompt: list[int]) -> common_pb2.Usage:
-    """Runs a prompt to its first token."""
+async def _first_token(scheduler: Scheduler, prompt: list[int]) -> common_pb2.Usage:
+    """Runs a prompt to its first token and returns the usage."""
     from qaq.v1 import common_pb2, worker_pb2
 
     stop = common_pb2.StopParams(max_new_tokens=1, ignore_eos=True)

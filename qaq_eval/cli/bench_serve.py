@@ -1,4 +1,4 @@
-"""`qaq bench serve`: a stack under load."""
+"""`qaq bench serve`: a load test of a stack."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import typer
 from pydantic import SecretStr
 from rich.table import Table
 
-from services.cli.stack import (
+from services.cli.options import (
     Compiled,
     Device,
     Dtype,
     JsonPath,
     Model,
-    Preset,
+    StackPreset,
     TargetBits,
     Weights,
     Workers,
@@ -35,31 +35,32 @@ def serve(
     model: Model = None,
     workers: Workers = 1,
     clients: Annotated[int, typer.Option(min=1, help="Clients that send the mix, each one request at a time.")] = 8,
-    requests: Annotated[int, typer.Option(min=1, help="Requests of the mix.")] = 32,
+    requests: Annotated[int, typer.Option(min=1, help="Requests in the mix.")] = 32,
     trace: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Replay this JSONL of arrivals, not the mix.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Replay a JSONL file of arrivals instead of the mix."),
     ] = None,
-    streams: Annotated[int, typer.Option(min=0, help="Equal streams at once; 0 leaves that out.")] = 16,
-    stream_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each of them.")] = 48,
+    streams: Annotated[int, typer.Option(min=0, help="Equal concurrent streams; 0 skips this phase.")] = 16,
+    stream_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 48,
     memory_sessions: Annotated[
-        int, typer.Option(min=0, help="Sessions to open and close while memory is watched; 0 leaves that out.")
+        int, typer.Option(min=0, help="Sessions to open and close while memory is measured; 0 skips this phase.")
     ] = 100,
-    seed: Annotated[int, typer.Option(help="Of the mix.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the mix.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
     compiled: Compiled = False,
-    preset: Preset = "balanced",
+    preset: StackPreset = "balanced",
     target_bits: TargetBits = None,
     router: Annotated[
-        str | None, typer.Option(help="host:port of a stack that runs; its Redis, if any, is QAQ_REDIS_URL.")
+        str | None, typer.Option(help="host:port of a running stack; QAQ_REDIS_URL names its Redis.")
     ] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Loads a stack, its own unless --router names one, and shows what its clients saw.
+    """Runs a load test of a stack and shows what the clients measured.
 
-    A worker of its own stack decodes as many sequences at once as there are clients or streams, unless
-    QAQ_MAX_SEQUENCES says otherwise.
+    Without --router it starts a stack of its own, whose workers decode as many sequences at a time as there are
+    clients or streams, unless QAQ_MAX_SEQUENCES is set.
     """
     from qaq_eval.serving.arrivals import mix, read_trace
     from qaq_eval.serving.serve import Plan, measure
@@ -104,27 +105,27 @@ def serve(
 
 
 def _table(result: ServeResult) -> Table:
-    table = Table(show_header=False, title="Under load", title_justify="left")
-    who = "trace" if result.clients is None else f"{result.clients} clients"
+    table = Table(show_header=False, title="Load test", title_justify="left")
+    source = "trace" if result.clients is None else f"{result.clients} clients"
     failed = ", ".join(f"{count} {name}" for name, count in result.errors.items()) or "no errors"
-    table.add_row(who, f"{result.requests} requests, {result.sessions} sessions, {failed}")
-    table.add_row("tokens", f"{result.tokens_per_second:.1f} a second")
+    table.add_row(source, f"{result.requests} requests, {result.sessions} sessions, {failed}")
+    table.add_row("tokens", f"{result.tokens_per_second:.1f} per second")
     table.add_row("first token", _percentiles(result.ttft_ms))
     table.add_row("between tokens", _percentiles(result.itl_ms))
     if (cost := result.router) is not None:
         inside = f" ({cost.inside_ms:.2f} ms of it inside the router)" if cost.inside_ms is not None else ""
-        table.add_row("router", f"adds {cost.way_ms:.2f} ms to a token's way at the median{inside}")
+        table.add_row("router", f"adds {cost.way_ms:.2f} ms to the median latency of a token{inside}")
     if result.kv_bytes_peak is not None and result.sessions_per_gb is not None:
-        table.add_row("caches", f"{size(result.kv_bytes_peak)} at most, {result.sessions_per_gb:.0f} sessions a GB")
+        table.add_row("caches", f"{size(result.kv_bytes_peak)} at most, {result.sessions_per_gb:.0f} sessions per GB")
     if (equal := result.streams) is not None:
-        rates = f"{equal.tokens_per_second:.1f} tokens/s against {equal.tokens_per_second_alone:.1f} of one"
+        rates = f"{equal.tokens_per_second:.1f} tokens/s, one alone {equal.tokens_per_second_alone:.1f}"
         table.add_row(f"{equal.streams} streams", f"{rates}: [bold]{equal.ratio:.2f}x[/]")
         if equal.slowest_to_median is not None:
-            table.add_row("", f"the slowest takes {equal.slowest_to_median:.2f} times the median one's time")
+            table.add_row("", f"the slowest takes {equal.slowest_to_median:.2f} times the median stream's time")
     if (memory := result.memory) is not None:
         for process in memory.processes:
-            grown = f"{size(process.warm)} after {memory.warm_sessions} sessions, {size(process.end)} after"
-            table.add_row(process.process, f"{grown} {memory.sessions}")
+            growth = f"{size(process.warm)} after {memory.warm_sessions} sessions, {size(process.end)} after"
+            table.add_row(process.process, f"{growth} {memory.sessions}")
     return table
 
 

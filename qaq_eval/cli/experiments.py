@@ -14,9 +14,9 @@ class Experiment:
     """One experiment.
 
     Attributes:
-        about: what is asked.
-        configs: as `qaq eval` takes them; none where numbers are looked at instead of predictions.
-        contexts: lengths of prompts to compare; the command's own --context if there are none.
+        about: the question.
+        configs: in the notation of `qaq eval`; none if the experiment measures keys and values instead of predictions.
+        contexts: lengths of prompts to compare; --context if there are none.
     """
 
     about: str
@@ -29,13 +29,13 @@ EXPERIMENTS = {
         "Keys against values: one side at 1 to 8 bits, the other at 16.",
         tuple(name for bits in range(1, 9) for name in (f"k{bits}v16", f"k16v{bits}")),
     ),
-    "fig2c": Experiment("The numbers of keys and values: quantiles of each layer, and how far outliers are."),
+    "fig2c": Experiment("The distribution of keys and values: quantiles of each layer, and outliers."),
     "table2": Experiment(
         "Quantizing against evicting, at the same resident bytes.",
         tuple(f"{name}@{times}x" for times in (4, 6, 8) for name in ("balanced", "paper", "h2o", "scissorhands")),
     ),
     "table3": Experiment(
-        "What each part of the paper's method is worth, at the same resident bytes.",
+        "What each part of the paper's method contributes, at the same resident bytes.",
         (
             "paper@4x",
             "paper[outlier_ratio=0]@4x",
@@ -66,7 +66,7 @@ EXPERIMENTS = {
         ),
     ),
     "context": Experiment(
-        "Longer and longer prompts; the last ends where the model's context does.",
+        "Prompts of growing length; the last one fills the model's context.",
         ("balanced", "balanced@8x", "paper@4x", "uniform-3", "kivi-2"),
         (512, 1024, 2048, 4096, 8192),
     ),

@@ -10,33 +10,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from qaq_eval.cli.eval import BUILTIN, beside, named_text, table
+from qaq_eval.cli.eval import BUILTIN, journal_path, read_text, result_table
 from qaq_eval.cli.experiments import EXPERIMENTS, Experiment
-from services.cli.stack import Device, Dtype, JsonPath, Model, model_or_default
+from services.cli.options import Device, Dtype, JsonPath, Model, model_or_default
 from services.cli.terminal import progress_line, screen
 
 if TYPE_CHECKING:
     from qaq_core.models import LoadedModel
-    from qaq_eval.quality import Document, PartLog, Row, Spread
+    from qaq_eval.quality import Document, EvalResult, LayerDistribution, ResultLog
 
 _LIST = "\n\n".join(f"{name}: {experiment.about}" for name, experiment in EXPERIMENTS.items())
 
 
 def register(app: typer.Typer) -> None:
-    app.command("paper", help=f"Runs one of the paper's experiments, or of the questions it leaves open.\n\n{_LIST}")(
+    app.command("paper", help=f"Runs an experiment of the paper, or one on a question that it leaves open.\n\n{_LIST}")(
         paper
     )
 
 
 def paper(
-    experiment: Annotated[str, typer.Argument(help="One of these.")],
+    experiment: Annotated[str, typer.Argument(help="One of the above.")],
     model: Model = None,
-    text: Annotated[str, typer.Option(help="A file of text, or 'builtin': the reference of Python.")] = BUILTIN,
+    text: Annotated[str, typer.Option(help="A text file, or 'builtin': the reference of Python.")] = BUILTIN,
     context: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 1024,
-    decode: Annotated[int, typer.Option(min=1, help="Tokens that are decoded after it.")] = 128,
-    documents: Annotated[int, typer.Option(min=1, help="How many documents are cut from the text.")] = 2,
+    decode: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 128,
+    documents: Annotated[int, typer.Option(min=1, help="Number of documents, cut from the text.")] = 2,
     offset_fraction: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Where in the text they begin, 0 to 1.")
+        float, typer.Option(min=0.0, max=1.0, help="Where in the text the documents begin, 0 to 1.")
     ] = 0.0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -49,83 +49,85 @@ def paper(
     if experiment not in EXPERIMENTS:
         raise typer.BadParameter(f"no experiment is called {experiment}; there are {', '.join(EXPERIMENTS)}")
     chosen = EXPERIMENTS[experiment]
-    source, written = named_text(text)
+    name, content = read_text(text)
     with progress_line() as report, calibration.shown(report):
-        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
+        loaded = load_model(model_or_default(model), device, dtype, lambda stage, share: report(stage, None))
         contexts = _contexts(chosen, context, loaded.context_length - decode)
         about: dict[str, Any] = {
             "model": loaded.name,
             "fingerprint": loaded.fingerprint,
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "experiment": experiment,
-            "text": source,
+            "text": name,
             "decode": decode,
             "documents": documents,
             "offset_fraction": offset_fraction,
         }
         texts = {
-            length: quality.cut(written, loaded.tokenizer, length, decode, documents, offset_fraction)
+            length: quality.cut_documents(content, loaded.tokenizer, length, decode, documents, offset_fraction)
             for length in contexts
         }
         if not chosen.configs:
-            spreads = quality.distribution(loaded.model, loaded.fingerprint, texts[context], report)
-            rows = [asdict(spread) for spread in spreads]
-            shown = _spreads(spreads)
+            layers = quality.distribution(loaded.model, loaded.fingerprint, texts[context], report)
+            rows = [asdict(layer) for layer in layers]
+            table = _distribution_table(layers)
         else:
-            measured = [row for cut in texts.values() for row in _rows(loaded, chosen, cut, about, json_path, report)]
-            rows = [asdict(row) for row in measured]
-            shown = table(measured)
-    shown.title = chosen.about
-    screen.print(shown, highlight=False)
+            results = [
+                result for cut in texts.values() for result in _evaluate(loaded, chosen, cut, about, json_path, report)
+            ]
+            rows = [asdict(result) for result in results]
+            table = result_table(results)
+    table.title = chosen.about
+    screen.print(table, highlight=False)
     if json_path is not None:
         json_path.write_text(json.dumps({**about, "contexts": contexts, "rows": rows}, indent=1) + "\n")
 
 
 def _contexts(experiment: Experiment, own: int, longest: int) -> list[int]:
-    """Lengths of prompts, none beyond what the model can decode after."""
+    """Lengths of prompts, at most `longest`."""
     if not experiment.contexts:
         if own > longest:
-            raise typer.BadParameter(f"the model has room for prompts of {longest} tokens at most, not {own}")
+            raise typer.BadParameter(f"the model's context allows prompts of {longest} tokens at most, not {own}")
         return [own]
     return list(dict.fromkeys(min(length, longest) for length in experiment.contexts))
 
 
-def _rows(
+def _evaluate(
     loaded: LoadedModel,
     experiment: Experiment,
     documents: list[Document],
     about: dict[str, Any],
     json_path: JsonPath,
     report: Callable[[str, float | None], None],
-) -> list[Row]:
-    """A row per configuration. Finished parts are kept beside the JSON file."""
+) -> list[EvalResult]:
+    """One result per configuration. Finished work is kept in a journal beside the JSON file."""
     from qaq_eval import quality
 
     configs = [quality.Config.parse(name) for name in experiment.configs]
     length = documents[0].context
     run = quality.run_name({**about, "experiment": None, "context": length}, documents)
-    log: PartLog = quality.PartLog(run, json_path and beside(json_path))
-    for part in quality.evaluate(loaded.model, loaded.fingerprint, documents, configs, log.has, report):
-        log.add(part)
-    parts = log.select(range(len(documents)), experiment.configs)
-    return [quality.summarize(parts, name, length) for name in experiment.configs]
+    log: ResultLog = quality.ResultLog(run, json_path and journal_path(json_path))
+    for result in quality.evaluate(loaded.model, loaded.fingerprint, documents, configs, log.has, report):
+        log.add(result)
+    results = log.select(range(len(documents)), experiment.configs)
+    return [quality.summarize(results, name, length) for name in experiment.configs]
 
 
-def _spreads(spreads: list[Spread]) -> Table:
-    shown = Table(title_justify="left", box=None, padding=(0, 2, 0, 0))
+def _distribution_table(layers: list[LayerDistribution]) -> Table:
+    table = Table(title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("layer", "side", "mean", "deviation", "0.1%", "99.9%", "largest", "> 4 dev.", "in 1/16 channels"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for spread in spreads:
-        at = spread.quantiles
-        shown.add_row(
-            str(spread.layer),
-            spread.side,
-            f"{spread.mean:.2f}",
-            f"{spread.deviation:.2f}",
-            f"{at['0.001']:.1f}",
-            f"{at['0.999']:.1f}",
-            f"{max(abs(at['0.0']), abs(at['1.0'])):.1f}",
-            f"{spread.beyond['4']:.2%}",
-            f"{spread.in_few_channels:.0%}",
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in layers:
+        quantiles = layer.quantiles
+        table.add_row(
+            str(layer.layer),
+            layer.side,
+            f"{layer.mean:.2f}",
+            f"{layer.deviation:.2f}",
+            f"{quantiles['0.001']:.1f}",
+            f"{quantiles['0.999']:.1f}",
+            f"{max(abs(quantiles['0.0']), abs(quantiles['1.0'])):.1f}",
+            f"{layer.beyond['4']:.2%}",
+            f"{layer.in_few_channels:.0%}",
         )
-    return shown
+    return table

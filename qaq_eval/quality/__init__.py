@@ -1,19 +1,19 @@
-"""Evaluation: how far decoding from a quantized cache is from full precision, on real text."""
+"""Quality: how close decoding from a quantized cache is to full precision, on real text."""
 
-from qaq_eval.quality.distribution import Spread, distribution
-from qaq_eval.quality.documents import Document, builtin_text, cut, with_recall
-from qaq_eval.quality.record import Part, PartLog, Row, run_name, summarize
+from qaq_eval.quality.distribution import LayerDistribution, distribution
+from qaq_eval.quality.documents import Document, builtin_text, cut_documents, with_recall
+from qaq_eval.quality.record import DocumentResult, EvalResult, ResultLog, run_name, summarize
 from qaq_eval.quality.run import Config, evaluate
 
 __all__ = [
     "Config",
     "Document",
-    "Part",
-    "PartLog",
-    "Row",
-    "Spread",
+    "DocumentResult",
+    "EvalResult",
+    "LayerDistribution",
+    "ResultLog",
     "builtin_text",
-    "cut",
+    "cut_documents",
     "distribution",
     "evaluate",
     "run_name",

@@ -1,4 +1,4 @@
-"""Documents: the token ids that are evaluated, a prompt and what the decode is made to say after it."""
+"""Documents: token ids to evaluate, a prompt and its teacher-forced continuation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from qaq_core.base.errors import ConfigError
 
-RECALL_AT = 1 / 8
-"""Where in the prompt the passage begins that is repeated: far back, and not among the sinks."""
+RECALL_START = 1 / 8
+"""Where in the prompt the repeated passage begins: far from the end, and after the sinks."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Document:
     """One document.
 
     Attributes:
-        ids: int64 [context + decode + 1]; the last one is only predicted.
+        ids: int64 [context + decode + 1]; the last token is only predicted.
         context: tokens of the prompt.
     """
 
@@ -32,49 +32,48 @@ class Document:
 
 
 def builtin_text() -> str:
-    """English that every Python brings: the topics of its reference, about 160,000 tokens."""
+    """English text that is a part of Python: the topics of its reference, about 160,000 tokens."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
-def cut(
+def cut_documents(
     text: str, tokenizer: Any, context: int, decode: int, documents: int, offset_fraction: float = 0.0
 ) -> list[Document]:
-    """Consecutive documents of a text, from `offset_fraction` of it on, that do not overlap.
+    """Consecutive documents of a text that do not overlap, from `offset_fraction` of the text on.
 
     Raises:
-        ConfigError: the text is too short; says how many documents it has.
+        ConfigError: the text is too short; the message says how many documents it has.
     """
     if context < 2 or decode < 1 or documents < 1:
         raise ConfigError("context must be at least 2 tokens, decode and documents at least 1")
     if not 0 <= offset_fraction < 1:
-        raise ConfigError(f"the offset must be from 0 to under 1, not {offset_fraction}")
-    first = _first_ids(tokenizer)
+        raise ConfigError(f"the offset must be at least 0 and below 1, not {offset_fraction}")
+    begin = torch.tensor(bos_tokens(tokenizer), dtype=torch.long)
     encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     encoded = encoded[int(len(encoded) * offset_fraction) :]
     size = context + decode + 1
-    own = size - len(first)
-    if documents * own > len(encoded):
+    text_size = size - len(begin)
+    if documents * text_size > len(encoded):
         raise ConfigError(
-            f"the text has {len(encoded) // own} documents of {size} tokens from there on, not {documents}: "
-            "take fewer or shorter ones, an earlier offset, or a longer text"
+            f"the text has {len(encoded) // text_size} documents of {size} tokens after the offset, not {documents}: "
+            "take fewer or shorter documents, a smaller offset, or a longer text"
         )
-    parts = [encoded[i * own : (i + 1) * own] for i in range(documents)]
-    return [Document(i, torch.cat([first, part]), context) for i, part in enumerate(parts)]
+    parts = [encoded[i * text_size : (i + 1) * text_size] for i in range(documents)]
+    return [Document(i, torch.cat([begin, part]), context) for i, part in enumerate(parts)]
 
 
 def with_recall(document: Document) -> Document:
-    """The same prompt, after which the decode repeats a passage from far back in it word for word."""
-    start, size = int(document.context * RECALL_AT), document.decode + 1
+    """The same prompt, followed by a passage from far back in it, word for word."""
+    start, size = int(document.context * RECALL_START), document.decode + 1
     if start + 2 * size > document.context:
         raise ConfigError(f"a prompt of {document.context} tokens is too short to repeat {size} tokens of it")
     passage = document.ids[start : start + size]
     return Document(document.index, torch.cat([document.ids[: document.context], passage]), document.context)
 
 
-def _first_ids(tokenizer: Any) -> torch.Tensor:
-    """The beginning-of-text token, where the tokenizer puts one."""
+def bos_tokens(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token if the tokenizer adds one to a prompt, else nothing."""
     special = tokenizer("").input_ids
-    starts = [special[0]] if special and special[0] == tokenizer.bos_token_id else []
-    return torch.tensor(starts, dtype=torch.long)
+    return [special[0]] if special and special[0] == tokenizer.bos_token_id else []

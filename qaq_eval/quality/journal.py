@@ -1,4 +1,4 @@
-"""A journal: finished work in a file of JSON lines, so that a run that was stopped goes on where it was."""
+"""A journal: a file of JSON lines with finished work, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Entry = TypeVar("_Entry", bound=Any)
 
 
 def name_of(about: dict[str, object], *tokens: bytes) -> str:
-    """Names a run: the model and the settings, but not how many documents, and tokens that it begins with."""
+    """The name of a run: a hash of the model, the settings without the number of documents, and its first tokens."""
     digest = blake3(json.dumps({**about, "documents": None}, sort_keys=True).encode())
     for part in tokens:
         digest.update(part)
@@ -22,11 +22,11 @@ def name_of(about: dict[str, object], *tokens: bytes) -> str:
 
 
 class Journal:
-    """Lines of one run; those of other runs in the same file are left alone.
+    """The lines of one run. Lines of other runs in the same file are ignored.
 
     Args:
-        run: what the lines are of, see `name_of`.
-        path: of the file, or None to keep nothing.
+        run: the run's name, see `name_of`.
+        path: the file, or None to keep nothing.
     """
 
     def __init__(self, run: str, path: Path | None) -> None:
@@ -37,20 +37,20 @@ class Journal:
             return
         for line in self._path.read_text().splitlines():
             try:
-                told = json.loads(line)
+                entry = json.loads(line)
             except ValueError:
-                continue  # the last line of a run that was killed while it wrote
-            if isinstance(told, dict) and told.pop("run", None) == self._run:
-                yield told
+                continue  # the last line of a run that was killed while writing
+            if isinstance(entry, dict) and entry.pop("run", None) == self._run:
+                yield entry
 
     def entries(self, kind: type[_Entry]) -> list[_Entry]:
-        """Lines as objects of a dataclass; those with other fields are of an earlier version."""
+        """Lines as objects of a dataclass. Lines with other fields belong to another version and are ignored."""
         names = {each.name for each in fields(kind)}
-        return [kind(**told) for told in self if set(told) == names]
+        return [kind(**entry) for entry in self if set(entry) == names]
 
     def add(self, entry: dict[str, Any]) -> None:
         if self._path is None:
             return
-        whole = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
+        complete = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
         with self._path.open("a") as file:
-            file.write(("" if whole else "\n") + json.dumps({"run": self._run, **entry}) + "\n")
+            file.write(("" if complete else "\n") + json.dumps({"run": self._run, **entry}) + "\n")

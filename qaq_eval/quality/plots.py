@@ -1,4 +1,4 @@
-"""Plots of what was measured, as SVG that a page can hold. Needs matplotlib."""
+"""Plots of results as SVG for an HTML page. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qaq_core.base.errors import ConfigError
-from qaq_eval.quality.record import Part, Row
+from qaq_eval.quality.record import DocumentResult, EvalResult
 
 try:
     from matplotlib.figure import Figure
@@ -18,34 +18,36 @@ except ImportError as error:
     raise ConfigError("plots need matplotlib: pip install 'qaq-kv[eval]'") from error
 
 if TYPE_CHECKING:
-    from qaq_eval.quality.turns import TurnRow
+    from qaq_eval.quality.turns import TurnResult
 
 
-EXACT = 16
-"""Bits of exact tokens: a colour for them would leave none for the others."""
+UNPACKED_BITS = 16
+"""Bits of tokens in the residual window. They are left out of the colour scale, which they would stretch."""
 
 
-def losses(rows: Sequence[Row]) -> str:
-    """Compression against ΔNLL and against KL, a point per configuration."""
+def losses(results: Sequence[EvalResult]) -> str:
+    """Compression against ΔNLL and against KL, one point per configuration."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     nll, kl = figure.subplots(1, 2)
-    for row in rows:
-        nll.errorbar(row.compression, row.delta_nll, yerr=row.delta_nll_se, fmt="o", capsize=3, gid=row.config)
-        kl.plot(row.compression, max(row.kl_mean, 1e-7), "o", gid=row.config)
-        for axes, height in ((nll, row.delta_nll), (kl, max(row.kl_mean, 1e-7))):
-            axes.annotate(row.config, (row.compression, height), (4, 4), textcoords="offset points", fontsize=8)
-    nll.set(xlabel="compression, all bytes counted", ylabel="ΔNLL, nats a token", title="ΔNLL")
-    # Linear near full precision, so that losses under 0 have their place, and logarithmic above.
+    for result in results:
+        x, name = result.compression, result.config
+        nll.errorbar(x, result.delta_nll, yerr=result.delta_nll_se, fmt="o", capsize=3, gid=name)
+        kl.plot(x, max(result.kl_mean, 1e-7), "o", gid=name)
+        for axes, height in ((nll, result.delta_nll), (kl, max(result.kl_mean, 1e-7))):
+            axes.annotate(name, (x, height), (4, 4), textcoords="offset points", fontsize=8)
+    nll.set(xlabel="compression, all bytes counted", ylabel="ΔNLL, nats per token", title="ΔNLL")
+    # Linear near 0, where differences may be negative, and logarithmic above.
     nll.set_yscale("symlog", linthresh=0.01)
-    kl.set(xlabel="compression, all bytes counted", ylabel="KL, nats a token", title="KL", yscale="log")
+    kl.set(xlabel="compression, all bytes counted", ylabel="KL, nats per token", title="KL", yscale="log")
     for axes in (nll, kl):
         axes.grid(alpha=0.3)
     return _svg(figure)
 
 
-def bits(parts: Sequence[Part], config: str) -> str | None:
-    """Bits over layers and positions, keys and values; None if the configuration gives all layers the same."""
-    maps = [[torch.tensor(part.map_key), torch.tensor(part.map_value)] for part in parts if part.config == config]
+def bits(results: Sequence[DocumentResult], config: str) -> str | None:
+    """Bits by layer and position, of keys and values; None if all layers have the same bits."""
+    own = [result for result in results if result.config == config]
+    maps = [[torch.tensor(result.map_key), torch.tensor(result.map_value)] for result in own]
     if not maps:
         return None
     mean = [torch.stack(side).mean(0) for side in zip(*maps, strict=True)]
@@ -54,47 +56,48 @@ def bits(parts: Sequence[Part], config: str) -> str | None:
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     grid = figure.subplots(1, 2)
     both = torch.stack(mean)
-    packed = both[both < EXACT / 2]
-    top = float(packed.max()) if len(packed) else float(EXACT)
+    packed = both[both < UNPACKED_BITS / 2]
+    top = float(packed.max()) if len(packed) else float(UNPACKED_BITS)
     for axes, side, name in zip(grid, mean, ("keys", "values"), strict=True):
         image = axes.imshow(
             side.numpy(), aspect="auto", origin="lower", vmin=0, vmax=top, extent=(0, 100, 0, len(side))
         )
         axes.set(title=f"{config}: {name}", xlabel="position, % of the sequence", ylabel="layer")
-        figure.colorbar(image, ax=axes, label="bits an element")
+        figure.colorbar(image, ax=axes, label="bits per element")
     return _svg(figure)
 
 
-def exceptions(parts: Sequence[Part], configs: Sequence[str]) -> str | None:
-    """Exceptions up to each decode step, a line per configuration, the mean over documents; None without any."""
+def exceptions(results: Sequence[DocumentResult], configs: Sequence[str]) -> str | None:
+    """Exceptions up to each decode step, the mean over documents, one line per configuration; None without any."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots()
     drawn = False
     for config in configs:
-        steps = [part.exceptions_at for part in parts if part.config == config and any(part.exceptions_at)]
+        own = [result for result in results if result.config == config]
+        steps = [result.exceptions_at for result in own if any(result.exceptions_at)]
         if steps:
             drawn = True
             mean = [sum(at) / len(steps) for at in zip(*steps, strict=False)]
             axes.plot(range(1, len(mean) + 1), list(accumulate(mean)), label=config, gid=config)
     if not drawn:
         return None
-    axes.set(xlabel="decode step", ylabel="exceptions so far", title="Rows asked for again", yscale="symlog")
+    axes.set(xlabel="decode step", ylabel="exceptions so far", title="Attention-window exceptions", yscale="symlog")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return _svg(figure)
 
 
-def turns(rows: Sequence[TurnRow]) -> str:
-    """ΔNLL and KL of each turn, a line per configuration."""
+def turns(results: Sequence[TurnResult]) -> str:
+    """ΔNLL and KL of each turn, one line per configuration."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     nll, kl = figure.subplots(1, 2)
-    for config in dict.fromkeys(row.config for row in rows):
-        mine = [row for row in rows if row.config == config]
-        at = [row.turn for row in mine]
+    for config in dict.fromkeys(result.config for result in results):
+        mine = [result for result in results if result.config == config]
+        at = [result.turn for result in mine]
         nll.errorbar(at, [r.delta_nll for r in mine], [r.delta_nll_se for r in mine], capsize=3, label=config)
         kl.plot(at, [max(r.kl_mean, 1e-7) for r in mine], "o-", label=config, gid=config)
-    nll.set(xlabel="turn", ylabel="ΔNLL, nats a token", title="ΔNLL")
-    kl.set(xlabel="turn", ylabel="KL, nats a token", title="KL", yscale="log")
+    nll.set(xlabel="turn", ylabel="ΔNLL, nats per token", title="ΔNLL")
+    kl.set(xlabel="turn", ylabel="KL, nats per token", title="KL", yscale="log")
     for axes in (nll, kl):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -102,7 +105,7 @@ def turns(rows: Sequence[TurnRow]) -> str:
 
 
 def _svg(figure: Any) -> str:
-    """The figure as one <svg> element, the same for the same figures."""
+    """The figure as one <svg> element; deterministic."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qaq"}):

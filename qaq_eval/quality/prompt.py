@@ -1,4 +1,4 @@
-"""A prompt in full precision: the baseline, and what all configurations start from."""
+"""Prefill in full precision: the reference, and the start of every configuration."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Computed:
-    """What full precision makes of a document.
+class Prefill:
+    """A prompt, and the predictions after it, in full precision.
 
     Attributes:
         originals: [layers, 2, kv_heads, context, head_dim], keys and values of the prompt.
-        log_probabilities: float32 [decode, vocabulary], of the token after each that is decoded.
+        log_probabilities: float32 [decode, vocabulary], after each decoded token.
+        observers: what each attention statistic observed of the prompt, by `statistic_key`.
     """
 
     originals: torch.Tensor
     log_probabilities: torch.Tensor
-    watches: dict[str, PromptObserver]
+    observers: dict[str, PromptObserver]
 
-    def watch(self, statistic: AttentionStatistic) -> PromptObserver:
-        """What that window saw of the prompt; a copy."""
-        return _Seen(self.watches[window_key(statistic)].state().clone())
+    def observer(self, statistic: AttentionStatistic) -> PromptObserver:
+        """A copy of what the statistic observed of the prompt."""
+        return _FinishedObserver(self.observers[statistic_key(statistic)].state().clone())
 
 
-class _Seen:
-    """A watch whose prompt has ended."""
+class _FinishedObserver:
+    """An observer whose prompt has ended."""
 
     def __init__(self, state: torch.Tensor) -> None:
         self._state = state
@@ -49,7 +50,7 @@ class _Seen:
 
 
 class FullPrecisionCache:
-    """A sequence in full precision, its prompt watched by windows; to `QAQCache` a sequence like any other.
+    """A sequence in full precision whose prompt is observed by attention statistics; for `QAQCache` a sequence.
 
     Args:
         prompt: int64 [n].
@@ -59,53 +60,53 @@ class FullPrecisionCache:
     batched = False
 
     def __init__(
-        self, model: Any, method: Method, prompt: torch.Tensor, windows: Iterable[AttentionStatistic], room: int
+        self, model: Any, method: Method, prompt: torch.Tensor, statistics: Iterable[AttentionStatistic], room: int
     ) -> None:
         shape, self._context = method.shape, len(prompt)
         self.method, self.length, self._incoming, self._model = method, 0, 0, model
         dims = (shape.layers, 2, shape.kv_heads, len(prompt) + room, shape.head_dim)
         self._rows = torch.empty(dims, dtype=method.dtype, device=method.device)
-        self._watches = {
-            window_key(statistic): statistic.prompt(
+        self._observers = {
+            statistic_key(statistic): statistic.prompt(
                 shape.layers, shape.kv_heads, self._context, self._context, method.device
             )
-            for statistic in windows
+            for statistic in statistics
         }
         for first in range(0, self._context, CHUNK):
             self._forward(prompt[first : first + CHUNK], keep=1)
 
     def extend(self, ids: torch.Tensor) -> torch.Tensor:
-        """Takes in the next tokens; log probabilities float32 [n, vocabulary] of the token after each."""
-        parts = [self._forward(ids[first : first + CHUNK], keep=CHUNK) for first in range(0, len(ids), CHUNK)]
-        return torch.cat(parts).float().log_softmax(-1)
+        """Appends tokens. Returns log probabilities float32 [n, vocabulary] after each."""
+        logits = [self._forward(ids[first : first + CHUNK], keep=CHUNK) for first in range(0, len(ids), CHUNK)]
+        return torch.cat(logits).float().log_softmax(-1)
 
     def append(self, ids: torch.Tensor) -> None:
-        """Takes in the next tokens; what they predict is not asked for."""
+        """Appends tokens without their predictions."""
         for first in range(0, len(ids), CHUNK):
             self._forward(ids[first : first + CHUNK], keep=1)
 
     def rewind(self) -> None:
-        """Forgets what followed the prompt."""
+        """Removes the tokens after the prompt."""
         self.length = self._context
 
-    def computed(self, log_probabilities: torch.Tensor) -> Computed:
-        """The prompt, and what has been predicted after it."""
-        return Computed(self._rows[:, :, :, : self._context], log_probabilities, self._watches)
+    def prefill(self, log_probabilities: torch.Tensor) -> Prefill:
+        """The prompt with the predictions after it."""
+        return Prefill(self._rows[:, :, :, : self._context], log_probabilities, self._observers)
 
     def attend(self, given: LayerInput) -> torch.Tensor:
         layer, query, keys, values, scaling, sliding_window = given
-        held, stop = self.length, self.length + keys.shape[1]
+        start, stop = self.length, self.length + keys.shape[1]
         self._incoming = keys.shape[1]
-        self._rows[layer, KEY, :, held:stop] = keys
-        self._rows[layer, VALUE, :, held:stop] = values
+        self._rows[layer, KEY, :, start:stop] = keys
+        self._rows[layer, VALUE, :, start:stop] = values
         tokens = LayerTokens(layer, self._rows[layer, KEY, :, :stop], self._rows[layer, VALUE, :, :stop], 0, None)
 
         def observe(probabilities: torch.Tensor, first: int) -> None:
-            for watch in self._watches.values():
-                watch(layer, probabilities, held + first)
+            for observer in self._observers.values():
+                observer(layer, probabilities, start + first)
 
-        watching = observe if stop <= self._context else None
-        return self.method.attention(query, tokens, scaling, sliding_window, watching)
+        in_prompt = stop <= self._context
+        return self.method.attention(query, tokens, scaling, sliding_window, observe if in_prompt else None)
 
     def commit(self) -> None:
         self.length += self._incoming
@@ -113,21 +114,23 @@ class FullPrecisionCache:
     @torch.no_grad()
     def _forward(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
         device = self.method.device
+        cache = QAQCache([self], self.method)  # type: ignore[list-item]
         logits: torch.Tensor = self._model(
             input_ids=ids[None].to(device),
             position_ids=torch.arange(self.length, self.length + len(ids), device=device)[None],
-            past_key_values=QAQCache([self], self.method),  # type: ignore[list-item]
+            past_key_values=cache,
             logits_to_keep=keep,
+            qaq_cache=cache,
         ).logits[0]
         return logits
 
 
-def compute(model: Any, method: Method, document: Document, windows: Iterable[AttentionStatistic]) -> Computed:
-    """Runs a document through the model, once, with nothing quantized."""
-    baseline = FullPrecisionCache(model, method, document.ids[: document.context], windows, document.decode)
-    return baseline.computed(baseline.extend(document.ids[document.context : -1]))
+def full_precision(model: Any, method: Method, document: Document, statistics: Iterable[AttentionStatistic]) -> Prefill:
+    """Runs a document through the model once, without quantization."""
+    cache = FullPrecisionCache(model, method, document.ids[: document.context], statistics, document.decode)
+    return cache.prefill(cache.extend(document.ids[document.context : -1]))
 
 
-def window_key(statistic: AttentionStatistic) -> str:
-    """Windows with the same key see the same."""
+def statistic_key(statistic: AttentionStatistic) -> str:
+    """A key that equal statistics share."""
     return f"{type(statistic).__name__} {sorted(vars(statistic).items())}"

@@ -1,4 +1,4 @@
-"""What is measured: parts, one per document and configuration, and rows, which sum parts up."""
+"""Measurements: results of one document and configuration, and their summary over documents."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ MAP_BINS = 32
 
 
 @dataclass(frozen=True)
-class Part:
-    """One document under one configuration. Bytes are sums over the steps of the decode.
+class DocumentResult:
+    """One document under one configuration. Bytes are sums over the decode steps.
 
     Attributes:
-        nll_exact, nll, kl: per decoded token, in nats.
-        resident, plain: bytes held, and bytes of the same tokens in fp16.
-        packed_resident, packed_plain: the same without sinks and recent tokens.
-        bits_key, bits_value: mean code bits an element at the end.
-        turn: of a session, from 1 on; 0 if there are no turns.
-        exceptions_at: exceptions of each step.
-        map_key, map_value: mean bits at the end by layer and by position, in `MAP_BINS` equal parts of the
-            sequence; exact tokens count 16.
+        nll_full, nll, kl: per decoded token, in nats; nll_full is of full precision.
+        agreed: decoded tokens after which the most likely token is that of full precision.
+        resident_bytes, fp16_bytes: bytes of the cache, and of the same tokens in fp16.
+        packed_bytes, packed_fp16_bytes: the same without the residual window.
+        bits_key, bits_value: mean code bits per element at the end.
+        turn: the turn of a session, from 1; 0 without turns.
+        exceptions_at: exceptions of each decode step.
+        map_key, map_value: mean bits at the end by layer and position, in `MAP_BINS` equal parts of the sequence;
+            tokens of the residual window count 16.
     """
 
     document: int
     config: str
-    nll_exact: list[float]
+    nll_full: list[float]
     nll: list[float]
     kl: list[float]
     agreed: int
-    resident: int
-    plain: int
-    packed_resident: int
-    packed_plain: int
+    resident_bytes: int
+    fp16_bytes: int
+    packed_bytes: int
+    packed_fp16_bytes: int
     bits_key: float
     bits_value: float
     exceptions: int
@@ -55,12 +56,14 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One configuration over all documents, NLL and KL in nats per decoded token.
+class EvalResult:
+    """One configuration over all documents. NLL and KL are in nats per decoded token.
 
     Attributes:
-        nll: of full precision, per token.
-        delta_nll_se: over documents, whose tokens are not independent; over tokens if there is only one.
+        nll: of full precision.
+        compression: fp16 bytes over resident bytes.
+        compression_asymptotic: the same without the residual window; None if nothing is packed.
+        delta_nll_se: standard error over documents, whose tokens are not independent; over tokens of one document.
     """
 
     config: str
@@ -81,43 +84,74 @@ class Row:
     requantize_bytes_per_token: float
 
 
-class Measure:
-    """Gathers a part while its sequence decodes."""
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a cache, see `DocumentResult`."""
+
+    resident: int
+    fp16: int
+    packed: int
+    packed_fp16: int
+
+    @classmethod
+    def of(cls, sequence: SequenceCache) -> CacheBytes:
+        method, packed_tokens = sequence.method, len(sequence.packed)
+        heads = method.shape.layers * method.shape.kv_heads
+        statistic = packed_tokens * heads * method.statistic.bytes_per_token
+        packed = sequence.packed.nbytes + statistic if packed_tokens else 0
+        token = fp16_token_bytes(method)
+        return cls(sequence.nbytes, sequence.length * token, packed, packed_tokens * token)
+
+    def __add__(self, other: CacheBytes) -> CacheBytes:
+        return CacheBytes(
+            self.resident + other.resident,
+            self.fp16 + other.fp16,
+            self.packed + other.packed,
+            self.packed_fp16 + other.packed_fp16,
+        )
+
+
+class Measurement:
+    """Collects the result of a sequence while it decodes."""
 
     def __init__(self, document: int, config: str, sequence: SequenceCache, turn: int = 0) -> None:
         self._document, self._config, self.sequence, self._turn = document, config, sequence, turn
         self._before = sequence.stats()
         self._exceptions = [self._before.exceptions]
-        self._nll: tuple[list[float], list[float]] = ([], [])
+        self._nll_full: list[float] = []
+        self._nll: list[float] = []
         self._kl: list[float] = []
         self._agreed = 0
-        self._bytes = [0, 0, 0, 0]
+        self._bytes = CacheBytes(0, 0, 0, 0)
 
-    def add(self, exact: torch.Tensor, got: torch.Tensor, token: int) -> None:
-        """Takes in a step: log probabilities [vocabulary] of full precision and of the sequence, and the truth."""
-        self._nll[0].append(-float(exact[token]))
-        self._nll[1].append(-float(got[token]))
-        # Rounding may leave a tiny negative sum.
-        self._kl.append(max(0.0, float((exact.exp() * (exact - got)).double().sum())))
-        self._agreed += int(exact.argmax() == got.argmax())
+    def add(self, full: torch.Tensor, quantized: torch.Tensor, token: int) -> None:
+        """Adds a step.
+
+        Args:
+            full, quantized: log probabilities [vocabulary] of full precision and of the sequence.
+            token: the token that follows in the document.
+        """
+        self._nll_full.append(-float(full[token]))
+        self._nll.append(-float(quantized[token]))
+        # Rounding may give a tiny negative sum.
+        self._kl.append(max(0.0, float((full.exp() * (full - quantized)).double().sum())))
+        self._agreed += int(full.argmax() == quantized.argmax())
         self._exceptions.append(self.sequence.requantizer.counts.exceptions)
-        for i, count in enumerate(held_bytes(self.sequence)):
-            self._bytes[i] += count
+        self._bytes += CacheBytes.of(self.sequence)
 
-    def part(self) -> Part:
+    def result(self) -> DocumentResult:
         stats = self.sequence.stats()
-        resident, plain, packed_resident, packed_plain = self._bytes
-        return Part(
+        return DocumentResult(
             document=self._document,
             config=self._config,
-            nll_exact=self._nll[0],
-            nll=self._nll[1],
+            nll_full=self._nll_full,
+            nll=self._nll,
             kl=self._kl,
             agreed=self._agreed,
-            resident=resident,
-            plain=plain,
-            packed_resident=packed_resident,
-            packed_plain=packed_plain,
+            resident_bytes=self._bytes.resident,
+            fp16_bytes=self._bytes.fp16,
+            packed_bytes=self._bytes.packed,
+            packed_fp16_bytes=self._bytes.packed_fp16,
             bits_key=mean_bits(stats.key_bits),
             bits_value=mean_bits(stats.value_bits),
             exceptions=stats.exceptions - self._before.exceptions,
@@ -130,91 +164,81 @@ class Measure:
 
 
 def bits_map(sequence: SequenceCache, side: int) -> list[list[float]]:
-    """Mean bits by layer and part of the sequence, see `Part`."""
+    """Mean bits by layer and part of the sequence, see `DocumentResult`."""
     bits = sequence.bits(side).mean(1)
     pooled = torch.nn.functional.adaptive_avg_pool1d(bits, min(MAP_BINS, bits.shape[1]))
-    return [[round(x, 2) for x in row] for row in pooled.tolist()]
+    return [[round(x, 2) for x in layer] for layer in pooled.tolist()]
 
 
-def held_bytes(sequence: SequenceCache) -> tuple[int, int, int, int]:
-    """Bytes held and the same tokens' in fp16; then both without sinks and recent tokens."""
-    method, packed = sequence.method, len(sequence.packed)
-    statistic = packed * method.shape.layers * method.shape.kv_heads * method.statistic.bytes_per_token
-    resident = sequence.packed.nbytes + statistic if packed else 0
-    token = token_bytes(method)
-    return sequence.nbytes, sequence.length * token, resident, packed * token
-
-
-def token_bytes(method: Method) -> int:
-    """A token's keys and values in fp16."""
+def fp16_token_bytes(method: Method) -> int:
+    """Bytes of one token's keys and values in fp16."""
     return method.shape.layers * 2 * method.shape.kv_heads * method.shape.head_dim * 2
 
 
 def mean_bits(histogram: dict[float, int]) -> float:
-    """Code bits an element; what is not packed is in half precision."""
+    """Mean code bits per element; 16 if nothing is packed."""
     total = sum(histogram.values())
     return sum(width * count for width, count in histogram.items()) / total if total else 16.0
 
 
-def summarize(parts: Sequence[Part], config: str, context: int) -> Row:
-    """The row of a configuration from its parts."""
-    mine = [part for part in parts if part.config == config]
-    if not mine:
-        raise ConfigError(f"nothing was measured of {config}")
-    exact = torch.tensor([x for part in mine for x in part.nll_exact], dtype=torch.float64)
-    deltas = torch.tensor([x for part in mine for x in part.nll], dtype=torch.float64) - exact
-    kl = torch.tensor([x for part in mine for x in part.kl], dtype=torch.float64)
+def summarize(results: Sequence[DocumentResult], config: str, context: int) -> EvalResult:
+    """The summary of a configuration over its documents."""
+    own = [result for result in results if result.config == config]
+    if not own:
+        raise ConfigError(f"there is no measurement of {config}")
+    full = torch.tensor([x for result in own for x in result.nll_full], dtype=torch.float64)
+    deltas = torch.tensor([x for result in own for x in result.nll], dtype=torch.float64) - full
+    kl = torch.tensor([x for result in own for x in result.kl], dtype=torch.float64)
     tokens = len(kl)
-    split = deltas.split([len(part.kl) for part in mine])
-    samples = torch.stack([each.mean() for each in split]) if len(mine) > 1 else deltas
+    by_document = deltas.split([len(result.kl) for result in own])
+    samples = torch.stack([each.mean() for each in by_document]) if len(own) > 1 else deltas
     error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
-    packed = sum(part.packed_resident for part in mine)
-    return Row(
+    packed = sum(result.packed_bytes for result in own)
+    return EvalResult(
         config=config,
         context=context,
-        documents=len(mine),
+        documents=len(own),
         tokens=tokens,
-        nll=float(exact.mean()),
-        compression=sum(part.plain for part in mine) / sum(part.resident for part in mine),
-        compression_asymptotic=sum(part.packed_plain for part in mine) / packed if packed else None,
-        bits_key=sum(part.bits_key for part in mine) / len(mine),
-        bits_value=sum(part.bits_value for part in mine) / len(mine),
+        nll=float(full.mean()),
+        compression=sum(result.fp16_bytes for result in own) / sum(result.resident_bytes for result in own),
+        compression_asymptotic=sum(result.packed_fp16_bytes for result in own) / packed if packed else None,
+        bits_key=sum(result.bits_key for result in own) / len(own),
+        bits_value=sum(result.bits_value for result in own) / len(own),
         delta_nll=float(deltas.mean()),
         delta_nll_se=error,
         kl_mean=float(kl.mean()),
         kl_p99=float(kl.quantile(0.99)),
-        top1_agreement=sum(part.agreed for part in mine) / tokens,
-        exceptions_per_token=sum(part.exceptions for part in mine) / tokens,
-        requantize_bytes_per_token=sum(part.requantize_bytes for part in mine) / tokens,
+        top1_agreement=sum(result.agreed for result in own) / tokens,
+        exceptions_per_token=sum(result.exceptions for result in own) / tokens,
+        requantize_bytes_per_token=sum(result.requantize_bytes for result in own) / tokens,
     )
 
 
 def run_name(about: dict[str, object], documents: Sequence[Document]) -> str:
-    """Names what parts are of: the model, the settings (but not how many documents), and the tokens."""
-    # Documents of one text and one setting begin with the same first.
+    """The name of a run: the model, the settings without the number of documents, and the first document's tokens."""
     return name_of(about, documents[0].ids.numpy().tobytes())
 
 
-class PartLog:
-    """Parts of one run, kept in a `Journal`.
+class ResultLog:
+    """Results of one run, kept in a `Journal`.
 
     Args:
-        run: what the parts are of (model, text, lengths), see `run_name`.
-        path: of the journal, or None to keep parts in memory only.
+        run: the run's name, see `run_name`.
+        path: file of the journal, or None to keep results in memory only.
     """
 
     def __init__(self, run: str, path: Path | None) -> None:
         self._journal = Journal(run, path)
-        self.parts = {(part.document, part.config, part.turn): part for part in self._journal.entries(Part)}
+        self.results = {(r.document, r.config, r.turn): r for r in self._journal.entries(DocumentResult)}
 
     def has(self, document: int, config: str, turn: int = 0) -> bool:
-        return (document, config, turn) in self.parts
+        return (document, config, turn) in self.results
 
-    def add(self, part: Part) -> None:
-        self.parts[part.document, part.config, part.turn] = part
-        self._journal.add(asdict(part))
+    def add(self, result: DocumentResult) -> None:
+        self.results[result.document, result.config, result.turn] = result
+        self._journal.add(asdict(result))
 
-    def select(self, documents: Iterable[int], configs: Iterable[str], turn: int = 0) -> list[Part]:
-        """Parts of these documents and configurations, and of that turn."""
+    def select(self, documents: Iterable[int], configs: Iterable[str], turn: int = 0) -> list[DocumentResult]:
+        """Results of these documents and configurations, for one turn."""
         wanted = set(configs)
-        return [self.parts[i, config, turn] for i in documents for config in wanted if self.has(i, config, turn)]
+        return [self.results[i, config, turn] for i in documents for config in wanted if self.has(i, config, turn)]

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing else, with plots and all figures."""
+"""The report: one self-contained HTML page with plots and all results."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from qaq_eval.quality import plots
-from qaq_eval.quality.record import Part, Row
+from qaq_eval.quality.record import DocumentResult, EvalResult
 
 if TYPE_CHECKING:
-    from qaq_eval.quality.turns import TurnRow
+    from qaq_eval.quality.turns import TurnResult
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem}
 svg{max-width:100%;height:auto}table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
@@ -19,33 +19,37 @@ th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}
 th:first-child,td:first-child{text-align:left}"""
 
 
-def text_page(about: Mapping[str, object], rows: Sequence[Row], parts: Sequence[Part]) -> str:
-    """Losses against compression, where the bits are, exceptions, and the rows."""
-    return _page(about, [("Loss against compression", plots.losses(rows)), *_inside(rows, parts)], rows)
+def text_report(about: Mapping[str, object], results: Sequence[EvalResult], documents: Sequence[DocumentResult]) -> str:
+    """Loss against compression, bits by layer and position, exceptions, and the table of results."""
+    plot = ("Loss against compression", plots.losses(results))
+    return _page(about, [plot, *_document_plots(results, documents)], results)
 
 
-def turns_page(about: Mapping[str, object], rows: Sequence[TurnRow], last: Sequence[Part]) -> str:
-    """Losses by turn; bits and exceptions of the last turn's parts; the rows."""
-    return _page(about, [("Loss by turn", plots.turns(rows)), *_inside(rows, last)], rows)
+def turns_report(
+    about: Mapping[str, object], results: Sequence[TurnResult], last_turn: Sequence[DocumentResult]
+) -> str:
+    """Loss by turn, bits and exceptions of the last turn, and the table of results."""
+    plot = ("Loss by turn", plots.turns(results))
+    return _page(about, [plot, *_document_plots(results, last_turn)], results)
 
 
-def _inside(rows: Sequence[Row], parts: Sequence[Part]) -> list[tuple[str, str]]:
-    configs = list(dict.fromkeys(row.config for row in rows))
-    found = [(f"Bits of {config} at the end", plots.bits(parts, config)) for config in configs]
-    found.append(("Exceptions", plots.exceptions(parts, configs)))
-    return [(title, plot) for title, plot in found if plot is not None]
+def _document_plots(results: Sequence[EvalResult], documents: Sequence[DocumentResult]) -> list[tuple[str, str]]:
+    configs = list(dict.fromkeys(result.config for result in results))
+    drawn = [(f"Bits of {config} at the end", plots.bits(documents, config)) for config in configs]
+    drawn.append(("Exceptions", plots.exceptions(documents, configs)))
+    return [(title, plot) for title, plot in drawn if plot is not None]
 
 
-def _page(about: Mapping[str, object], drawn: Sequence[tuple[str, str]], rows: Sequence[Row]) -> str:
+def _page(about: Mapping[str, object], sections: Sequence[tuple[str, str]], results: Sequence[EvalResult]) -> str:
     facts = "".join(f"<li>{escape(name)}: {escape(str(value))}</li>" for name, value in about.items())
-    body = "".join(f"<h2>{escape(title)}</h2>{plot}" for title, plot in drawn)
-    told = [asdict(row) for row in rows]
-    head = "".join(f"<th>{escape(name)}</th>" for name in told[0])
-    lines = "".join(f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in row.values())}</tr>" for row in told)
+    body = "".join(f"<h2>{escape(title)}</h2>{plot}" for title, plot in sections)
+    rows = [asdict(result) for result in results]
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    lines = "".join(f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in row.values())}</tr>" for row in rows)
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>qaq eval</title><style>{_STYLE}</style>"
         f"<h1>Against full precision</h1><ul>{facts}</ul>{body}"
-        f"<h2>Figures</h2><table><tr>{head}</tr>{lines}</table></html>\n"
+        f"<h2>Results</h2><table><tr>{head}</tr>{lines}</table></html>\n"
     )
 
 

@@ -1,8 +1,8 @@
-"""Runs documents through configurations: the prompt once, then the decode of all of them side by side.
+"""Runs documents through configurations: one prefill, then the decode of all configurations side by side.
 
-The decode is the real one: a token a forward pass, over `SequenceCache`s that pack, look for exceptions and go
-back to their originals as they do when serving. It is teacher-forced: every configuration reads the same
-tokens, so its distribution after each can be held against full precision's.
+The decode is the real one: one token per forward pass, over `SequenceCache`s that pack tokens, review exceptions and
+fetch originals as they do in serving. It is teacher-forced: every configuration reads the same tokens, so each
+predicted distribution can be compared with that of full precision.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ import torch
 from qaq_core import InProcessOriginals, Method, QAQCache, SequenceCache, make_method
 from qaq_core.base.errors import ConfigError
 from qaq_eval.quality.documents import Document
-from qaq_eval.quality.prompt import Computed, compute
-from qaq_eval.quality.record import Measure, Part
+from qaq_eval.quality.prompt import Prefill, full_precision
+from qaq_eval.quality.record import DocumentResult, Measurement
 
 Progress = Callable[[str, float], None]
 _CONFIG = re.compile(
     r"(?P<name>[^@\[\]]+)(\[(?P<settings>[^\[\]]*)\])?(@(?P<error>e)?(?P<number>\d+(\.\d+)?)(?P<times>x)?)?"
 )
-_WITHOUT = "-norequant"
+_WITHOUT_EXCEPTIONS = "-norequant"
 
 
 @dataclass(frozen=True)
 class Config:
-    """One configuration: a preset or rival, `-norequant` for no exceptions, settings, and a target.
+    """One configuration: a preset or baseline, `-norequant` for no exceptions, settings, and a target.
 
-    `balanced@2.2` holds 2.2 code bits an element after the prompt, `balanced@8x` is 8 times smaller than fp16,
-    `balanced@e0.01` is predicted to cost 0.01 nats a token. `paper[statistic=3]` is given a setting of the preset.
+    `balanced@2.2` has 2.2 code bits per element after the prompt, `balanced@8x` is 8 times smaller than fp16,
+    `balanced@e0.01` has a predicted KL divergence of 0.01 nats per token. `paper[attention_window=3]` has a setting of
+    the preset.
     """
 
     text: str
@@ -42,43 +43,45 @@ class Config:
 
     @classmethod
     def parse(cls, text: str) -> Config:
-        found = _CONFIG.fullmatch(text)
-        if found is None or (found["error"] and found["times"]):
+        match = _CONFIG.fullmatch(text)
+        if match is None or (match["error"] and match["times"]):
             raise ConfigError(
-                f"{text!r} is no configuration: write a preset or rival, and a target after @, "
+                f"{text!r} is no configuration: write a preset or baseline, and a target after @, "
                 "as in balanced@2.2 (bits), balanced@8x (times smaller) or balanced@e0.01 (nats), "
                 "and settings in brackets: paper[attention_window=3]@4x"
             )
-        settings = _settings(found["settings"] or "")
-        if found["number"]:
-            kind = "error" if found["error"] else "compression" if found["times"] else "bits"
-            settings[f"target_{kind}"] = float(found["number"])
-        name = found["name"]
-        if name.endswith(_WITHOUT):
-            name, settings["exceptions"] = name.removesuffix(_WITHOUT), False
+        settings = _settings(match["settings"] or "")
+        if match["number"]:
+            kind = "error" if match["error"] else "compression" if match["times"] else "bits"
+            settings[f"target_{kind}"] = float(match["number"])
+        name = match["name"]
+        if name.endswith(_WITHOUT_EXCEPTIONS):
+            name, settings["exceptions"] = name.removesuffix(_WITHOUT_EXCEPTIONS), False
         return cls(text, name, settings)
 
     @classmethod
     def parse_all(cls, text: str) -> list[Config]:
-        """Several, by comma, each once."""
+        """Configurations separated by commas, each once."""
         names = (name.strip() for name in re.split(r",(?![^\[]*\])", text))
         return [cls.parse(name) for name in dict.fromkeys(names) if name]
 
     def method(self, model: Any, fingerprint: str | None) -> Method:
-        """The configuration's method; the model is switched to QAQ's attention."""
+        """The configuration's method. Switches the model to QAQ's attention."""
         return make_method(model, fingerprint, self.preset, **self.settings)
 
 
 def _settings(text: str) -> dict[str, Any]:
-    """Settings as keyword arguments are written, words without quotes: `granularity=head, bits=(2, 6)`."""
+    """Settings written as keyword arguments, words without quotes: `granularity=head, bits=(2, 6)`."""
     try:
         call = ast.parse(f"settings({text})", mode="eval").body
         assert isinstance(call, ast.Call)
-        if call.args or None in {part.arg for part in call.keywords}:
+        if call.args or None in {setting.arg for setting in call.keywords}:
             raise ValueError("every setting needs its name")
         return {
-            str(part.arg): part.value.id if isinstance(part.value, ast.Name) else ast.literal_eval(part.value)
-            for part in call.keywords
+            str(setting.arg): setting.value.id
+            if isinstance(setting.value, ast.Name)
+            else ast.literal_eval(setting.value)
+            for setting in call.keywords
         }
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"[{text}] are no settings ({error}): write them as in [granularity=head]") from error
@@ -92,43 +95,44 @@ def evaluate(
     configs: Sequence[Config],
     done: Callable[[int, str], bool] = lambda index, config: False,
     progress: Progress | None = None,
-) -> Iterator[Part]:
-    """What each configuration made of each document, as it is known.
+) -> Iterator[DocumentResult]:
+    """The result of each document under each configuration, as soon as it is known.
 
     Args:
-        done: tells whether the document's index and the configuration need not be run again.
-        progress: called with what is being done and the share of all that is done.
+        done: whether the result of a document's index and a configuration is known already.
+        progress: called with the current stage and the share of all work that is done.
     Raises:
         ConfigError, UnsupportedModelError.
     """
     methods = {config.text: config.method(model, fingerprint) for config in configs}
-    report = progress or (lambda what, share: None)
+    report = progress or (lambda stage, share: None)
     total = len(documents)
     for i, document in enumerate(documents):
         pending = {text: method for text, method in methods.items() if not done(document.index, text)}
         if not pending:
             continue
         report(f"document {i + 1} of {total}: prompt", i / total)
-        computed = compute(model, next(iter(pending.values())), document, [m.statistic for m in pending.values()])
-        measures = [
-            Measure(document.index, text, sequence)
-            for text, sequence in prefilled(document.context, computed, pending).items()
+        any_method = next(iter(pending.values()))
+        prefill = full_precision(model, any_method, document, [method.statistic for method in pending.values()])
+        measurements = [
+            Measurement(document.index, text, sequence)
+            for text, sequence in start_sequences(document.context, prefill, pending).items()
         ]
         for step in range(document.decode):
             if step % 8 == 0:
                 report(f"document {i + 1} of {total}: decode", (i + step / document.decode) / total)
-            decode_step(model, document.ids, document.context + step, computed.log_probabilities[step], measures)
-        for measure in measures:
-            yield measure.part()
-            measure.sequence.close()
+            decode_step(model, document.ids, document.context + step, prefill.log_probabilities[step], measurements)
+        for measurement in measurements:
+            yield measurement.result()
+            measurement.sequence.close()
     report("done", 1.0)
 
 
 _Key = TypeVar("_Key", bound=Hashable)
 
 
-def prefilled(context: int, computed: Computed, methods: Mapping[_Key, Method]) -> dict[_Key, SequenceCache]:
-    """A sequence per key, of its method, that has just ended the prompt. They share the prompt's originals."""
+def start_sequences(context: int, prefill: Prefill, methods: Mapping[_Key, Method]) -> dict[_Key, SequenceCache]:
+    """A sequence of each method, by key, whose prompt has just ended. They share the prompt's originals."""
     originals = InProcessOriginals()
     sequences = {}
     for key, method in methods.items():
@@ -138,21 +142,37 @@ def prefilled(context: int, computed: Computed, methods: Mapping[_Key, Method]) 
             return f"{page} {'prompt' if page < shared else key}".encode()
 
         sequences[key] = method.sequence(originals, name)
-        sequences[key].load_prefill(computed.originals, computed.watch(method.statistic))
+        sequences[key].load_prefill(prefill.originals, prefill.observer(method.statistic))
     return sequences
 
 
-def decode_step(model: Any, ids: torch.Tensor, at: int, exact: torch.Tensor, measures: Sequence[Measure]) -> None:
-    """Decodes the token at a position with every sequence, and measures what each predicts after it.
+def next_logits(model: Any, ids: torch.Tensor, sequences: Sequence[SequenceCache]) -> torch.Tensor:
+    """Decodes one token of each sequence.
 
     Args:
-        exact: full precision's log probabilities [vocabulary] of the token after it.
+        ids: int64 [sequences, 1].
+    Returns:
+        logits [sequences, vocabulary].
     """
-    count = len(measures)
-    logits = model(
-        input_ids=ids[at].to(exact.device).expand(count, 1),
-        position_ids=torch.full((count, 1), at, device=exact.device),
-        past_key_values=QAQCache([measure.sequence for measure in measures]),
+    cache = QAQCache(sequences)
+    logits: torch.Tensor = model(
+        input_ids=ids.to(model.device),
+        position_ids=torch.tensor([[sequence.length] for sequence in sequences], device=model.device),
+        past_key_values=cache,
+        qaq_cache=cache,
     ).logits[:, -1]
-    for got, measure in zip(logits.float().log_softmax(-1), measures, strict=True):
-        measure.add(exact, got, int(ids[at + 1]))
+    return logits
+
+
+def decode_step(
+    model: Any, ids: torch.Tensor, at: int, full: torch.Tensor, measurements: Sequence[Measurement]
+) -> None:
+    """Decodes the token at position `at` with every sequence and measures the prediction of the next one.
+
+    Args:
+        full: log probabilities [vocabulary] of the next token in full precision.
+    """
+    tokens = ids[at].expand(len(measurements), 1)
+    logits = next_logits(model, tokens, [measurement.sequence for measurement in measurements])
+    for log_probabilities, measurement in zip(logits.float().log_softmax(-1), measurements, strict=True):
+        measurement.add(full, log_probabilities, int(ids[at + 1]))

@@ -1,6 +1,6 @@
-"""Multiple-choice tasks through lm-eval, the harness that published figures come from.
+"""Multiple-choice tasks through lm-eval, the harness of most published results.
 
-lm-eval makes the prompts and scores the answers; `Examiner` gives it their likelihoods. A
+lm-eval makes the prompts and scores the answers. A `ChoiceEvaluator` computes their likelihoods. Questions come from
 the hub, as lm-eval fetches them, or from a local file of JSON lines.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qaq_core.base.errors import ConfigError
-from qaq_eval.quality.choices import FULL, Answered, Examiner, Question
+from qaq_eval.quality.choices import FULL_PRECISION, ChoiceEvaluator, Question, QuestionResult
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -30,14 +30,15 @@ SEED = 1234
 
 
 @dataclass(frozen=True)
-class TaskRow:
+class TaskResult:
     """One configuration on one task.
 
     Attributes:
-        stderr: of the accuracy, over questions. difference_stderr: of accuracy - accuracy_fp16, which are paired.
-        accuracy_norm: with likelihoods per character of the answer, where the task has it.
-        agreement: share of questions with full precision's answer, right or wrong.
-        prompt_tokens: mean length of what was quantized.
+        stderr: standard error of the accuracy over questions.
+        difference_stderr: standard error of accuracy - accuracy_fp16, paired by question.
+        accuracy_norm: with likelihoods per character of the answer; None if the task has no such metric.
+        agreement: share of questions with the same answer as full precision, right or wrong.
+        prompt_tokens: mean length of the quantized prompts.
         compression: fp16 bytes over resident bytes of the prompts' caches.
     """
 
@@ -59,7 +60,7 @@ class TaskRow:
 
 
 def run_task(
-    examiner: Examiner,
+    evaluator: ChoiceEvaluator,
     tokenizer: Any,
     task: str,
     file: Path | None,
@@ -67,30 +68,30 @@ def run_task(
     questions: int | None,
     shots: int,
     progress: Callable[[str, float], None],
-) -> list[TaskRow]:
-    """The rows of a task.
+) -> list[TaskResult]:
+    """The result of each configuration on a task.
 
     Args:
-        file: of its questions; from the hub if None.
-        questions: how many, from the first on; all if None.
-        shots: answered questions put before each, others of the same file (from the hub: of the task's own split).
+        file: the questions; None takes them from the hub.
+        questions: the number of questions, from the first on; None takes all.
+        shots: the number of answered questions before each question, from the same file or the task's own split.
     Raises:
-        ConfigError: the task is unknown or the file is not of its shape.
+        ConfigError: the task is unknown, or the file has another format.
     """
     if file is None:
-        asked: str | ConfigurableTask = task
+        source: str | ConfigurableTask = task
     else:
-        asked = local_task(task, read_questions(task, file))
-    # lm-eval reads all its tasks' descriptions for this, which takes half a minute.
+        source = local_task(task, read_questions(task, file))
+    # With the defaults, lm-eval reads the descriptions of all its tasks, which takes half a minute.
     manager = TaskManager(include_defaults=file is None)
-    model = _Answering(examiner, tokenizer, lambda share: progress(task, share))
-    outcomes = {}
-    for config in (FULL, *configs):
+    model = _LmEvalModel(evaluator, tokenizer, lambda share: progress(task, share))
+    scores = {}
+    for config in (FULL_PRECISION, *configs):
         model.config = config
         try:
-            found = simple_evaluate(
+            output = simple_evaluate(
                 model,
-                tasks=[asked],
+                tasks=[source],
                 task_manager=manager,
                 num_fewshot=shots,
                 limit=questions,
@@ -98,21 +99,21 @@ def run_task(
                 bootstrap_iters=0,
             )
         except (KeyError, ValueError, OSError) as error:
-            hint = "" if file else "; questions of a local file need no hub (--task-file)"
+            hint = "" if file else "; --task-file takes questions from a local file"
             raise ConfigError(f"lm-eval cannot run {task}: {error}{hint}") from error
-        assert found is not None
-        outcomes[config] = _Outcome(found["samples"][task], list(model.answered))
-    return [_row(task, config, shots, outcomes[config], outcomes[FULL]) for config in configs]
+        assert output is not None
+        scores[config] = TaskScores(output["samples"][task], list(model.results))
+    return [_summarize(task, config, shots, scores[config], scores[FULL_PRECISION]) for config in configs]
 
 
-class _Answering(TemplateLM):
-    """lm-eval's model: one configuration of an examiner at a time."""
+class _LmEvalModel(TemplateLM):
+    """A model for lm-eval: one configuration of an evaluator at a time."""
 
-    def __init__(self, examiner: Examiner, tokenizer: Any, progress: Callable[[float], None]) -> None:
+    def __init__(self, evaluator: ChoiceEvaluator, tokenizer: Any, progress: Callable[[float], None]) -> None:
         super().__init__()
-        self.tokenizer, self.config = tokenizer, FULL
-        self.answered: list[Answered] = []
-        self._examiner, self._progress = examiner, progress
+        self.tokenizer, self.config = tokenizer, FULL_PRECISION
+        self.results: list[QuestionResult] = []
+        self._evaluator, self._progress = evaluator, progress
 
     @property
     def eot_token_id(self) -> int:
@@ -128,20 +129,20 @@ class _Answering(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Answers of one question come one after the other: they have one context."""
+        """Answers of one question are consecutive requests with the same context."""
         questions = []
         for _, same in groupby(requests, key=lambda request: (request[0][0], request[1])):
-            asked = [(prompt, answer) for _, prompt, answer in same]
-            prompt = asked[0][0] if len(asked[0][0]) > 1 else [self.prefix_token_id, *asked[0][0]]
-            questions.append(Question(tuple(prompt), tuple(tuple(answer) for _, answer in asked)))
-        self.answered = self._examiner.answer(questions, self._progress)[self.config]
-        return [pair for a in self.answered for pair in zip(a.log_likelihoods, a.greedy, strict=True)]
+            pairs = [(prompt, answer) for _, prompt, answer in same]
+            prompt = pairs[0][0] if len(pairs[0][0]) > 1 else [self.prefix_token_id, *pairs[0][0]]
+            questions.append(Question(tuple(prompt), tuple(tuple(answer) for _, answer in pairs)))
+        self.results = self._evaluator.answer(questions, self._progress)[self.config]
+        return [pair for r in self.results for pair in zip(r.log_likelihoods, r.greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         raise ConfigError("only multiple choice is supported")
@@ -151,44 +152,45 @@ class _Answering(TemplateLM):
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What lm-eval scored, one sample a question, and what was answered."""
+class TaskScores:
+    """lm-eval's samples, one per question, and the results that they were scored from."""
 
     samples: list[dict[str, Any]]
-    answered: list[Answered]
+    results: list[QuestionResult]
 
     def scores(self, metric: str) -> list[float] | None:
-        """Of each question, 0 or 1, in the order of the questions; None if the task has no such metric."""
+        """The metric of each question, 0 or 1, in their order; None if the task has no such metric."""
         samples = sorted(self.samples, key=lambda sample: sample["doc_id"])
         return [float(sample[metric]) for sample in samples] if metric in samples[0] else None
 
     def choices(self) -> list[int]:
-        return [max(range(len(a.log_likelihoods)), key=a.log_likelihoods.__getitem__) for a in self.answered]
+        """The index of the most likely answer to each question."""
+        return [max(range(len(r.log_likelihoods)), key=r.log_likelihoods.__getitem__) for r in self.results]
 
 
-def _row(task: str, config: str, shots: int, mine: _Outcome, full: _Outcome) -> TaskRow:
-    got, exact = mine.scores("acc"), full.scores("acc")
-    if got is None or exact is None:
-        raise ConfigError(f"{task} is not scored by accuracy")
-    norm, norm_exact = mine.scores("acc_norm"), full.scores("acc_norm")
-    agreed = [a == b for a, b in zip(mine.choices(), full.choices(), strict=True)]
-    packed = sum(a.packed_resident for a in mine.answered)
-    return TaskRow(
+def _summarize(task: str, config: str, shots: int, own: TaskScores, full: TaskScores) -> TaskResult:
+    accuracy, accuracy_full = own.scores("acc"), full.scores("acc")
+    if accuracy is None or accuracy_full is None:
+        raise ConfigError(f"lm-eval does not score {task} by accuracy")
+    norm, norm_full = own.scores("acc_norm"), full.scores("acc_norm")
+    agreed = [a == b for a, b in zip(own.choices(), full.choices(), strict=True)]
+    packed = sum(r.packed_bytes for r in own.results)
+    return TaskResult(
         task=task,
         config=config,
-        questions=len(got),
+        questions=len(accuracy),
         shots=shots,
-        prompt_tokens=_mean([a.tokens for a in mine.answered]),
-        accuracy=_mean(got),
-        accuracy_fp16=_mean(exact),
-        stderr=_error(got),
-        difference_stderr=_error([a - b for a, b in zip(got, exact, strict=True)]),
+        prompt_tokens=_mean([r.tokens for r in own.results]),
+        accuracy=_mean(accuracy),
+        accuracy_fp16=_mean(accuracy_full),
+        stderr=_error(accuracy),
+        difference_stderr=_error([a - b for a, b in zip(accuracy, accuracy_full, strict=True)]),
         accuracy_norm=None if norm is None else _mean(norm),
-        accuracy_norm_fp16=None if norm_exact is None else _mean(norm_exact),
+        accuracy_norm_fp16=None if norm_full is None else _mean(norm_full),
         stderr_norm=None if norm is None else _error(norm),
         agreement=_mean(agreed),
-        compression=sum(a.plain for a in mine.answered) / sum(a.resident for a in mine.answered),
-        compression_asymptotic=sum(a.packed_plain for a in mine.answered) / packed if packed else None,
+        compression=sum(r.fp16_bytes for r in own.results) / sum(r.resident_bytes for r in own.results),
+        compression_asymptotic=sum(r.packed_fp16_bytes for r in own.results) / packed if packed else None,
     )
 
 
@@ -206,10 +208,10 @@ def _error(numbers: Sequence[float]) -> float:
 
 # -- local files ---------------------------------------------------------------------------------------
 
-Sheet = dict[str, Any]
-"""query, choices, gold: a question in lm-eval's own wording of its task."""
+LocalQuestion = dict[str, Any]
+"""query, choices, gold: a question in the wording that lm-eval uses for its task."""
 
-READERS: dict[str, Callable[[dict[str, Any]], Sheet]] = {
+READERS: dict[str, Callable[[dict[str, Any]], LocalQuestion]] = {
     "hellaswag": lambda line: {"query": line["context"], "choices": line["endings"], "gold": int(line["label"])},
     "piqa": lambda line: {
         "query": f"Question: {line['goal']}\nAnswer:",
@@ -230,27 +232,27 @@ READERS: dict[str, Callable[[dict[str, Any]], Sheet]] = {
 READERS["arc_challenge"] = READERS["arc_easy"]
 
 
-def read_questions(task: str, file: Path) -> list[Sheet]:
-    """Questions of a file of JSON lines, in the shape that the task's data set has."""
+def read_questions(task: str, file: Path) -> list[LocalQuestion]:
+    """Questions from a file of JSON lines in the format of the task's data set."""
     read = READERS.get(task)
     if read is None:
-        raise ConfigError(f"local files are read for {', '.join(sorted(READERS))}, not for {task!r}")
+        raise ConfigError(f"local files work for {', '.join(sorted(READERS))}, not for {task!r}")
     questions = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             question = read(json.loads(line))
             if not 0 <= question["gold"] < len(question["choices"]):
-                raise ValueError("its label is not that of an answer")
+                raise ValueError("the label is not that of an answer")
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"line {number} of {file} is no question of {task}: {error}") from error
+            raise ConfigError(f"line {number} of {file} is not a question of {task}: {error}") from error
         questions.append(question)
     if not questions:
         raise ConfigError(f"{file} has no questions")
     return questions
 
 
-def local_task(task: str, questions: list[Sheet]) -> ConfigurableTask:
-    """lm-eval's task over these questions; shots are others of them, drawn with a fixed seed."""
+def local_task(task: str, questions: list[LocalQuestion]) -> ConfigurableTask:
+    """An lm-eval task over these questions. Shots are other questions of them, drawn with a fixed seed."""
     from datasets import Dataset
 
     metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]

@@ -1,4 +1,4 @@
-"""What a load consists of: a realistic mix out of a random number generator, or a trace out of a file."""
+"""The requests of a load test: a random mix, or a trace from a file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Arrival(BaseModel):
     """One request; in a trace, one line.
 
     Attributes:
-        at: seconds after the start when it is sent; not before the session's turn before it has ended.
-        prompt, prompt_tokens: its text, or the length of one that is made up.
-        new_tokens: how many are generated.
-        session: requests of one name are turns of one session; empty stands alone.
-        shared: requests (first turns of sessions) of one name begin with the same `shared_tokens` tokens.
+        at: seconds after the start at which it is sent, or later if the session's previous turn has not ended.
+        prompt, prompt_tokens: the text of the prompt, or the length of a generated one.
+        new_tokens: tokens to generate.
+        session: requests with the same name are turns of one session; empty for a single request.
+        shared: requests (first turns of sessions) with the same name begin with the same `shared_tokens` tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,26 +44,26 @@ class Arrival(BaseModel):
 
 
 Script = Sequence[Arrival]
-"""What happens one after the other: the turns of a session, or a request alone."""
+"""Consecutive requests: the turns of a session, or a single request."""
 
 
 def mix(requests: int, seed: int) -> list[Script]:
-    """Conversations under two system prompts, short questions and long documents; `requests` in all.
+    """A mix of conversations under two system prompts, short questions, and long documents.
 
-    Of six requests three are the turns of a conversation, two are short and one is long.
+    Of six requests, three are the turns of a conversation, two are short and one is long.
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     scripts: list[Script] = []
     left, deck = requests, list[str]()
     while left:
-        deck = deck or chance.sample(_DECK, len(_DECK))
+        deck = deck or rng.sample(_DECK, len(_DECK))
         kind = deck.pop()
         if kind == "conversation":
-            name, shared = f"s{len(scripts)}", f"system-{chance.randrange(2)}"
+            name, shared = f"s{len(scripts)}", f"system-{rng.randrange(2)}"
             turns = [
                 Arrival(
-                    prompt_tokens=chance.randint(16, 64),
-                    new_tokens=chance.randint(16, 48),
+                    prompt_tokens=rng.randint(16, 64),
+                    new_tokens=rng.randint(16, 48),
                     session=name,
                     shared="" if turn else shared,
                 )
@@ -71,18 +71,18 @@ def mix(requests: int, seed: int) -> list[Script]:
             ]
             scripts.append(turns)
         elif kind == "short":
-            scripts.append([Arrival(prompt_tokens=chance.randint(16, 128), new_tokens=chance.randint(16, 64))])
+            scripts.append([Arrival(prompt_tokens=rng.randint(16, 128), new_tokens=rng.randint(16, 64))])
         else:
-            scripts.append([Arrival(prompt_tokens=chance.randint(512, 1024), new_tokens=chance.randint(16, 32))])
+            scripts.append([Arrival(prompt_tokens=rng.randint(512, 1024), new_tokens=rng.randint(16, 32))])
         left -= len(scripts[-1])
     return scripts
 
 
 def read_trace(path: Path) -> list[Script]:
-    """Requests of a JSONL file, one `Arrival` a line, in the order of `at`.
+    """Requests from a JSONL file, one `Arrival` per line, in the order of `at`.
 
     Raises:
-        ConfigError: says which line is wrong, and why.
+        ConfigError: the message says which line is wrong, and why.
     """
     arrivals = sorted(_lines(path), key=lambda arrival: arrival.at)
     if not arrivals:

@@ -1,4 +1,4 @@
-"""Figures out of records."""
+"""Statistics of records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qaq_eval.serving.load import Record
 
 
 class Percentiles(BaseModel):
-    """In milliseconds; None where nothing was measured."""
+    """Percentiles in milliseconds; None without measurements."""
 
     p50: float | None
     p95: float | None
@@ -27,31 +27,31 @@ class Percentiles(BaseModel):
 
 
 def first_tokens(records: Sequence[Record]) -> Percentiles:
-    """From sending a request to its first token."""
+    """Time to first token (TTFT), from sending the request."""
     return Percentiles.of([record.tokens[0] - record.sent for record in records if record.tokens])
 
 
 def between_tokens(records: Sequence[Record]) -> Percentiles:
-    """Between two tokens of a stream, over all streams."""
+    """Inter-token latency, over all streams."""
     return Percentiles.of([gap for record in records for gap in _gaps(record)])
 
 
 def tokens_per_second(records: Sequence[Record]) -> float:
-    """All tokens, over the time from the first request to the last token."""
+    """All tokens over the time from the first request to the last token."""
     tokens = [at for record in records for at in record.tokens]
     return len(tokens) / (max(tokens) - min(record.sent for record in records)) if tokens else 0.0
 
 
 def slowest_to_median(records: Sequence[Record]) -> float | None:
-    """How much longer the slowest stream takes a token than the median one; None with under two streams."""
+    """Mean time per token of the slowest stream over that of the median stream; None with fewer than two streams."""
     means = [statistics.fmean(gaps) for record in records if (gaps := _gaps(record))]
     return max(means) / statistics.median(means) if len(means) > 1 else None
 
 
 def added_ms(routed: Sequence[Record], direct: Sequence[Record]) -> float:
-    """What a router adds to a token's way from the worker to the client, between the medians of both ways."""
-    ways = [statistics.median(s for record in records for s in record.carried) for records in (routed, direct)]
-    return (ways[0] - ways[1]) * 1e3
+    """Milliseconds that a router adds to the median time from a token's sampling to its arrival at the client."""
+    medians = [statistics.median(s for record in records for s in record.transit) for records in (routed, direct)]
+    return (medians[0] - medians[1]) * 1e3
 
 
 def _gaps(record: Record) -> list[float]:

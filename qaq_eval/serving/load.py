@@ -1,4 +1,4 @@
-"""Sends a load to a router and notes when everything came."""
+"""Sends requests to a router and records when their tokens arrive."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ _TEXT_BYTES = 300_000
 
 @dataclass
 class Record:
-    """One request as its client saw it; times in seconds of time.perf_counter.
+    """One request as measured by its client; times in seconds of time.perf_counter.
 
     Attributes:
-        tokens: when each arrived.
-        carried: seconds each took from the worker's choice to its arrival, by the wall clock.
-        error: a status' name, or "".
+        tokens: time of arrival of each token.
+        transit: seconds from the sampling of each token to its arrival, by the wall clock.
+        error: name of a gRPC status, or "".
     """
 
     sent: float
     tokens: list[float] = field(default_factory=list)
-    carried: list[float] = field(default_factory=list)
+    transit: list[float] = field(default_factory=list)
     error: str = ""
 
     def arrived(self, chosen_at: float) -> None:
         self.tokens.append(time.perf_counter())
-        self.carried.append(time.time() - chosen_at)
+        self.transit.append(time.time() - chosen_at)
 
 
 class Prompts:
-    """Token ids of made-up prompts: pieces of the documentation that every Python brings."""
+    """Token ids of generated prompts: pieces of Python's documentation."""
 
     def __init__(self, ids: Sequence[int], seed: int) -> None:
-        self._ids, self._chance = ids, random.Random(seed)
+        self._ids, self._rng = ids, random.Random(seed)
 
     @classmethod
     async def load(cls, stub: generate_pb2_grpc.InferenceStub, seed: int) -> Prompts:
@@ -53,12 +53,12 @@ class Prompts:
         return cls(list(reply.token_ids), seed)
 
     def shared(self, name: str, tokens: int) -> list[int]:
-        """The same for the same name."""
+        """The same piece for the same name."""
         return self._piece(zlib.crc32(name.encode()), tokens)
 
     def own(self, tokens: int) -> list[int]:
-        """Another every time."""
-        return self._piece(self._chance.randrange(len(self._ids)), tokens)
+        """Another piece at each call."""
+        return self._piece(self._rng.randrange(len(self._ids)), tokens)
 
     def _piece(self, start: int, tokens: int) -> list[int]:
         return [self._ids[(start + place) % len(self._ids)] for place in range(tokens)]
@@ -68,11 +68,11 @@ class Load:
     """Runs scripts against a router.
 
     Args:
-        cache: CacheParams of every session.
+        cache: CacheParams of every session and request.
 
     Attributes:
-        records: of all requests, in the order they were sent.
-        sessions: how many were opened.
+        records: all requests, in the order they were sent.
+        sessions: number of sessions opened.
     """
 
     def __init__(
@@ -82,22 +82,22 @@ class Load:
         self.records: list[Record] = []
         self.sessions = 0
 
-    async def closed(self, scripts: Sequence[Script], clients: int) -> None:
-        """So many clients, each of which begins a script when it has ended one. `at` is not looked at."""
+    async def closed_loop(self, scripts: Sequence[Script], clients: int) -> None:
+        """Runs scripts with a number of clients. Each begins the next script when it has ended one; `at` is ignored."""
         waiting = list(reversed(scripts))
 
         async def client() -> None:
             while waiting:
-                await self._play(waiting.pop(), None)
+                await self._run(waiting.pop(), None)
 
         await asyncio.gather(*(client() for _ in range(clients)))
 
-    async def timed(self, scripts: Sequence[Script]) -> None:
-        """Every request at its own time, whatever becomes of the others."""
+    async def open_loop(self, scripts: Sequence[Script]) -> None:
+        """Sends every request at its own time."""
         start = time.perf_counter()
-        await asyncio.gather(*(self._play(script, start) for script in scripts))
+        await asyncio.gather(*(self._run(script, start) for script in scripts))
 
-    async def _play(self, script: Script, start: float | None) -> None:
+    async def _run(self, script: Script, start: float | None) -> None:
         session = ""
         for turn, arrival in enumerate(script):
             if start is not None:
@@ -110,14 +110,14 @@ class Load:
                     self.records.append(Record(time.perf_counter(), error=error.code().name))
                     return
                 self.sessions += 1
-            await self._request(arrival, session, begins=turn == 0)
+            await self._request(arrival, session, first_turn=turn == 0)
         if session:
             await self._stub.CloseSession(generate_pb2.CloseSessionRequest(session_id=session), timeout=60)
 
-    async def _request(self, arrival: Arrival, session: str, begins: bool) -> None:
+    async def _request(self, arrival: Arrival, session: str, first_turn: bool) -> None:
         request = generate_pb2.GenerateRequest(
             prompt=arrival.prompt,
-            prompt_token_ids=[] if arrival.prompt else self._tokens(arrival, begins),
+            prompt_token_ids=[] if arrival.prompt else self._tokens(arrival, first_turn),
             sampling={"temperature": 0.0},
             stop={"max_new_tokens": arrival.new_tokens, "ignore_eos": True},
             cache=None if session else self._cache,
@@ -131,6 +131,6 @@ class Load:
         except grpc.aio.AioRpcError as error:
             record.error = error.code().name
 
-    def _tokens(self, arrival: Arrival, begins: bool) -> list[int]:
-        shared = self._prompts.shared(arrival.shared, arrival.shared_tokens) if arrival.shared and begins else []
+    def _tokens(self, arrival: Arrival, first_turn: bool) -> list[int]:
+        shared = self._prompts.shared(arrival.shared, arrival.shared_tokens) if arrival.shared and first_turn else []
         return [*shared, *self._prompts.own(arrival.prompt_tokens)]

@@ -1,4 +1,4 @@
-"""What the members of a stack say of themselves while a load runs."""
+"""Measurements at the servers of a stack during a load test."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _KINDS: tuple[Kind, ...] = ("router", "worker", "originals", "gateway")
 
 
 class Probe:
-    """Looks at the members that are registered in a Redis.
+    """Measures the servers that are registered in a Redis.
 
     Attributes:
-        kv_bytes_peak: most bytes that all workers' caches held at once while watched.
-        sessions_at_peak: sessions whose caches those were.
+        kv_bytes_peak: maximum of the bytes of all workers' caches while watched.
+        sessions_at_peak: sessions that held caches at that time.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -32,20 +32,20 @@ class Probe:
         self.kv_bytes_peak = self.sessions_at_peak = 0
 
     async def resident(self) -> dict[str, int]:
-        """Resident bytes of every member's process, by "kind address", as it announced them after this call."""
+        """Resident bytes of each server's process after this call, by "kind address"."""
         await asyncio.sleep(HEARTBEAT_S * 1.5)
         members = [member for kind in _KINDS for member in await self._registry.members(kind)]
         return {f"{member.kind} {member.address}": member.rss_bytes for member in members}
 
     async def router_ms(self) -> float | None:
-        """How long the last tokens were in a router, at the median, as it says after this call."""
+        """Median time that recent tokens spent in a router, as it reports after this call."""
         await asyncio.sleep(HEARTBEAT_S * 1.5)
-        told = [member.info.get("relay_ms") for member in await self._registry.members("router")]
-        return max((ms for ms in told if ms is not None), default=None)
+        reported = [member.info.get("relay_ms") for member in await self._registry.members("router")]
+        return max((ms for ms in reported if ms is not None), default=None)
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Watches the workers' caches while the context lasts."""
+        """Samples the workers' caches during the `with` block."""
         addresses = [member.address for member in await self._registry.members("worker")]
         async with contextlib.AsyncExitStack() as stack:
             channels = [await stack.enter_async_context(open_channel(address)) for address in addresses]
@@ -58,16 +58,16 @@ class Probe:
 
     async def _watch(self, workers: list[worker_pb2_grpc.WorkerStub]) -> None:
         while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):  # the load's own errors tell of a worker that is gone
-                asked = (worker.Describe(worker_pb2.DescribeRequest(), timeout=5) for worker in workers)
-                facts = await asyncio.gather(*asked)
-                held = sum(fact.kv_bytes for fact in facts)
+            with contextlib.suppress(grpc.aio.AioRpcError):  # the load's records show that a worker is gone
+                calls = (worker.Describe(worker_pb2.DescribeRequest(), timeout=5) for worker in workers)
+                replies = await asyncio.gather(*calls)
+                held = sum(reply.kv_bytes for reply in replies)
                 if held > self.kv_bytes_peak:
-                    self.kv_bytes_peak, self.sessions_at_peak = held, sum(fact.sessions for fact in facts)
+                    self.kv_bytes_peak, self.sessions_at_peak = held, sum(reply.sessions for reply in replies)
             await asyncio.sleep(SAMPLE_S)
 
     async def direct(self, tokens: list[int], new: int, cache: common_pb2.CacheParams) -> Record:
-        """A generation that is asked of a worker itself."""
+        """A generation requested from a worker directly."""
         (worker, *_) = await self._registry.members("worker")
         request = worker_pb2.RunRequest(
             token_ids=tokens,

@@ -1,4 +1,4 @@
-"""`qaq bench serve`: a serving stack under load, phase by phase."""
+"""The phases of `qaq bench serve`, a load test of a stack."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from services.common.redis import connect
 Report = Callable[[str, float | None], None]
 
 _ROUNDS = 4
-_WARM = 0.2  # share of the sessions that are opened before memory counts as a baseline
+_WARM = 0.2  # share of the sessions opened before memory is first measured
 
 
 class RouterCost(BaseModel):
-    """What a router adds to one stream, medians compared with a stream that goes past it.
+    """The latency that a router adds to one stream, from medians with and without it.
 
     Attributes:
-        way_ms: to a token's way from the worker's choice to the client.
-        inside_ms: the part of the way from the token's arrival in the router until gRPC has taken it for the
-            client, as the router itself measures it.
+        way_ms: added between the sampling of a token and its arrival at the client.
+        inside_ms: the part from the token's arrival in the router until gRPC has accepted it for the client, as the
+            router measures it.
     """
 
     way_ms: float
@@ -38,10 +38,10 @@ class RouterCost(BaseModel):
 
 
 class Streams(BaseModel):
-    """Equal streams at once, against one alone.
+    """Equal concurrent streams, against one alone.
 
     Attributes:
-        slowest_to_median: mean time a token of the slowest stream over that of the median one.
+        slowest_to_median: mean time per token of the slowest stream over that of the median stream.
     """
 
     streams: int
@@ -52,7 +52,7 @@ class Streams(BaseModel):
 
 
 class Growth(BaseModel):
-    """Resident memory of one process over sessions that were opened, used and closed; bytes."""
+    """Resident bytes of one process while sessions are opened, used and closed."""
 
     process: str
     warm: int
@@ -61,7 +61,7 @@ class Growth(BaseModel):
 
 
 class Memory(BaseModel):
-    """`warm_sessions` were opened and closed before `Growth.warm` was read, `sessions` before `Growth.end`."""
+    """`warm_sessions` were closed before `Growth.warm` was measured, `sessions` before `Growth.end`."""
 
     sessions: int
     warm_sessions: int
@@ -69,9 +69,9 @@ class Memory(BaseModel):
 
 
 class ServeResult(BaseModel):
-    """What `--json` writes; its schema is qaq_eval/schemas/bench_serve.json.
+    """The object of `--json`, see qaq_eval/schemas/bench_serve.json.
 
-    The first fields are of the mix or the trace; what needs the stack's Redis is None without it.
+    The first fields describe the mix or the trace. Fields that need the stack's Redis are None without it.
     """
 
     clients: int | None
@@ -90,12 +90,12 @@ class ServeResult(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The phases to run.
 
     Attributes:
-        scripts: the load; closed over `clients`, or at its own times if that is None.
-        streams: how many equal streams to run at once; 0 leaves that out.
-        memory_sessions: how many sessions to open and close; 0 leaves that out.
+        scripts: the requests; sent by `clients` in a closed loop, or at their own times if `clients` is None.
+        streams: number of equal concurrent streams; 0 skips the phase.
+        memory_sessions: number of sessions to open and close; 0 skips the phase.
         cache: CacheParams.
     """
 
@@ -113,23 +113,23 @@ async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: 
 
     Args:
         router: host:port.
-        redis_url: of the stack, if it can be reached.
+        redis_url: the stack's Redis, if it can be reached.
     Raises:
-        grpc.aio.AioRpcError: the router does not answer at all.
+        grpc.aio.AioRpcError: the router does not answer.
     """
     async with open_channel(router) as channel, _probe(redis_url) as probe:
         stub = generate_pb2_grpc.InferenceStub(channel)
         await stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)
         bench = _Bench(stub, await Prompts.load(stub, plan.seed), probe, plan)
-        report("one request to warm up", None)
+        report("warm-up", None)
         await bench.streams(1)
-        report("the router's share of a token's way", 0.1)
+        report("latency of the router", 0.1)
         cost = await bench.router()
-        report(f"{plan.streams} streams at once", 0.2)
+        report(f"{plan.streams} concurrent streams", 0.2)
         streams = await bench.together()
-        report("the load", 0.4)
+        report("requests", 0.4)
         load = await bench.load()
-        report("sessions that come and go", 0.8)
+        report("memory over sessions", 0.8)
         memory = await bench.memory()
     records = load.records
     failed = [record.error for record in records if record.error]
@@ -157,14 +157,14 @@ class _Bench:
         self._stub, self._prompts, self._probe, self._plan = stub, prompts, probe, plan
 
     async def streams(self, count: int) -> list[Record]:
-        """So many equal requests at once."""
+        """`count` equal concurrent requests."""
         load = Load(self._stub, self._prompts, self._plan.cache)
         arrival = Arrival(prompt_tokens=64, new_tokens=self._plan.stream_tokens)
-        await load.closed([[arrival]] * count, count)
+        await load.closed_loop([[arrival]] * count, count)
         return load.records
 
     async def router(self) -> RouterCost | None:
-        """Streams through the router and past it, in turns."""
+        """Streams with and without the router, in turn."""
         if self._probe is None:
             return None
         routed: list[Record] = []
@@ -193,20 +193,20 @@ class _Bench:
         load = Load(self._stub, self._prompts, self._plan.cache)
         async with self._probe.watching() if self._probe else contextlib.nullcontext():
             if self._plan.clients is None:
-                await load.timed(self._plan.scripts)
+                await load.open_loop(self._plan.scripts)
             else:
-                await load.closed(self._plan.scripts, self._plan.clients)
+                await load.closed_loop(self._plan.scripts, self._plan.clients)
         return load
 
     async def memory(self) -> Memory | None:
-        """Resident memory after the first sessions and after all."""
+        """Resident memory after the first sessions and after all of them."""
         sessions = self._plan.memory_sessions
         if not sessions or self._probe is None:
             return None
         warm = max(1, int(sessions * _WARM))
-        await self._come_and_go(warm)
+        await self._open_and_close(warm)
         before = await self._probe.resident()
-        await self._come_and_go(sessions - warm)
+        await self._open_and_close(sessions - warm)
         after = await self._probe.resident()
         return Memory(
             sessions=sessions,
@@ -222,9 +222,9 @@ class _Bench:
             ],
         )
 
-    async def _come_and_go(self, sessions: int) -> None:
+    async def _open_and_close(self, sessions: int) -> None:
         script = [Arrival(prompt_tokens=48, new_tokens=4, session=f"m{place}") for place in range(sessions)]
-        await Load(self._stub, self._prompts, self._plan.cache).closed([[turn] for turn in script], 4)
+        await Load(self._stub, self._prompts, self._plan.cache).closed_loop([[turn] for turn in script], 4)
 
 
 @contextlib.asynccontextmanager

@@ -1,5 +1,5 @@
-"""Speed: decode steps, attention alone, encoding, and what faster weights lose."""
+"""Speed: decode steps, attention, encoding, and forms of weights."""
 
-from qaq_eval.speed.decode import SpeedRow, decode_speed
+from qaq_eval.speed.decode import DecodeSpeed, decode_speed
 
-__all__ = ["SpeedRow", "decode_speed"]
+__all__ = ["DecodeSpeed", "decode_speed"]

@@ -1,7 +1,7 @@
-"""How fast decode attention is over one layer's packed tokens, against what torch offers for dense ones.
+"""Speed of decode attention over one layer's packed tokens, against torch's dense attention.
 
-Everything is timed in one process, in turn, with the caches emptied before each call, as a model's weights do
-between one layer's attention and the next's.
+All backends are timed in one process, in turn. The CPU caches are flushed before each call, as a model's weights do
+between the attention of two layers.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from qaq_core.storage import PackedTokens
 
 MIXED = ((0.60, 2, 2), (0.25, 3, 2), (0.10, 4, 4), (0.05, 8, 8))
 """Shares of tokens and the bits of their keys and values."""
-EXACT = 20
+RESIDUAL = 20
 """Tokens that are not packed."""
 FLUSH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class AttentionRow:
-    """One way to attend, on one shape.
+class AttentionSpeed:
+    """One backend on one shape.
 
     Attributes:
         shape: query heads/KV heads/head_dim. packing: "mixed", or "dense".
-        microseconds: median of a call. cpu_microseconds: of its CPU time, which tells more on a busy machine.
-        error: relative, against float64 over the same numbers.
-        ratio_to: other backends' time over this one's.
+        microseconds: median time of a call. cpu_microseconds: median CPU time, more reliable on a busy machine.
+        error: relative, against float64 on the same numbers.
+        ratio_to: time of each other backend over the time of this one.
     """
 
     shape: str
@@ -54,12 +54,12 @@ class AttentionRow:
 @torch.inference_mode()
 def attention_speed(
     shape: tuple[int, int, int], tokens: int, repeat: int, report: Callable[[str, float], None] | None = None
-) -> list[AttentionRow]:
+) -> list[AttentionSpeed]:
     """Times every backend.
 
     Args:
         shape: (query heads, KV heads, head_dim).
-        repeat: calls of each.
+        repeat: calls of each backend.
     """
     query_heads, heads, dim = shape
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def attention_speed(
     calls |= _dense(query, keys, values)
     times: dict[str, list[float]] = {name: [] for name in calls}
     cpu_times: dict[str, list[float]] = {name: [] for name in calls}
-    expected = _exactly(query, keys, values)
+    expected = _float64_attention(query, keys, values)
     errors = {
         name: float((call().view(query.shape) - expected).norm() / expected.norm()) for name, call in calls.items()
     }
@@ -94,7 +94,7 @@ def attention_speed(
             times[name].append(time.perf_counter() - begun)
     micros = {name: median(mine) * 1e6 for name, mine in times.items()}
     return [
-        AttentionRow(
+        AttentionSpeed(
             shape="/".join(map(str, shape)),
             tokens=tokens,
             backend=name,
@@ -109,8 +109,8 @@ def attention_speed(
 
 
 class _DecodeCall:
-    """What a decode step calls for a layer (`attention.decoding`): the tokens are described before, and one call
-    takes the last one in, brings queries into the frame, attends, and brings outputs back."""
+    """The call that a decode step makes for a layer. The tokens are described beforehand. One call writes the new
+    token, transforms the queries, attends, and transforms the outputs back."""
 
     def __init__(self, kernel: CpuAttention, query: torch.Tensor, layer: LayerTokens, scaling: float) -> None:
         assert layer.packed is not None
@@ -137,7 +137,7 @@ class _DecodeCall:
 def _state(
     heads: int, dim: int, tokens: int, generator: torch.Generator
 ) -> tuple[PackedTokens, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Packed tokens of one layer, exact ones [2, heads, EXACT, dim], and all as dense keys and values."""
+    """Packed tokens of one layer, residual ones [2, heads, RESIDUAL, dim], and all of them as dense keys and values."""
     eye = torch.eye(dim).expand(1, heads, dim, dim)
     pairs = torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)
     transform = LinearTransform(
@@ -148,10 +148,10 @@ def _state(
         frequencies=(10_000.0**-pairs).unsqueeze(0),
         kind=torch.zeros(1, dtype=torch.long),
     )
-    # Octets that matter less and less, as in a calibrated model.
+    # Octets of decreasing importance, as in a calibrated model.
     order = greedy_order(torch.linspace(0, -3, dim // 8).exp())
     quantizer = Quantizer(transform, ProgressiveCodec([order, order]))
-    count = tokens - EXACT
+    count = tokens - RESIDUAL
     drawn = torch.rand(1, heads, count, generator=generator)
     borders = torch.tensor([share for share, _, _ in MIXED]).cumsum(0)[:-1]
     kind = torch.bucketize(drawn, borders)
@@ -160,8 +160,8 @@ def _state(
     metas = [quantizer.codec.meta(row, None) for row in rows]
     packed = PackedTokens(quantizer, (1, heads, dim), 4, torch.device("cpu"))
     packed.append((widths[0], widths[1]), (rows[0], rows[1]), (metas[0], metas[1]), (None, None))
-    exact = torch.randn(2, heads, EXACT, dim, generator=generator).half()
-    # The frame's matrices are 1: a row is what it was, less its center.
+    exact = torch.randn(2, heads, RESIDUAL, dim, generator=generator).half()
+    # The transform's matrices are the identity: a row is the original minus its mean.
     reference = ReferenceAttention(quantizer.codec, torch.device("cpu"))
     mean, angles = transform.center(0, tokens) or (exact, exact)
     centers = (rotate_pairs(mean.unsqueeze(1), angles[4 : 4 + count]), transform.value_mean[0].unsqueeze(1))
@@ -172,7 +172,7 @@ def _state(
     return packed, exact, dense[0], dense[1]
 
 
-def _exactly(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _float64_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     group = query.shape[0] // keys.shape[0]
     wide_keys, wide_values = (t.double().repeat_interleave(group, 0) for t in (keys, values))
     scores = query.double() @ wide_keys.mT * query.shape[-1] ** -0.5
@@ -180,7 +180,7 @@ def _exactly(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> t
 
 
 def _dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """What torch offers over dense keys and values [kv_heads, tokens, head_dim]."""
+    """torch's backends over dense keys and values [kv_heads, tokens, head_dim]."""
     heads, dim = keys.shape[0], keys.shape[2]
     q, k, v = (t.unsqueeze(0) for t in (query, keys, values))
     q16, k16, v16 = (t.bfloat16() for t in (q, k, v))
@@ -202,7 +202,7 @@ def _dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> dic
 
 
 def _int4(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two 4-bit codes a byte and scales by groups of a head's dims, as transformers' QuantizedCache holds them."""
+    """Two 4-bit codes per byte with one scale per vector, as transformers' QuantizedCache holds them."""
     scale = dense.abs().amax(-1, keepdim=True) / 7
     codes = (dense / scale).round().clamp(-7, 7).add(8).to(torch.uint8)
     return codes[..., ::2] | (codes[..., 1::2] << 4), scale
@@ -221,7 +221,7 @@ def parse_shapes(shapes: str) -> Sequence[tuple[tuple[int, int, int], int]]:
         if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
             raise ValueError(f"{one}: query heads/KV heads/head_dim/tokens")
         query_heads, heads, dim, tokens = map(int, numbers)
-        if query_heads % heads or dim % 16 or tokens <= EXACT:
-            raise ValueError(f"{one}: query heads are a multiple of KV heads, head_dim of 16, tokens over {EXACT}")
+        if query_heads % heads or dim % 16 or tokens <= RESIDUAL:
+            raise ValueError(f"{one}: query heads are a multiple of KV heads, head_dim of 16, tokens over {RESIDUAL}")
         parsed.append(((query_heads, heads, dim), tokens))
     return parsed

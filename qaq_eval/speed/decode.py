@@ -1,4 +1,4 @@
-"""How fast decoding is from each kind of cache, all in one process, step by step in turn."""
+"""Speed of decoding from each kind of cache, in one process and in turn, step by step."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from transformers import DynamicCache, QuantizedCache
 from qaq_core import Method, QAQCache, make_method
 from qaq_core.base.errors import ConfigError
 from qaq_eval.speed import llama_cpp
-from qaq_eval.speed.step_parts import PartRow, step_parts
+from qaq_eval.speed.step_parts import StepPart, step_parts
 
 DENSE = "dynamic"
-"""transformers' DynamicCache, which every other cache is compared with."""
-HALF = "dynamic-bf16"
+"""transformers' DynamicCache, the reference of every ratio."""
+BFLOAT16 = "dynamic-bf16"
 """The same in bfloat16, weights included."""
 QUANTIZED = {"quanto-int4": "quanto", "hqq-int4": "hqq"}
-"""transformers' QuantizedCache, where its backend is installed."""
+"""transformers' QuantizedCache, if its backend is installed."""
 WARM_UP = 1
-"""First steps that do not count: backends compile, and scratch is made."""
+"""First steps that are not timed: backends compile and allocate buffers."""
 
 
 @dataclass(frozen=True)
-class SpeedRow:
+class DecodeSpeed:
     """One cache at one context.
 
     Attributes:
-        cache: what decoded: "dynamic", or a preset and its attention kernel, "balanced/cpu", or another.
+        cache: "dynamic", a preset with its attention kernel ("balanced/cpu"), or another.
         batch: sequences decoded together.
-        tokens_per_second: by the mean step, exceptions and packing included.
-        median_ms: of a step. ratio_to_dynamic_cache: of tokens per second.
+        tokens_per_second: from the mean step, exceptions and packing included.
+        median_ms: median time of a step.
+        ratio_to_dynamic_cache: tokens per second over those of DynamicCache.
         kv_bytes: resident bytes after the last step.
     """
 
@@ -58,24 +59,24 @@ def decode_speed(
     caches: Sequence[str],
     report: Callable[[str, float], None] | None = None,
     source: str = "",
-    profiled: list[PartRow] | None = None,
-) -> list[SpeedRow]:
-    """Prefills every cache with the same tokens, then decodes the next ones from each in turn.
+    profiled: list[StepPart] | None = None,
+) -> list[DecodeSpeed]:
+    """Prefills every cache with the same tokens, then decodes the next tokens from each in turn.
 
-    The first WARM_UP steps are not counted.
+    The first WARM_UP steps are not timed.
 
     Args:
         ids: int64 [batch, context + steps].
         caches: presets, each with "/" and a kernel of `attention.KERNELS` if not the default one; "dynamic-bf16";
             "quanto-int4" and "hqq-int4"; those of `llama_cpp.CACHES`.
-        source: where the model came from; llama.cpp reads the same GGUF file.
-        profiled: where parts of the steps of QAQ's caches go, which then decode the same tokens once more.
+        source: where the model was loaded from; llama.cpp reads the same GGUF file.
+        profiled: list to which the parts of a step of QAQ's caches are appended; these decode the tokens once more.
     """
     batch, context = ids.shape[0], ids.shape[1] - steps
     if context < 1:
         raise ConfigError(f"{ids.shape[1]} tokens leave no prompt before {steps} decoded ones")
     if steps <= WARM_UP:
-        raise ConfigError(f"{steps} steps are too few: the first {WARM_UP} do not count")
+        raise ConfigError(f"{steps} steps are too few: the first {WARM_UP} are not timed")
     times: dict[str, list[float]] = {}
     with ExitStack() as stack:
         held: dict[str, Decoder] = {}
@@ -103,7 +104,7 @@ def decode_speed(
                     profiled += step_parts(model, name, decoder.cache, ids[:, context:])
     dense = fmean(times[DENSE])
     return [
-        SpeedRow(
+        DecodeSpeed(
             context=context,
             batch=batch,
             cache=name,
@@ -117,20 +118,20 @@ def decode_speed(
 
 
 class Decoder(Protocol):
-    """Sequences of one length that are decoded together."""
+    """A batch of sequences of one length that are decoded together."""
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Computes the next tokens, int64 [batch, n]; returns the last ones' logits [batch, vocabulary]."""
+        """Computes the next tokens, int64 [batch, n]. Returns the logits [batch, vocabulary] after the last ones."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Of their keys and values."""
+        """Bytes of the keys and values."""
         ...
 
 
 class ModelDecoder:
-    """A transformers model over a cache."""
+    """A transformers model with a cache."""
 
     def __init__(self, model: Any, cache: Any) -> None:
         self.model, self.cache, self._length = model, cache, 0
@@ -139,7 +140,10 @@ class ModelDecoder:
         """See `Decoder`."""
         positions = torch.full_like(ids, self._length) if ids.shape[1] == 1 else None
         self._length += ids.shape[1]
-        output = self.model(ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        own = {"qaq_cache": self.cache} if isinstance(self.cache, QAQCache) else {}
+        output = self.model(
+            ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **own
+        )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
@@ -149,7 +153,7 @@ class ModelDecoder:
 
 
 def _decoder(model: Any, fingerprint: str | None, name: str) -> ModelDecoder:
-    if name == HALF:
+    if name == BFLOAT16:
         return ModelDecoder(copy.deepcopy(model).to(torch.bfloat16), DynamicCache())
     return ModelDecoder(model, DynamicCache() if name == DENSE else _cache(model, fingerprint, name))
 
@@ -170,7 +174,7 @@ def _method(model: Any, fingerprint: str | None, name: str) -> Method:
 
 
 def _bytes(cache: Any) -> int:
-    """Bytes of every tensor that a transformers cache holds, those inside of quantized ones included."""
+    """Bytes of every tensor in a transformers cache, those inside quantized tensors included."""
     storages: dict[int, int] = {}
 
     def add(held: Any) -> None:

@@ -1,4 +1,4 @@
-"""How fast originals become packed rows, in torch and in C++, all in one process and in turn."""
+"""Speed of packing originals, in torch and in C++, in one process and in turn."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from qaq_core.kernels import load_library
 from qaq_core.quantization import LinearTransform, ProgressiveCodec, greedy_order
 
 SHARES = (0.02, 0.05, 0.10, 0.15, 0.20, 0.20, 0.10, 0.08, 0.05, 0.03, 0.01, 0.01)
-"""Of rows at each of WIDTHS, from 0; about as `balanced` has them after a prompt."""
+"""Shares of rows at each of WIDTHS, from 0; about those of `balanced` after a prompt."""
 MEAN_BITS = sum(share * width / 2 for share, width in zip(SHARES, WIDTHS, strict=False))
-PACKED = 8
-ASKED = 150
-"""Rows that a session asks for again at a time."""
+PACK_TOKENS = 8
+REQUEST_ROWS = 150
+"""Rows that a session re-quantizes at a time."""
 
 
 @dataclass(frozen=True)
-class EncodeRow:
+class EncodeSpeed:
     """One kind of work by one implementation.
 
     Attributes:
-        what: "prompt": keys and values of all layers of a prompt; "group": of the tokens that leave the recent
-            window at a time; "request": scattered rows, as a cache service answers.
-        milliseconds: median. ratio: torch's over this one's.
-        cpu_milliseconds: of all threads, median; what other processes take does not count.
+        what: "prompt": keys and values of all layers of a prompt; "group": of the tokens that leave the
+            residual window at a time; "request": scattered rows of a re-quantization request.
+        milliseconds: median time. ratio: torch's time over this one's.
+        cpu_milliseconds: median CPU time of all threads, without that of other processes.
     """
 
     what: str
@@ -48,8 +48,8 @@ class EncodeRow:
 @torch.inference_mode()
 def encode_speed(
     shape: tuple[int, int, int], tokens: int, repeat: int, report: Callable[[str, float], None] | None = None
-) -> list[EncodeRow]:
-    """Times both.
+) -> list[EncodeSpeed]:
+    """Times both implementations.
 
     Args:
         shape: (layers, KV heads, head_dim). tokens: of the prompt.
@@ -59,9 +59,9 @@ def encode_speed(
     generator = torch.Generator().manual_seed(0)
     made = _quantizer(layers, heads, dim, generator)
     originals = torch.randn(layers, 2, heads, tokens, dim, generator=generator)
-    request, asked = _request(made, shape, tokens, generator)
+    request, request_rows = _request(made, shape, tokens, generator)
     kernels = ["reference", *(["cpu"] if load_library() is not None else [])]
-    rows = {"prompt": 2 * layers * heads * tokens, "group": 2 * layers * heads * PACKED, "request": ASKED}
+    rows = {"prompt": 2 * layers * heads * tokens, "group": 2 * layers * heads * PACK_TOKENS, "request": REQUEST_ROWS}
     times: dict[tuple[str, str], list[tuple[float, float]]] = {(what, k): [] for what in rows for k in kernels}
     widths = _widths((2, layers, heads, tokens), generator)
     for i in range(repeat):
@@ -69,11 +69,11 @@ def encode_speed(
             if report:
                 report(f"encoding, {kernel}", i / repeat)
             quantizer, prompt = made.using(make_encoder(kernel)), originals.clone()
-            group = originals[:, :, :, :PACKED].half()
+            group = originals[:, :, :, :PACK_TOKENS].half()
             calls: dict[str, Callable[[], object]] = {
                 "prompt": lambda q=quantizer, p=prompt: _encode(q, p, widths),  # type: ignore[misc]
                 "group": lambda q=quantizer, p=group: _encode(q, p, widths),  # type: ignore[misc]
-                "request": lambda q=quantizer: q.requantize(request, asked),  # type: ignore[misc]
+                "request": lambda q=quantizer: q.requantize(request, request_rows),  # type: ignore[misc]
             }
             for what, call in calls.items():
                 begun, used = time.perf_counter(), time.process_time()
@@ -81,13 +81,13 @@ def encode_speed(
                 times[what, kernel].append((time.perf_counter() - begun, time.process_time() - used))
     taken = {key: [1e3 * median(part) for part in zip(*mine, strict=True)] for key, mine in times.items()}
     return [
-        EncodeRow(what, rows[what], kernel, wall, taken[what, "reference"][0] / wall, cpu)
+        EncodeSpeed(what, rows[what], kernel, wall, taken[what, "reference"][0] / wall, cpu)
         for (what, kernel), (wall, cpu) in taken.items()
     ]
 
 
 def _encode(quantizer: Quantizer, originals: torch.Tensor, widths: torch.Tensor) -> None:
-    """What becomes of originals that are packed: rows, their scales, their bytes."""
+    """Packs originals: transforms them to rows, and encodes the rows with their scales."""
     for side in (KEY, VALUE):
         rows = quantizer.rows(side, originals[:, side], 4, overwrite=True)
         meta = quantizer.meta(rows)
@@ -96,7 +96,7 @@ def _encode(quantizer: Quantizer, originals: torch.Tensor, widths: torch.Tensor)
 
 
 def _quantizer(layers: int, heads: int, dim: int, generator: torch.Generator) -> Quantizer:
-    """As a calibrated model's: dense matrices, octets that matter less and less."""
+    """A quantizer like that of a calibrated model: dense matrices, and octets of decreasing importance."""
     matrices = torch.randn(2, layers, heads, dim, dim, generator=generator).div_(dim**0.5).add_(2 * torch.eye(dim))
     transform = LinearTransform(
         key_matrix=matrices[KEY].half(),
@@ -118,11 +118,11 @@ def _widths(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 def _request(
     quantizer: Quantizer, shape: tuple[int, int, int], tokens: int, generator: torch.Generator
 ) -> tuple[RowRequest, torch.Tensor]:
-    """Rows of anywhere that gain a bit, and their originals."""
+    """A request for rows at random positions that gain one bit, and their originals."""
     layers, heads, dim = shape
 
     def drawn(most: int) -> np.ndarray:
-        numbers: np.ndarray = torch.randint(0, most, (ASKED,), generator=generator).numpy()
+        numbers: np.ndarray = torch.randint(0, most, (REQUEST_ROWS,), generator=generator).numpy()
         return numbers
 
     position, have = drawn(tokens), drawn(6)
@@ -137,9 +137,9 @@ def _request(
         position=position.astype(np.int32),
         have=have.astype(np.uint8),
         want=(have + 2).astype(np.uint8),
-        meta=np.full((ASKED, quantizer.meta_bytes), 0x77, np.uint8),
+        meta=np.full((REQUEST_ROWS, quantizer.meta_bytes), 0x77, np.uint8),
     )
-    return request, torch.randn(ASKED, dim, generator=generator)
+    return request, torch.randn(REQUEST_ROWS, dim, generator=generator)
 
 
 def parse_shape(shape: str) -> tuple[int, int, int]:

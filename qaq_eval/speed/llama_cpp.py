@@ -1,4 +1,4 @@
-"""llama.cpp as a baseline of decoding, through the low-level API of llama-cpp-python, where that is installed."""
+"""llama.cpp as a baseline for decode speed, through the low-level API of llama-cpp-python, if it is installed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from qaq_core.base.errors import ConfigError
 
 PREFIX = "llama.cpp-"
 CACHES = {f"{PREFIX}f16": "F16", f"{PREFIX}q8_0": "Q8_0", f"{PREFIX}q4_0": "Q4_0"}
-"""Types of its KV cache, for keys and values alike."""
+"""Types of its KV cache, the same for keys and values."""
 _CHUNK = 512
-"""Most tokens in a call."""
+"""Maximum number of tokens per call."""
 
 
 class LlamaCpp:
-    """Sequences of one length that llama.cpp decodes together from a GGUF file, on as many threads as torch has.
+    """A batch of sequences of one length that llama.cpp decodes from a GGUF file, with torch's number of threads.
 
     Args:
         kind: one of CACHES.
-        tokens: most that a sequence will have.
+        tokens: maximum length of a sequence.
     Raises:
-        ConfigError: it is not installed, the model is no GGUF file, or it does not take it.
+        ConfigError: llama.cpp is not installed, the model is not a GGUF file, or llama.cpp cannot load it.
     """
 
     def __init__(self, model: str, kind: str, batch: int, tokens: int) -> None:
@@ -46,7 +46,7 @@ class LlamaCpp:
         wanted.n_batch = batch * _CHUNK
         wanted.n_threads = wanted.n_threads_batch = torch.get_num_threads()
         wanted.type_k = wanted.type_v = getattr(api, f"GGML_TYPE_{CACHES[kind]}")
-        if CACHES[kind] != "F16":  # it reads quantized values in flash attention only
+        if CACHES[kind] != "F16":  # llama.cpp reads quantized values in flash attention only
             wanted.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._context = api.llama_init_from_model(self._model, wanted)
         if not self._context:
@@ -59,7 +59,7 @@ class LlamaCpp:
         self.close()
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Computes the next tokens, int64 [batch, n]; returns the last ones' logits [batch, vocabulary]."""
+        """Computes the next tokens, int64 [batch, n]. Returns the logits [batch, vocabulary] after the last ones."""
         for chunk in ids.split(_CHUNK, 1):
             self._compute(chunk.tolist())
         self._api.llama_synchronize(self._context)
@@ -70,7 +70,7 @@ class LlamaCpp:
 
     @property
     def nbytes(self) -> int:
-        """What its cache holds of all sequences, as it would save it: rows, and some bytes about each token."""
+        """Bytes of all sequences in its saved form: rows, and a few bytes per token."""
         return sum(self._api.llama_state_seq_get_size(self._context, i) for i in range(self._sequences))
 
     def close(self) -> None:
@@ -112,5 +112,5 @@ def _library() -> Any:
 
 @cache
 def _silent(api: Any) -> Any:
-    """A log callback that says nothing. It has to outlive the library, so there is one for good."""
+    """A log callback that does nothing. It is cached because it must outlive the library."""
     return api.llama_log_callback(lambda level, text, data: None)

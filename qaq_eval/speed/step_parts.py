@@ -1,4 +1,4 @@
-"""Where the time of decode steps over a QAQ cache goes."""
+"""The parts of a decode step with a QAQ cache, and their time."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from qaq_core.attention import CpuAttention
 from qaq_core.models import PackedLinear
 
 PARTS = ("linear", "attention", "around attention", "begin", "packing and exceptions", "next token")
-"""What is told apart. linear: linear layers, the output's included. attention: the kernel. around attention: from
-transformers' call to the kernel and back. begin: what a step describes once for all layers. next token: the
-likeliest one."""
+"""linear: linear layers, the output layer included. attention: the kernel. around attention: from transformers' call
+to the kernel and back. begin: the description of the step for all layers. next token: its selection."""
 REST = "rest"
-"""Norms, activations, RoPE, masks, and Python from one to the next."""
+"""Norms, activations, RoPE, masks, and Python between the parts."""
 
 
 @dataclass(frozen=True)
-class PartRow:
+class StepPart:
     """A part of a step.
 
     Attributes:
-        milliseconds: of the calling thread's CPU time, mean over steps. calls: in a step.
+        milliseconds: CPU time of the calling thread per step, mean over steps. calls: calls per step.
     """
 
     cache: str
@@ -38,7 +37,7 @@ class PartRow:
 
 
 class Stopwatch:
-    """Adds up the calling thread's CPU time by part; a part within another is taken off that one."""
+    """Adds up the CPU time of the calling thread by part. Time of a nested part is not counted for the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -81,27 +80,33 @@ class Stopwatch:
 
 
 @torch.inference_mode()
-def step_parts(model: Any, name: str, cache: QAQCache, ids: torch.Tensor) -> list[PartRow]:
-    """Decodes more tokens, int64 [batch, steps], and says where the time went.
+def step_parts(model: Any, name: str, cache: QAQCache, ids: torch.Tensor) -> list[StepPart]:
+    """Decodes more tokens, int64 [batch, steps], and measures the parts of the steps.
 
-    Linear layers inside of compiled ones cannot be told apart: there they are in the rest.
+    Linear layers inside compiled layers cannot be measured: their time counts as rest.
     """
     watch, steps, at = Stopwatch(), ids.shape[1], cache.get_seq_length()
     with _watched(model, cache, watch):
         for step in range(steps):
             with watch.timing(REST):
                 positions = torch.full((len(ids), 1), at + step)
-                output = model(ids[:, step : step + 1], position_ids=positions, past_key_values=cache, use_cache=True)
+                output = model(
+                    ids[:, step : step + 1],
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    qaq_cache=cache,
+                )
                 with watch.timing("next token"):
                     output.logits[:, -1].argmax(-1).tolist()
     return [
-        PartRow(name, part, watch.seconds[part] * 1000 / steps, watch.calls[part] / steps) for part in (*PARTS, REST)
+        StepPart(name, part, watch.seconds[part] * 1000 / steps, watch.calls[part] / steps) for part in (*PARTS, REST)
     ]
 
 
 @contextmanager
 def _watched(model: Any, cache: QAQCache, watch: Stopwatch) -> Iterator[None]:
-    """The model and the cache tell the stopwatch what they do."""
+    """Measures the model and the cache with the stopwatch."""
     attention = cache.method.attention
     kernel = (attention.library, "qaq_decode") if isinstance(attention, CpuAttention) else (attention, "batch")
     compiled = any("forward" in vars(module) for module in model.modules())

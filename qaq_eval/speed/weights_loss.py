@@ -1,4 +1,4 @@
-"""What each form of weights costs in quality, and how fast it is, against the model's own."""
+"""Quality and speed of each form of weights, against the model's own."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from qaq_core.models import LoadedModel
 from qaq_eval.quality.documents import Document
 
 STEPS = 24
-"""Tokens that are decoded for the clock."""
+"""Decode steps that are timed."""
 
 
 @dataclass(frozen=True)
-class WeightsRow:
-    """One form of weights over all documents, with a cache in full precision.
+class WeightsResult:
+    """One form of weights over all documents, with a full-precision cache.
 
     Attributes:
-        kl: of the next token's distribution to that of plain weights, mean nats.
-        nll_delta: of the text's tokens, mean.
-        top1: share of tokens where both think the same one likeliest.
-        prompt_tokens_per_second: of the documents, each in one pass.
-        step_ms: of one sequence with a short context, median.
+        kl: mean KL divergence of the next token's distribution from that of plain weights, in nats.
+        nll_delta: mean difference of the text's NLL, in nats per token.
+        top1: share of positions at which both have the same most likely token.
+        prompt_tokens_per_second: with each document in one forward pass.
+        step_ms: median decode step of one sequence with a short context.
     """
 
     weights: str
@@ -40,12 +40,12 @@ class WeightsRow:
 @torch.inference_mode()
 def weights_loss(
     load: Callable[[str], LoadedModel], documents: Sequence[Document], forms: Sequence[str]
-) -> Iterator[WeightsRow]:
-    """Compares the predictions of what is decoded of each document.
+) -> Iterator[WeightsResult]:
+    """Compares the predictions for the decoded tokens of each document.
 
     Args:
-        load: the model with that form of weights.
-        forms: of `weights.WEIGHTS`; plain ones come first whether they are among these or not.
+        load: loads the model with a form of weights.
+        forms: forms of weights; plain weights are always measured first.
     """
     plain: list[torch.Tensor] = []
     for weights in dict.fromkeys(("plain", *forms)):
@@ -60,14 +60,14 @@ def weights_loss(
         tokens = sum(len(document.ids) for document in documents)
         losses = [_loss(*each) for each in zip(plain, found, documents, strict=True)]
         kl, nll, top1 = (fmean(figures) for figures in zip(*losses, strict=True))
-        yield WeightsRow(weights, kl, nll, top1, tokens / seconds, _step_ms(model, documents[0].ids))
+        yield WeightsResult(weights, kl, nll, top1, tokens / seconds, _step_ms(model, documents[0].ids))
 
 
 def _loss(plain: torch.Tensor, found: torch.Tensor, document: Document) -> tuple[float, float, float]:
-    """KL, difference of NLL, agreement."""
-    said = document.ids[-len(plain) :, None]
+    """KL divergence, difference of NLL, and agreement of the most likely token."""
+    tokens = document.ids[-len(plain) :, None]
     kl = (plain.exp() * (plain - found)).sum(-1).mean()
-    nll = (plain - found).gather(1, said).mean()
+    nll = (plain - found).gather(1, tokens).mean()
     return kl.item(), nll.item(), (plain.argmax(-1) == found.argmax(-1)).float().mean().item()
 
 

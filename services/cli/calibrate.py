@@ -1,4 +1,4 @@
-"""`qaq calibrate`: measures a model ahead of its first use, or anew."""
+"""`qaq calibrate`: calibrates a model before its first use, or again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli.stack import Device, Dtype, Model, model_or_default
+from services.cli.options import Device, Dtype, Model, model_or_default
 from services.cli.terminal import progress_line, screen
 
 
@@ -19,18 +19,18 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     model: Model = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where to write it; default: where this model's is looked for.")
+        Path | None, typer.Option(help="File to write; default: the model's entry in the cache directory.")
     ] = None,
     gradients: Annotated[
-        bool | None, typer.Option(help="Measure sensitivities by gradients or not; default: if memory allows.")
+        bool | None, typer.Option(help="Whether to measure sensitivities by gradients; default: if memory allows.")
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
-    """Measures what the balanced and paper presets have to know of a model, on text that it samples.
+    """Measures what the balanced and paper presets need to know of a model, on text that the model samples.
 
-    Written to the cache, or with --output as the table that can be shipped in qaq_core/calibration/tables. A
-    table that is shipped for the model comes before the one in the cache.
+    The table is written to the cache directory, or to --output, which may be in qaq_core/calibration/tables. A table
+    shipped there takes precedence over the cache directory.
     """
     from qaq_core import calibration
     from qaq_core.models import ModelShape, load_model
@@ -39,7 +39,7 @@ def calibrate(
     with progress_line() as report:
         loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None))
         begun = time.monotonic()
-        known = calibration.measure(loaded.model, ModelShape.of(loaded.model), progress=report, source=source)
+        table = calibration.measure(loaded.model, ModelShape.of(loaded.model), progress=report, source=source)
     path = output or calibration.cached_at(loaded.fingerprint)
-    known.save(path)
-    screen.print(f"by {known.source} in {time.monotonic() - begun:.0f} s: {path}", soft_wrap=True, highlight=False)
+    table.save(path)
+    screen.print(f"by {table.source} in {time.monotonic() - begun:.0f} s: {path}", soft_wrap=True, highlight=False)

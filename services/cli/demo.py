@@ -1,4 +1,4 @@
-"""`qaq demo`: a whole stack, a long prompt, an answer, and what the cache did meanwhile."""
+"""`qaq demo`: starts a stack, answers a question about a long text, and shows what the cache did."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import typer
 from pydantic import BaseModel
 from rich.table import Table
 
-from services.cli.stack import (
+from services.cli.options import (
     Compiled,
     Device,
     Dtype,
     JsonPath,
     Model,
-    Preset,
+    StackPreset,
     TargetBits,
     Weights,
     model_or_default,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from services.cli.streaming import Generation
     from services.cluster.state import StackState
 
-# Chapters of the Python reference that every Python brings; the answer is at the beginning, far from the question.
+# Chapters of the reference that is a part of Python. The answer is in the first one, far from the question.
 CHAPTERS = ("with", "assert", "for", "while", "break", "continue")
 QUESTION = 'According to the text above, what is the "with" statement used for? Explain it in a few sentences.'
 
@@ -58,13 +58,15 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     model: Model = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Ask this instead of the built-in question.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens to generate.")] = 160,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Use the prompt in this file instead of the built-in question.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens to generate.")] = 160,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
     compiled: Compiled = False,
-    preset: Preset = "balanced",
+    preset: StackPreset = "balanced",
     target_bits: TargetBits = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -95,34 +97,34 @@ def demo(
 
 
 def long_prompt() -> str:
-    """Real English of about 1,800 tokens, and a question about its beginning."""
+    """English text of about 1,800 tokens, and a question about its beginning."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[chapter].strip() for chapter in CHAPTERS) + f"\n\n{QUESTION}"
 
 
 def measure(running: StackState, prompt: str, max_new_tokens: int) -> DemoResult:
-    """Asks a running stack, shows the answer as it comes, and collects the figures."""
+    """Sends a prompt to a running stack, shows the answer as it arrives, and collects the figures."""
     from qaq.v1 import generate_pb2
 
     from services.cli.inference import inference
     from services.cli.streaming import follow
-    from services.cluster.status import survey
+    from services.cluster.status import stack_status
 
-    with inference(running.router) as asked:
-        model = asked.once(lambda stub: stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)).model
+    with inference(running.router) as client:
+        model = client.once(lambda stub: stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)).model
         sampling = {"temperature": 0.0, "repetition_penalty": 1.1}
         stop = {"max_new_tokens": max_new_tokens}
         if model.has_chat_template:
             chat = generate_pb2.ChatRequest(
                 messages=[{"role": "user", "content": prompt}], sampling=sampling, stop=stop
             )
-            generation = follow(asked.stream(chat))
+            generation = follow(client.stream(chat))
         else:
             plain = generate_pb2.GenerateRequest(prompt=prompt, sampling=sampling, stop=stop)
-            generation = follow(asked.stream(plain))
-    stores = asyncio.run(survey(running.redis["url"])).originals
-    # Every cache service sees the same Redis.
+            generation = follow(client.stream(plain))
+    stores = asyncio.run(stack_status(running.redis["url"])).originals
+    # All cache services use the same Redis.
     stored = max((store.bytes for store in stores.values() if store is not None), default=0)
     return _result(generation, stored, running.redis["description"])
 
@@ -165,9 +167,9 @@ def _table(result: DemoResult) -> Table:
         total = max(sum(counts.values()), 1)
         shares = "  ".join(f"{bits} bit {100 * count / total:.0f}%" for bits, count in counts.items() if count)
         table.add_row(f"{side}s", shares)
-    table.add_row("exceptions", f"{result.exceptions:,} fired")
+    table.add_row("exceptions", f"{result.exceptions:,}")
     table.add_row(
-        "quantized again",
+        "re-quantized",
         f"{result.rows_requantized:,} rows from their originals, {size(result.requantize_bytes)}",
     )
     table.add_row("originals", f"{size(result.originals_bytes_in_redis)} in Redis, {size(result.staging_bytes)} staged")

@@ -12,7 +12,7 @@ import typer
 from pydantic import BaseModel
 from rich.table import Column, Table
 
-from services.cli.stack import Device, JsonPath, model_or_default
+from services.cli.options import Device, JsonPath, model_or_default
 from services.cli.terminal import screen, size
 from services.common.extras import EXTRAS
 

@@ -1,42 +1,93 @@
-"""Options of a generation that several commands have, and the messages they make."""
+"""Options that several commands share, and the messages that they make."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
-MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Over 1: tokens of prompt and answer become less likely.")
+# -- the model and its cache ---------------------------------------------------------------------------
+
+DEVICE = typer.Option(help="cpu, cuda or cuda:<n>.")
+DTYPE = typer.Option(help="auto, float32, float16 or bfloat16.")
+PRESET = typer.Option(help="balanced, paper or fp16.")
+
+Model = Annotated[
+    str | None,
+    typer.Option(envvar="QAQ_MODEL", help="Local directory, GGUF file or hub id; default: SmolLM2-135M."),
 ]
-FrequencyPenalty = Annotated[float | None, typer.Option(help="Off a logit for every time it was generated.")]
-PresencePenalty = Annotated[float | None, typer.Option(help="Off a logit that was generated at all.")]
+Device = Annotated[str, DEVICE]
+Dtype = Annotated[str, DTYPE]
+Weights = Annotated[
+    str,
+    typer.Option(envvar="QAQ_WEIGHTS", help="Form of the linear layers: auto, plain, float32, bfloat16, int8 or int4."),
+]
+Compiled = Annotated[
+    bool, typer.Option("--compiled", envvar="QAQ_COMPILED", help="Run decode steps under torch.compile.")
+]
+StackPreset = Annotated[str, PRESET]
+TargetBits = Annotated[float | None, typer.Option(help="Mean bits per element of a cache; default: the preset's.")]
+
+# -- a stack -------------------------------------------------------------------------------------------
+
+Workers = Annotated[int, typer.Option(min=1, help="Number of workers.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
+
+# -- a generation --------------------------------------------------------------------------------------
+
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this total probability.")]
+TopK = Annotated[int | None, typer.Option(help="Keep this many of the most likely tokens; 0 keeps all.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Drop tokens below this times the probability of the most likely one.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1: tokens of the prompt and the answer become less likely.")
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="Subtracted from a token's logit for each time it was generated.")
+]
+PresencePenalty = Annotated[float | None, typer.Option(help="Subtracted from a token's logit once it was generated.")]
 LogitBias = Annotated[
-    list[str] | None, typer.Option(metavar="TOKEN=BIAS", help="Added to a token id's logit; may be given again.")
+    list[str] | None, typer.Option(metavar="TOKEN=BIAS", help="Added to the logit of a token id; repeatable.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Ends the text before this; may be given again.")]
-StopTokenId = Annotated[list[int] | None, typer.Option(help="Ends the text before this; may be given again.")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end-of-sequence token.")]
-Preset = Annotated[str | None, typer.Option(help="balanced, paper or exact.")]
-TargetBits = Annotated[float | None, typer.Option(help="Mean bits per element of the cache.")]
-TargetCompression = Annotated[float | None, typer.Option(help="Of the cache against fp16; wins over the bits.")]
-TargetError = Annotated[float | None, typer.Option(help="KL in nats a token; wins over both. For balanced.")]
-Tenant = Annotated[str | None, typer.Option(envvar="QAQ_TENANT", help="Whose the call is.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")]
+StopTokenId = Annotated[list[int] | None, typer.Option(help="End the text before this token id; repeatable.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue after the end-of-sequence token.")]
+Preset = Annotated[str | None, PRESET]
+TargetCompression = Annotated[
+    float | None, typer.Option(help="Compression of the cache against fp16; overrides --target-bits.")
+]
+TargetError = Annotated[
+    float | None, typer.Option(help="KL divergence in nats per token, for balanced; overrides both other targets.")
+]
+Tenant = Annotated[str | None, typer.Option(envvar="QAQ_TENANT", help="Tenant of the call.")]
+
+
+def model_or_default(model: str | None) -> str:
+    """The source of a model. Files and directories become absolute, since servers may run elsewhere.
+
+    Raises:
+        ModelLoadError: no model was named and the default model's package is not installed.
+    """
+    if model is None:
+        from qaq_core.models import default_model_path
+
+        return str(default_model_path())
+    return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def given(**fields: Any) -> dict[str, Any]:
-    """The options that were given; the rest is left to the server's defaults."""
+    """The options that were given. The server's defaults apply to the rest."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def biases(pairs: list[str] | None) -> dict[int, float] | None:
-    """Of --logit-bias.
+    """The logit biases of --logit-bias.
 
     Raises:
         typer.BadParameter: one is not TOKEN=BIAS.

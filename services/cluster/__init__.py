@@ -1,1 +1,1 @@
-"""One machine's stack: Ray, Redis and the three roles as actors."""
+"""The stack of one machine: Redis, Ray, and the servers as Ray actors."""

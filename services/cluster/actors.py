@@ -1,4 +1,4 @@
-"""The roles as Ray actors. An actor only hosts its role's server: the data goes over gRPC."""
+"""The servers as Ray actors. An actor only hosts its server: all data goes over gRPC."""
 
 from __future__ import annotations
 
@@ -19,56 +19,56 @@ from services.common.settings import (
 )
 
 NAMESPACE = "qaq"
-RESTART_PAUSE_S = 2.0
+RETRY_PAUSE_S = 2.0
 
 log = structlog.get_logger()
 
 S = TypeVar("S", bound=CommonSettings)
 
 
-class Host(abc.ABC, Generic[S]):
-    """Runs one server inside an actor. Ray calls the constructor again when it restarts the actor."""
+class ServerActor(abc.ABC, Generic[S]):
+    """Runs one server. Ray calls the constructor again when it restarts the actor."""
 
     def __init__(self, settings: S) -> None:
         from services.common.log import configure
 
         configure(settings.log_level)
-        self._role = self._make(settings)
+        self._server = self._make(settings)
         self._address = asyncio.get_running_loop().create_task(self._start())
 
     @abc.abstractmethod
     def _make(self, settings: S) -> Role:
-        """The role's server."""
+        """The server."""
 
     async def _start(self) -> str:
-        """A first start that fails is told to who asked for it; a restart has nobody to tell and goes on."""
-        again = ray.get_runtime_context().was_current_actor_reconstructed
+        """Starts the server. A failed first start raises. A failed restart is retried: nobody waits for its error."""
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
         while True:
             try:
-                return await self._role.start()
+                return await self._server.start()
             except Exception as error:
-                if not again:
+                if not restarted:
                     raise
-                log.warning("could not start again; trying on", role=type(self).__name__, error=str(error))
-                await asyncio.sleep(RESTART_PAUSE_S)
+                log.warning("the server could not restart; trying again", role=type(self).__name__, error=str(error))
+                await asyncio.sleep(RETRY_PAUSE_S)
 
     async def address(self) -> str:
-        """host:port, once it serves. Raises what the server's start raises."""
+        """The address as host:port, once the server is up. Raises what its start raises."""
         return await asyncio.shield(self._address)
 
     async def progress(self) -> tuple[str, float]:
-        """What it is doing before it serves, and how much of that is done, in [0, 1]."""
-        return getattr(self._role, "progress", ("starting", 0.0))
+        """The current stage of the start and its progress from 0 to 1."""
+        return getattr(self._server, "progress", ("starting", 0.0))
 
     async def stop(self) -> None:
-        """Lets running calls end for a moment and frees everything."""
+        """Stops the server, which gives running calls a moment to end."""
         if self._address.done() and not self._address.cancelled() and self._address.exception() is None:
-            await self._role.stop()
+            await self._server.stop()
         else:
             self._address.cancel()
 
 
-class RouterHost(Host[RouterSettings]):
+class RouterActor(ServerActor[RouterSettings]):
     def _make(self, settings: RouterSettings) -> Role:
         from qaq_core.models import avoid_torch
         from services.router.server import RouterServer
@@ -77,34 +77,34 @@ class RouterHost(Host[RouterSettings]):
         return RouterServer(settings)
 
 
-class WorkerHost(Host[WorkerSettings]):
+class WorkerActor(ServerActor[WorkerSettings]):
     def _make(self, settings: WorkerSettings) -> Role:
         from services.worker.server import WorkerServer
 
         return WorkerServer(settings)
 
 
-class OriginalsHost(Host[OriginalsSettings]):
+class OriginalsActor(ServerActor[OriginalsSettings]):
     def _make(self, settings: OriginalsSettings) -> Role:
         from services.originals.server import OriginalsServer
 
         return OriginalsServer(settings)
 
 
-class GatewayHost(Host[GatewaySettings]):
+class GatewayActor(ServerActor[GatewaySettings]):
     def _make(self, settings: GatewaySettings) -> Role:
         from services.gateway.server import GatewayServer
 
         return GatewayServer(settings)
 
 
-def launch(name: str, host: type[Host[S]], settings: S, *, gpus: float = 0) -> Any:
+def launch(name: str, actor: type[ServerActor[S]], settings: S, *, gpus: float = 0) -> Any:
     """Creates a named actor that outlives its creator and is restarted when its process dies.
 
-    CPUs are not reserved: a role that waits uses none, and a machine may be smaller than its number of roles.
+    CPUs are not reserved: an idle server uses none, and a machine may have fewer CPUs than servers.
     """
-    actor: Any = ray.remote(host)
-    options = actor.options(
+    remote: Any = ray.remote(actor)
+    options = remote.options(
         name=name,
         namespace=NAMESPACE,
         lifetime="detached",

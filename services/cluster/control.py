@@ -1,4 +1,4 @@
-"""What other processes do with a stack: start it, find it, scale it, stop it."""
+"""Control of a stack from other processes: start, scale, stop."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Report = Callable[[str, str, float | None], None]
 
 
 def up(settings: StackSettings, report: Report) -> StackState:
-    """Starts a stack that goes on when this process ends.
+    """Starts a stack that outlives this process.
 
     Raises:
-        StackError: one runs already, or it did not start; nothing is left running.
+        StackError: a stack runs already, or this one did not start; nothing is left running.
     """
     running = state.load()
     if running is not None and running.alive:
-        raise StackError(f"a stack is running already (router at {running.router}); stop it with `qaq down`")
+        raise StackError(f"a stack runs already (router at {running.router}); stop it with `qaq down`")
     if running is not None:
         down(running)
     log = state.directory() / "stack.log"
@@ -42,27 +42,27 @@ def up(settings: StackSettings, report: Report) -> StackState:
 
 @contextlib.contextmanager
 def attached(settings: StackSettings, report: Report) -> Iterator[StackState]:
-    """A stack for the length of a `with`, whatever ends it; also if this process is killed.
+    """A stack for the duration of a `with` block. It also stops if this process is killed.
 
     Raises:
-        StackError: it did not start; nothing is left running.
+        StackError: the stack did not start; nothing is left running.
     """
-    host = _spawn(settings, subprocess.DEVNULL, attached=True)
+    owner = _spawn(settings, subprocess.DEVNULL, attached=True)
     try:
-        yield _start(host, report)
+        yield _start(owner, report)
     finally:
-        _end(host)
+        _end(owner)
 
 
 def down(running: StackState) -> None:
-    """Stops a stack, also one whose owner has died."""
+    """Stops a stack, even one whose owner process has died."""
     if running.alive:
         owner = psutil.Process(running.pid)
         owner.terminate()
         try:
             owner.wait(STOP_TIMEOUT_S)
         except psutil.TimeoutExpired:
-            owner.kill()  # Ray's processes notice and end by themselves
+            owner.kill()  # Ray's processes notice it and end by themselves
             owner.wait(STOP_TIMEOUT_S)
     EmbeddedRedis.attach(running.redis).stop()
     shutil.rmtree(running.ray_directory, ignore_errors=True)
@@ -70,7 +70,7 @@ def down(running: StackState) -> None:
 
 
 def scale(running: StackState, workers: int, report: Report) -> None:
-    """Starts or stops workers until there are that many.
+    """Starts or stops workers until there are `workers`.
 
     Raises:
         StackError: Ray does not answer, or a worker did not start.
@@ -93,7 +93,7 @@ def scale(running: StackState, workers: int, report: Report) -> None:
 
 def _spawn(settings: StackSettings, errors: int, *, attached: bool) -> subprocess.Popen[str]:
     require("ray")  # in this process, which can say what to install
-    host = subprocess.Popen(
+    owner = subprocess.Popen(
         [sys.executable, "-m", "services.cluster.host"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -102,17 +102,17 @@ def _spawn(settings: StackSettings, errors: int, *, attached: bool) -> subproces
         text=True,
         start_new_session=True,
     )
-    assert host.stdin is not None
-    host.stdin.write(json.dumps({"settings": settings.model_dump(), "attached": attached}) + "\n")
-    host.stdin.flush()
-    return host
+    assert owner.stdin is not None
+    owner.stdin.write(json.dumps({"settings": settings.model_dump(), "attached": attached}) + "\n")
+    owner.stdin.flush()
+    return owner
 
 
-def _start(host: subprocess.Popen[str], report: Report) -> StackState:
-    """Follows a host until its stack is ready."""
-    assert host.stdout is not None
+def _start(owner: subprocess.Popen[str], report: Report) -> StackState:
+    """Reads the events of the owner process until the stack is ready."""
+    assert owner.stdout is not None
     try:
-        for line in host.stdout:
+        for line in owner.stdout:
             event = json.loads(line)
             if "ready" in event:
                 return StackState.model_validate(event["ready"])
@@ -120,17 +120,17 @@ def _start(host: subprocess.Popen[str], report: Report) -> StackState:
                 raise StackError(event["failed"])
             report(*event["report"])
     except BaseException:
-        _end(host)
+        _end(owner)
         raise
-    code = host.wait()
-    raise StackError(f"the stack's process ended with code {code}; look at {state.directory() / 'stack.log'}")
+    code = owner.wait()
+    raise StackError(f"the stack's process ended with code {code}; see {state.directory() / 'stack.log'}")
 
 
-def _end(host: subprocess.Popen[str]) -> None:
-    if host.poll() is None:
-        host.terminate()
+def _end(owner: subprocess.Popen[str]) -> None:
+    if owner.poll() is None:
+        owner.terminate()
     try:
-        host.wait(STOP_TIMEOUT_S)
+        owner.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        host.kill()
-        host.wait()
+        owner.kill()
+        owner.wait()

@@ -1,4 +1,4 @@
-"""The actors of a running stack, through a Ray that this process is connected to."""
+"""Starts and stops the actors of a stack. This process must be connected to the stack's Ray."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from pydantic import SecretStr
 
-from services.cluster.actors import NAMESPACE, GatewayHost, OriginalsHost, RouterHost, WorkerHost, launch
-from services.cluster.state import StackError, StackSettings
+from services.cluster.actors import NAMESPACE, GatewayActor, OriginalsActor, RouterActor, WorkerActor, launch
+from services.cluster.state import ModelSettings, StackError, StackSettings
 from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 
 START_TIMEOUT_S = 600.0
@@ -22,10 +22,10 @@ Report = Callable[[str, str, float | None], None]
 
 
 class Launcher:
-    """Makes, counts and stops the actors of one stack.
+    """Starts, lists and stops the actors of one stack.
 
     Args:
-        report: told (who, what it does, how much is done) while actors start.
+        report: called with (name, stage, progress from 0 to 1 or None) while actors start.
     """
 
     def __init__(self, settings: StackSettings, redis_url: str, report: Report) -> None:
@@ -34,29 +34,29 @@ class Launcher:
         self._report = report
 
     def start_all(self) -> dict[str, str]:
-        """Starts every role at once, because their imports take longest. Returns addresses by name.
+        """Starts all actors in parallel, because their imports take longest. Returns addresses by name.
 
         Raises:
-            StackError: one did not start; says which and why.
+            StackError: an actor did not start; the message says which and why.
         """
         settings = self._settings
         started = {f"originals-{index}": self._originals(index) for index in range(settings.originals)}
         started |= {f"worker-{index}": self._worker(index) for index in range(settings.workers)}
         started["router"] = launch(
             "router",
-            RouterHost,
+            RouterActor,
             RouterSettings(redis_url=self._redis_url, model=settings.model, port=settings.port),
         )
         if settings.http_port is not None:
             http = GatewaySettings(redis_url=self._redis_url, port=settings.http_port)
-            started["gateway"] = launch("gateway", GatewayHost, http)
+            started["gateway"] = launch("gateway", GatewayActor, http)
         return self._wait(started)
 
     def scale(self, workers: int) -> None:
-        """Starts or stops workers until there are that many.
+        """Starts or stops workers until there are `workers`.
 
         Raises:
-            StackError: one did not start.
+            StackError: a worker did not start.
         """
         names = self.names("worker")
         free = [index for index in range(len(names) + workers) if f"worker-{index}" not in names]
@@ -64,45 +64,34 @@ class Launcher:
         self.stop(names[workers:])
 
     def names(self, kind: str = "") -> list[str]:
-        """Names of the actors of a kind, or of all, in the order they were made."""
+        """Names of the actors of a kind, or of all, in the order of their start."""
         listed = ray.util.list_named_actors(all_namespaces=True)
-        mine = [e["name"] for e in listed if e["namespace"] == NAMESPACE and e["name"].startswith(kind)]
-        return sorted(mine, key=lambda name: (name.partition("-")[0], int(name.partition("-")[2] or 0)))
+        found = [e["name"] for e in listed if e["namespace"] == NAMESPACE and e["name"].startswith(kind)]
+        return sorted(found, key=lambda name: (name.partition("-")[0], int(name.partition("-")[2] or 0)))
 
     def stop(self, names: list[str]) -> None:
-        """Stops actors: each may end what runs, then its process goes."""
+        """Stops actors. Each drains its server before its process ends."""
         handles = []
         for name in names:
-            with contextlib.suppress(ValueError):  # it is gone already
+            with contextlib.suppress(ValueError):  # it has ended already
                 handles.append(ray.get_actor(name, namespace=NAMESPACE))
         if handles:
-            asked = [handle.stop.remote() for handle in handles]
-            ray.wait(asked, num_returns=len(asked), timeout=STOP_TIMEOUT_S)
+            stopped = [handle.stop.remote() for handle in handles]
+            ray.wait(stopped, num_returns=len(stopped), timeout=STOP_TIMEOUT_S)
         for handle in handles:
             ray.kill(handle, no_restart=True)
 
     def _originals(self, index: int) -> Any:
-        return launch(f"originals-{index}", OriginalsHost, OriginalsSettings(redis_url=self._redis_url, port=0))
+        return launch(f"originals-{index}", OriginalsActor, OriginalsSettings(redis_url=self._redis_url, port=0))
 
     def _worker(self, index: int) -> Any:
-        wanted = self._settings
-        gpu = wanted.device.startswith("cuda")
-        settings = WorkerSettings(
-            redis_url=self._redis_url,
-            model=wanted.model,
-            port=0,
-            device=wanted.device,
-            dtype=wanted.dtype,
-            weights=wanted.weights,
-            compiled=wanted.compiled,
-            preset=wanted.preset,
-            target_bits=wanted.target_bits,
-            requantize_wait=wanted.requantize_wait,
-        )
-        return launch(f"worker-{index}", WorkerHost, settings, gpus=1 if gpu else 0)
+        gpu = self._settings.device.startswith("cuda")
+        model = self._settings.model_dump(include=set(ModelSettings.model_fields))
+        settings = WorkerSettings(redis_url=self._redis_url, port=0, **model)
+        return launch(f"worker-{index}", WorkerActor, settings, gpus=1 if gpu else 0)
 
     def _wait(self, actors: Mapping[str, Any]) -> dict[str, str]:
-        """Addresses by name, when all serve."""
+        """Waits until all actors are up. Returns their addresses by name."""
         pending = {actor.address.remote(): name for name, actor in actors.items()}
         addresses: dict[str, str] = {}
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -110,27 +99,27 @@ class Launcher:
             done, _ = ray.wait(list(pending), timeout=POLL_S)
             for reference in done:
                 name = pending.pop(reference)
-                addresses[name] = _outcome(name, reference)
+                addresses[name] = _result(name, reference)
                 self._report(name, f"serves at {addresses[name]}", 1.0)
             if time.monotonic() > deadline:
                 late = ", ".join(pending.values())
-                raise StackError(f"{late} did not start within {START_TIMEOUT_S:.0f} s; look at its log")
+                raise StackError(f"{late} did not start within {START_TIMEOUT_S:.0f} s; see its log")
             self._progress({name: actors[name] for name in pending.values()})
         return addresses
 
     def _progress(self, waiting: Mapping[str, Any]) -> None:
-        """Reports on each; one that is busy with its imports cannot say more than that it starts."""
-        asked = {name: actor.progress.remote() for name, actor in waiting.items()}
-        done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=POLL_S) if asked else ([], [])
-        for name, reference in asked.items():
-            what, part = "starting", None
-            with contextlib.suppress(ray.exceptions.RayError):  # `address` tells what happened
+        """Reports the progress of each actor. One that is still importing cannot answer."""
+        calls = {name: actor.progress.remote() for name, actor in waiting.items()}
+        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=POLL_S) if calls else ([], [])
+        for name, reference in calls.items():
+            stage, part = "starting", None
+            with contextlib.suppress(ray.exceptions.RayError):  # `address` raises the error
                 if reference in done:
-                    what, part = ray.get(reference)
-            self._report(name, what, part)
+                    stage, part = ray.get(reference)
+            self._report(name, stage, part)
 
 
-def _outcome(name: str, reference: Any) -> str:
+def _result(name: str, reference: Any) -> str:
     try:
         return str(ray.get(reference))
     except ray.exceptions.RayTaskError as error:

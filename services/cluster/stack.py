@@ -1,4 +1,4 @@
-"""Everything that runs on one machine: Redis, Ray, cache services, workers and the router."""
+"""The stack of one machine: Redis, Ray, cache services, workers, the router and the gateway."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from qaq.v1 import generate_pb2, generate_pb2_grpc
 from services.cluster.state import StackError, StackSettings, StackState
 from services.common.embedded_redis import EmbeddedRedis
 
-OBJECT_STORE_BYTES = 80 << 20  # Ray's least: no data of ours goes through it
+OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no data of ours goes through it
 READY_TIMEOUT_S = 30.0
-# A Unix socket's path may have about 100 bytes, of which Ray takes 65 below its directory.
-_LONGEST_TMP = 30
+# A Unix socket's path is limited to about 100 bytes, of which Ray uses 65 below its directory.
+_MAX_TMP_BYTES = 30
 
 Report = Callable[[str, str, float | None], None]
 
 
 class LocalStack:
-    """Starts and stops a stack; this process owns it.
+    """Starts and stops a stack that this process owns.
 
     Args:
-        report: told (who, what it does, how much of it is done or None) while things start.
+        report: called with (name, stage, progress from 0 to 1 or None) during the start.
     """
 
     def __init__(self, settings: StackSettings, report: Report) -> None:
@@ -40,21 +40,21 @@ class LocalStack:
         self._stack = contextlib.ExitStack()
 
     def start(self) -> StackState:
-        """Returns when a request can be answered.
+        """Starts everything and returns when the stack can answer requests.
 
         Raises:
-            StackError, RedisStartError: says what failed and what to do. Nothing is left running.
+            StackError, RedisStartError: the message says what failed and what to change. Nothing is left running.
         """
         with contextlib.ExitStack() as stack:
             _check_port(self._settings.port, "--port")
             _check_port(self._settings.http_port or 0, "--http-port")
             redis = self._redis(stack)
             directory, address = self._ray(stack)
-            from services.cluster.launcher import Launcher  # only now: Ray reads the environment when imported
+            from services.cluster.launcher import Launcher  # imported here because Ray reads the environment at import
 
-            members = Launcher(self._settings, redis.url, self._report)
-            stack.callback(lambda: members.stop(members.names()))
-            addresses = members.start_all()
+            launcher = Launcher(self._settings, redis.url, self._report)
+            stack.callback(lambda: launcher.stop(launcher.names()))
+            addresses = launcher.start_all()
             router = addresses["router"]
             self._wait_until_ready(router)
             self._report("router", f"serves at {router}", 1.0)
@@ -83,10 +83,10 @@ class LocalStack:
         return redis
 
     def _ray(self, stack: contextlib.ExitStack) -> tuple[Path, str]:
-        """Starts Ray's head below a private directory. Returns that and its address."""
+        """Starts Ray's head with a private directory. Returns the directory and the head's address."""
         self._report("ray", "starting", None)
         base = tempfile.gettempdir()
-        directory = Path(tempfile.mkdtemp(prefix="qaq-ray-", dir=base if len(base) <= _LONGEST_TMP else "/tmp"))
+        directory = Path(tempfile.mkdtemp(prefix="qaq-ray-", dir=base if len(base) <= _MAX_TMP_BYTES else "/tmp"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         token = directory / "token"
         with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -107,41 +107,43 @@ class LocalStack:
                 _node_ip_address="127.0.0.1",
             )
         except Exception as error:
-            raise StackError(f"Ray did not start ({error}); see {directory.parent} for room and rights") from error
+            raise StackError(
+                f"Ray did not start ({error}); check space and permissions in {directory.parent}"
+            ) from error
         address = str(ray.get_runtime_context().gcs_address)
         self._report("ray", f"head at {address}", 1.0)
         return directory, address
 
     def _wait_until_ready(self, router: str) -> None:
-        """Returns when the router sees its workers."""
+        """Waits until the router sees its workers."""
         workers = self._settings.workers
         deadline = time.monotonic() + READY_TIMEOUT_S
         with grpc.insecure_channel(router) as channel:
             stub = generate_pb2_grpc.InferenceStub(channel)
             while time.monotonic() < deadline:
-                self._report("router", "looking for the workers", None)
+                self._report("router", "waiting for the workers", None)
                 with contextlib.suppress(grpc.RpcError):  # UNAVAILABLE until it has seen one
                     if stub.GetModel(generate_pb2.GetModelRequest(), timeout=5).workers >= workers:
                         return
                 time.sleep(0.1)
-        raise StackError(f"the router at {router} does not see {workers} worker(s); look at its log")
+        raise StackError(f"the router at {router} does not see {workers} worker(s); see its log")
 
 
 def ray_environment(directory: Path) -> None:
-    """Sets what Ray and its actors inherit. Call it before Ray is imported.
+    """Sets the environment of Ray and its actors. Call it before Ray is imported.
 
-    Ray listens on every interface, so its token authentication is on, with a token of this stack alone.
+    Ray listens on every interface, so token authentication is on, with a token of this stack.
     """
     os.environ["PYTHONPATH"] = python_path()
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(directory / "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Without it Ray gives an actor that reserves no CPU a single compute thread.
+    # Without this, Ray gives an actor that reserves no CPU a single compute thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or os.cpu_count() or 1))
 
 
 def python_path() -> str:
-    """PYTHONPATH with which a child finds this program's packages, wherever it starts."""
+    """A PYTHONPATH with which a child process finds this program's packages in any working directory."""
     import qaq
 
     import services
@@ -152,10 +154,10 @@ def python_path() -> str:
 
 
 def _check_port(port: int, option: str) -> None:
-    """Fails before anything is started, rather than when the router binds."""
+    """Fails before anything is started if the port is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise StackError(f"port {port} is taken; choose another with {option} (0 takes any free one)") from error
+            raise StackError(f"port {port} is taken; choose another with {option} (0 takes any free port)") from error

@@ -1,4 +1,4 @@
-"""What a stack was asked to be, and where a running one wrote itself down for other processes."""
+"""The settings of a stack, and the file that describes the running one to other processes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,13 @@ from services.common.settings import WeightForm
 
 
 class StackError(QAQError):
-    """The stack cannot do that; the message says what to do."""
+    """The stack cannot do what was asked; the message says what to change."""
 
 
-class StackSettings(BaseModel):
-    """What `qaq up` and `qaq demo` start. Everything else comes from the environment (`QAQ_…`).
-
-    Attributes:
-        http_port: of the gateway; None starts none.
-    """
+class ModelSettings(BaseModel):
+    """How all workers of a stack compute: a part of `WorkerSettings`."""
 
     model: str = Field(min_length=1)
-    workers: int = Field(default=1, ge=1, le=64)
-    originals: int = Field(default=1, ge=1, le=64)
-    port: int = Field(default=7700, ge=0, le=65535)
-    http_port: int | None = Field(default=None, ge=0, le=65535)
     device: str = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     weights: WeightForm = "auto"
@@ -41,13 +33,26 @@ class StackSettings(BaseModel):
     requantize_wait: bool = False
 
 
-class StackState(BaseModel):
-    """A running stack. Holds the Redis password, so it is only ever stored with mode 0600.
+class StackSettings(ModelSettings):
+    """What `qaq up` and `qaq demo` start. Other settings come from the environment (`QAQ_…`).
 
     Attributes:
-        pid, born: of the process that owns it; `born` tells it from a later one with the same pid.
-        gateway: its address, host:port; None without one.
-        redis: as `EmbeddedRedis.attach` takes it.
+        http_port: the gateway's port; None starts no gateway.
+    """
+
+    workers: int = Field(default=1, ge=1, le=64)
+    originals: int = Field(default=1, ge=1, le=64)
+    port: int = Field(default=7700, ge=0, le=65535)
+    http_port: int | None = Field(default=None, ge=0, le=65535)
+
+
+class StackState(BaseModel):
+    """A running stack. It contains the Redis password, so its file has mode 0600.
+
+    Attributes:
+        pid, born: process id and creation time of the owner; a later process may have the same pid.
+        router, gateway: addresses as host:port; the gateway may be None.
+        redis: the argument of `EmbeddedRedis.attach`.
     """
 
     settings: StackSettings
@@ -61,7 +66,7 @@ class StackState(BaseModel):
 
     @property
     def alive(self) -> bool:
-        """Whether the owning process is still there."""
+        """Whether the owner process runs."""
         try:
             process = psutil.Process(self.pid)
             return process.create_time() == self.born and process.status() != psutil.STATUS_ZOMBIE
@@ -70,23 +75,23 @@ class StackState(BaseModel):
 
 
 def directory() -> Path:
-    """$QAQ_STATE_DIR, or the user's state directory."""
+    """$QAQ_STATE_DIR, or ~/.local/state/qaq."""
     configured = os.environ.get("QAQ_STATE_DIR")
     return Path(configured) if configured else Path.home() / ".local" / "state" / "qaq"
 
 
 def save(state: StackState) -> None:
-    """Replaces the state file in one step, readable by its owner alone."""
-    place = directory()
-    place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, name = tempfile.mkstemp(dir=place, prefix="stack-")  # made with mode 0600
+    """Replaces the state file atomically, with mode 0600."""
+    folder = directory()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix="stack-")
     with os.fdopen(descriptor, "w") as file:
         file.write(state.model_dump_json(indent=1))
-    os.replace(name, place / "stack.json")
+    os.replace(name, folder / "stack.json")
 
 
 def load() -> StackState | None:
-    """The stack that was started last and not stopped; None if there is none.
+    """The stack that `qaq up` started and `qaq down` has not stopped; None if there is none.
 
     Raises:
         StackError: the state file is damaged.
@@ -97,7 +102,7 @@ def load() -> StackState | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise StackError(f"{path} is damaged; stop what it names by hand and delete it") from error
+        raise StackError(f"{path} is damaged; stop the processes it names by hand and delete it") from error
 
 
 def forget() -> None:

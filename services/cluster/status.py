@@ -1,4 +1,4 @@
-"""Who is registered and what each member says of itself."""
+"""The status of a stack: the registered servers and their load."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ DEADLINE_S = 5.0
 
 @dataclass(frozen=True)
 class StackStatus:
-    """Members by address. None for one that is registered but does not answer."""
+    """Servers by address, with their replies; None for a server that does not answer."""
 
     routers: list[str]
     workers: dict[str, worker_pb2.DescribeReply | None]
     originals: dict[str, originals_pb2.StatsReply | None]
 
 
-async def survey(redis_url: str) -> StackStatus:
-    """Raises:
-    redis.exceptions.RedisError: the registry cannot be read.
+async def stack_status(redis_url: str) -> StackStatus:
+    """Asks every registered server for its load.
+
+    Raises:
+        redis.exceptions.RedisError: the registry cannot be read.
     """
     redis = connect(redis_url)
     try:
@@ -36,9 +38,9 @@ async def survey(redis_url: str) -> StackStatus:
         originals = [member.address for member in await registry.members("originals")]
     finally:
         await redis.aclose()
-    described = await asyncio.gather(*map(_describe, workers))
-    counted = await asyncio.gather(*map(_stats, originals))
-    return StackStatus(routers, dict(zip(workers, described, strict=True)), dict(zip(originals, counted, strict=True)))
+    descriptions = await asyncio.gather(*map(_describe, workers))
+    stats = await asyncio.gather(*map(_stats, originals))
+    return StackStatus(routers, dict(zip(workers, descriptions, strict=True)), dict(zip(originals, stats, strict=True)))
 
 
 async def _describe(address: str) -> worker_pb2.DescribeReply | None:

@@ -10,10 +10,10 @@ SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 kv_bytes = Gauge("qaq_kv_bytes", "Allocated bytes of caches", ["tier"])
 kv_compression_ratio = Gauge("qaq_kv_compression_ratio", "Bytes at 16 bits an element over resident bytes")
 kv_bits = Gauge("qaq_kv_bits", "Vectors of that many bits in the cache of the last generation", ["side", "bits"])
-kv_lambda = Gauge("qaq_lambda", "Least price of a bit that the worker asks of its caches; 0 without pressure")
-preempted = Counter("qaq_preempted_total", "Generations that were paused to bring the caches into the budget")
+kv_lambda = Gauge("qaq_lambda", "Floor of lambda for all caches of the worker; 0 if memory is not short")
+preempted = Counter("qaq_preempted_total", "Generations preempted to bring the caches within the budget")
 kv_budget_exceeded = Counter(
-    "qaq_kv_budget_exceeded_total", "Times that caches grew over the budget and no generation could be paused"
+    "qaq_kv_budget_exceeded_total", "Times that the caches exceeded the budget and no generation could be preempted"
 )
 exceptions = Counter("qaq_exceptions_total", "Vectors whose predicted need rose above what they hold")
 

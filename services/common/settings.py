@@ -59,27 +59,31 @@ class GatewaySettings(CommonSettings):
 
 
 class WorkerSettings(CommonSettings):
-    """Attributes:
-    model: local directory, GGUF file, hub id or installed wheel.
-    weights: form of the linear layers; auto is float32 on a CPU and plain elsewhere, all but these cost quality.
-    compiled: decode steps go through torch.compile, which takes up to a minute at the start.
-    target_bits: mean code bits per element after prefill; None takes the preset's.
-    page_tokens: positions in a page of originals.
-    decode_threads: for a decode step on a CPU; None leaves one of those that prompts take to others.
-    max_idle_sessions: idle sessions whose caches stay for their next turn.
-    kv_budget_bytes: most bytes that all sessions' caches may hold, beside prompts that are being loaded or
-        computed; None is unbounded.
-    kv_floor_bits: mean code bits an element that pressure leaves to the caches; admission counts on it.
-    widen_bytes_per_s: of packed rows fetched to give bits back when the pressure has fallen.
-    staging_budget_bytes: originals in host memory that the store has not taken; when there are more, nothing new
-        is admitted.
-    requantize_wait: decode waits for re-quantized rows, as the paper does.
-    tenant_salt: of this deployment; whoever does not know it cannot make its page ids.
-    prefix_sharing: who finds a stored prefix: the tenant that sent it first, or all.
-    prefix_reuse: a prompt begins with the pages of it that are stored.
-    prefix_rest: last tokens of a prompt that are computed all the same: the attention of their queries says how
-        many bits the others are worth.
-    prefix_timeout_s: seconds that loading may take; what has not come by then is computed.
+    """Settings of a worker.
+
+    Attributes:
+        model: local directory, GGUF file or hub id.
+        weights: form of the linear layers; auto is float32 on a CPU and plain elsewhere. Other forms cost quality.
+        compiled: decode steps run under torch.compile, which takes up to a minute at the start.
+        target_bits: mean code bits per element after prefill; None takes the preset's.
+        page_tokens: tokens in a page of originals.
+        prefill_chunk: prompt tokens computed in one step.
+        decode_threads: threads of a decode step on a CPU; None leaves one of torch's threads to other processes.
+        max_sequences: sequences that decode in one step.
+        max_waiting: generations in the queue.
+        max_idle_sessions: idle sessions whose caches are kept for their next turn.
+        kv_budget_bytes: bytes that all caches may hold, except those of prompts in prefill; None is unbounded.
+        kv_min_bits: mean code bits per element that elastic caches keep when memory is short. Admission assumes it.
+        recovery_bytes_per_s: bandwidth for packed rows fetched to restore bits when memory is free again.
+        staging_budget_bytes: originals in host memory that the store has not acknowledged; above it, no generation is
+            admitted.
+        requantize_wait: decode waits for re-quantized rows, as in the paper.
+        tenant_salt: a secret of this deployment that goes into every page id.
+        prefix_reuse: prompts begin with their stored pages.
+        prefix_sharing: who finds a stored prefix: the tenant that sent it first, or all tenants.
+        prefix_recompute_tokens: last tokens of a prompt that are computed even if they are stored. The attention of
+            their queries decides the bits of the other tokens.
+        prefix_timeout_s: seconds that loading a prefix may take; what is missing then is computed.
     """
 
     port: int = Field(default=0, ge=0, le=65535)
@@ -97,14 +101,14 @@ class WorkerSettings(CommonSettings):
     max_waiting: int = Field(default=64, ge=0)
     max_idle_sessions: int = Field(default=32, ge=0)
     kv_budget_bytes: int | None = Field(default=None, ge=1)
-    kv_floor_bits: float = Field(default=1.5, gt=0, le=16)
-    widen_bytes_per_s: float = Field(default=8 * MIB, gt=0)
+    kv_min_bits: float = Field(default=1.5, gt=0, le=16)
+    recovery_bytes_per_s: float = Field(default=8 * MIB, gt=0)
     staging_budget_bytes: int = Field(default=2048 * MIB, ge=1)
     requantize_wait: bool = False
     tenant_salt: SecretStr = SecretStr("")
     prefix_reuse: bool = True
     prefix_sharing: Literal["tenant", "all"] = "tenant"
-    prefix_rest: int = Field(default=128, ge=1)
+    prefix_recompute_tokens: int = Field(default=128, ge=1)
     prefix_timeout_s: float = Field(default=10.0, gt=0)
 
 

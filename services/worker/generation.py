@@ -1,4 +1,4 @@
-"""One continuation of a prompt: what was asked, how far it is, and the messages that tell of it."""
+"""One choice of a request: its parameters, its progress, and its messages to the caller."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import torch
 from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import CacheStatistics
-from services.worker.logprobs import Likelihood
+from services.worker.logprobs import Logprobs
 from services.worker.sampling import Sampler
 from services.worker.session import Session
 from services.worker.text import TextStream
 
 Reply = worker_pb2.RunReply
 
-_GOING_ON = common_pb2.FINISH_REASON_UNSPECIFIED
-# Tokens of a prompt that are computed at once when each one's likelihood is wanted: their logits are large.
+UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
+
+# Prompt tokens computed at a time when the log-probability of each is requested: their logits take much memory.
 _SCORED_CHUNK = 128
 
 
 @dataclass
-class Listener:
-    """The call that a request came with; all its choices share it.
+class Call:
+    """The call of a request, shared by all its choices.
 
     Attributes:
-        replies: messages for the caller: for each choice a Finished at last, or else an error. At most one a token
-            and two a chunk.
-        cancelled: nobody listens any more.
+        replies: messages for the caller, at most one per token and two per chunk. The last one of each choice is
+            a Finished; an error ends the call.
+        cancelled: the caller has gone away.
     """
 
     replies: asyncio.Queue[Reply | Exception] = field(default_factory=asyncio.Queue)
@@ -38,185 +39,186 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class Voice:
-    """What each choice has of its own."""
+class ChoiceDecoder:
+    """How one choice samples tokens and turns them into text."""
 
     sampler: Sampler
     text: TextStream
 
 
 class Generation:
-    """From a request to the last reply of one choice. The engine's thread owns it.
+    """One choice of a request, from its arrival to its last reply. Used by the scheduler's thread alone.
 
     Args:
-        request: checked. With `generated` tokens it goes on where another worker stopped.
-        voices: one for each choice.
-        eos: tokens that end the text.
-        context: most tokens that the log may have.
+        request: validated. If it has `generated_tokens`, it continues a generation of another worker.
+        decoders: one for each choice.
+        eos: end-of-sequence tokens.
+        context: the model's context length in tokens.
 
     Attributes:
-        session: None before it ran.
-        slots: sequences that it takes, or will take once the prompt is computed.
-        reason: unspecified while it goes on.
-        arrived: when, in seconds of the monotonic clock.
-        loaded: tokens of its prompt that came from the store.
-        was_preempted: its prompt has been told of.
+        session: None before it started.
+        slots: sequences that it takes in a decode step; before the prompt is computed, one for each choice.
+        reason: why it finished; `UNFINISHED` while it runs.
+        arrived: seconds of the monotonic clock.
+        loaded: tokens of the prompt that came from the store.
+        was_preempted: its prompt has been computed and reported once.
     """
 
     def __init__(
         self,
         request: worker_pb2.RunRequest,
-        voices: Sequence[Voice],
-        likelihood: Likelihood,
+        decoders: Sequence[ChoiceDecoder],
+        logprobs: Logprobs,
         eos: Collection[int],
         context: int,
         choice: int = 0,
-        listener: Listener | None = None,
+        call: Call | None = None,
     ) -> None:
         self.request, self.choice = request, choice
         self.tokens = list(request.token_ids)
         self.session: Session | None = None
-        self.slots = len(voices)
-        self.reason: common_pb2.FinishReason = _GOING_ON
+        self.slots = len(decoders)
+        self.reason: common_pb2.FinishReason = UNFINISHED
         self.loaded, self.was_preempted = 0, False
-        self.listener = listener or Listener()
-        self._voices, self._eos, self._context = voices, eos, context
-        self.sampler, self._text = voices[0].sampler, voices[0].text
-        self._likelihood = likelihood
-        self._ends = frozenset(request.stop.stop_token_ids)
-        self._prompt = len(self.tokens) - request.generated_tokens
-        self._most = context - self._prompt
+        self.call = call or Call()
+        self._decoders, self._eos, self._context = decoders, eos, context
+        self.sampler, self._text = decoders[0].sampler, decoders[0].text
+        self._logprobs = logprobs
+        self._stop_tokens = frozenset(request.stop.stop_token_ids)
+        self._prompt_tokens = len(self.tokens) - request.generated_tokens
+        self._max_new_tokens = context - self._prompt_tokens
         if request.stop.HasField("max_new_tokens"):
-            self._most = min(self._most, request.stop.max_new_tokens)
+            self._max_new_tokens = min(self._max_new_tokens, request.stop.max_new_tokens)
         self._generated = 0
-        self._ended_by: int | None = None
-        self.arrived = self._first = self._last = time.monotonic()
-        for token in self.tokens[self._prompt :]:
+        self._final_token: int | None = None
+        self.arrived = self._first_token_at = self._last_token_at = time.monotonic()
+        for token in self.tokens[self._prompt_tokens :]:
             self._count(token)
 
     @property
     def replies(self) -> asyncio.Queue[Reply | Exception]:
-        return self.listener.replies
+        return self.call.replies
 
     @property
     def cancelled(self) -> bool:
-        return self.listener.cancelled
+        return self.call.cancelled
 
     @property
-    def left(self) -> int:
-        """Tokens that may come."""
-        return self._most - self._generated
+    def tokens_left(self) -> int:
+        """The most tokens that may still be generated."""
+        return self._max_new_tokens - self._generated
 
     @property
     def scores_prompt(self) -> bool:
-        """The prompt's tokens are wanted with their likelihoods, so all of it has to be computed here."""
-        return self.request.output.echo and self._likelihood.wanted and not self.was_preempted
+        """Whether log-probabilities of prompt tokens are requested; then the whole prompt is computed here."""
+        return self.request.output.echo and self._logprobs.requested and not self.was_preempted
 
-    def chunk(self, most: int) -> int:
-        """How many tokens of the prompt to compute at once."""
-        return min(most, _SCORED_CHUNK) if self.scores_prompt else most
+    def chunk(self, limit: int) -> int:
+        """The number of prompt tokens to compute at a time, at most `limit`."""
+        return min(limit, _SCORED_CHUNK) if self.scores_prompt else limit
 
     def progress(self, done: int) -> Iterator[Reply]:
-        """`done` of the prompt's tokens are computed."""
+        """The message that `done` of the prompt's tokens are computed."""
         if not self.was_preempted:
             yield Reply(prefill=common_pb2.PrefillProgress(tokens_done=done, tokens_total=len(self.tokens)))
 
     def echo(self) -> Iterator[Reply]:
-        """The prompt, if it is wanted without likelihoods."""
-        if self.request.output.echo and not self._likelihood.wanted:
-            yield _echoed([self._likelihood.plain(token) for token in self.tokens[self.request.history_tokens :]])
+        """The prompt's tokens, if they are requested without log-probabilities."""
+        if self.request.output.echo and not self._logprobs.requested:
+            new = self.tokens[self.request.history_tokens :]
+            yield _prompt_message([self._logprobs.token_info(token) for token in new])
 
     def echo_chunk(self, start: int, logits: torch.Tensor) -> Iterator[Reply]:
-        """The prompt's tokens whose likelihoods have just been computed.
+        """The prompt tokens whose log-probabilities a chunk has given.
 
         Args:
-            start: position of the first token that was computed.
+            start: position of the chunk's first token.
             logits: float [tokens computed, vocabulary].
         """
-        held = self.request.history_tokens
-        if start == 0 and held == 0:
-            yield _echoed([self._likelihood.plain(self.tokens[0])])
-        first = max(start + 1, held)
+        history = self.request.history_tokens
+        if start == 0 and history == 0:
+            yield _prompt_message([self._logprobs.token_info(self.tokens[0])])
+        first = max(start + 1, history)
         last = min(start + len(logits) + 1, len(self.tokens))
         if first < last:
             rows = logits[first - 1 - start : last - 1 - start]
-            yield _echoed(list(self._likelihood.of(self.tokens[first:last], rows)))
+            yield _prompt_message(list(self._logprobs.of(self.tokens[first:last], rows)))
 
-    def branches(self) -> Iterator[Generation]:
-        """The other choices, which go on from a copy of this one's cache. Call it when the prompt is computed."""
+    def other_choices(self) -> Iterator[Generation]:
+        """The other choices, each with a copy of this one's cache. Call it once, when the prompt is computed."""
         assert self.session is not None
-        others, self._voices, self.slots = self._voices[1:], self._voices[:1], 1
-        for choice, voice in enumerate(others, start=1):
-            other = Generation(self.request, [voice], self._likelihood, self._eos, self._context, choice, self.listener)
+        others, self._decoders, self.slots = self._decoders[1:], self._decoders[:1], 1
+        for choice, decoder in enumerate(others, start=1):
+            other = Generation(self.request, [decoder], self._logprobs, self._eos, self._context, choice, self.call)
             other.arrived, other.loaded = self.arrived, self.loaded
             other.session = self.session.fork()
             yield other
 
     def accept(self, token: int, logits: torch.Tensor) -> Reply:
-        """Counts a chosen token and makes its message; `reason` tells whether it was the last.
+        """Counts a sampled token and makes its message. Sets `reason` if it was the last.
 
         Args:
-            logits: float [vocabulary], which it was chosen from.
+            logits: float [vocabulary] that the token was sampled from.
         """
-        self._last = time.monotonic()
+        self._last_token_at = time.monotonic()
         if self._generated == 0:
-            self._first = self._last
+            self._first_token_at = self._last_token_at
         index, text = self._generated, self._count(token)
-        info = next(self._likelihood.of([token], logits[None])) if self._likelihood.wanted else None
+        info = next(self._logprobs.of([token], logits[None])) if self._logprobs.requested else None
         message = common_pb2.Token(
             token_id=token, text=text, index=index, choice=self.choice, info=info, chosen_at=time.time()
         )
         return Reply(token=message)
 
     def _count(self, token: int) -> str:
-        """Adds a token; returns the text that became certain and sets `reason`."""
+        """Adds a token, returns the text that became final, and sets `reason` if the token was the last."""
         self._generated += 1
-        if token in self._ends:
-            self.reason, self._ended_by = common_pb2.FINISH_REASON_STOP, token
+        if token in self._stop_tokens:
+            self.reason, self._final_token = common_pb2.FINISH_REASON_STOP, token
             return ""
         text = self._text.push(token)
         if token in self._eos and not self.request.stop.ignore_eos:
-            self.reason, self._ended_by = common_pb2.FINISH_REASON_EOS, token
-        elif self._text.found is not None:
+            self.reason, self._final_token = common_pb2.FINISH_REASON_EOS, token
+        elif self._text.stop_found is not None:
             self.reason = common_pb2.FINISH_REASON_STOP
-        elif self._generated >= self._most:
+        elif self._generated >= self._max_new_tokens:
             self.reason = common_pb2.FINISH_REASON_LENGTH
         return text
 
     def done(self, statistics: CacheStatistics) -> Reply:
         """The last message."""
         text = self._text.finish()
-        if self._text.found is not None:  # in what was held back
+        if self._text.stop_found is not None:  # in what was held back
             self.reason = common_pb2.FINISH_REASON_STOP
         usage = common_pb2.Usage(
-            prompt_tokens=self._prompt,
+            prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated,
-            ttft_ms=(self._first - self.arrived) * 1e3,
-            decode_ms=(self._last - self._first) * 1e3,
+            ttft_ms=(self._first_token_at - self.arrived) * 1e3,
+            decode_ms=(self._last_token_at - self._first_token_at) * 1e3,
             cache=cache_stats(statistics),
             loaded_tokens=self.loaded,
         )
         finished = common_pb2.Finished(reason=self.reason, usage=usage, text=text, choice=self.choice)
-        if self._text.found is not None:
-            finished.stop_string = self._text.found
-        elif self._ended_by is not None:
-            finished.stop_token_id = self._ended_by
+        if self._text.stop_found is not None:
+            finished.stop_string = self._text.stop_found
+        elif self._final_token is not None:
+            finished.stop_token_id = self._final_token
         return Reply(finished=finished)
 
 
 def session_of(generation: Generation) -> Session:
-    """The session of a generation that runs."""
+    """The session of an active generation."""
     assert generation.session is not None
     return generation.session
 
 
-def age(generation: Generation) -> tuple[float, int]:
-    """Sorts generations by when they came; choices of one by their number."""
+def arrival_order(generation: Generation) -> tuple[float, int]:
+    """A sort key: the time of arrival, then the index of the choice."""
     return generation.arrived, generation.choice
 
 
 def cache_stats(statistics: CacheStatistics) -> common_pb2.CacheStats:
-    """The same figures as a message."""
+    """The statistics as a message."""
     return common_pb2.CacheStats(
         tokens=statistics.tokens,
         kv_bytes=statistics.kv_bytes,
@@ -232,10 +234,10 @@ def cache_stats(statistics: CacheStatistics) -> common_pb2.CacheStats:
     )
 
 
-def _echoed(tokens: Sequence[common_pb2.TokenInfo]) -> Reply:
+def _prompt_message(tokens: Sequence[common_pb2.TokenInfo]) -> Reply:
     return Reply(prompt=common_pb2.PromptTokens(tokens=tokens))
 
 
 def _half_bits(histogram: dict[float, int]) -> dict[int, int]:
-    """Widths come in half bits, and a map's keys are whole numbers."""
+    """Vectors by width in half bits: widths are multiples of 0.5, and map keys in protobuf are integers."""
     return {round(2 * bits): vectors for bits, vectors in histogram.items()}

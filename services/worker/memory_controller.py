@@ -1,7 +1,8 @@
-"""Elastic precision: one price for all caches of a worker, high when memory is short.
+"""Elastic precision: one floor for λ, shared by all caches of a worker, which rises when memory is short.
 
-The price that leaves the bits that there is room for is looked up in what a few sequences would hold at each of a
-few prices; when every sequence has come to it, the bytes are looked at again.
+λ is the loss that one bit must save. The controller looks up the floor that brings the caches within the budget in
+what a few sampled sequences would hold at several floors. It measures the bytes again once every sequence has
+applied the floor.
 """
 
 from __future__ import annotations
@@ -18,50 +19,52 @@ from services.common import metrics
 from services.worker.session import Session
 from services.worker.session_cache import SessionCache
 
-HIGH, RAISED_TO, LOW, LOWERED_TO = 1.0, 0.95, 0.85, 0.92
-"""Shares of the budget: over the first the price rises to reach the second, under the third it falls to reach the
-fourth."""
+HIGH_WATERMARK, HIGH_TARGET = 1.0, 0.95
+"""Shares of the budget. Above the first, λ rises until the caches hold the second."""
 
-SLICE_S, LONGEST_SLICE_S = 0.25, 1.0
-"""Between two steps sequences are brought to a new price for as long as the step before took, within these:
-streams go on at half their pace, and many sequences, whose steps are long, need not wait for many of them."""
+LOW_WATERMARK, LOW_TARGET = 0.85, 0.92
+"""Shares of the budget. Below the first, λ falls until the caches hold the second."""
 
-TRIED = tuple(2.0**k for k in range(14))
-"""Prices to look at, in units of the lowest that is paid: a factor of 4 is worth about a bit."""
+MIN_SLICE_S, MAX_SLICE_S = 0.25, 1.0
+"""Bounds of the time between two steps in which sequences apply a new floor. The slice is as long as the last step:
+streams then keep half of their speed, and a large batch, whose steps are long, converges in a few slices."""
 
-STEP = 1.2
-"""The least factor by which a price rises."""
+FLOOR_FACTORS = tuple(2.0**k for k in range(14))
+"""Floors to look up, as factors of the lowest λ in use. A factor of 4 is worth about one bit."""
 
-ASKED = 3
-"""Sequences that are asked what they would hold."""
+MIN_RISE = 1.2
+"""The smallest factor by which λ rises."""
 
-ROUNDS_S = 0.25
-"""Least seconds from one price to the next."""
+SAMPLED_SEQUENCES = 3
+"""Sequences whose bits at each floor are looked up."""
+
+MIN_INTERVAL_S = 0.25
+"""The shortest time between two changes of λ."""
 
 OVERHEAD_BITS = 0.3
-"""Of a packed element, beside its code: tags, scales, window. A guess for admission."""
+"""Bits of a packed element besides its code: tags, scales, attention statistics. An estimate for admission."""
 
 
 class MemoryController:
-    """Keeps the caches of a worker within a budget. Belongs to the engine's thread.
+    """Keeps the caches of a worker within a budget. Used by the scheduler's thread alone, except for `budget`.
 
     Args:
-        budget: bytes that all caches may hold, but for prompts that are being computed; None is unbounded.
-        floor_bits: code bits an element that the price leaves on average.
-        widen_bytes_per_s: of packed rows that may be fetched to give bits back.
+        budget: bytes that all caches may hold, except those of prompts in prefill; None is unbounded.
+        min_bits: mean code bits per element that the floor leaves to the caches.
+        recovery_bytes_per_s: bandwidth for packed rows fetched to restore bits.
 
     Attributes:
-        lam: the least that a bit costs in any elastic sequence; 0 asks for nothing.
-        short: bytes over the budget that no idle session and no price brings in; 0 if there are none.
+        lam: the λ floor of every elastic sequence; 0 if there is none.
+        excess_bytes: bytes over the budget that neither evicting idle sessions nor raising λ can free.
     """
 
-    def __init__(self, budget: int | None, floor_bits: float, widen_bytes_per_s: float) -> None:
-        self._budget, self._anew = budget, False
-        self.lam, self.short = 0.0, 0
-        self._floor_bits = floor_bits
-        self._rate = widen_bytes_per_s
-        self._behind: deque[Session] = deque()
-        self._looked = self._moved = self._told = time.monotonic()
+    def __init__(self, budget: int | None, min_bits: float, recovery_bytes_per_s: float) -> None:
+        self._budget, self._budget_changed = budget, False
+        self.lam, self.excess_bytes = 0.0, 0
+        self._min_bits = min_bits
+        self._recovery_rate = recovery_bytes_per_s
+        self._pending: deque[Session] = deque()  # sequences that have not applied the floor yet
+        self._granted_at = self._changed_at = self._applied_at = time.monotonic()
 
     @property
     def budget(self) -> int | None:
@@ -69,164 +72,168 @@ class MemoryController:
 
     @budget.setter
     def budget(self, kv_bytes: int | None) -> None:
-        """For any thread. The price is looked for anew, even while sequences are brought to an earlier one."""
-        self._budget, self._anew = kv_bytes, True
+        """May be set from any thread. λ is searched again, even while sequences apply an earlier floor."""
+        self._budget, self._budget_changed = kv_bytes, True
 
-    def step(self, running: Sequence[Session], cache: SessionCache) -> bool:
-        """Between two forward passes. `running` sessions may be at any place of their prompt.
+    def step(self, running: Sequence[Session], idle: SessionCache) -> bool:
+        """Adjusts λ between two forward passes. `running` sessions may be in prefill.
 
         Returns:
-            whether any of them was brought to another price.
+            whether a sequence applied another floor.
         """
-        settled = [session for session in running if not session.prefilling]
-        for session in settled:  # those that came since, and those that began before the price changed
-            if session.sequence.rate.floor != self.lam and session not in self._behind:
-                self._behind.append(session)
-        budget, self.short = self.budget, 0
+        decoding = [session for session in running if not session.prefilling]
+        for session in decoding:  # new sessions, and those whose prefill began under an earlier floor
+            if session.sequence.rate.floor != self.lam and session not in self._pending:
+                self._pending.append(session)
+        budget, self.excess_bytes = self.budget, 0
         if budget is not None:
-            growing = sum(session.sequence.packed.nbytes for session in running if session.prefilling)
-            self._balance(budget, settled, cache, growing)
+            prefill_bytes = sum(session.sequence.packed.nbytes for session in running if session.prefilling)
+            self._balance(budget, decoding, idle, prefill_bytes)
         elif self.lam:
-            self._set(0.0, [*settled, *cache])
-        moved = self._bring_up(set(map(id, [*running, *cache])))
-        self._allow([*settled, *cache])
-        return moved
+            self._set_floor(0.0, [*decoding, *idle])
+        applied = self._apply_floor(set(map(id, [*running, *idle])))
+        self._grant_recovery([*decoding, *idle])
+        return applied
 
-    def fits(self, need: int, running: Sequence[Session], cache: SessionCache) -> bool:
-        """Whether `need` more bytes fit when all give way as far as they may; idle sessions go for it."""
+    def fits(self, need: int, running: Sequence[Session], idle: SessionCache) -> bool:
+        """Whether `need` more bytes fit with all caches at their smallest. Evicts idle sessions to make room."""
         if self.budget is None:
             return True
-        while need + sum(map(self.least, running)) + sum(map(self.least, cache)) > self.budget:
-            if not cache.evict():
+        while need + sum(map(self.min_bytes, running)) + sum(map(self.min_bytes, idle)) > self.budget:
+            if not idle.evict():
                 return False
         return True
 
-    def least(self, session: Session) -> int:
-        """Bytes of a session when the price is at its highest. Of a prompt under way, when it is packed."""
+    def min_bytes(self, session: Session) -> int:
+        """Bytes of a session at the highest floor. For a prompt in prefill: once it is packed."""
         sequence, packed = session.sequence, session.sequence.packed
         if session.prefilling:
-            return max(session.needs, self.predict(session.method, len(session.tokens)))
+            return max(session.min_bytes, self.predict(session.method, len(session.tokens)))
         if not sequence.rate.elastic:
             return sequence.nbytes
-        codes = packed.nbytes - packed.fixed_bytes
-        return sequence.nbytes - max(0, codes - int(self._floor_bits * session.packed_elements / 8))
+        code_bytes = packed.nbytes - packed.fixed_bytes
+        return sequence.nbytes - max(0, code_bytes - int(self._min_bits * session.packed_elements / 8))
 
     def predict(self, method: Method, tokens: int) -> int:
-        """Bytes of so many tokens at the highest price; a method that is not elastic may take 16 bits."""
+        """Bytes of a sequence of `tokens` tokens at the highest floor; 16 bits if the method is not elastic."""
         window = method.sinks + 2 * method.pack_tokens
         packed = max(0, tokens - method.sinks - method.pack_tokens)
-        exact = _elements(method) * window * method.residual_dtype.itemsize
-        return exact + self.growth(method, packed)
+        residual_bytes = _elements_per_token(method) * window * method.residual_dtype.itemsize
+        return residual_bytes + self.growth(method, packed)
 
     def growth(self, method: Method, tokens: int) -> int:
-        """Bytes that so many more tokens take at the highest price."""
-        bits = (self._floor_bits if method.policy.elastic else 16) + OVERHEAD_BITS
-        return int(_elements(method) * tokens * bits / 8)
+        """Bytes that `tokens` more tokens take at the highest floor."""
+        bits = (self._min_bits if method.policy.elastic else 16) + OVERHEAD_BITS
+        return int(_elements_per_token(method) * tokens * bits / 8)
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _balance(self, budget: int, settled: Sequence[Session], cache: SessionCache, used: int) -> None:
-        """Finds the price for what is held now; `used` bytes of it by others than `settled`."""
-        if self._behind and not self._anew:
+    def _balance(self, budget: int, decoding: Sequence[Session], idle: SessionCache, used: int) -> None:
+        """Finds λ for what the caches hold. `used` bytes belong to prompts in prefill."""
+        if self._pending and not self._budget_changed:
             return
-        used += sum(session.sequence.nbytes for session in settled)
-        while used + sum(session.sequence.nbytes for session in cache) > budget * HIGH and cache.evict():
+        used += sum(session.sequence.nbytes for session in decoding)
+        while used + sum(session.sequence.nbytes for session in idle) > budget * HIGH_WATERMARK and idle.evict():
             pass
-        everyone = [*settled, *cache]
-        used += sum(session.sequence.nbytes for session in cache)
-        giving = [s for s in everyone if s.sequence.rate.elastic and len(s.sequence.packed)]
-        elements = sum(session.packed_elements for session in giving)
+        sessions = [*decoding, *idle]
+        used += sum(session.sequence.nbytes for session in idle)
+        elastic = [s for s in sessions if s.sequence.rate.elastic and len(s.sequence.packed)]
+        elements = sum(session.packed_elements for session in elastic)
         if not elements:
-            self.short = max(0, used - budget)
-            self._set(0.0, everyone)
+            self.excess_bytes = max(0, used - budget)
+            self._set_floor(0.0, sessions)
             return
-        over, anew, self._anew = used > budget * HIGH, self._anew, False
-        if over and (anew or time.monotonic() - self._moved > ROUNDS_S):
-            if _code_bits(giving) <= self._floor_bits:
-                self.short = used - budget
+        over, changed, self._budget_changed = used > budget * HIGH_WATERMARK, self._budget_changed, False
+        if over and (changed or time.monotonic() - self._changed_at > MIN_INTERVAL_S):
+            if _mean_code_bits(elastic) <= self._min_bits:
+                self.excess_bytes = used - budget
                 return
-            room = RAISED_TO * budget
-        elif self.lam and used < budget * LOW and self._at_rest(everyone):
-            room = LOWERED_TO * budget
+            target = HIGH_TARGET * budget
+        elif self.lam and used < budget * LOW_WATERMARK and self._recovered(sessions):
+            target = LOW_TARGET * budget
         else:
             return
-        held = sum(session.sequence.packed.nbytes for session in giving)
-        asked = giving[:: -(-len(giving) // ASKED)]
-        bits = 8 * (held + room - used) / elements - sum(map(_overhead_bits, asked)) / len(asked)
-        lam = self._search(asked, max(bits, self._floor_bits))
-        self._moved = time.monotonic()
-        # What is held lags behind what would be wanted now, so a price that should do may have to be passed.
-        least = STEP * (self.lam or _lowest(asked))
-        self._set(max(lam, least) if over else min(lam, self.lam), everyone)
+        packed_bytes = sum(session.sequence.packed.nbytes for session in elastic)
+        sampled = elastic[:: -(-len(elastic) // SAMPLED_SEQUENCES)]
+        bits = 8 * (packed_bytes + target - used) / elements - sum(map(_overhead_bits, sampled)) / len(sampled)
+        lam = self._search(sampled, max(bits, self._min_bits))
+        self._changed_at = time.monotonic()
+        # Held bits may exceed the bits that λ would assign now, so a λ that should suffice may be too low.
+        least = MIN_RISE * (self.lam or _lowest_lambda(sampled))
+        self._set_floor(max(lam, least) if over else min(lam, self.lam), sessions)
 
-    def _search(self, asked: Sequence[Session], bits: float) -> float:
-        """The lowest price that leaves so many code bits an element; 0 if no price is needed."""
-        prices = [_lowest(asked) * factor for factor in TRIED]
+    def _search(self, sampled: Sequence[Session], bits: float) -> float:
+        """The lowest floor that leaves at most `bits` code bits per element; 0 if none is needed."""
+        floors = [_lowest_lambda(sampled) * factor for factor in FLOOR_FACTORS]
 
         @functools.cache
-        def left(place: int) -> float:
-            return sum(session.sequence.bits_at(prices[place]) for session in asked) / len(asked)
+        def bits_at(index: int) -> float:
+            return sum(session.sequence.bits_at(floors[index]) for session in sampled) / len(sampled)
 
-        enough = bisect.bisect_left(range(len(prices)), True, key=lambda place: left(place) <= bits)
-        if enough == len(prices):
-            return prices[-1]
+        enough = bisect.bisect_left(range(len(floors)), True, key=lambda index: bits_at(index) <= bits)
+        if enough == len(floors):
+            return floors[-1]
         if enough == 0:
             return 0.0
-        # Between two prices bits fall about evenly with the price's logarithm.
-        share = (left(enough - 1) - bits) / max(left(enough - 1) - left(enough), 1e-9)
-        return prices[enough - 1] * (prices[enough] / prices[enough - 1]) ** share
+        # Between two floors, bits fall about linearly in the logarithm of λ.
+        share = (bits_at(enough - 1) - bits) / max(bits_at(enough - 1) - bits_at(enough), 1e-9)
+        return floors[enough - 1] * (floors[enough] / floors[enough - 1]) ** share
 
-    def _at_rest(self, everyone: Sequence[Session]) -> bool:
-        """Whether bits that were given back have arrived, as far as they will while nobody decodes."""
-        rest = not any(session.sequence.rate.recovering for session in everyone)
-        return rest and time.monotonic() - self._moved > ROUNDS_S
+    def _recovered(self, sessions: Sequence[Session]) -> bool:
+        """Whether the bits restored by the last change of λ have arrived, as far as the sequences decode."""
+        recovered = not any(session.sequence.rate.recovering for session in sessions)
+        return recovered and time.monotonic() - self._changed_at > MIN_INTERVAL_S
 
-    def _set(self, lam: float, everyone: Sequence[Session]) -> None:
+    def _set_floor(self, lam: float, sessions: Sequence[Session]) -> None:
         if lam == self.lam:
             return
         self.lam = lam
         metrics.kv_lambda.set(lam)
-        self._behind = deque(everyone)
+        self._pending = deque(sessions)
 
-    def _bring_up(self, here: set[int]) -> bool:
-        """Tells sequences the price, one after the other, until the time for it is over; False if all know it."""
-        now, behind = time.monotonic(), len(self._behind)
-        ends = now + min(max(now - self._told, SLICE_S), LONGEST_SLICE_S)
-        while self._behind and time.monotonic() < ends:
-            session = self._behind.popleft()
-            if id(session) in here and not session.prefilling:
+    def _apply_floor(self, present: set[int]) -> bool:
+        """Applies the floor to pending sequences until the time slice ends; False if none was pending.
+
+        Args:
+            present: ids of the sessions that still exist.
+        """
+        now, pending = time.monotonic(), len(self._pending)
+        ends = now + min(max(now - self._applied_at, MIN_SLICE_S), MAX_SLICE_S)
+        while self._pending and time.monotonic() < ends:
+            session = self._pending.popleft()
+            if id(session) in present and not session.prefilling:
                 session.sequence.set_lambda_floor(self.lam)
-        self._told = time.monotonic()
-        return behind > 0
+        self._applied_at = time.monotonic()
+        return pending > 0
 
-    def _allow(self, everyone: Sequence[Session]) -> None:
-        """Shares out the bytes that may be fetched since the last step."""
+    def _grant_recovery(self, sessions: Sequence[Session]) -> None:
+        """Divides the bytes that may be fetched since the last step among the sequences that recover bits."""
         now = time.monotonic()
-        bytes_now, self._looked = (now - self._looked) * self._rate, now
-        back = [session.sequence.rate for session in everyone if session.sequence.rate.recovering]
-        for lam in back:
-            held = lam.allowance or 0
-            lam.allowance = int(min(self._rate, held + bytes_now / len(back)))
+        granted, self._granted_at = (now - self._granted_at) * self._recovery_rate, now
+        recovering = [session.sequence.rate for session in sessions if session.sequence.rate.recovering]
+        for rate in recovering:
+            left = rate.allowance or 0
+            rate.allowance = int(min(self._recovery_rate, left + granted / len(recovering)))
 
 
-def _elements(method: Method) -> int:
-    """Numbers of a token."""
+def _elements_per_token(method: Method) -> int:
+    """Numbers in one token's keys and values, over all layers."""
     shape = method.shape
     return shape.layers * 2 * shape.kv_heads * shape.head_dim
 
 
-def _lowest(asked: Sequence[Session]) -> float:
-    """The lowest price that is paid without any pressure."""
-    return min(session.sequence.rate.own or math.inf for session in asked)
+def _lowest_lambda(sessions: Sequence[Session]) -> float:
+    """The lowest λ that the sessions use without a floor."""
+    return min(session.sequence.rate.own or math.inf for session in sessions)
 
 
-def _code_bits(giving: Sequence[Session]) -> float:
-    """Code bits an element that sessions hold."""
-    bits = sum(session.sequence.packed.mean_bits * session.packed_elements for session in giving)
-    return bits / sum(session.packed_elements for session in giving)
+def _mean_code_bits(sessions: Sequence[Session]) -> float:
+    """Code bits per packed element, over the sessions."""
+    bits = sum(session.sequence.packed.mean_bits * session.packed_elements for session in sessions)
+    return bits / sum(session.packed_elements for session in sessions)
 
 
 def _overhead_bits(session: Session) -> float:
-    """What a packed element takes beside its code."""
+    """Bits of a packed element besides its code."""
     packed = session.sequence.packed
     return 8 * packed.nbytes / session.packed_elements - packed.mean_bits

@@ -1,4 +1,4 @@
-"""The methods that sessions of one model use: the worker's default and those that requests name."""
+"""The methods of one model: the worker's default and those that requests name."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from qaq_core.cache import PRESETS
 from qaq_core.models import LoadedModel
 from services.common.settings import WorkerSettings
 
-_KEPT = 32
+_CACHED_METHODS = 32
 
 
 class Methods:
-    """Methods of a model by what a request asks for. Made when first asked for; belongs to one thread."""
+    """Methods of a model by cache parameters. A method is made at its first use. Used by one thread alone."""
 
     def __init__(self, loaded: LoadedModel, settings: WorkerSettings) -> None:
         self._loaded = loaded
         self._settings = settings
-        self._make = functools.lru_cache(maxsize=_KEPT)(self._new)
+        self._make = functools.lru_cache(maxsize=_CACHED_METHODS)(self._new)
 
     def get(self, params: common_pb2.CacheParams) -> Method:
         """The method of a session.
 
         Raises:
-            ConfigError: an unknown preset, or a target out of range.
-            UnsupportedModelError: the model cannot be served from a quantized cache.
+            ConfigError: the preset is unknown, or the target is out of range.
+            UnsupportedModelError: the model does not work with a quantized cache.
         """
         preset = params.preset if params.HasField("preset") else self._settings.preset
         bits = params.target_bits if params.HasField("target_bits") else None
@@ -44,9 +44,9 @@ class Methods:
 
     def _new(self, preset: str, bits: float | None, compression: float | None, error: float | None) -> Method:
         if preset not in PRESETS:
-            # Rivals are for evaluation: they need not keep originals, nor be resumed.
+            # Families of presets, such as the baselines of an evaluation, need not store originals or resume.
             raise ConfigError(f"preset {preset[:50]!r} is not served; use one of {', '.join(PRESETS)}")
-        # A first use may calibrate the model, which needs gradients.
+        # The first use may calibrate the model, which needs gradients.
         with torch.inference_mode(False), torch.enable_grad():
             return make_method(
                 self._loaded.model,

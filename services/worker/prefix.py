@@ -1,4 +1,4 @@
-"""Stored pages on their way into a prompt: asked for in the background, while others are computed."""
+"""Loading of a stored prefix into a prompt, in the background while other sequences are computed."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from qaq_core.base.errors import OriginalsError
 from services.common import metrics
 from services.common.log import once
 
-PAGES_A_CALL = 16
+PAGES_PER_CALL = 16
 CALLS_IN_FLIGHT = 2
 
 log = structlog.get_logger()
 
 
 class PrefixLoad:
-    """The longest stored prefix of a prompt. `poll` it until it is over, then `take` what came, or `close` it.
+    """The longest stored prefix of a prompt. Call `poll` until it returns True, then `take`; or `close` at any time.
 
-    A store that fails, lacks a page or is too slow ends the prefix where it is; the rest is computed.
+    If the store fails, lacks a page, or takes too long, the prefix ends there and the rest is computed.
 
     Args:
-        shared: names that follow from the prompt's tokens, of as many pages as may be loaded.
-        known: names that a session's first pages were stored under, where they are known. They go before `shared`,
-            unless they are a part of it.
-        patience_s: seconds that all of it may take, from the first look on.
+        shared: content hashes of the prompt's pages, of as many pages as may be loaded.
+        page_ids: ids under which a session's first pages were stored, if they are known. They are used instead of
+            `shared`, unless they are a part of it.
+        timeout_s: seconds that the load may take, from the first `poll`.
     """
 
     def __init__(
@@ -37,86 +37,83 @@ class PrefixLoad:
         originals: Originals,
         shape: PageShape,
         shared: Sequence[bytes],
-        known: Sequence[bytes],
-        patience_s: float,
+        page_ids: Sequence[bytes],
+        timeout_s: float,
     ) -> None:
         self._originals, self._shape, self._shared = originals, shape, shared
-        known = known[: len(shared)]
-        self._names = list(shared if list(known) == list(shared[: len(known)]) else known)
+        page_ids = page_ids[: len(shared)]
+        self._ids = list(shared if list(page_ids) == list(shared[: len(page_ids)]) else page_ids)
         self._pages: list[Page] = []
-        self._calls: deque[tuple[list[bytes], Future[list[Page | None]]]] = deque()
-        self._asked = 0
-        self._patience_s = patience_s
-        self._ends: float | None = None
+        self._calls: deque[Future[list[Page | None]]] = deque()
+        self._requested = 0
+        self._timeout_s = timeout_s
+        self._deadline: float | None = None
         self._match: Future[int] | None = None
 
     def poll(self) -> bool:
-        """Asks, and moves on as far as answers have come; True when no more is to be expected."""
-        if self._ends is None:
-            self._ends = time.monotonic() + self._patience_s
-            self._match = self._originals.match(self._names)
+        """Sends the next requests and takes in the replies that have arrived. True when the load has ended."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._timeout_s
+            self._match = self._originals.match(self._ids)
         try:
             while True:
                 if self._match is not None:
                     if not self._match.done():
                         break
-                    del self._names[self._match.result() :]
+                    del self._ids[self._match.result() :]
                     self._match = None
-                while self._asked < len(self._names) and len(self._calls) < CALLS_IN_FLIGHT:
-                    names = self._names[self._asked : self._asked + PAGES_A_CALL]
-                    self._calls.append((names, self._originals.fetch(names, self._shape)))
-                    self._asked += len(names)
+                while self._requested < len(self._ids) and len(self._calls) < CALLS_IN_FLIGHT:
+                    ids = self._ids[self._requested : self._requested + PAGES_PER_CALL]
+                    self._calls.append(self._originals.fetch(ids, self._shape))
+                    self._requested += len(ids)
                 if not self._calls:
                     return True
-                if not self._calls[0][1].done():
+                if not self._calls[0].done():
                     break
-                self._arrived(*self._calls.popleft())
+                self._take_in(self._calls.popleft().result())
         except OriginalsError as error:
             self._give_up(str(error))
             return True
-        if time.monotonic() < self._ends:
+        if time.monotonic() < self._deadline:
             return False
         self._give_up("it took too long")
         return True
 
     def take(self) -> tuple[list[Page], int]:
-        """The pages, from the first without a gap, and how many of them have names that follow from the tokens."""
+        """The loaded pages, from the first without a gap, and how many of them, from the first, are content-hashed."""
         pages, self._pages = self._pages, []
         pairs = zip(pages, self._shared, strict=False)
-        return pages, next((i for i, (page, name) in enumerate(pairs) if page.id != name), len(pages))
+        return pages, next((i for i, (page, page_id) in enumerate(pairs) if page.id != page_id), len(pages))
 
     def close(self) -> None:
-        """Lets go of everything."""
+        """Cancels all calls and releases the loaded pages."""
         if self._match is not None:
             self._match.cancel()
-        for names, call in self._calls:
+        for call in self._calls:
             if not call.cancel():
-                call.add_done_callback(lambda done, names=names: self._forget(names, done))  # type: ignore[misc]
+                call.add_done_callback(self._release)
         self._calls.clear()
         self._originals.forget([page.id for page in self._pages])
         self._pages = []
 
-    def _arrived(self, names: list[bytes], call: Future[list[Page | None]]) -> None:
-        answer = call.result()
-        found = answer.index(None) if None in answer else len(answer)
-        self._pages += [page for page in answer[:found] if page is not None]
-        if found < len(answer):  # a page was lost since it was matched
-            self._originals.forget([page.id for page in answer[found:] if page is not None])
-            del self._names[len(self._pages) :]
+    def _take_in(self, reply: list[Page | None]) -> None:
+        found = reply.index(None) if None in reply else len(reply)
+        self._pages += [page for page in reply[:found] if page is not None]
+        if found < len(reply):  # a page was lost since the match
+            self._originals.forget([page.id for page in reply[found:] if page is not None])
+            del self._ids[len(self._pages) :]
             self._give_up("a page was lost")
 
     def _give_up(self, reason: str) -> None:
+        """Ends the load with the pages that have arrived."""
         metrics.prefix_failures.inc()
         if once("prefix"):
-            log.warning("a stored prefix could not be loaded whole; the rest is computed", reason=reason)
-        self._drop_calls()
-
-    def _drop_calls(self) -> None:
+            log.warning("a stored prefix could not be loaded completely; the rest is computed", reason=reason)
         pages, self._pages = self._pages, []
         self.close()
         self._pages = pages
 
-    def _forget(self, names: list[bytes], call: Future[list[Page | None]]) -> None:
-        """An answer that nobody waits for any more."""
+    def _release(self, call: Future[list[Page | None]]) -> None:
+        """Releases the pages of a call that was abandoned."""
         if not call.cancelled() and call.exception() is None:
             self._originals.forget([page.id for page in call.result() if page is not None])

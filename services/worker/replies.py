@@ -1,4 +1,4 @@
-"""The outbox: what the engine's thread has to say to those who listen in the event loop."""
+"""Replies: messages of the scheduler's thread to the callers, who wait in the event loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Message = tuple[Generation, Reply | Exception]
 
 
 class Replies:
-    """Collects messages and hands them over together. Belongs to the engine's thread.
+    """Collects messages and delivers them in one call. Used by the scheduler's thread alone.
 
     Args:
         loop: the event loop that reads the generations' replies.
@@ -24,15 +24,16 @@ class Replies:
     def put(self, generation: Generation, reply: Reply | Exception) -> None:
         self._messages.append((generation, reply))
 
-    def put_all(self, generation: Generation, replies: Iterable[Reply]) -> None:
+    def extend(self, generation: Generation, replies: Iterable[Reply]) -> None:
         self._messages += [(generation, reply) for reply in replies]
 
     def send(self) -> None:
+        """Hands the collected messages to the event loop."""
         if self._messages:
-            batch, self._messages = self._messages, []
-            self._loop.call_soon_threadsafe(_deliver, batch)
+            messages, self._messages = self._messages, []
+            self._loop.call_soon_threadsafe(_deliver, messages)
 
 
-def _deliver(batch: Sequence[Message]) -> None:
-    for generation, reply in batch:
+def _deliver(messages: Sequence[Message]) -> None:
+    for generation, reply in messages:
         generation.replies.put_nowait(reply)

@@ -1,4 +1,4 @@
-"""Checks what a worker is asked, and makes a generation of it."""
+"""Validation of requests to a worker."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from qaq.v1 import worker_pb2
 from qaq_core.models import LoadedModel
 from services.common.errors import InvalidArgument
 from services.common.settings import WorkerSettings
-from services.worker.generation import Generation, Voice
-from services.worker.logprobs import Likelihood
+from services.worker.generation import ChoiceDecoder, Generation
+from services.worker.logprobs import Logprobs
 from services.worker.sampling import Sampler
-from services.worker.text import TextStream, backend_of
+from services.worker.text import TextStream, tokenizer_backend
 
 
-class Checker:
-    """Knows the limits of one model on this worker.
+class RequestValidator:
+    """Checks requests against the limits of the model and of the worker.
 
     Raises:
-        UnsupportedModelError: its tokenizer cannot decode as it goes.
+        UnsupportedModelError: the tokenizer cannot decode incrementally.
     """
 
     def __init__(self, loaded: LoadedModel, settings: WorkerSettings) -> None:
         self._loaded, self._settings = loaded, settings
-        self._backend = backend_of(loaded.tokenizer)
+        self._backend = tokenizer_backend(loaded.tokenizer)
         self._vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
         self._device = next(loaded.model.parameters()).device
 
     def generation(self, request: worker_pb2.RunRequest) -> Generation:
-        """Raises:
-        InvalidArgument: says which field to change and to what.
+        """The generation of a request.
+
+        Raises:
+            InvalidArgument: names the field to change and its limits.
         """
         tokens, bias, context = request.token_ids, request.sampling.logit_bias, self._loaded.context_length
         if not tokens:
@@ -43,33 +45,32 @@ class Checker:
         if request.stop.HasField("max_new_tokens") and request.stop.max_new_tokens < 1:
             raise InvalidArgument(f"stop.max_new_tokens is {request.stop.max_new_tokens}; send at least 1")
         if not all(request.stop.stop):
-            raise InvalidArgument("stop.stop holds an empty string; leave it out")
-        self._choices(request)
-        for name, part in (("history_tokens", request.history_tokens), ("generated_tokens", request.generated_tokens)):
-            if not 0 <= part < len(tokens):
-                raise InvalidArgument(f"{name} is {part}; send 0 to {len(tokens) - 1}, with {len(tokens)} token_ids")
+            raise InvalidArgument("stop.stop has an empty string; remove it")
+        self._check_choices(request)
+        for name, count in (("history_tokens", request.history_tokens), ("generated_tokens", request.generated_tokens)):
+            if not 0 <= count < len(tokens):
+                raise InvalidArgument(f"{name} is {count}; send 0 to {len(tokens) - 1}, with {len(tokens)} token_ids")
         for name, ids in (("stop.stop_token_ids", request.stop.stop_token_ids), ("sampling.logit_bias", bias)):
             if ids and (min(ids) < 0 or max(ids) >= self._vocabulary):
-                raise InvalidArgument(f"{name} must name tokens from 0 to {self._vocabulary - 1}")
+                raise InvalidArgument(f"{name} must have token ids from 0 to {self._vocabulary - 1}")
         defaults, prompt = self._loaded.model.generation_config, len(tokens) - request.generated_tokens
-        voices = [
-            Voice(
+        decoders = [
+            ChoiceDecoder(
                 Sampler(request.sampling, defaults, self._device, choice, prompt),
                 TextStream(self._backend, tokens[:prompt], request.stop.stop),
             )
             for choice in range(max(1, request.choices))
         ]
-        likelihood = Likelihood(request.output, self._backend)
-        return Generation(request, voices, likelihood, self._loaded.eos_token_ids, context)
+        logprobs = Logprobs(request.output, self._backend)
+        return Generation(request, decoders, logprobs, self._loaded.eos_token_ids, context)
 
-    def _choices(self, request: worker_pb2.RunRequest) -> None:
-        """Checks how many continuations are wanted."""
+    def _check_choices(self, request: worker_pb2.RunRequest) -> None:
         if not 0 <= request.choices <= self._settings.max_sequences:
             raise InvalidArgument(
                 f"choices is {request.choices}, and this worker decodes at most {self._settings.max_sequences} "
                 "sequences at a time; send fewer"
             )
         if request.choices > 1 and (request.keep or request.generated_tokens):
-            raise InvalidArgument("a session that is kept goes on with one text; send choices 1")
+            raise InvalidArgument("a session that is kept continues with one choice; send choices 1")
         if request.output.top_logprobs < 0:
             raise InvalidArgument(f"output.top_logprobs is {request.output.top_logprobs}; send at least 0")

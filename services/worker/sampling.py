@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Sampling of the next token."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _FLOATS = ("top_p", "min_p", "repetition_penalty", "frequency_penalty", "presenc
 
 
 class Sampler:
-    """Chooses tokens of one continuation with transformers' own processors where they exist.
+    """Samples the tokens of one choice, with transformers' logits processors where they exist.
 
-    A token's random number depends on the seed, the choice and the token's position alone: a continuation
-    that moves to another worker goes on as it would have here.
+    A token's random number depends only on the seed, the choice and the token's position, so a generation that moves
+    to another worker continues with the same tokens.
 
     Args:
-        params: unset fields take the model's defaults; no temperature there either means greedy.
+        params: unset fields take the model's defaults; without a default temperature, sampling is greedy.
         defaults: the model's generation config.
-        choice: which of several continuations of one prompt.
-        begins: tokens before the generated ones, which frequency and presence penalties do not count.
+        choice: index among the choices of one prompt.
+        prompt_tokens: tokens before the generated ones, which frequency and presence penalties do not count.
     Raises:
         InvalidArgument: a parameter is out of range.
     """
@@ -46,7 +46,7 @@ class Sampler:
         defaults: Any,
         device: torch.device,
         choice: int = 0,
-        begins: int = 0,
+        prompt_tokens: int = 0,
     ) -> None:
         def setting(name: str) -> Any:
             return getattr(params, name) if params.HasField(name) else getattr(defaults, name, None)
@@ -58,12 +58,12 @@ class Sampler:
             if value is not None and not math.isfinite(value):
                 raise InvalidArgument(f"sampling.{name} is {value}; send a finite number")
         if temperature < 0:
-            raise InvalidArgument(f"sampling.temperature is {temperature}; send 0 for greedy, or more")
+            raise InvalidArgument(f"sampling.temperature is {temperature}; send 0 for greedy sampling, or more")
         self.greedy = temperature == 0
         self._processors = LogitsProcessorList()
         try:
-            self._add_penalties(params, chosen, begins)
-            self._looks_back = len(self._processors) > 0
+            self._add_penalties(params, chosen, prompt_tokens)
+            self._needs_history = len(self._processors) > 0
             if not self.greedy:
                 self._add_warpers(temperature, chosen["top_k"], chosen["top_p"], chosen["min_p"])
         except ValueError as error:
@@ -72,12 +72,12 @@ class Sampler:
         self._choice = choice
         self._generator = torch.Generator(device)
 
-    def _add_penalties(self, params: common_pb2.SamplingParams, chosen: dict[str, Any], begins: int) -> None:
+    def _add_penalties(self, params: common_pb2.SamplingParams, chosen: dict[str, Any], prompt_tokens: int) -> None:
         if chosen["repetition_penalty"] is not None and chosen["repetition_penalty"] != 1:
             self._processors.append(RepetitionPenaltyLogitsProcessor(float(chosen["repetition_penalty"])))
         if chosen["frequency_penalty"] or chosen["presence_penalty"]:
             frequency, presence = chosen["frequency_penalty"] or 0.0, chosen["presence_penalty"] or 0.0
-            self._processors.append(CountPenalty(frequency, presence, begins))
+            self._processors.append(CountPenalty(frequency, presence, prompt_tokens))
         if params.logit_bias:
             bias = {(token,): float(value) for token, value in params.logit_bias.items()}
             self._processors.append(SequenceBiasLogitsProcessor(bias))
@@ -92,30 +92,30 @@ class Sampler:
         if min_p:
             self._processors.append(MinPLogitsWarper(float(min_p)))
 
-    def choose(self, logits: torch.Tensor, tokens: Sequence[int]) -> int:
+    def sample(self, logits: torch.Tensor, tokens: Sequence[int]) -> int:
         """The next token.
 
         Args:
             logits: float [vocabulary], of the last position.
-            tokens: everything so far, prompt included.
+            tokens: all tokens so far, prompt included.
         Raises:
-            RuntimeError: the logits are no distribution (NaN).
+            RuntimeError: the logits are not finite.
         """
-        seen = torch.tensor([tokens if self._looks_back else ()], dtype=torch.long, device=logits.device)
-        scores = self._processors(seen, logits[None].float())[0]
+        history = torch.tensor([tokens if self._needs_history else ()], dtype=torch.long, device=logits.device)
+        scores = self._processors(history, logits[None].float())[0]
         if self.greedy:
             best = scores.argmax(-1)
-            # NaN wins argmax, so looking at the winner is enough.
+            # NaN wins argmax, so checking the winner is enough.
             if not bool(torch.isfinite(scores[best])):
                 raise RuntimeError("the model's logits are not finite")
             return int(best)
-        # A race of exponentials, as in torch.multinomial but several times faster. Unlike a search in the
-        # cumulative sum it chooses the same token when rounding moves all probabilities a little.
-        self._generator.manual_seed(_mixed(self._seed, self._choice, len(tokens)))
-        drawn = torch.rand(scores.shape, generator=self._generator, device=logits.device)
-        speed = scores.softmax(-1) / drawn.log_().neg_()
-        winner = speed.argmax(-1)
-        if not bool(torch.isfinite(speed[winner])):
+        # The exponential race that torch.multinomial uses, several times faster. Unlike a search in the cumulative
+        # sum it samples the same token when rounding changes all probabilities a little.
+        self._generator.manual_seed(_hash(self._seed, self._choice, len(tokens)))
+        uniform = torch.rand(scores.shape, generator=self._generator, device=logits.device)
+        rate = scores.softmax(-1) / uniform.log_().neg_()
+        winner = rate.argmax(-1)
+        if not bool(torch.isfinite(rate[winner])):
             raise RuntimeError("the model's logits are not finite")
         return int(winner)
 
@@ -124,22 +124,22 @@ class CountPenalty(LogitsProcessor):
     """Frequency and presence penalties over the generated tokens, as OpenAI's API defines them.
 
     Args:
-        begins: tokens before the generated ones.
+        prompt_tokens: tokens before the generated ones.
     """
 
-    def __init__(self, frequency: float, presence: float, begins: int) -> None:
-        self._frequency, self._presence, self._begins = frequency, presence, begins
+    def __init__(self, frequency: float, presence: float, prompt_tokens: int) -> None:
+        self._frequency, self._presence, self._prompt_tokens = frequency, presence, prompt_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids: int64 [1, tokens so far]. scores: float [1, vocabulary]; returns new ones."""
-        tokens, counts = input_ids[0, self._begins :].unique(return_counts=True)
+        tokens, counts = input_ids[0, self._prompt_tokens :].unique(return_counts=True)
         scores = scores.clone()
         scores[0, tokens] -= self._frequency * counts + self._presence
         return scores
 
 
-def _mixed(*numbers: int) -> int:
-    """One number of 64 bits out of several, by splitmix64: neighbours come out unrelated."""
+def _hash(*numbers: int) -> int:
+    """A 64-bit hash of numbers, by splitmix64: close numbers give unrelated hashes."""
     mask, state = (1 << 64) - 1, 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & mask

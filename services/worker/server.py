@@ -1,4 +1,4 @@
-"""The worker as a process or inside an actor."""
+"""The worker's server, for a process or an actor."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from services.worker.scheduler.scheduler import Scheduler
 from services.worker.service import WorkerService, model_info
 
 SWITCH_INTERVAL_S = 0.0005
-DRAIN_S = 5.0
+DRAIN_TIMEOUT_S = 5.0
 
 _log = structlog.get_logger()
 
 
 class WorkerServer:
-    """Runs one model. Listed in the registry once it can answer.
+    """Serves one model. Registers itself once it can answer.
 
     Args:
-        loaded: the model, if the caller has it already.
+        loaded: the model, if it is loaded already.
 
     Attributes:
-        progress: what it is doing before it serves, and how much of that is done, 0 to 1.
+        progress: the current stage of the start and its progress from 0 to 1.
     """
 
     def __init__(self, settings: WorkerSettings, loaded: LoadedModel | None = None) -> None:
         self.progress = ("starting", 0.0)
         self._settings = settings
         self._loaded = loaded
-        self._running, self._listed = AsyncExitStack(), AsyncExitStack()
+        self._resources, self._registration = AsyncExitStack(), AsyncExitStack()
         self.scheduler: Scheduler | None = None
 
     async def start(self) -> str:
-        """Loads the model and serves it. Returns the address, host:port.
+        """Loads the model, serves it, and returns the address as host:port.
 
         Raises:
             RedisUnreachableError, ModelLoadError, UnsupportedModelError, ConfigError, PortTakenError: the
-                message says what to do. Nothing is left running.
+                message says what to change. Nothing is left running.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
@@ -68,39 +68,39 @@ class WorkerServer:
             address = await server.start()
             stack.push_async_callback(server.stop)
             facts = {"pid": os.getpid(), "model": loaded.name, "fingerprint": loaded.fingerprint}
-            await self._listed.enter_async_context(Registry(redis).announce("worker", address, facts))
+            await self._registration.enter_async_context(Registry(redis).announce("worker", address, facts))
             self.scheduler = scheduler
-            self._running = stack.pop_all()
+            self._resources = stack.pop_all()
         return address
 
     async def drain(self) -> int:
-        """Leaves the registry and hands over what it runs: each stream ends with UNAVAILABLE, and its router goes
-        on elsewhere from the stored pages. Returns how many there were. The server stays, and takes nothing.
+        """Leaves the registry and ends each stream with UNAVAILABLE, so that its router continues it on another
+        worker from the stored pages. The server stays up and accepts nothing. Returns the number of streams.
         """
-        await self._listed.aclose()
-        return await asyncio.to_thread(self.scheduler.drain, DRAIN_S) if self.scheduler else 0
+        await self._registration.aclose()
+        return await asyncio.to_thread(self.scheduler.drain, DRAIN_TIMEOUT_S) if self.scheduler else 0
 
     async def stop(self) -> None:
-        """Drains, and closes everything."""
+        """Drains the worker and closes everything."""
         await self.drain()
-        await self._running.aclose()
+        await self._resources.aclose()
 
     def _load(self, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, Scheduler]:
         settings = self._settings
         loaded = self._loaded
         if loaded is None:
-            loaded = load_model(settings.model, settings.device, settings.dtype, self._note, settings.weights)
+            loaded = load_model(settings.model, settings.device, settings.dtype, self._report, settings.weights)
             if settings.compiled:
-                compile_layers(loaded.model, self._note)
-        # The engine's thread keeps the interpreter busy; by default the event loop waits 5 ms for its turn.
+                compile_layers(loaded.model, self._report)
+        # The scheduler's thread keeps the interpreter busy; by default the event loop waits 5 ms for the lock.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._note("preparing the cache", 0.0)
-        with calibration.shown(self._note):
+        self._report("preparing the cache", 0.0)
+        with calibration.shown(self._report):
             scheduler = Scheduler(loaded, originals, settings, loop)
-        self._note("ready", 1.0)
+        self._report("ready", 1.0)
         return loaded, scheduler
 
-    def _note(self, stage: str, done: float) -> None:
+    def _report(self, stage: str, done: float) -> None:
         self.progress = (stage, done)
         _log.debug("loading", stage=stage, done=done)
 

@@ -1,4 +1,4 @@
-"""What a worker answers."""
+"""The worker's gRPC service."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.worker.scheduler.scheduler import Scheduler
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """Passes requests to the engine and its replies back."""
+    """Passes requests to the scheduler and its replies to the caller."""
 
     def __init__(
         self,
@@ -31,14 +31,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.RunReply]:
         generation = self._scheduler.submit(request)
-        going_on = max(1, request.choices)
+        unfinished = max(1, request.choices)
         try:
-            while going_on:
+            while unfinished:
                 reply = await generation.replies.get()
                 if isinstance(reply, Exception):
                     raise reply
                 yield reply
-                going_on -= reply.HasField("finished")
+                unfinished -= reply.HasField("finished")
         finally:
             self._scheduler.cancel(generation)
 
@@ -65,7 +65,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
 
 def model_info(loaded: LoadedModel) -> common_pb2.ModelInfo:
-    """What the worker says of its model."""
+    """The description of the worker's model."""
     shape = ModelShape.of(loaded.model)
     return common_pb2.ModelInfo(
         name=loaded.name,

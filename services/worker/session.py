@@ -1,4 +1,4 @@
-"""A session on this worker: its token log and the cache of all of the log that was computed."""
+"""A session on this worker: its token log, and the cache of the tokens computed so far."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from services.worker.prefix import PrefixLoad
 
 
 def page_salt(secret: str, tenant: str) -> bytes:
-    """What a tenant's page ids hold, so that no other tenant finds them, nor anybody without the secret."""
+    """The salt of a tenant's page ids: without the secret and the tenant's name nobody can compute them."""
     return blake3(tenant.encode(), key=blake3(secret.encode()).digest()).digest()
 
 
 class PageNames:
     """Ids of a token log's pages.
 
-    Keys and values that were computed over full precision depend on the tokens alone: such a page has a name that
-    follows from its content, chained to the page before, and whoever has the same prefix finds it. What came later
-    was computed over a quantized cache, whose bits depend on the preset, the target and on when exceptions were
-    answered: such a page has a name that nobody else can make, and is found by who was told it.
+    Keys and values computed over full precision depend on the tokens alone. The id of such a page is a hash of its
+    content and of the page before it, so every session with the same prefix finds it. Later keys and values were
+    computed over a quantized cache: they depend on the preset, on the target, and on when exceptions were answered.
+    The id of such a page contains a random number of this session, and only a session that was given the id finds it.
 
     Args:
-        tokens: the log; it may grow, but no page that was named may change.
-        exact_prefix: how many tokens of it were computed over full precision, see `SequenceCache.exact_prefix`.
+        tokens: the log. It may grow, but the tokens of a named page may not change.
+        exact_prefix: the number of tokens computed over full precision, see `SequenceCache.exact_prefix`.
     """
 
     def __init__(
@@ -39,44 +39,44 @@ class PageNames:
         exact_prefix: Callable[[], int],
     ) -> None:
         self._fingerprint, self._shape, self._salt = fingerprint, shape, salt
-        self._tokens, self._faithful = tokens, exact_prefix
-        self._own_salt = salt + secrets.token_bytes(16)
+        self._tokens, self._exact_prefix = tokens, exact_prefix
+        self._private_salt = salt + secrets.token_bytes(16)
         self._shared: list[bytes] = []
 
     def __call__(self, index: int) -> bytes:
-        """The name of page `index`, which has just been computed."""
-        if (index + 1) * self._shape.tokens <= self._faithful():
+        """The id of page `index`, which has just been computed."""
+        if (index + 1) * self._shape.tokens <= self._exact_prefix():
             return self.shared(index)
-        return self._id(self._own_salt, index)
+        return self._id(self._private_salt, index)
 
     def shared(self, index: int) -> bytes:
-        """The name that follows from the content of page `index`, whose tokens must all be known."""
+        """The content hash of page `index`, whose tokens must be in the log."""
         while len(self._shared) <= index:
             self._shared.append(self._id(self._salt, len(self._shared)))
         return self._shared[index]
 
     def _id(self, salt: bytes, index: int) -> bytes:
         size = self._shape.tokens
-        own = self._tokens[index * size : (index + 1) * size]
-        if len(own) < size:
+        tokens = self._tokens[index * size : (index + 1) * size]
+        if len(tokens) < size:
             raise IndexError(f"page {index} is named before its tokens are known")
         parent = self.shared(index - 1) if index else b""
-        return page_id(self._fingerprint, self._shape.dtype, salt, parent, own)
+        return page_id(self._fingerprint, self._shape.dtype, salt, parent, tokens)
 
 
 class Session:
-    """Tokens and their cache. The cache may lack the end of the log; it never holds more.
+    """A token log and its cache. The cache may lack the end of the log; it never holds more.
 
     Args:
         tokens: the log so far.
         wait: decode waits for re-quantized rows.
 
     Attributes:
-        names: of the log's pages.
-        loading: stored pages are on their way; nothing can be computed before they are here.
+        names: ids of the log's pages.
+        loading: the load of a stored prefix; nothing is computed before it ends.
         loaded: tokens whose keys and values came from the store.
-        needs: bytes that the cache must have at least, as far as is known from before it was freed.
-        told: pages that whoever runs the session was told of, see `fresh_pages`.
+        min_bytes: a lower bound on the bytes of a preempted session's cache; 0 otherwise.
+        reported: pages whose ids the router knows, see `new_pages`.
         counted: exceptions and missing originals of this cache that are in the metrics already.
     """
 
@@ -92,38 +92,38 @@ class Session:
         self.method = method
         self.tokens = list(tokens)
         self._originals, self._fingerprint, self._salt, self._wait = originals, fingerprint, salt, wait
-        self._prompt_left = 0
-        self._held: list[bytes] = []
+        self._prefill_left = 0
+        self._held_pages: list[bytes] = []
         self.counted: dict[str, int]
         self.loading: PrefixLoad | None = None
         self._open()
 
     @property
-    def lacking(self) -> int:
+    def uncached(self) -> int:
         """Tokens of the log that the cache does not hold yet."""
         return len(self.tokens) - self.sequence.length
 
     @property
-    def half_precision_bytes(self) -> int:
-        """What the cached tokens would take at 16 bits an element."""
+    def fp16_bytes(self) -> int:
+        """Bytes of the cached tokens at 16 bits per element."""
         shape = self.method.shape
         return self.sequence.length * shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
 
     @property
     def packed_elements(self) -> int:
-        """Numbers that are held in codes."""
+        """Elements that are held as codes."""
         packed = self.sequence.packed
         return packed.layers * 2 * packed.heads * len(packed) * packed.head_dim
 
     @property
-    def begun(self) -> bool:
-        """A prompt is under way."""
-        return self._prompt_left > 0
+    def prefill_started(self) -> bool:
+        """A part of a prompt is computed, and not all of it."""
+        return self._prefill_left > 0
 
     @property
     def prefilling(self) -> bool:
-        """The next forward pass is a chunk of a prompt and not one decoded token."""
-        return self._prompt_left > 0 or self.lacking > 1
+        """The next forward pass is a chunk of a prompt, not one decoded token."""
+        return self._prefill_left > 0 or self.uncached > 1
 
     @property
     def stored(self) -> bool:
@@ -133,57 +133,58 @@ class Session:
         return staging.stored == len(staging.names)
 
     def continues_in(self, log: Sequence[int], method: Method) -> bool:
-        """True if the cache can be used to continue `log`: it holds a part of it and not all."""
-        held = self.sequence.length
-        same = method is self.method and self._prompt_left == 0
-        return same and held < len(log) and self.tokens[:held] == list(log[:held])
+        """Whether the cache can be used to continue `log`: it holds a proper prefix of it."""
+        cached = self.sequence.length
+        usable = method is self.method and self._prefill_left == 0
+        return usable and cached < len(log) and self.tokens[:cached] == list(log[:cached])
 
     def resume(self, log: Sequence[int]) -> None:
-        """Takes a log that `continues_in` agreed to."""
-        held = self.sequence.length
-        self.tokens[held:] = log[held:]
-        self.loaded = self.told = 0
+        """Continues with a log that `continues_in` accepted."""
+        cached = self.sequence.length
+        self.tokens[cached:] = log[cached:]
+        self.loaded = self.reported = 0
 
-    def load(self, known: Sequence[bytes], rest: int, patience_s: float) -> None:
-        """Asks the store for the log's first pages. All but the last `rest` tokens may come from there.
+    def load(self, page_ids: Sequence[bytes], recompute: int, timeout_s: float) -> None:
+        """Requests the log's first pages from the store.
 
         Args:
-            known: names of the first pages, as they were told when they were stored; may be empty.
+            page_ids: ids of the first pages, as reported when they were stored; may be empty.
+            recompute: last tokens of the log that are computed even if they are stored.
         """
-        most = (self.lacking - max(1, rest)) // self.method.page_tokens
-        if most > 0:
-            shared = [self.names.shared(index) for index in range(most)]
-            self.loading = PrefixLoad(self._originals, self.method.page_shape, shared, known, patience_s)
+        pages = (self.uncached - max(1, recompute)) // self.method.page_tokens
+        if pages > 0:
+            shared = [self.names.shared(index) for index in range(pages)]
+            self.loading = PrefixLoad(self._originals, self.method.page_shape, shared, page_ids, timeout_s)
 
     def poll(self) -> None:
-        """Begins the prompt with the pages that were loaded, once they are here."""
+        """Begins the prompt with the loaded pages once the load has ended."""
         if self.loading is None or not self.loading.poll():
             return
         pages, shared = self.loading.take()
         self.loading = None
         if pages:
             self.loaded = len(pages) * self.method.page_tokens
-            self._prompt_left = self.lacking - self.loaded
-            self.sequence.load(pages, shared, self._prompt_left)
+            self._prefill_left = self.uncached - self.loaded
+            self.sequence.load(pages, shared, self._prefill_left)
 
-    def fresh_pages(self) -> tuple[int, list[bytes]]:
-        """Names of pages that the store has now and that were not told yet, and the index of the first."""
-        first, self.told = self.told, self.sequence.staging.stored
-        return first, self.sequence.staging.names[first : self.told]
+    def new_pages(self) -> tuple[int, list[bytes]]:
+        """Index of the first page that was stored since the last call, and the ids from there on."""
+        first, self.reported = self.reported, self.sequence.staging.stored
+        return first, self.sequence.staging.names[first : self.reported]
 
     def next_chunk(self, limit: int) -> list[int]:
-        """The next tokens to compute, at most `limit`; the cache is told when a prompt begins."""
-        self._let_go()
-        if self._prompt_left == 0 and self.lacking > 1:
-            self._prompt_left = self.lacking
-            self.sequence.expect_prompt(self.lacking)
-        held = self.sequence.length
-        chunk = self.tokens[held : held + min(limit, self._prompt_left or 1)]
-        self._prompt_left = max(0, self._prompt_left - len(chunk))
+        """The next tokens to compute, at most `limit`. Announces a prompt to the cache when it begins."""
+        self._release_pages()
+        if self._prefill_left == 0 and self.uncached > 1:
+            self._prefill_left = self.uncached
+            self.sequence.expect_prompt(self.uncached)
+        cached = self.sequence.length
+        chunk = self.tokens[cached : cached + min(limit, self._prefill_left or 1)]
+        self._prefill_left = max(0, self._prefill_left - len(chunk))
         return chunk
 
     def fork(self) -> Session:
-        """A session with the same log and a copy of the cache, where no prompt may be arriving."""
+        """A session with the same log and a copy of the cache. The session must not be in prefill."""
         other = copy.copy(self)
         other.tokens = list(self.tokens)
         other.names = other._names()
@@ -191,24 +192,24 @@ class Session:
         other.counted = {"exceptions": 0, "originals_missing": 0}
         return other
 
-    def pause(self, needs: int) -> None:
-        """Frees the cache, whose pages are stored. They are held for `restore`; the counts go on.
+    def preempt(self, min_bytes: int) -> None:
+        """Frees the cache, whose pages are all stored, and holds the pages for `restore`. Counts continue.
 
         Args:
-            needs: bytes that the cache has at the least bits.
+            min_bytes: see `Session.min_bytes`.
         """
         names, counts, counted = self.sequence.staging.names, self.sequence.requantizer.counts, self.counted
         self._originals.hold(names)
-        self.rebuild()
-        self._held, self.needs = names, needs
+        self.reset()
+        self._held_pages, self.min_bytes = names, min_bytes
         self.sequence.requantizer.counts, self.counted = counts, counted
 
-    def restore(self, rest: int, patience_s: float) -> None:
-        """After a pause: asks the store for the pages, see `load`."""
-        self.load(self._held, rest, patience_s)
+    def restore(self, recompute: int, timeout_s: float) -> None:
+        """Requests the pages of a preempted session from the store, see `load`."""
+        self.load(self._held_pages, recompute, timeout_s)
 
-    def rebuild(self) -> None:
-        """Throws the cache away; all of the log will be computed anew."""
+    def reset(self) -> None:
+        """Discards the cache. The whole log will be computed again."""
         self.close()
         self._open()
 
@@ -216,21 +217,21 @@ class Session:
         """Frees the cache; its pages still reach the store."""
         if self.loading is not None:
             self.loading.close()
-        self._let_go()
+        self._release_pages()
         self.sequence.close()
 
     def _open(self) -> None:
         self.names = self._names()
         self.sequence = SequenceCache(self.method, self._originals, self.names, self._wait)
         self.loading = None
-        self.loaded = self.told = self.needs = self._prompt_left = 0
+        self.loaded = self.reported = self.min_bytes = self._prefill_left = 0
         self.counted = {"exceptions": 0, "originals_missing": 0}
 
-    def _let_go(self) -> None:
-        """Forgets the pages that were held through a pause; those that were loaded are held by themselves."""
-        if self._held:
-            self._originals.forget(self._held)
-            self._held = []
+    def _release_pages(self) -> None:
+        """Releases the pages held during a preemption. The loaded ones are held by the cache itself."""
+        if self._held_pages:
+            self._originals.forget(self._held_pages)
+            self._held_pages = []
 
     def _names(self) -> PageNames:
         return PageNames(

@@ -1,4 +1,4 @@
-"""Sessions between two turns."""
+"""The session cache: sessions between two turns."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from services.worker.session import Session
 
 
 class SessionCache:
-    """Keeps at most `most` idle sessions; the one that was not used for longest goes first."""
+    """At most `capacity` idle sessions by id. The least recently used one is evicted first."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._sessions: OrderedDict[str, Session] = OrderedDict()
 
     def __len__(self) -> int:
@@ -22,28 +22,29 @@ class SessionCache:
         return iter(self._sessions.values())
 
     def put(self, session_id: str, session: Session) -> None:
+        """Adds a session, in place of one with the same id."""
         self.drop(session_id)
         self._sessions[session_id] = session
-        while len(self._sessions) > self._most:
+        while len(self._sessions) > self._capacity:
             self.evict()
 
-    def look(self, session_id: str) -> Session | None:
-        """The session, which stays on the shelf."""
+    def peek(self, session_id: str) -> Session | None:
+        """The session, which stays here; None if there is none."""
         return self._sessions.get(session_id)
 
     def take(self, session_id: str) -> Session | None:
-        """The session, no longer on the shelf; None if it is not there."""
+        """Removes and returns the session; None if there is none."""
         return self._sessions.pop(session_id, None)
 
     def drop(self, session_id: str) -> bool:
-        """Frees a session; False if it is not there."""
+        """Frees a session; False if there is none."""
         session = self.take(session_id)
         if session is not None:
             session.close()
         return session is not None
 
     def evict(self) -> bool:
-        """Frees the session that was not used for longest; False if there is none."""
+        """Frees the least recently used session; False if there is none."""
         if not self._sessions:
             return False
         _, session = self._sessions.popitem(last=False)
@@ -51,5 +52,6 @@ class SessionCache:
         return True
 
     def clear(self) -> None:
+        """Frees all sessions."""
         while self.evict():
             pass

@@ -1,4 +1,4 @@
-"""The sessions of a worker: opened for a generation, kept for the next turn, freed when room is needed."""
+"""The sessions of a worker: opened for a generation, kept for the next turn, evicted when memory is short."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from services.worker.session_cache import SessionCache
 
 
 class Sessions:
-    """Makes sessions, and keeps those between two turns. Belongs to one thread.
+    """Opens sessions and keeps idle ones. Used by the scheduler's thread alone.
+
+    Attributes:
+        idle: sessions between two turns.
+        memory: the budget of all caches.
 
     Raises:
         UnsupportedModelError, ConfigError: the worker's default method does not fit the model.
@@ -28,23 +32,24 @@ class Sessions:
         self._fingerprint = loaded.identity
         self.methods = Methods(loaded, settings)
         self.methods.get(common_pb2.CacheParams())
-        self.cache = SessionCache(settings.max_idle_sessions)
-        self.memory = MemoryController(settings.kv_budget_bytes, settings.kv_floor_bits, settings.widen_bytes_per_s)
+        self.idle = SessionCache(settings.max_idle_sessions)
+        self.memory = MemoryController(settings.kv_budget_bytes, settings.kv_min_bits, settings.recovery_bytes_per_s)
 
     def open(self, request: worker_pb2.RunRequest, tokens: list[int]) -> Session:
-        """The session of a request: as it was left, if its cache is of use for `tokens`, or a new one.
+        """The session of a request: the idle one if its cache continues in `tokens`, a fork of the session that
+        `branch_of` names, or a new one.
 
         Raises:
-            ConfigError: the request names an unknown preset, or a target out of range.
+            ConfigError: the request has an unknown preset, or a target out of range.
         """
         method = self.methods.get(request.cache)
-        session = self.cache.take(request.session_id)
+        session = self.idle.take(request.session_id)
         if session is not None:
             if session.continues_in(tokens, method):
                 session.resume(tokens)
                 return session
             session.close()
-        origin = self.cache.look(request.branch_of)
+        origin = self.idle.peek(request.branch_of)
         if origin is not None and origin.continues_in(tokens, method):
             branch = origin.fork()
             branch.resume(tokens)
@@ -54,36 +59,36 @@ class Sessions:
         salt = page_salt(settings.tenant_salt.get_secret_value(), tenant)
         session = Session(method, self._originals, self._fingerprint, tokens, salt, settings.requantize_wait)
         if settings.prefix_reuse:
-            session.load(request.page_ids, settings.prefix_rest, settings.prefix_timeout_s)
+            session.load(request.page_ids, settings.prefix_recompute_tokens, settings.prefix_timeout_s)
         return session
 
-    def pause(self, session: Session) -> None:
-        """Frees the cache of a session that will come back."""
-        session.pause(self.memory.least(session))
+    def preempt(self, session: Session) -> None:
+        """Frees the cache of a session that will be restored."""
+        session.preempt(self.memory.min_bytes(session))
 
     def restore(self, session: Session) -> None:
-        """Begins the cache of a session that was paused with what is stored of it."""
+        """Begins to load the stored pages of a preempted session."""
         if self._settings.prefix_reuse:
-            session.restore(self._settings.prefix_rest, self._settings.prefix_timeout_s)
+            session.restore(self._settings.prefix_recompute_tokens, self._settings.prefix_timeout_s)
 
-    def leave(self, request: worker_pb2.RunRequest, session: Session) -> None:
-        """A generation ended: keeps its session if that was asked and its cache is whole."""
+    def close(self, request: worker_pb2.RunRequest, session: Session) -> None:
+        """Ends the use of a session. It stays in the session cache if the request says so and its cache is complete."""
         if request.keep and request.session_id and not session.prefilling:
-            self.cache.put(request.session_id, session)
+            self.idle.put(request.session_id, session)
         else:
             session.close()
 
     def fits(self, request: worker_pb2.RunRequest, choices: int, running: Sequence[Session]) -> bool:
-        """Whether there is room for a generation; idle sessions are freed for it. False: there will be, later.
+        """Whether a generation fits beside the running ones now. Evicts idle sessions to make room.
 
         Raises:
-            ConfigError: the request names an unknown preset, or a target out of range.
-            ResourceExhausted: it would not fit if it were alone.
+            ConfigError: the request has an unknown preset, or a target out of range.
+            ResourceExhausted: it does not fit even alone.
         """
         need = choices * self.memory.predict(self.methods.get(request.cache), len(request.token_ids))
         if self.memory.budget is not None and need > self.memory.budget:
             raise ResourceExhausted(
-                f"a prompt of {len(request.token_ids)} tokens takes at least {need:,} bytes of cache and this "
-                f"worker has {self.memory.budget:,}; shorten it, or raise QAQ_KV_BUDGET_BYTES"
+                f"a prompt of {len(request.token_ids)} tokens needs at least {need:,} bytes of cache and this "
+                f"worker has {self.memory.budget:,}; shorten the prompt or raise QAQ_KV_BUDGET_BYTES"
             )
-        return self.memory.fits(need, running, self.cache)
+        return self.memory.fits(need, running, self.idle)

@@ -1,4 +1,4 @@
-"""How busy a worker is and what its caches hold, for routers and for the metrics."""
+"""The load of a worker and what its caches hold, for routers and for the metrics."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from services.worker.session import Session
 
 
 @dataclass(frozen=True)
-class State:
-    """Generations that run and wait; sessions that hold a cache, idle ones too; its bytes and its bits an element.
+class WorkerState:
+    """What a worker runs and holds.
 
     Attributes:
-        bits: of packed elements, scales and tags included.
+        running: generations in prefill or decode.
+        waiting: generations that wait or are preempted.
+        sessions: sessions that hold a cache, idle ones included.
+        kv_bytes: allocated bytes of all caches.
+        bits: mean bits per packed element, scales and tags included; 0 if nothing is packed.
     """
 
     running: int = 0
@@ -24,30 +28,30 @@ class State:
     bits: float = 0.0
 
 
-def observe(running: int, waiting: int, sessions: Sequence[Session]) -> State:
-    """The state now; the gauges are set to it."""
+def summarize(running: int, waiting: int, sessions: Sequence[Session]) -> WorkerState:
+    """The state now. Sets the gauges to it."""
     packed = sum(session.sequence.packed.nbytes for session in sessions)
     elements = sum(session.packed_elements for session in sessions)
     bits = 8 * packed / elements if elements else 0.0
-    state = State(running, waiting, len(sessions), sum(s.sequence.nbytes for s in sessions), bits)
-    halves = sum(session.half_precision_bytes for session in sessions)
+    state = WorkerState(running, waiting, len(sessions), sum(s.sequence.nbytes for s in sessions), bits)
+    fp16_bytes = sum(session.fp16_bytes for session in sessions)
     metrics.kv_bytes.labels("device").set(state.kv_bytes)
     metrics.kv_bytes.labels("staging").set(sum(session.sequence.staging_bytes for session in sessions))
-    metrics.kv_compression_ratio.set(halves / state.kv_bytes if state.kv_bytes else 1.0)
+    metrics.kv_compression_ratio.set(fp16_bytes / state.kv_bytes if state.kv_bytes else 1.0)
     metrics.sessions.set(state.sessions)
     metrics.queue_depth.set(waiting)
     return state
 
 
-def count(session: Session) -> None:
-    """A generation ended: adds to the counters what its cache met, and shows the bits that it held."""
+def record_finished(session: Session) -> None:
+    """A generation ended. Adds its cache's events to the counters and sets the gauge of the bits it held."""
     sequence = session.sequence
     stats = sequence.stats()
     metrics.kv_bits.clear()
     for side, histogram in (("key", stats.key_bits), ("value", stats.value_bits)):
         for bits, vectors in histogram.items():
             metrics.kv_bits.labels(side, str(bits)).set(vectors)
-    met = session.sequence.requantizer.counts
+    counts = session.sequence.requantizer.counts
     for name, counter in (("exceptions", metrics.exceptions), ("originals_missing", metrics.originals_missing)):
-        counter.inc(getattr(met, name) - session.counted[name])
-        session.counted[name] = getattr(met, name)
+        counter.inc(getattr(counts, name) - session.counted[name])
+        session.counted[name] = getattr(counts, name)

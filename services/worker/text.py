@@ -1,4 +1,4 @@
-"""Tokens become text as they come: never half a character, nothing that may belong to a stop string."""
+"""Incremental detokenization: text without incomplete characters, and without what may belong to a stop string."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tokenizers.decoders import DecodeStream
 
 from qaq_core.base.errors import UnsupportedModelError
 
-# Decoders look back a little (a word's leading space depends on the word before).
-_CONTEXT = 8
+# Decoders look back a few tokens: a word's leading space depends on the word before.
+_CONTEXT_TOKENS = 8
 
 
-def backend_of(tokenizer: Any) -> Any:
+def tokenizer_backend(tokenizer: Any) -> Any:
     """The `tokenizers.Tokenizer` of a transformers tokenizer.
 
     Raises:
@@ -21,7 +21,7 @@ def backend_of(tokenizer: Any) -> Any:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UnsupportedModelError("the tokenizer cannot decode as it goes; convert it to a tokenizer.json")
+        raise UnsupportedModelError("the tokenizer cannot decode incrementally; convert it to a tokenizer.json")
     return backend
 
 
@@ -29,25 +29,25 @@ class TextStream:
     """Text of one generation.
 
     Args:
-        backend: from `backend_of`.
+        backend: from `tokenizer_backend`.
         prompt: tokens before the generation.
-        stop: strings that end it; their text and what follows is never given out.
+        stop: strings that end the text; neither they nor what follows is returned.
 
     Attributes:
-        found: the stop string that has appeared, or None.
+        stop_found: the stop string that ended the text, or None.
     """
 
     def __init__(self, backend: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._backend = backend
-        self._decoder = DecodeStream(ids=list(prompt[-_CONTEXT:]), skip_special_tokens=True)
+        self._decoder = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
         self._undecoded: list[int] = []
         self._held = ""
         self._stop = tuple(stop)
-        self.found: str | None = None
+        self.stop_found: str | None = None
 
     def push(self, token: int) -> str:
-        """Text that became certain with this token; may be empty."""
-        if self.found is not None:
+        """The text that became final with this token; may be empty."""
+        if self.stop_found is not None:
             return ""
         text = self._decoder.step(self._backend, token)
         if text is None:
@@ -57,8 +57,8 @@ class TextStream:
         return self._filter(text)
 
     def finish(self) -> str:
-        """What was held back until the end was certain."""
-        if self.found is not None:
+        """The text that was held back until the end."""
+        if self.stop_found is not None:
             return ""
         rest = self._backend.decode(self._undecoded, skip_special_tokens=True)
         text = self._filter(rest)
@@ -66,11 +66,11 @@ class TextStream:
         return text
 
     def _filter(self, text: str) -> str:
-        """Adds text to what is held back, and lets go of what belongs to no stop string."""
+        """Appends text to the held-back text and returns the part that cannot belong to a stop string."""
         text = self._held + text
-        places = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if places:
-            at, self.found = min(places)
+        matches = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if matches:
+            at, self.stop_found = min(matches)
             self._held = ""
             return text[:at]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
@@ -79,6 +79,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    """Length of the longest proper prefix of `stop` that `text` ends with."""
     lengths = range(min(len(stop) - 1, len(text)), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)

@@ -31,7 +31,7 @@ NEW = 64
 @pytest.fixture
 def workers(redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel) -> list[WorkerServer]:
     """Two that have not started."""
-    settings = {"redis_url": redis_server.url, "page_tokens": 16, "prefix_rest": 1, "preset": "fp16"}
+    settings = {"redis_url": redis_server.url, "page_tokens": 16, "prefix_recompute_tokens": 1, "preset": "fp16"}
     return [WorkerServer(WorkerSettings(model="smollm2", **settings), smollm2) for _ in range(2)]
 
 
@@ -89,7 +89,7 @@ async def test_a_drained_worker_hands_over(client: Stub, redis: Redis, workers: 
     told = await asyncio.to_thread(qaq, "drain", leaving)
     assert (told.returncode, told.stdout) == (
         0,
-        "Handed over 1 running generations; stop the process now.\n",
+        "Moved 1 running generations. The process can be stopped now.\n",
     ), told.stderr
     await task
     assert heard == expected

@@ -112,7 +112,7 @@ def test_an_experiment_that_no_table_shows_is_refused(docs: Path) -> None:
         main(["--check", "--docs", str(docs)])
 
 
-def test_three_runs_show_their_median_and_spread(tmp_path: Path) -> None:
+def test_three_runs_show_their_median_and_distribution(tmp_path: Path) -> None:
     for run, rate in enumerate((20.0, 26.0, 21.0), 1):
         record(tmp_path / "speed" / "decode-64" / f"run-{run}.json", decoded(rate))
         counted = decode(Results(tmp_path).runs("speed")).splitlines()[-1]

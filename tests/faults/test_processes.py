@@ -48,7 +48,7 @@ class Stack:
 @pytest.fixture(scope="module")
 def stack(processes: Processes) -> Stack:
     """One cache service and two workers, of which the tests of this file kill one each, in order."""
-    settings = {"QAQ_PAGE_TOKENS": str(PAGE_TOKENS), "QAQ_PREFIX_REST": "1"}
+    settings = {"QAQ_PAGE_TOKENS": str(PAGE_TOKENS), "QAQ_PREFIX_RECOMPUTE_TOKENS": "1"}
     workers = [processes.start("worker", **settings) for _ in range(2)]
     cache_service = processes.start("originals")
     processes.until_serving(cache_service, *workers)

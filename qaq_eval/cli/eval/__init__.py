@@ -1,4 +1,4 @@
-"""`qaq eval`: how close decoding from quantized caches stays to full precision."""
+"""`qaq eval`: compares decoding from quantized caches with full precision."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from qaq_eval.cli.eval import needle, tasks, text, turns
-from qaq_eval.cli.eval.common import BUILTIN, Asked, Kind, beside, named_text
-from qaq_eval.cli.eval.text import table
-from services.cli.stack import Device, Dtype, JsonPath, Model, Weights, model_or_default
+from qaq_eval.cli.eval.common import BUILTIN, EvalOptions, Kind, journal_path, read_text
+from qaq_eval.cli.eval.text import result_table
+from services.cli.options import Device, Dtype, JsonPath, Model, Weights, model_or_default
 from services.cli.terminal import progress_line, screen
 
-__all__ = ["BUILTIN", "beside", "evaluate", "named_text", "register", "table"]
+__all__ = ["BUILTIN", "evaluate", "journal_path", "read_text", "register", "result_table"]
 
 TEXT_CONFIGS = (
     "balanced,balanced-norequant,balanced@1.6,paper,paper-norequant,"
@@ -30,55 +30,55 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Model = None,
     source: Annotated[
-        str, typer.Option("--text", help="A file of text, or 'builtin': the reference of Python.")
+        str, typer.Option("--text", help="A text file, or 'builtin': the reference of Python.")
     ] = BUILTIN,
     context: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 1024,
-    decode: Annotated[int, typer.Option(min=1, help="Tokens that are decoded after it.")] = 128,
-    documents: Annotated[int, typer.Option(min=1, help="How many documents are cut from the text.")] = 2,
+    decode: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 128,
+    documents: Annotated[int, typer.Option(min=1, help="Number of documents, cut from the text.")] = 2,
     offset_fraction: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Where in the text they begin, 0 to 1.")
+        float, typer.Option(min=0.0, max=1.0, help="Where in the text the documents begin, 0 to 1.")
     ] = 0.0,
     configs: Annotated[
         str | None,
-        typer.Option(help="Presets or baselines, by comma: balanced@2.2, paper[attention_window=3]@4x."),
+        typer.Option(help="Presets or baselines, separated by commas: balanced@2.2, paper[attention_window=3]@4x."),
     ] = None,
     recall: Annotated[bool, typer.Option("--recall", help="Decode a passage of the prompt, word for word.")] = False,
     turn_count: Annotated[
-        int, typer.Option("--turns", min=0, help="Turns of one session, each a prompt and a decode.")
+        int, typer.Option("--turns", min=0, help="Turns of each session, each a prompt and a decode.")
     ] = 0,
-    hide: Annotated[
-        bool, typer.Option("--needle", help="Ask for a code that is hidden at nine depths of the prompt.")
+    hide_needle: Annotated[
+        bool, typer.Option("--needle", help="Ask for a code hidden at nine depths of the prompt.")
     ] = False,
-    trials: Annotated[int, typer.Option(min=1, help="Needles per depth, with texts of their own.")] = 1,
+    trials: Annotated[int, typer.Option(min=1, help="Needles per depth, each in another text.")] = 1,
     task_names: Annotated[
-        str, typer.Option("--tasks", help="Multiple choice by lm-eval: hellaswag,piqa,arc_easy,mathqa.")
+        str, typer.Option("--tasks", help="Multiple-choice tasks of lm-eval: hellaswag,piqa,arc_easy,mathqa.")
     ] = "",
     task_file: Annotated[
-        list[str] | None, typer.Option(help="TASK=FILE of JSON lines; without one the task comes from the hub.")
+        list[str] | None, typer.Option(help="TASK=FILE: questions as JSON lines; default: from the hub. Repeatable.")
     ] = None,
-    questions: Annotated[int | None, typer.Option(min=1, help="How many of each task; all if not given.")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Questions of each task; default: all.")] = None,
     shots: Annotated[int, typer.Option(min=0, help="Answered questions before each question.")] = 0,
-    window: Annotated[int | None, typer.Option(min=1, help="Recent tokens that stay exact in multiple choice.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Residual window in multiple choice, in tokens.")] = None,
     html_path: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with plots there: of texts and turns.")
+        Path | None, typer.Option("--html", help="Write a page with plots of text or turns to this file.")
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     weights: Weights = "plain",
     json_path: JsonPath = None,
 ) -> None:
-    """Decodes from quantized caches and compares with full precision: text, turns, needles, multiple choice.
+    """Compares decoding from quantized caches with full precision: text, turns, needles, multiple choice.
 
-    With --json, finished parts are kept beside the file, and a run that was stopped goes on where it was.
+    With --json, finished work is kept in a journal beside the file, and an interrupted run can be resumed.
     """
     from qaq_core import calibration
     from qaq_core.models import load_model
     from qaq_eval import quality
 
-    kind = _kind(recall, turn_count, hide, task_names)
+    kind = _kind(recall, turn_count, hide_needle, task_names)
     if html_path is not None and kind in (needle.run, tasks.run):
         raise typer.BadParameter("--html shows texts and turns; leave it out, or --needle and --tasks")
-    asked = Asked(
+    options = EvalOptions(
         text=source,
         context=context,
         decode=decode,
@@ -97,33 +97,33 @@ def evaluate(
     )
     parsed = quality.Config.parse_all(configs or (TEXT_CONFIGS if kind is text.run else OTHER_CONFIGS))
     with progress_line() as report, calibration.shown(report):
-        loaded = load_model(model_or_default(model), device, dtype, lambda what, share: report(what, None), weights)
-        outcome = kind(loaded, parsed, asked, report)
-    screen.print(outcome.shown, highlight=False)
+        loaded = load_model(model_or_default(model), device, dtype, lambda stage, share: report(stage, None), weights)
+        output = kind(loaded, parsed, options, report)
+    screen.print(output.table, highlight=False)
     if json_path is not None:
-        json_path.write_text(json.dumps(outcome.figures, indent=1) + "\n")
-    if html_path is not None and outcome.page is not None:
-        html_path.write_text(outcome.page)
+        json_path.write_text(json.dumps(output.json, indent=1) + "\n")
+    if html_path is not None and output.page is not None:
+        html_path.write_text(output.page)
 
 
-def _kind(recall: bool, turn_count: int, hide: bool, task_names: str) -> Kind:
-    """Which evaluation was asked for; text if none was named."""
-    named: list[Kind] = []
-    for wanted, kind in (
+def _kind(recall: bool, turn_count: int, hide_needle: bool, task_names: str) -> Kind:
+    """The kind of evaluation that the options name; text by default."""
+    kinds: list[Kind] = []
+    for named, kind in (
         (recall, text.run),
         (turn_count > 0, turns.run),
-        (hide, needle.run),
+        (hide_needle, needle.run),
         (bool(task_names), tasks.run),
     ):
-        if wanted:
-            named.append(kind)
-    if len(named) > 1:
-        raise typer.BadParameter("--recall, --turns, --needle and --tasks are evaluations of their own: take one")
-    return named[0] if named else text.run
+        if named:
+            kinds.append(kind)
+    if len(kinds) > 1:
+        raise typer.BadParameter("--recall, --turns, --needle and --tasks exclude each other: take one")
+    return kinds[0] if kinds else text.run
 
 
-def _files(named: list[str]) -> dict[str, Path]:
-    pairs = [entry.partition("=") for entry in named]
+def _files(entries: list[str]) -> dict[str, Path]:
+    pairs = [entry.partition("=") for entry in entries]
     for task, equals, path in pairs:
         if not (task and equals and path):
             raise typer.BadParameter("write --task-file as a task and its file, such as piqa=questions.jsonl")

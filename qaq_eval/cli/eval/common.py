@@ -1,4 +1,4 @@
-"""What all kinds of evaluation share: what was asked for, texts, files."""
+"""What all kinds of evaluation share: options, output, texts, files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BUILTIN = "builtin"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the command was told."""
+class EvalOptions:
+    """The options of `qaq eval`."""
 
     text: str = BUILTIN
     context: int = 1024
@@ -40,25 +40,29 @@ class Asked:
 
     @property
     def journal(self) -> Path | None:
-        """The file of finished parts."""
-        return self.json_path and beside(self.json_path)
+        """The journal of finished work."""
+        return self.json_path and journal_path(self.json_path)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What was measured: the object for --json without what is said of the model, a table, a page for --html."""
+class EvalOutput:
+    """The output of an evaluation: the object for --json, a table for the terminal, and a page for --html."""
 
-    figures: dict[str, Any]
-    shown: Table
+    json: dict[str, Any]
+    table: Table
     page: str | None = None
 
 
 Report = Callable[[str, float | None], None]
-Kind = Callable[["LoadedModel", list["Config"], Asked, Report], Outcome]
+Kind = Callable[["LoadedModel", list["Config"], EvalOptions, Report], EvalOutput]
 
 
-def named_text(text: str) -> tuple[str, str]:
-    """A name for the text, and the text."""
+def read_text(text: str) -> tuple[str, str]:
+    """The name of a text, and the text.
+
+    Raises:
+        ConfigError: the file is not UTF-8 text.
+    """
     from qaq_core.base.errors import ConfigError
     from qaq_eval.quality import builtin_text
 
@@ -70,13 +74,13 @@ def named_text(text: str) -> tuple[str, str]:
         raise ConfigError(f"{text} is not UTF-8 text ({error.reason}); give a text file, or 'builtin'") from error
 
 
-def beside(path: Path) -> Path:
-    """The file of finished parts."""
+def journal_path(path: Path) -> Path:
+    """The journal beside a JSON file."""
     return path.with_name(f"{path.name}.parts.jsonl")
 
 
-def about(loaded: LoadedModel, task: str) -> dict[str, Any]:
-    """What every JSON object says first."""
+def about_model(loaded: LoadedModel, task: str) -> dict[str, Any]:
+    """The first fields of every JSON object."""
     return {
         "model": loaded.name,
         "fingerprint": loaded.fingerprint,
@@ -86,20 +90,21 @@ def about(loaded: LoadedModel, task: str) -> dict[str, Any]:
     }
 
 
-def fits(loaded: LoadedModel, tokens: int) -> None:
+def check_length(loaded: LoadedModel, tokens: int) -> None:
+    """Raises typer.BadParameter if the model's context is shorter than `tokens`."""
     if tokens > loaded.context_length:
-        raise typer.BadParameter(f"{tokens} tokens are more than the model's {loaded.context_length}")
+        raise typer.BadParameter(f"{tokens} tokens exceed the model's context of {loaded.context_length}")
 
 
-def shown_name(config: str) -> Text:
-    """A configuration's name in a table: its settings are in brackets, which are no markup."""
+def config_cell(config: str) -> Text:
+    """A configuration's name for a table. Its brackets are not markup."""
     return Text(config)
 
 
 def empty_table(title: str, first: str, *columns: str) -> Table:
-    """A table with a column of names, then columns of numbers."""
-    made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    made.add_column(first, overflow="fold")
+    """A table with a column of names, followed by columns of numbers."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column(first, overflow="fold")
     for name in columns:
-        made.add_column(name, justify="right", no_wrap=True)
-    return made
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

@@ -1,4 +1,4 @@
-"""Decoding real text, or a passage of the prompt again."""
+"""`qaq eval`: decoding of real text, or with --recall of a passage of the prompt."""
 
 from __future__ import annotations
 
@@ -8,55 +8,68 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from qaq_eval.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text, shown_name
+from qaq_eval.cli.eval.common import (
+    EvalOptions,
+    EvalOutput,
+    Report,
+    about_model,
+    check_length,
+    config_cell,
+    empty_table,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from qaq_core.models import LoadedModel
-    from qaq_eval.quality import Config, Row
+    from qaq_eval.quality import Config, EvalResult
 
 
-def run(loaded: LoadedModel, configs: list[Config], asked: Asked, report: Report) -> Outcome:
+def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report: Report) -> EvalOutput:
     from qaq_eval import quality
 
-    source, written = named_text(asked.text)
-    cut = quality.cut(written, loaded.tokenizer, asked.context, asked.decode, asked.documents, asked.offset_fraction)
-    cut = [quality.with_recall(document) for document in cut] if asked.recall else cut
-    fits(loaded, asked.context + asked.decode)
-    said = {
-        **about(loaded, "recall" if asked.recall else "text"),
-        "text": source,
-        "context": asked.context,
-        "decode": asked.decode,
-        "documents": asked.documents,
-        "offset_fraction": asked.offset_fraction,
+    name, text = read_text(options.text)
+    documents = quality.cut_documents(
+        text, loaded.tokenizer, options.context, options.decode, options.documents, options.offset_fraction
+    )
+    if options.recall:
+        documents = [quality.with_recall(document) for document in documents]
+    check_length(loaded, options.context + options.decode)
+    about = {
+        **about_model(loaded, "recall" if options.recall else "text"),
+        "text": name,
+        "context": options.context,
+        "decode": options.decode,
+        "documents": options.documents,
+        "offset_fraction": options.offset_fraction,
     }
-    log = quality.PartLog(quality.run_name(said, cut), asked.journal)
-    for part in quality.evaluate(loaded.model, loaded.fingerprint, cut, configs, log.has, report):
-        log.add(part)
+    log = quality.ResultLog(quality.run_name(about, documents), options.journal)
+    for result in quality.evaluate(loaded.model, loaded.fingerprint, documents, configs, log.has, report):
+        log.add(result)
     names = [config.text for config in configs]
-    parts = log.select(range(asked.documents), names)
-    rows = [quality.summarize(parts, name, asked.context) for name in names]
+    by_document = log.select(range(options.documents), names)
+    results = [quality.summarize(by_document, name, options.context) for name in names]
     page = None
-    if asked.html_path is not None:
-        from qaq_eval.quality.report import text_page
+    if options.html_path is not None:
+        from qaq_eval.quality.report import text_report
 
-        page = text_page(said, rows, parts)
-    return Outcome({**said, "rows": [asdict(row) for row in rows]}, table(rows), page)
+        page = text_report(about, results, by_document)
+    return EvalOutput({**about, "rows": [asdict(result) for result in results]}, result_table(results), page)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    several = len({row.context for row in rows}) > 1
+def result_table(results: Sequence[EvalResult]) -> Table:
+    """A table of results. The context has a column if it varies."""
+    several = len({result.context for result in results}) > 1
     columns = ("smaller", "bits K/V", "ΔNLL", "KL", "top-1", "B/tok")
-    shown = empty_table("Against full precision", "config", *(["context"] if several else []), *columns)
-    for row in rows:
-        shown.add_row(
-            shown_name(row.config),
-            *([str(row.context)] if several else []),
-            f"{row.compression:.2f}x",
-            f"{row.bits_key:.2f}/{row.bits_value:.2f}",
-            f"{row.delta_nll:+.4f}±{row.delta_nll_se:.3f}",
-            f"{row.kl_mean:.4f}",
-            f"{row.top1_agreement:.3f}",
-            f"{row.requantize_bytes_per_token:.0f}",
+    table = empty_table("Against full precision", "config", *(["context"] if several else []), *columns)
+    for result in results:
+        table.add_row(
+            config_cell(result.config),
+            *([str(result.context)] if several else []),
+            f"{result.compression:.2f}x",
+            f"{result.bits_key:.2f}/{result.bits_value:.2f}",
+            f"{result.delta_nll:+.4f}±{result.delta_nll_se:.3f}",
+            f"{result.kl_mean:.4f}",
+            f"{result.top1_agreement:.3f}",
+            f"{result.requantize_bytes_per_token:.0f}",
         )
-    return shown
+    return table

@@ -1,65 +1,77 @@
-"""Sessions of many turns."""
+"""`qaq eval --turns`: sessions of many turns."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from qaq_eval.cli.eval.common import Asked, Outcome, Report, about, empty_table, fits, named_text, shown_name
+from qaq_eval.cli.eval.common import (
+    EvalOptions,
+    EvalOutput,
+    Report,
+    about_model,
+    check_length,
+    config_cell,
+    empty_table,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from qaq_core.models import LoadedModel
     from qaq_eval.quality import Config
 
 
-def run(loaded: LoadedModel, configs: list[Config], asked: Asked, report: Report) -> Outcome:
+def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report: Report) -> EvalOutput:
     from qaq_eval import quality
     from qaq_eval.quality import turns
 
-    source, written = named_text(asked.text)
-    fits(loaded, asked.turns * (asked.context + asked.decode))
+    name, text = read_text(options.text)
+    check_length(loaded, options.turns * (options.context + options.decode))
     sessions = turns.cut_sessions(
-        written,
+        text,
         loaded.tokenizer,
-        asked.turns,
-        asked.context,
-        asked.decode,
-        asked.documents,
-        asked.offset_fraction,
+        options.turns,
+        options.context,
+        options.decode,
+        options.documents,
+        options.offset_fraction,
     )
-    said = {
-        **about(loaded, "turns"),
-        "text": source,
-        "turns": asked.turns,
-        "context": asked.context,
-        "decode": asked.decode,
-        "documents": asked.documents,
-        "offset_fraction": asked.offset_fraction,
+    about = {
+        **about_model(loaded, "turns"),
+        "text": name,
+        "turns": options.turns,
+        "context": options.context,
+        "decode": options.decode,
+        "documents": options.documents,
+        "offset_fraction": options.offset_fraction,
     }
-    log = quality.PartLog(quality.run_name(said, sessions), asked.journal)
-    for part in turns.evaluate_turns(loaded.model, loaded.fingerprint, sessions, asked.turns, configs, log.has, report):
-        log.add(part)
+    log = quality.ResultLog(quality.run_name(about, sessions), options.journal)
+    for result in turns.evaluate_turns(
+        loaded.model, loaded.fingerprint, sessions, options.turns, configs, log.has, report
+    ):
+        log.add(result)
     names = [config.text for config in configs]
-    rows = [
-        row
-        for turn in range(1, asked.turns + 1)
-        for row in turns.turn_rows(log.select(range(asked.documents), names, turn), names, asked.context, turn)
+    results = [
+        result
+        for turn in range(1, options.turns + 1)
+        for result in turns.summarize_turn(
+            log.select(range(options.documents), names, turn), names, options.context, turn
+        )
     ]
-    shown = empty_table("Against full precision", "config", "turn", "smaller", "ΔNLL", "KL", "top-1", "B/tok")
-    for row in sorted(rows, key=lambda row: names.index(row.config)):
-        shown.add_row(
-            shown_name(row.config),
-            str(row.turn),
-            f"{row.compression:.2f}x",
-            f"{row.delta_nll:+.4f}±{row.delta_nll_se:.3f}",
-            f"{row.kl_mean:.4f}",
-            f"{row.top1_agreement:.3f}",
-            f"{row.requantize_bytes_per_token:.0f}",
+    table = empty_table("Against full precision", "config", "turn", "smaller", "ΔNLL", "KL", "top-1", "B/tok")
+    for turn_result in sorted(results, key=lambda result: names.index(result.config)):
+        table.add_row(
+            config_cell(turn_result.config),
+            str(turn_result.turn),
+            f"{turn_result.compression:.2f}x",
+            f"{turn_result.delta_nll:+.4f}±{turn_result.delta_nll_se:.3f}",
+            f"{turn_result.kl_mean:.4f}",
+            f"{turn_result.top1_agreement:.3f}",
+            f"{turn_result.requantize_bytes_per_token:.0f}",
         )
     page = None
-    if asked.html_path is not None:
-        from qaq_eval.quality.report import turns_page
+    if options.html_path is not None:
+        from qaq_eval.quality.report import turns_report
 
-        last = log.select(range(asked.documents), names, asked.turns)
-        page = turns_page(said, rows, last)
-    return Outcome({**said, "rows": [asdict(row) for row in rows]}, shown, page)
+        page = turns_report(about, results, log.select(range(options.documents), names, options.turns))
+    return EvalOutput({**about, "rows": [asdict(result) for result in results]}, table, page)

@@ -1,7 +1,8 @@
-"""Pauses: generations give way as a whole when their caches cannot give way any more.
+"""Preemption: whole generations lose their caches when no λ brings the caches within the budget.
 
-Who came last is paused first and goes on last. It is paused between two tokens and its cache is freed; when there
-is room again the cache is loaded from the store, its rest is computed, and the next token follows.
+The generation that arrived last is preempted first and resumed last. It stops between two tokens and its cache is
+freed. When there is room again, its pages are loaded from the store, the rest of its log is computed, and the stream
+continues with the next token.
 """
 
 from __future__ import annotations
@@ -13,86 +14,86 @@ import structlog
 
 from services.common import metrics
 from services.common.log import once
-from services.worker.generation import Generation, age, session_of
+from services.worker.generation import Generation, arrival_order, session_of
 from services.worker.scheduler.step import RunningBatch
 from services.worker.sessions import Sessions
 
-HEADROOM = 256
-"""Tokens that a generation and all that run beside it must have room for when it goes on: if it were paused again
-at once, the `prefix_rest` of its log would be computed for nothing."""
+HEADROOM_TOKENS = 256
+"""Tokens that a resumed generation and every running one must have room for. A generation that is preempted again at
+once would compute the last `prefix_recompute_tokens` of its log for nothing."""
 
-PATIENCE_S = 1.0
-"""Pages may be under way to the store for so long before it counts as passing the budget."""
+STORE_PATIENCE_S = 1.0
+"""How long pages may be on their way to the store before the budget counts as exceeded."""
 
 log = structlog.get_logger()
 
 
 class Preemption:
-    """Says who is paused and when they go on. Belongs to the engine's thread."""
+    """Decides which generations are preempted and when they resume. Used by the scheduler's thread alone."""
 
     def __init__(self, batch: RunningBatch, sessions: Sessions) -> None:
         self._batch, self._sessions, self._memory = batch, sessions, sessions.memory
-        self._counts_from: float | None = None
+        self._exceeded_at: float | None = None
 
     def step(self) -> None:
-        """Between two forward passes: pauses as many as bring the caches into the budget."""
-        over = self._memory.short
-        while over > 0:
-            leaving = self._last()
-            # Whose pages the store has not taken could not be loaded again: it may be down.
-            if not leaving or not all(session_of(generation).stored for generation in leaving):
-                self._pass(PATIENCE_S if leaving else 0.0)
+        """Between two forward passes: preempts until the caches are within the budget."""
+        excess = self._memory.excess_bytes
+        while excess > 0:
+            victims = self._victims()
+            # Pages that the store has not acknowledged could not be loaded again: the store may be down.
+            if not victims or not all(session_of(generation).stored for generation in victims):
+                self._report_exceeded(STORE_PATIENCE_S if victims else 0.0)
                 return
-            over -= sum(session_of(generation).sequence.nbytes for generation in leaving)
-            for generation in leaving:
+            excess -= sum(session_of(generation).sequence.nbytes for generation in victims)
+            for generation in victims:
                 self._preempt(generation)
-        self._counts_from = None
+        self._exceeded_at = None
 
-    def end_first(self) -> bool:
-        """Lets the one that came first go on; False if there is no room for it.
+    def resume_first(self) -> bool:
+        """Resumes the preempted generation that arrived first; False if there is no room for it.
 
-        It goes on if nothing runs, whatever there is room for.
+        It resumes whatever room there is if nothing else runs.
         """
-        first, beside = self._batch.preempted[0], self._batch.running
+        first, running = self._batch.preempted[0], self._batch.running
         growth = sum(
-            self._memory.growth(session_of(each).method, each.slots * min(each.left, HEADROOM))
-            for each in (first, *beside)
+            self._memory.growth(session_of(each).method, each.slots * min(each.tokens_left, HEADROOM_TOKENS))
+            for each in (first, *running)
         )
-        need = session_of(first).needs + growth
-        if not self._memory.fits(need, self._batch.sessions, self._sessions.cache) and beside:
+        need = session_of(first).min_bytes + growth
+        if not self._memory.fits(need, self._batch.sessions, self._sessions.idle) and running:
             return False
         self._batch.resume(first)
         return True
 
-    def _last(self) -> list[Generation]:
-        """The choices of the call that came last among those that decode. One that is alone gives way choice by
-        choice; the last one never does."""
-        decoding = sorted(self._batch.decoding, key=age)
+    def _victims(self) -> list[Generation]:
+        """All choices of the call that arrived last, of those that decode. If only one call decodes, its choices are
+        preempted one by one. The last decoding generation is never preempted."""
+        decoding = sorted(self._batch.decoding, key=arrival_order)
         if len(decoding) < 2:
             return []
-        call = [generation for generation in decoding if generation.listener is decoding[-1].listener]
-        return call if len(call) < len(decoding) else call[-1:]
+        last_call = [generation for generation in decoding if generation.call is decoding[-1].call]
+        return last_call if len(last_call) < len(decoding) else last_call[-1:]
 
     def _preempt(self, generation: Generation) -> None:
-        self._batch.pause(generation)
+        self._batch.preempt(generation)
         metrics.preempted.inc()
-        if once("paused"):
-            log.warning("the caches cannot give way; generations are paused", budget=self._memory.budget)
+        if once("preempted"):
+            log.warning("the caches do not fit the budget; generations are preempted", budget=self._memory.budget)
 
-    def _pass(self, patience_s: float) -> None:
-        """The caches are over the budget and stay so; counted once, until they are within it again."""
+    def _report_exceeded(self, patience_s: float) -> None:
+        """The budget stays exceeded. Counts it once, until the caches are within the budget again."""
         now = time.monotonic()
-        if self._counts_from is None:
-            self._counts_from = now + patience_s
-        if now < self._counts_from:
+        if self._exceeded_at is None:
+            self._exceeded_at = now + patience_s
+        if now < self._exceeded_at:
             return
-        self._counts_from = math.inf
+        self._exceeded_at = math.inf
         metrics.kv_budget_exceeded.inc()
         if once("budget"):
-            reason = "the store has not taken its pages" if patience_s else "nobody else decodes"
+            reason = "the store has not acknowledged its pages" if patience_s else "no other generation decodes"
             log.warning(
-                "the caches pass the budget and no generation can be paused",
+                "the caches exceed the budget and no generation can be preempted",
                 reason=reason,
                 budget=self._memory.budget,
-                over=self._memory.short,
+                excess_bytes=self._memory.excess_bytes,
             )

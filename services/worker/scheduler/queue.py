@@ -1,4 +1,4 @@
-"""The inbox: what other threads ask of the engine's thread."""
+"""The request queue: what other threads ask of the scheduler's thread."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ RETRY_AFTER_MS = 1000
 
 
 class RequestQueue:
-    """Generations that wait, sessions to drop, and whether to stop. Any thread may ask, the engine's answers.
+    """Waiting generations, sessions to drop, and the request to stop.
 
     Args:
-        originals: what waits to be stored there may become too much to take anything new.
+        originals: the store; while too many bytes are on their way to it, no generation is accepted.
     """
 
     def __init__(self, originals: Originals, settings: WorkerSettings) -> None:
         self._originals, self._settings = originals, settings
-        self._wake = threading.Condition()
+        self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._drops: list[tuple[str, Future[bool]]] = []
         self._stopping = self._draining = False
 
     def __len__(self) -> int:
-        """Generations that wait."""
+        """The number of waiting generations."""
         return len(self._waiting)
 
     @property
@@ -39,91 +39,93 @@ class RequestQueue:
 
     # -- for any thread --------------------------------------------------------------------------------
 
-    def put(self, generation: Generation, free: Callable[[], int]) -> None:
+    def put(self, generation: Generation, free_slots: Callable[[], int]) -> None:
         """Queues a generation.
 
         Args:
-            free: tells how many places those who wait now will take.
+            free_slots: returns the number of slots that waiting generations will take at the next step.
         Raises:
-            Unavailable: nothing new is taken any more.
-            ResourceExhausted: too many wait already, or too many originals.
+            Unavailable: the worker is draining or stopping.
+            ResourceExhausted: the queue is full, or too many originals are pending.
         """
-        with self._wake:
+        with self._changed:
             if self._stopping or self._draining:
                 raise Unavailable("this worker is stopping; send the request again", retry_after_ms=RETRY_AFTER_MS)
             if self.staging_full:
                 raise ResourceExhausted(
                     f"{self._originals.pending_bytes:,} bytes of originals wait for a cache service, more than "
-                    "QAQ_STAGING_BUDGET_BYTES; try again later, and look whether cache services and Redis run",
+                    "QAQ_STAGING_BUDGET_BYTES; try again later, and check that the cache services and Redis run",
                     retry_after_ms=RETRY_AFTER_MS,
                 )
-            if len(self._waiting) >= self._settings.max_waiting + free():
+            if len(self._waiting) >= self._settings.max_waiting + free_slots():
                 raise ResourceExhausted(
                     f"{len(self._waiting)} generations wait already; try again later",
                     retry_after_ms=RETRY_AFTER_MS,
                 )
             self._waiting.append(generation)
-            self._wake.notify()
+            self._changed.notify()
 
     def cancel(self, generation: Generation) -> None:
-        with self._wake:
-            generation.listener.cancelled = True
-            self._wake.notify()
+        with self._changed:
+            generation.call.cancelled = True
+            self._changed.notify()
 
     def drop(self, session_id: str) -> Future[bool]:
-        answer: Future[bool] = Future()
-        with self._wake:
+        """Asks for a session to be dropped; the future tells whether it existed."""
+        dropped: Future[bool] = Future()
+        with self._changed:
             if self._stopping:
-                answer.set_result(False)
-                return answer
-            self._drops.append((session_id, answer))
-            self._wake.notify()
-        return answer
+                dropped.set_result(False)
+                return dropped
+            self._drops.append((session_id, dropped))
+            self._changed.notify()
+        return dropped
 
     def close(self) -> None:
-        """Takes no generation from now on."""
-        with self._wake:
+        """Accepts no generation from now on."""
+        with self._changed:
             self._draining = True
 
     def stop(self) -> None:
-        """Asks the engine's thread to end."""
-        with self._wake:
+        """Asks the scheduler's thread to end."""
+        with self._changed:
             self._stopping = True
-            self._wake.notify()
+            self._changed.notify()
 
-    # -- for the engine's thread -----------------------------------------------------------------------
+    # -- for the scheduler's thread --------------------------------------------------------------------
 
-    def wait(self, busy: bool) -> bool:
-        """Waits until there is something to do, not at all if `busy`; False when the engine is to stop."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._stopping or self._drops or self._waiting or busy)
+    def wait_for_work(self, active: bool) -> bool:
+        """Waits until there is something to do; returns at once if generations are active. False: stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._drops or self._waiting or active)
             return not self._stopping
 
-    def pause(self, seconds: float) -> None:
-        """Waits so long, or until somebody asks for something."""
-        with self._wake:
-            self._wake.wait(seconds)
+    def sleep(self, seconds: float) -> None:
+        """Waits for `seconds`, or until the queue changes."""
+        with self._changed:
+            self._changed.wait(seconds)
 
-    def first(self, busy: Collection[str]) -> Generation | None:
-        """The generation that waited for longest and whose session is not busy."""
-        with self._wake:
-            return next((g for g in self._waiting if g.request.session_id not in busy), None)
+    def first(self, busy_sessions: Collection[str]) -> Generation | None:
+        """The oldest waiting generation whose session is not busy."""
+        with self._changed:
+            return next((g for g in self._waiting if g.request.session_id not in busy_sessions), None)
 
     def remove(self, generation: Generation) -> None:
-        with self._wake:
+        with self._changed:
             self._waiting.remove(generation)
 
-    def forget_cancelled(self) -> None:
-        with self._wake:
+    def remove_cancelled(self) -> None:
+        with self._changed:
             self._waiting = deque(g for g in self._waiting if not g.cancelled)
 
-    def take_waiting(self) -> list[Generation]:
-        """Everything that waits; nothing does after this."""
-        with self._wake:
+    def take_all(self) -> list[Generation]:
+        """Removes and returns all waiting generations."""
+        with self._changed:
             waiting, self._waiting = self._waiting, deque()
             return list(waiting)
 
     def take_drops(self) -> list[tuple[str, Future[bool]]]:
-        with self._wake:
+        """Removes and returns the sessions to drop."""
+        with self._changed:
             drops, self._drops = self._drops, []
             return drops

@@ -1,8 +1,8 @@
-"""The engine: one thread that computes, for all generations of a worker.
+"""The scheduler: one thread that computes all generations of a worker.
 
-A step is at most `prefill_chunk` tokens of prompts, one prompt after the other, and then one token of every
-sequence that decodes, in one forward pass. Everything but `submit`, `cancel`, `drop` and `state` belongs to the
-thread.
+A step computes at most `prefill_chunk` prompt tokens, one prompt after the other, and then one token of every decoding
+sequence in one forward pass. All methods but `submit`, `cancel`, `drop`, `state` and those of the budget belong to
+the thread.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from services.common.errors import FailedPrecondition, Unavailable
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation
 from services.worker.replies import Replies
-from services.worker.request import Checker
+from services.worker.request import RequestValidator
 from services.worker.scheduler.preemption import Preemption
 from services.worker.scheduler.queue import RETRY_AFTER_MS, RequestQueue
 from services.worker.scheduler.step import RunningBatch
 from services.worker.sessions import Sessions
-from services.worker.state import State, observe
+from services.worker.state import WorkerState, summarize
 
 STORE_POLL_S = 0.005
-STOP_S = 120.0
+STOP_TIMEOUT_S = 120.0
 
 log = structlog.get_logger()
 
@@ -52,14 +52,14 @@ class Scheduler:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._originals, self._settings = originals, settings
-        self._check = Checker(loaded, settings)
+        self._validator = RequestValidator(loaded, settings)
         self.sessions = Sessions(loaded, originals, settings)
         self._queue, self._replies = RequestQueue(originals, settings), Replies(loop)
         self.batch = RunningBatch(loaded, self.sessions, self._replies, settings.decode_threads)
         self._preemption = Preemption(self.batch, self.sessions)
-        self._state = State()
+        self._state = WorkerState()
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     # -- for any thread --------------------------------------------------------------------------------
 
@@ -67,23 +67,26 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends every generation with UNAVAILABLE and waits at most STOP_S for the thread. Does nothing again."""
+        """Ends every generation with UNAVAILABLE and waits at most `STOP_TIMEOUT_S` for the current step.
+
+        Later calls do nothing.
+        """
         if self._stopped:
             return
         self._stopped = True
         self._queue.stop()
-        self._thread.join(STOP_S)
+        self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():
-            log.error("a step does not end; going on without it", seconds=STOP_S)
+            log.error("a step did not end in time; the scheduler's thread is abandoned", seconds=STOP_TIMEOUT_S)
 
-    def drain(self, patience_s: float) -> int:
-        """Takes nothing new, waits for the store to have what was computed, and stops. Others go on from there.
+    def drain(self, timeout_s: float) -> int:
+        """Accepts nothing new, waits until all pages are stored, and stops. Other workers can then continue.
 
         Returns:
-            how many generations ended with UNAVAILABLE for that.
+            the number of generations that ended with UNAVAILABLE.
         """
         self._queue.close()
-        ends = time.monotonic() + patience_s
+        ends = time.monotonic() + timeout_s
         while self._originals.pending_bytes and time.monotonic() < ends:
             time.sleep(STORE_POLL_S)
         moved = self._state.running + self._state.waiting
@@ -91,15 +94,15 @@ class Scheduler:
         return moved
 
     def submit(self, request: worker_pb2.RunRequest) -> Generation:
-        """Queues a generation; its replies come in `replies`.
+        """Queues a generation. Its messages arrive in `Generation.replies`.
 
         Raises:
-            InvalidArgument: names what to change.
-            Unavailable: the engine is stopping.
-            ResourceExhausted: too many wait already, or too many originals.
+            InvalidArgument: names the field to change.
+            Unavailable: the worker is draining or stopping.
+            ResourceExhausted: the queue is full, or too many originals are pending.
         """
-        generation = self._check.generation(request)
-        self._queue.put(generation, lambda: self._free - len(self.batch.preempted))
+        generation = self._validator.generation(request)
+        self._queue.put(generation, lambda: self._free_slots - len(self.batch.preempted))
         return generation
 
     def cancel(self, generation: Generation) -> None:
@@ -107,11 +110,11 @@ class Scheduler:
         self._queue.cancel(generation)
 
     def drop(self, session_id: str) -> Future[bool]:
-        """Frees a session's cache and ends its generation; False if there is none."""
+        """Frees a session's cache and ends its generation; False if there is no such session."""
         return self._queue.drop(session_id)
 
     @property
-    def state(self) -> State:
+    def state(self) -> WorkerState:
         return self._state
 
     @property
@@ -120,99 +123,98 @@ class Scheduler:
         return self.sessions.memory.budget
 
     def set_budget(self, kv_bytes: int | None) -> None:
-        """Changes what all caches may hold; the price follows within a few steps."""
+        """Changes the bytes that all caches may hold. λ follows within a few steps."""
         self.sessions.memory.budget = kv_bytes
 
     @property
-    def _free(self) -> int:
-        """Places that those who wait or are paused will take."""
-        return max(0, self._settings.max_sequences - self.batch.taken)
+    def _free_slots(self) -> int:
+        """Slots for waiting and preempted generations."""
+        return max(0, self._settings.max_sequences - self.batch.slots)
 
     # -- the thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         with torch.inference_mode():
-            while self._queue.wait(busy=bool(self.batch.begun)):
+            while self._queue.wait_for_work(active=bool(self.batch.active)):
                 try:
                     self._step()
-                except Exception as error:  # a fault of the engine's own: those it runs end, it goes on
+                except Exception as error:  # a fault of the scheduler: all generations end, the thread continues
                     self._fail_all(error)
             self._fail_all(Unavailable("the worker stopped; send the request again", retry_after_ms=RETRY_AFTER_MS))
-            self.sessions.cache.clear()
-            self._drop_asked()
-            self._send()
+            self.sessions.idle.clear()
+            self._drop_sessions()
+            self._publish()
 
     def _step(self) -> None:
-        self._drop_asked()
-        self._reap()
-        if self.sessions.memory.step(self.batch.sessions, self.sessions.cache):
-            self._send()
+        self._drop_sessions()
+        self._remove_cancelled()
+        if self.sessions.memory.step(self.batch.sessions, self.sessions.idle):
+            self._publish()
         self._preemption.step()
         self._admit()
-        computing = self._compute_prompts()
+        prefilled = self._prefill()
         decoding = self.batch.decoding
         if decoding:
             self.batch.decode(decoding)
-        self._send()
-        if not computing and not decoding:
-            self._queue.pause(STORE_POLL_S)  # waits for the store
+        self._publish()
+        if not prefilled and not decoding:
+            self._queue.sleep(STORE_POLL_S)  # all prompts wait for the store
 
-    def _compute_prompts(self) -> bool:
-        """Prompts in order, `prefill_chunk` tokens of them; False if there was nothing to compute."""
-        room = most = self._settings.prefill_chunk
-        while room > 0 and (prompt := self.batch.next_prefill()):
-            room -= self.batch.prefill(prompt, room)
-            self._send()
-        return room < most
+    def _prefill(self) -> bool:
+        """Computes at most `prefill_chunk` prompt tokens; False if no prompt was ready."""
+        limit = left = self._settings.prefill_chunk
+        while left > 0 and (generation := self.batch.next_prefill()):
+            left -= self.batch.prefill(generation, left)
+            self._publish()
+        return left < limit
 
-    def _reap(self) -> None:
-        """Lets go of generations that nobody listens to."""
-        self._queue.forget_cancelled()
-        for generation in [g for g in self.batch.begun if g.cancelled]:
-            self.batch.release(generation)
+    def _remove_cancelled(self) -> None:
+        self._queue.remove_cancelled()
+        for generation in [g for g in self.batch.active if g.cancelled]:
+            self.batch.finish(generation)
 
     def _admit(self) -> None:
-        """Lets generations run, in order, as far as there is room: those that are paused, then those that wait."""
-        while self._free and not self._queue.staging_full:
+        """Starts generations in order of arrival while there is room: preempted ones first, then waiting ones."""
+        while self._free_slots and not self._queue.staging_full:
             if self.batch.preempted:
-                if not self._preemption.end_first():
+                if not self._preemption.resume_first():
                     return
                 continue
-            candidate = self._queue.first(self.batch.busy)
-            if candidate is None or candidate.slots > self._free:
+            candidate = self._queue.first(self.batch.busy_sessions)
+            if candidate is None or candidate.slots > self._free_slots:
                 return
             try:
                 if not self.sessions.fits(candidate.request, candidate.slots, self.batch.sessions):
                     return
-                self.batch.begin(candidate)
+                self.batch.start(candidate)
             except Exception as error:
                 self._replies.put(candidate, error)
             self._queue.remove(candidate)
 
     def _fail_all(self, error: Exception) -> None:
-        """Ends everything that runs, is paused or waits."""
-        for generation in self.batch.begun:
+        """Ends all running, preempted and waiting generations."""
+        for generation in self.batch.active:
             self.batch.fail(generation, error)
-        for generation in self._queue.take_waiting():
+        for generation in self._queue.take_all():
             self._replies.put(generation, error)
-        self._send()
+        self._publish()
 
-    def _drop_asked(self) -> None:
-        """Does what `drop` asked for. The state says so before the answer does."""
+    def _drop_sessions(self) -> None:
+        """Drops the sessions that callers of `drop` named. Publishes the state before it answers them."""
         dropped = []
         for session_id, answer in self._queue.take_drops():
-            running = [g for g in self.batch.begun if g.request.session_id == session_id]
+            running = [g for g in self.batch.active if g.request.session_id == session_id]
             for generation in running:
                 self.batch.fail(generation, FailedPrecondition("the session was dropped; open a new one"))
-            dropped.append((answer, self.sessions.cache.drop(session_id) or bool(running)))
+            dropped.append((answer, self.sessions.idle.drop(session_id) or bool(running)))
         if dropped:
-            self._send()
-        for answer, found in dropped:
-            answer.set_result(found)
+            self._publish()
+        for answer, existed in dropped:
+            answer.set_result(existed)
 
-    def _send(self) -> None:
-        """Publishes the state, and hands what there is to say to the event loop, at once."""
-        sessions = [*self.batch.sessions, *self.sessions.cache]
+    def _publish(self) -> None:
+        """Updates the state and sends the collected replies."""
+        sessions = [*self.batch.sessions, *self.sessions.idle]
         waiting = len(self._queue) + len(self.batch.preempted)
-        self._state = observe(len(self.batch.running), waiting, sessions)
+        self._state = summarize(len(self.batch.running), waiting, sessions)
         self._replies.send()

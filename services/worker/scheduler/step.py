@@ -1,4 +1,4 @@
-"""The batch: the generations that run, what a forward pass makes of them, and how they end."""
+"""The running batch: active generations, their forward passes, and how they end."""
 
 from __future__ import annotations
 
@@ -7,93 +7,90 @@ from collections.abc import Sequence
 
 import structlog
 import torch
-from qaq.v1 import common_pb2
 
 from qaq_core import QAQCache
 from qaq_core.models import LoadedModel
 from services.common import metrics
 from services.common.errors import ResourceExhausted
-from services.worker.generation import Generation, Reply, age, session_of
+from services.worker.generation import UNFINISHED, Generation, Reply, arrival_order, session_of
 from services.worker.replies import Replies
 from services.worker.session import Session
 from services.worker.sessions import Sessions
-from services.worker.state import count
+from services.worker.state import record_finished
 
-AHEAD = 2
-"""Prompts whose stored pages are fetched at a time."""
-
-_GOING_ON = common_pb2.FINISH_REASON_UNSPECIFIED
+PREFILL_LOOKAHEAD = 2
+"""Prompts whose stored pages are loaded at a time."""
 
 log = structlog.get_logger()
 
 
 class RunningBatch:
-    """Computes the generations that run. Belongs to the engine's thread.
+    """Computes the active generations. Used by the scheduler's thread alone.
 
     Args:
-        decode_threads: for a decode step; all but one if not given.
+        decode_threads: threads of a decode step; all but one if not given.
 
     Attributes:
-        running: those that compute their prompt, in the order in which they came, and those that decode.
-        preempted: those that decoded and have no cache now, in the order in which they came.
+        running: generations in prefill, in order of arrival, and in decode.
+        preempted: generations that decoded and have no cache now, in order of arrival.
     """
 
     def __init__(self, loaded: LoadedModel, sessions: Sessions, replies: Replies, decode_threads: int | None) -> None:
         self._loaded, self._sessions, self._replies = loaded, sessions, replies
         self._device = next(loaded.model.parameters()).device
         self._threads = torch.get_num_threads()
-        # A step is many small operations, and each waits for its slowest thread: leave a core to the others.
+        # A step is many small operations, and each waits for its slowest thread: leave a core to other processes.
         self._decode_threads = decode_threads or max(1, self._threads - 1)
         self.running: list[Generation] = []
         self.preempted: list[Generation] = []
 
     @property
-    def begun(self) -> list[Generation]:
-        """Those that run and those that are paused."""
+    def active(self) -> list[Generation]:
+        """Running and preempted generations."""
         return [*self.running, *self.preempted]
 
     @property
     def sessions(self) -> list[Session]:
-        """Of those that run."""
+        """Sessions of running generations."""
         return [*map(session_of, self.running)]
 
     @property
-    def taken(self) -> int:
-        """Sequences that run, and those that will once their prompt is computed."""
+    def slots(self) -> int:
+        """Sequences of running generations; a prompt counts as many as it has choices."""
         return sum(generation.slots for generation in self.running)
 
     @property
-    def busy(self) -> set[str]:
-        """Ids of sessions that run or are paused."""
-        return {g.request.session_id for g in self.begun} - {""}
+    def busy_sessions(self) -> set[str]:
+        """Session ids of active generations."""
+        return {g.request.session_id for g in self.active} - {""}
 
     @property
     def decoding(self) -> list[Generation]:
         return [g for g in self.running if not session_of(g).prefilling]
 
-    def begin(self, generation: Generation) -> None:
-        """Opens the session of a generation, which runs from now on.
+    def start(self, generation: Generation) -> None:
+        """Opens the session of a generation and adds it to the running ones.
 
         Raises:
-            ConfigError: the request names an unknown preset, or a target out of range.
+            ConfigError: the request has an unknown preset, or a target out of range.
         """
         generation.session = session = self._sessions.open(generation.request, generation.tokens)
-        held = max(1, generation.request.history_tokens)
-        if generation.scores_prompt and (session.loading is not None or session.sequence.length >= held):
-            session.rebuild()
-        self._replies.put_all(generation, generation.echo())
+        history = max(1, generation.request.history_tokens)
+        if generation.scores_prompt and (session.loading is not None or session.sequence.length >= history):
+            session.reset()
+        self._replies.extend(generation, generation.echo())
         self.running.append(generation)
 
-    def pause(self, generation: Generation) -> None:
-        """Takes out one that decodes, between two tokens, and frees its cache."""
-        self._tell_pages(generation)
-        self._sessions.pause(session_of(generation))
+    def preempt(self, generation: Generation) -> None:
+        """Stops a decoding generation between two tokens and frees its cache."""
+        self._report_pages(generation)
+        self._sessions.preempt(session_of(generation))
         generation.was_preempted = True
         self.running.remove(generation)
-        self.preempted = sorted([*self.preempted, generation], key=age)
+        self.preempted = sorted([*self.preempted, generation], key=arrival_order)
 
     def resume(self, generation: Generation) -> None:
-        """Lets one run again that was paused; its log is a prompt now."""
+        """Runs a preempted generation again. Its log is now a prompt."""
         self.preempted.remove(generation)
         self._sessions.restore(session_of(generation))
         self.running.append(generation)
@@ -101,16 +98,18 @@ class RunningBatch:
     # -- a step ----------------------------------------------------------------------------------------
 
     def next_prefill(self) -> Generation | None:
-        """The one whose prompt is computed next; None if there is none, or if all wait for the store.
+        """The generation whose prompt is computed next; None if there is none, or if all wait for the store.
 
-        One at a time, and the first `AHEAD` load what is stored: full precision takes a lot of room.
+        Prompts are computed one at a time, and pages of the first `PREFILL_LOOKAHEAD` are loaded, because full
+        precision takes much memory.
         """
-        first = list(itertools.islice((g for g in self.running if session_of(g).prefilling), AHEAD))
-        ready = [generation for generation in first if self._loaded_prefix(generation)]
-        return next((g for g in ready if session_of(g).begun), ready[0] if ready else None)
+        prompts = (g for g in self.running if session_of(g).prefilling)
+        first = list(itertools.islice(prompts, PREFILL_LOOKAHEAD))
+        ready = [generation for generation in first if self._prefix_loaded(generation)]
+        return next((g for g in ready if session_of(g).prefill_started), ready[0] if ready else None)
 
-    def _loaded_prefix(self, generation: Generation) -> bool:
-        """Whether what is stored of its prompt is here; asks for it if need be."""
+    def _prefix_loaded(self, generation: Generation) -> bool:
+        """Whether the load of the stored prefix has ended. Starts or continues the load."""
         session = session_of(generation)
         if session.loading is None:
             return True
@@ -123,28 +122,28 @@ class RunningBatch:
             metrics.prompt_tokens.labels("stored").inc(session.loaded)
             if not generation.was_preempted:
                 generation.loaded = session.loaded
-            self._replies.put_all(generation, generation.progress(session.loaded))
+            self._replies.extend(generation, generation.progress(session.loaded))
         return session.loading is None
 
-    def prefill(self, generation: Generation, most: int) -> int:
-        """One chunk of its prompt; after the last one its first token, and that of its other choices.
+    def prefill(self, generation: Generation, limit: int) -> int:
+        """Computes one chunk of a prompt. After the last chunk, samples the first token of every choice.
 
         Returns:
-            how many tokens it took, at most `most`.
+            the number of tokens computed, at most `limit`.
         """
         session = session_of(generation)
         torch.set_num_threads(self._threads)
         start, chunk = session.sequence.length, []
         try:
-            chunk = session.next_chunk(generation.chunk(most))
+            chunk = session.next_chunk(generation.chunk(limit))
             logits = self._forward([session], [chunk], len(chunk) if generation.scores_prompt else 1)[0]
             metrics.prompt_tokens.labels("computed").inc(session.sequence.length - start)
-            self._replies.put_all(generation, generation.progress(session.sequence.length))
+            self._replies.extend(generation, generation.progress(session.sequence.length))
             if generation.scores_prompt:
-                self._replies.put_all(generation, generation.echo_chunk(start, logits))
-            if session.lacking:
+                self._replies.extend(generation, generation.echo_chunk(start, logits))
+            if session.uncached:
                 return len(chunk)
-            others = list(generation.branches())
+            others = list(generation.other_choices())
         except Exception as error:
             self.fail(generation, error)
             return len(chunk)
@@ -154,7 +153,7 @@ class RunningBatch:
         return len(chunk)
 
     def decode(self, generations: Sequence[Generation]) -> None:
-        """One token for each. If the pass fails, each is tried alone, so that only the faulty one ends."""
+        """Decodes one token of each. If the pass fails, retries each alone so that only the faulty one ends."""
         sessions = [session_of(g) for g in generations]
         torch.set_num_threads(self._decode_threads)
         try:
@@ -163,75 +162,77 @@ class RunningBatch:
             if len(generations) == 1:
                 self.fail(generations[0], error)
                 return
-            log.warning("a batch failed; its sequences go on one by one", size=len(sessions), error=str(error))
+            log.warning("a batch failed; its sequences are decoded one by one", size=len(sessions), error=str(error))
             for generation, session in zip(generations, sessions, strict=True):
-                if session.lacking:
+                if session.uncached:
                     self.decode([generation])
                 else:
-                    session.rebuild()  # its step was done, but the logits are lost
+                    session.reset()  # its step was done, but its logits are lost
             return
         for generation, row in zip(generations, logits, strict=True):
             self._advance(generation, row[-1])
 
     def _forward(self, sessions: Sequence[Session], chunks: Sequence[list[int]], keep: int = 1) -> torch.Tensor:
-        """Computes the next tokens of each session, equally many.
+        """Computes a chunk of each session. All chunks have the same length.
 
         Returns:
-            logits [sessions, keep, vocabulary] of the last tokens.
+            logits [sessions, keep, vocabulary] of the last `keep` tokens.
         """
         starts = [session.sequence.length for session in sessions]
         positions = [list(range(at, at + len(chunk))) for at, chunk in zip(starts, chunks, strict=True)]
+        cache = QAQCache([session.sequence for session in sessions])
         output = self._loaded.model(
             input_ids=torch.tensor(chunks, device=self._device),
             position_ids=torch.tensor(positions, device=self._device),
-            past_key_values=QAQCache([session.sequence for session in sessions]),
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
+            qaq_cache=cache,
         )
         logits: torch.Tensor = output.logits
         return logits
 
     def _advance(self, generation: Generation, logits: torch.Tensor) -> None:
-        """Chooses the next token and ends the generation if it was the last."""
+        """Samples the next token. Finishes the generation if it was the last."""
         session = session_of(generation)
-        self._tell_pages(generation)
+        self._report_pages(generation)
         try:
-            if generation.reason == _GOING_ON:  # else it had ended before it came here
-                token = generation.sampler.choose(logits, session.tokens)
+            if generation.reason == UNFINISHED:  # a resumed generation may have ended on the worker before
+                token = generation.sampler.sample(logits, session.tokens)
                 session.tokens.append(token)
                 self._replies.put(generation, generation.accept(token, logits))
-            if generation.reason != _GOING_ON:
+            if generation.reason != UNFINISHED:
                 self._replies.put(generation, generation.done(session.sequence.stats()))
-                self.release(generation)
+                self.finish(generation)
         except Exception as error:
             self.fail(generation, error)
 
-    def _tell_pages(self, generation: Generation) -> None:
-        """Tells which pages the store has acknowledged."""
-        if generation.choice:  # of several choices one has the session
+    def _report_pages(self, generation: Generation) -> None:
+        """Sends the ids of pages that the store has acknowledged since the last report."""
+        if generation.choice:  # only the first of several choices has the session
             return
-        first, names = session_of(generation).fresh_pages()
-        if names:
-            self._replies.put(generation, Reply(pages=Reply.Pages(first=first, ids=names)))
+        first, page_ids = session_of(generation).new_pages()
+        if page_ids:
+            self._replies.put(generation, Reply(pages=Reply.Pages(first=first, ids=page_ids)))
 
     # -- ends ------------------------------------------------------------------------------------------
 
-    def release(self, generation: Generation) -> None:
-        """Takes a generation out; its session may stay."""
+    def finish(self, generation: Generation) -> None:
+        """Removes a generation that ended or was cancelled. Its session may be kept."""
         session = session_of(generation)
-        self._take_out(generation)
-        count(session)
-        self._sessions.leave(generation.request, session)
+        self._remove(generation)
+        record_finished(session)
+        self._sessions.close(generation.request, session)
 
     def fail(self, generation: Generation, error: Exception) -> None:
-        """Ends one generation with an error; its cache cannot be trusted any more."""
+        """Ends a generation with an error and discards its cache, which may be damaged."""
         if isinstance(error, torch.OutOfMemoryError):
             error = ResourceExhausted("the device's memory is full; try again later, or with a shorter prompt")
         session = session_of(generation)
         self._replies.put(generation, error)
-        self._take_out(generation)
-        count(session)
+        self._remove(generation)
+        record_finished(session)
         session.close()
 
-    def _take_out(self, generation: Generation) -> None:
+    def _remove(self, generation: Generation) -> None:
         (self.preempted if generation in self.preempted else self.running).remove(generation)

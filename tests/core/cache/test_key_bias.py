@@ -9,7 +9,7 @@ import pytest
 from qaq_core.calibration.calibration import measure
 from qaq_core.models import LoadedModel
 from qaq_core.models.shape import ModelShape
-from qaq_eval.quality import Config, Row, builtin_text, cut, evaluate, summarize
+from qaq_eval.quality import Config, EvalResult, builtin_text, cut_documents, evaluate, summarize
 from tests.core.biased import with_key_bias
 
 CONFIGS = ("balanced@3", "hadamard-3")
@@ -20,8 +20,10 @@ def test_an_offset_of_the_keys_costs_the_default_nothing(
 ) -> None:
     """Each model against its own full precision, with a calibration of its own (a short one)."""
     monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
-    documents = cut(builtin_text(), smollm2.tokenizer, context=200, decode=8, documents=1, offset_fraction=0.4)
-    rows: dict[tuple[bool, str], Row] = {}
+    documents = cut_documents(
+        builtin_text(), smollm2.tokenizer, context=200, decode=8, documents=1, offset_fraction=0.4
+    )
+    rows: dict[tuple[bool, str], EvalResult] = {}
     for biased in (False, True):
         model = with_key_bias(smollm2.model, 30.0) if biased else smollm2.model
         known = measure(model, ModelShape.of(model), sequences=1, tokens=64)

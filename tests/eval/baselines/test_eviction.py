@@ -8,26 +8,25 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from qaq_core import Method
 from qaq_core.attention import LayerInput
 from qaq_core.base.errors import ConfigError
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.presets import make_method
-from qaq_eval.baselines.eviction import EvictingCache, EvictingMethod
+from qaq_eval.baselines.eviction import EvictingCache
 from qaq_eval.baselines.scissorhands import PivotCounts
 from qaq_eval.quality.documents import Document
-from qaq_eval.quality.prompt import compute
+from qaq_eval.quality.prompt import full_precision
 from tests.core.tiny_models import teacher_forced, tiny, token_ids
 
 PROMPT, DECODE, HEADS, GROUP, DIM = 40, 30, 2, 2, 32
 
 
-def method(name: str, kind: str = "llama-gqa", **settings: Any) -> EvictingMethod:
-    made = make_method(tiny(kind), "tiny", name, **settings)
-    assert isinstance(made, EvictingMethod)
-    return made
+def method(name: str, kind: str = "llama-gqa", **settings: Any) -> Method:
+    return make_method(tiny(kind), "tiny", name, **settings)
 
 
-def sequence(made: EvictingMethod) -> EvictingCache:
+def sequence(made: Method) -> EvictingCache:
     held = made.sequence()
     assert isinstance(held, EvictingCache)
     return held
@@ -36,8 +35,8 @@ def sequence(made: EvictingMethod) -> EvictingCache:
 class Simulation:
     """One head's cache by the rule as it is written: a dictionary of positions."""
 
-    def __init__(self, rival: str, share: float) -> None:
-        self.rival, self.share = rival, share
+    def __init__(self, baseline: str, share: float) -> None:
+        self.baseline, self.share = baseline, share
         self.kept: list[int] = []
         self.worth: dict[int, list[tuple[int, float]]] = {}
         self.rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -56,9 +55,9 @@ class Simulation:
             p = (queries[:, i] @ held_keys.T * scaling).softmax(-1)
             outputs.append(p @ held_values)
             for at, seen in zip(self.kept, p.mean(0).tolist(), strict=True):
-                self.worth[at].append((position, seen if self.rival == "h2o" else seen * len(self.kept) > 1))
+                self.worth[at].append((position, seen if self.baseline == "h2o" else seen * len(self.kept) > 1))
         budget = max(4, int(self.share * self.length))
-        recent = budget // 2 if self.rival == "h2o" else min(10, budget // 2)
+        recent = budget // 2 if self.baseline == "h2o" else min(10, budget // 2)
         old = [at for at in self.kept if at < self.length - recent]
         old.sort(key=lambda at: (sum(seen for _, seen in self.worth[at]), at))
         for at in old[: max(0, len(self.kept) - budget)]:
@@ -67,11 +66,11 @@ class Simulation:
 
 
 @pytest.mark.parametrize("share", [0.25, 0.6])
-@pytest.mark.parametrize("rival", ["h2o", "scissorhands"])
-def test_it_keeps_what_the_rule_keeps(rival: str, share: float) -> None:
-    held = sequence(method(f"{rival}-{share}"))
+@pytest.mark.parametrize("baseline", ["h2o", "scissorhands"])
+def test_it_keeps_what_the_rule_keeps(baseline: str, share: float) -> None:
+    held = sequence(method(f"{baseline}-{share}"))
     layers, scaling = held.method.shape.layers, DIM**-0.5
-    heads = [[Simulation(rival, share) for _ in range(HEADS)] for _ in range(layers)]
+    heads = [[Simulation(baseline, share) for _ in range(HEADS)] for _ in range(layers)]
     generator = torch.Generator().manual_seed(1)
     # A prompt in two chunks, some steps, a second prompt, more steps.
     steps = [[16, 24], *[[1]] * 12, [9], *[[1]] * 12]
@@ -120,24 +119,24 @@ def test_counts_go_back_one_history_at_most(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama-gqa", "mistral-sliding", "gemma3", "opt"])
-@pytest.mark.parametrize("rival", ["h2o-1", "scissorhands-1.0"])
-def test_with_everything_kept_it_is_the_models_own_attention(kind: str, rival: str) -> None:
+@pytest.mark.parametrize("baseline", ["h2o-1", "scissorhands-1.0"])
+def test_with_everything_kept_it_is_the_models_own_attention(kind: str, baseline: str) -> None:
     ids = token_ids(PROMPT + DECODE)
     expected = teacher_forced(tiny(kind), ids, PROMPT, DynamicCache())
     model = tiny(kind)
-    cache = QAQCache([], make_method(model, "tiny", rival))
+    cache = QAQCache([], make_method(model, "tiny", baseline))
     torch.testing.assert_close(teacher_forced(model, ids, PROMPT, cache), expected, atol=3e-3, rtol=3e-3)
     stats = cache.stats()[0]
     assert stats.key_bits == stats.value_bits == {16: stats.tokens * len(cache) * cache.method.shape.kv_heads}
 
 
-@pytest.mark.parametrize("rival", ["h2o-0.3", "scissorhands-0.3"])
-def test_a_prompt_that_was_computed_elsewhere_is_the_same_prompt(rival: str) -> None:
+@pytest.mark.parametrize("baseline", ["h2o-0.3", "scissorhands-0.3"])
+def test_a_prompt_that_was_computed_elsewhere_is_the_same_prompt(baseline: str) -> None:
     model, ids = tiny("llama-gqa"), token_ids(241)
-    made = make_method(model, "tiny", rival)
-    computed = compute(model, made, Document(0, ids[0], 200), [made.statistic])
+    made = make_method(model, "tiny", baseline)
+    prefill = full_precision(model, made, Document(0, ids[0], 200), [made.statistic])
     prefilled = made.sequence()
-    prefilled.load_prefill(computed.originals, computed.watch(made.statistic))
+    prefilled.load_prefill(prefill.originals, prefill.observer(made.statistic))
     cache = QAQCache([], made)
     with torch.no_grad():
         model(ids[:, :200], past_key_values=cache)
@@ -148,11 +147,11 @@ def test_a_prompt_that_was_computed_elsewhere_is_the_same_prompt(rival: str) -> 
     assert torch.equal(prefilled.positions.sort().values, own.positions.sort().values)
 
 
-@pytest.mark.parametrize("rival", ["h2o", "scissorhands"])
+@pytest.mark.parametrize("baseline", ["h2o", "scissorhands"])
 @pytest.mark.parametrize("wanted", [2.0, 4.0])
-def test_a_target_counts_every_byte(rival: str, wanted: float) -> None:
+def test_a_target_counts_every_byte(baseline: str, wanted: float) -> None:
     model, ids = tiny("llama-gqa"), token_ids(400)
-    cache = QAQCache([], make_method(model, "tiny", rival, target_compression=wanted))
+    cache = QAQCache([], make_method(model, "tiny", baseline, target_compression=wanted))
     teacher_forced(model, ids, 360, cache)
     held = cache.sequences[0]
     stats = held.stats()

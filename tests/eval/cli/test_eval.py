@@ -92,7 +92,7 @@ def test_parts_are_of_one_form_of_weights(tmp_path: Path) -> None:
         (("--tasks", "piqa", "--task-file", "questions.jsonl"), "write --task-file as a task and its file"),
         (("--tasks", "piqa", "--task-file", "hellaswag=x.jsonl"), "which --tasks does not"),
         (("--tasks", "piqa", "--task-file", "piqa=nowhere.jsonl"), "No such file"),
-        (("--turns", "100"), "tokens are more than the model's"),
+        (("--turns", "100"), "tokens exceed the model's context"),
         (("--weights", "int3"), "unknown weights 'int3'; take auto, plain, float32"),
     ],
 )

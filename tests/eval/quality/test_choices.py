@@ -12,7 +12,7 @@ import torch
 
 from qaq_core.base.errors import ConfigError
 from qaq_eval.quality import Config
-from qaq_eval.quality.choices import FULL, Examiner, Question
+from qaq_eval.quality.choices import FULL_PRECISION, ChoiceEvaluator, Question
 from qaq_eval.quality.journal import Journal
 from qaq_eval.quality.tasks import read_questions, run_task
 from tests.core.tiny_models import tiny, token_ids
@@ -22,9 +22,9 @@ CONFIGS = ("fp16", "uniform-2", "h2o@4x")
 PROMPTS, LENGTHS = 3, ((5, 9, 1), (4, 4, 4), (7, 2, 3))
 
 
-def examiner(journal: Journal | None = None, window: int | None = None, configs: Any = CONFIGS) -> Examiner:
+def examiner(journal: Journal | None = None, window: int | None = None, configs: Any = CONFIGS) -> ChoiceEvaluator:
     parsed = [Config.parse(text) for text in configs]
-    return Examiner(tiny(KIND), "tiny", parsed, window, journal or Journal("run", None))
+    return ChoiceEvaluator(tiny(KIND), "tiny", parsed, window, journal or Journal("run", None))
 
 
 def questions() -> list[Question]:
@@ -42,7 +42,7 @@ def nothing(share: float) -> None:
 def test_full_precision_is_the_models_own() -> None:
     answered = examiner().answer(questions(), nothing)
     model = tiny(KIND)
-    for question, said in zip(questions(), answered[FULL], strict=True):
+    for question, said in zip(questions(), answered[FULL_PRECISION], strict=True):
         for answer, likelihood, greedy in zip(question.answers, said.log_likelihoods, said.greedy, strict=True):
             ids = torch.tensor([[*question.prompt, *answer]])
             with torch.no_grad():
@@ -54,13 +54,13 @@ def test_full_precision_is_the_models_own() -> None:
 
 def test_half_precision_answers_alike_and_two_bits_do_not() -> None:
     answered = examiner().answer(questions(), nothing)
-    for full, exact, coarse in zip(answered[FULL], answered["fp16"], answered["uniform-2"], strict=True):
+    for full, exact, coarse in zip(answered[FULL_PRECISION], answered["fp16"], answered["uniform-2"], strict=True):
         assert exact.log_likelihoods == pytest.approx(full.log_likelihoods, abs=2e-2)
         far = [abs(a - b) for a, b in zip(coarse.log_likelihoods, full.log_likelihoods, strict=True)]
         # The answer of one token too: its only prediction is made from the quantized prompt.
         assert min(far) > 1e-3
         assert exact.tokens == full.tokens
-        assert exact.resident > coarse.resident > 0
+        assert exact.resident_bytes > coarse.resident_bytes > 0
 
 
 def test_answers_do_not_depend_on_company() -> None:
@@ -70,14 +70,14 @@ def test_answers_do_not_depend_on_company() -> None:
         for config in CONFIGS:
             expected = together[config][i].log_likelihoods
             assert alone[config][0].log_likelihoods == pytest.approx(expected, abs=1e-3)
-            assert alone[config][0].resident == together[config][i].resident
+            assert alone[config][0].resident_bytes == together[config][i].resident_bytes
 
 
 def test_a_smaller_window_leaves_more_to_quantize() -> None:
     wide, narrow = (examiner(window=window).answer(questions(), nothing)["uniform-2"] for window in (None, 2))
     for a, b in zip(wide, narrow, strict=True):
-        assert b.resident < a.resident
-        assert b.packed_plain > a.packed_plain
+        assert b.resident_bytes < a.resident_bytes
+        assert b.packed_fp16_bytes > a.packed_fp16_bytes
     with pytest.raises(ConfigError, match="at least 1 token"):
         examiner(window=0)
 
@@ -85,7 +85,7 @@ def test_a_smaller_window_leaves_more_to_quantize() -> None:
 def test_a_target_counts_all_that_the_question_holds() -> None:
     long = Question(tuple(token_ids(400)[0].tolist()), ((5, 6), (7,)))
     said = examiner().answer([long], nothing)["h2o@4x"][0]
-    assert said.plain / said.resident == pytest.approx(4, rel=0.03)
+    assert said.fp16_bytes / said.resident_bytes == pytest.approx(4, rel=0.03)
 
 
 def test_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
@@ -192,11 +192,11 @@ def test_local_files_have_the_shape_of_the_data_set(
 @pytest.mark.parametrize(
     ("task", "text", "message"),
     [
-        ("piqa", '{"goal": "a"}', "line 1 of .* is no question of piqa"),
+        ("piqa", '{"goal": "a"}', "line 1 of .* is not a question of piqa"),
         ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}', "its label is not that of an answer"),
         ("piqa", "no json", "line 1 of"),
         ("piqa", "", "has no questions"),
-        ("winogrande", "{}", "local files are read for arc_challenge"),
+        ("winogrande", "{}", "local files work for arc_challenge"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, task: str, text: str, message: str) -> None:

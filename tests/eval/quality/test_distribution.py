@@ -9,13 +9,13 @@ import torch
 
 from qaq_core.cache.cache import QAQCache
 from qaq_eval.quality import Document, distribution
-from qaq_eval.quality.distribution import _spread
+from qaq_eval.quality.distribution import _distribution
 from tests.core.tiny_models import tiny, token_ids
 
 
 def test_a_normal_is_told_from_one_with_a_channel_of_outliers() -> None:
     vectors = torch.randn(2, 4000, 32, generator=torch.Generator().manual_seed(0))
-    plain = _spread(3, "key", vectors)
+    plain = _distribution(3, "key", vectors)
     assert (plain.layer, plain.side) == (3, "key")
     assert plain.mean == pytest.approx(0, abs=0.01)
     assert plain.deviation == pytest.approx(1, rel=0.01)
@@ -25,7 +25,7 @@ def test_a_normal_is_told_from_one_with_a_channel_of_outliers() -> None:
     assert plain.in_few_channels < 0.2
     assert plain.quantiles["0.0"] == float(vectors.min())
     vectors[1, :, 7] += 12
-    spoiled = _spread(3, "key", vectors)
+    spoiled = _distribution(3, "key", vectors)
     assert spoiled.beyond["3"] == pytest.approx(1 / 64, rel=0.1)
     assert spoiled.in_few_channels > 0.95
     assert spoiled.quantiles["1.0"] > 10

@@ -8,28 +8,28 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qaq_eval.quality import Part, Row, plots, summarize
-from qaq_eval.quality.report import text_page, turns_page
-from qaq_eval.quality.turns import turn_rows
+from qaq_eval.quality import DocumentResult, EvalResult, plots, summarize
+from qaq_eval.quality.report import text_report, turns_report
+from qaq_eval.quality.turns import summarize_turn
 
 EVEN = [[16.0, 2.0, 2.0, 16.0]] * 3
 UNEVEN = [[16.0, 1.0, 3.0, 16.0], [16.0, 2.0, 2.5, 16.0], [16.0, 4.0, 0.5, 16.0]]
 CONFIGS = ["balanced@8x", "uniform-2", "paper[attention_window=3]"]
 
 
-def part(config: str, turn: int = 0) -> Part:
+def part(config: str, turn: int = 0) -> DocumentResult:
     moving = config != "uniform-2"
-    return Part(
+    return DocumentResult(
         document=0,
         config=config,
-        nll_exact=[1.0, 2.0],
+        nll_full=[1.0, 2.0],
         nll=[1.1, 2.2],
         kl=[0.1, 0.2],
         agreed=1,
-        resident=100,
-        plain=700,
-        packed_resident=80,
-        packed_plain=450,
+        resident_bytes=100,
+        fp16_bytes=700,
+        packed_bytes=80,
+        packed_fp16_bytes=450,
         bits_key=2.0,
         bits_value=2.0,
         exceptions=3 if moving else 0,
@@ -41,7 +41,7 @@ def part(config: str, turn: int = 0) -> Part:
     )
 
 
-def rows(parts: list[Part]) -> list[Row]:
+def rows(parts: list[DocumentResult]) -> list[EvalResult]:
     return [summarize(parts, config, 4) for config in CONFIGS]
 
 
@@ -51,7 +51,7 @@ def drawn(page: str) -> list[ElementTree.Element]:
 
 def test_texts() -> None:
     parts = [part(config) for config in CONFIGS]
-    page = text_page({"model": "<tiny>", "context": 4}, rows(parts), parts)
+    page = text_report({"model": "<tiny>", "context": 4}, rows(parts), parts)
     # Losses, bits of the two configurations that vary them, exceptions.
     assert len(drawn(page)) == 4
     assert "Bits of paper[attention_window=3] at the end" in page
@@ -67,8 +67,8 @@ def test_texts() -> None:
 
 def test_turns() -> None:
     parts = [part(config, turn) for turn in (1, 2) for config in CONFIGS]
-    told = [row for turn in (1, 2) for row in turn_rows([p for p in parts if p.turn == turn], CONFIGS, 4, turn)]
-    page = turns_page({"model": "tiny"}, told, parts[3:])
+    told = [row for turn in (1, 2) for row in summarize_turn([p for p in parts if p.turn == turn], CONFIGS, 4, turn)]
+    page = turns_report({"model": "tiny"}, told, parts[3:])
     assert len(drawn(page)) == 4
     assert "Loss by turn" in page
 

@@ -18,16 +18,16 @@ from qaq_core.cache.sequence import SequenceCache
 from qaq_eval.quality import (
     Config,
     Document,
-    Part,
-    PartLog,
+    DocumentResult,
+    ResultLog,
     builtin_text,
-    cut,
+    cut_documents,
     evaluate,
     run_name,
     summarize,
     with_recall,
 )
-from qaq_eval.quality.prompt import compute
+from qaq_eval.quality.prompt import full_precision
 from qaq_eval.quality.record import MAP_BINS
 from tests.core.tiny_models import calibration, teacher_forced, tiny, token_ids
 
@@ -64,27 +64,27 @@ def documents(count: int = 2, context: int = CONTEXT, decode: int = DECODE) -> l
     return [Document(i, token_ids(context + decode + 1, seed=i)[0], context) for i in range(count)]
 
 
-def run(names: Any, texts: list[Document], **settings: Any) -> list[Part]:
+def run(names: Any, texts: list[Document], **settings: Any) -> list[DocumentResult]:
     return list(evaluate(tiny(KIND), "tiny", texts, [Config.parse(name) for name in names], **settings))
 
 
 @pytest.fixture(scope="module")
-def parts(cache_dir: Path) -> list[Part]:
+def parts(cache_dir: Path) -> list[DocumentResult]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QAQ_CACHE_DIR", str(cache_dir))
         return run(NAMES, documents())
 
 
-def test_the_baseline_is_the_models_own(parts: list[Part]) -> None:
+def test_the_baseline_is_the_models_own(parts: list[DocumentResult]) -> None:
     for document in documents():
         ids = document.ids[None]
         logits = teacher_forced(tiny(KIND), ids[:, :-1], CONTEXT)[1:]
         expected = torch.nn.functional.cross_entropy(logits, ids[0, CONTEXT + 1 :], reduction="none")
-        got = next(part.nll_exact for part in parts if part.document == document.index)
+        got = next(part.nll_full for part in parts if part.document == document.index)
         assert got == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_exact_has_no_loss(parts: list[Part]) -> None:
+def test_exact_has_no_loss(parts: list[DocumentResult]) -> None:
     row = summarize(parts, "fp16", CONTEXT)
     assert abs(row.delta_nll) < 1e-3
     assert row.kl_mean < 1e-4
@@ -96,7 +96,7 @@ def test_exact_has_no_loss(parts: list[Part]) -> None:
     assert row.compression < row.compression_asymptotic < 1
 
 
-def test_eight_bits_are_nearly_exact(parts: list[Part]) -> None:
+def test_eight_bits_are_nearly_exact(parts: list[DocumentResult]) -> None:
     for name in ("uniform-8", "kivi-8"):
         assert summarize(parts, name, CONTEXT).kl_mean < 1e-4
 
@@ -105,7 +105,7 @@ def test_eight_bits_are_nearly_exact(parts: list[Part]) -> None:
     ("better", "worse"),
     [("uniform-8", "uniform-2"), ("kivi-8", "kivi-2"), ("balanced", "balanced@1.3"), ("hadamard-3", "uniform-2")],
 )
-def test_fewer_bits_are_further_away(parts: list[Part], better: str, worse: str) -> None:
+def test_fewer_bits_are_further_away(parts: list[DocumentResult], better: str, worse: str) -> None:
     high, low = summarize(parts, better, CONTEXT), summarize(parts, worse, CONTEXT)
     assert high.kl_mean < 0.1
     assert low.kl_mean > 1.5 * high.kl_mean
@@ -115,13 +115,13 @@ def test_fewer_bits_are_further_away(parts: list[Part], better: str, worse: str)
     assert low.top1_agreement <= high.top1_agreement
 
 
-def test_widths_are_those_of_the_name(parts: list[Part]) -> None:
+def test_widths_are_those_of_the_name(parts: list[DocumentResult]) -> None:
     for name, widths in {"uniform-2": (2, 2), "hadamard-3": (3, 3), "k4v2": (4, 2), "kivi-8": (8, 8)}.items():
         row = summarize(parts, name, CONTEXT)
         assert (row.bits_key, row.bits_value) == widths
 
 
-def test_bytes_of_packed_tokens_by_hand(parts: list[Part]) -> None:
+def test_bytes_of_packed_tokens_by_hand(parts: list[DocumentResult]) -> None:
     # Bits an element at head_dim 32, one tag byte for a key and its value; codes, then group parameters; and where
     # a head's rows of each width begin, 4 bytes each, over all its packed tokens.
     tag = 8 / 64
@@ -133,7 +133,7 @@ def test_bytes_of_packed_tokens_by_hand(parts: list[Part]) -> None:
         assert least <= row.compression_asymptotic <= most
 
 
-def test_without_exceptions_nothing_comes_back(parts: list[Part]) -> None:
+def test_without_exceptions_nothing_comes_back(parts: list[DocumentResult]) -> None:
     still, moving = (summarize(parts, name, CONTEXT) for name in ("balanced-norequant", "balanced"))
     assert still.exceptions_per_token == still.requantize_bytes_per_token == 0
     assert moving.exceptions_per_token > 0
@@ -145,9 +145,9 @@ def test_a_prompt_that_was_computed_elsewhere_is_the_same_prompt() -> None:
     for preset in ("balanced", "paper"):
         method = make_method(model, "tiny", preset)
         own = Config.parse(preset).method(model, "tiny")
-        computed = compute(model, method, document, [method.statistic])
+        prefill = full_precision(model, method, document, [method.statistic])
         prefilled = SequenceCache(method)
-        prefilled.load_prefill(computed.originals, computed.watch(own.statistic))
+        prefilled.load_prefill(prefill.originals, prefill.observer(own.statistic))
         cache = QAQCache([SequenceCache(method)])
         with torch.no_grad():
             model(document.ids[None, :CONTEXT], past_key_values=cache)
@@ -160,7 +160,7 @@ def test_a_prompt_that_was_computed_elsewhere_is_the_same_prompt() -> None:
             assert float(same.float().mean()) > 0.99
 
 
-def test_parts_say_when_and_where(parts: list[Part]) -> None:
+def test_parts_say_when_and_where(parts: list[DocumentResult]) -> None:
     for part in parts:
         assert len(part.exceptions_at) == DECODE
         assert sum(part.exceptions_at) == part.exceptions
@@ -173,7 +173,7 @@ def test_parts_say_when_and_where(parts: list[Part]) -> None:
     assert any(part.exceptions_at[-1] for part in parts if part.config == "paper")
 
 
-def test_documents_decode_alone_as_they_do_beside_others(parts: list[Part]) -> None:
+def test_documents_decode_alone_as_they_do_beside_others(parts: list[DocumentResult]) -> None:
     alone = run(["uniform-2"], documents()[1:])[0]
     beside = next(part for part in parts if part.document == 1 and part.config == "uniform-2")
     assert alone.kl == pytest.approx(beside.kl, abs=1e-4)
@@ -182,28 +182,28 @@ def test_documents_decode_alone_as_they_do_beside_others(parts: list[Part]) -> N
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     names, texts, path = ["uniform-8", "uniform-2"], documents(2, 64, 6), tmp_path / "parts.jsonl"
     name = run_name({"model": "tiny", "documents": 2}, texts)
-    log = PartLog(name, path)
+    log = ResultLog(name, path)
     for part in run(names[:1], texts[:1]):
         log.add(part)
-    first = dict(log.parts)
+    first = dict(log.results)
     with path.open("a") as file:
         file.write('{"run": "')  # killed while it wrote
-    log, fresh = PartLog(name, path), []
-    assert log.parts == first
+    log, fresh = ResultLog(name, path), []
+    assert log.results == first
     for part in run(names, texts, done=log.has):
         fresh.append((part.document, part.config))
         log.add(part)
     assert fresh == [(0, "uniform-2"), (1, "uniform-8"), (1, "uniform-2")]
-    again = PartLog(name, path)
-    assert again.parts == log.parts
+    again = ResultLog(name, path)
+    assert again.results == log.results
     assert run(names, texts, done=again.has) == []
-    assert PartLog(run_name({"model": "other", "documents": 2}, texts), path).parts == {}
+    assert ResultLog(run_name({"model": "other", "documents": 2}, texts), path).results == {}
     assert run_name({"model": "tiny", "documents": 1}, texts[:1]) == name
 
 
 def test_parts_sum_up() -> None:
-    def part(document: int, nll: list[float], kl: list[float], resident: int) -> Part:
-        return Part(document, "c", [1.0, 1.0], nll, kl, 1, resident, 400, 50, 300, 2.0, 3.0, 4, 10)
+    def part(document: int, nll: list[float], kl: list[float], resident: int) -> DocumentResult:
+        return DocumentResult(document, "c", [1.0, 1.0], nll, kl, 1, resident, 400, 50, 300, 2.0, 3.0, 4, 10)
 
     row = summarize([part(0, [1.0, 1.2], [0.0, 0.2], 100), part(1, [1.4, 1.4], [0.2, 0.4], 60)], "c", 9)
     assert row.delta_nll == pytest.approx(0.25)
@@ -215,7 +215,7 @@ def test_parts_sum_up() -> None:
     assert row.exceptions_per_token == 2
     assert row.requantize_bytes_per_token == 5
     json.dumps(row.__dict__, allow_nan=False)
-    with pytest.raises(ConfigError, match="nothing was measured of d"):
+    with pytest.raises(ConfigError, match="there is no measurement of d"):
         summarize([], "d", 9)
 
 
@@ -236,18 +236,18 @@ class _Words:
 
 def test_documents_follow_each_other() -> None:
     text = " ".join(str(i) for i in range(100, 200))
-    first, second = cut(text, _Words(), context=10, decode=4, documents=2, offset_fraction=0.5)
+    first, second = cut_documents(text, _Words(), context=10, decode=4, documents=2, offset_fraction=0.5)
     assert first.ids.tolist() == [1, *range(150, 164)]
     assert second.ids.tolist() == [1, *range(164, 178)]
     assert (first.context, first.decode, second.index) == (10, 4, 1)
-    with pytest.raises(ConfigError, match="has 3 documents of 15 tokens from there on, not 4"):
-        cut(text, _Words(), 10, 4, 4, 0.5)
+    with pytest.raises(ConfigError, match="has 3 documents of 15 tokens after the offset, not 4"):
+        cut_documents(text, _Words(), 10, 4, 4, 0.5)
 
 
 @pytest.mark.parametrize(("context", "decode", "count", "offset"), [(1, 4, 1, 0), (9, 0, 1, 0), (9, 4, 1, 1.0)])
 def test_impossible_documents_are_refused(context: int, decode: int, count: int, offset: float) -> None:
     with pytest.raises(ConfigError):
-        cut("1 2 3", _Words(), context, decode, count, offset)
+        cut_documents("1 2 3", _Words(), context, decode, count, offset)
 
 
 def test_recall_repeats_a_passage() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qaq_eval.quality import Config, Document, Part
-from qaq_eval.quality.turns import evaluate_turns, turn_rows
+from qaq_eval.quality import Config, Document, DocumentResult
+from qaq_eval.quality.turns import evaluate_turns, summarize_turn
 from tests.core.tiny_models import teacher_forced, tiny, token_ids
 
 KIND, TURNS, CONTEXT, DECODE = "llama-gqa", 3, 60, 12
@@ -19,12 +19,12 @@ def session(index: int = 0) -> Document:
 
 
 @pytest.fixture(scope="module")
-def parts() -> list[Part]:
+def parts() -> list[DocumentResult]:
     configs = [Config.parse(text) for text in CONFIGS]
     return list(evaluate_turns(tiny(KIND), "tiny", [session()], TURNS, configs))
 
 
-def test_the_baseline_is_the_models_own(parts: list[Part]) -> None:
+def test_the_baseline_is_the_models_own(parts: list[DocumentResult]) -> None:
     ids = session().ids[None]
     loss = torch.nn.functional.cross_entropy(
         teacher_forced(tiny(KIND), ids[:, :-1], 2)[1:], ids[0, 3:], reduction="none"
@@ -32,22 +32,24 @@ def test_the_baseline_is_the_models_own(parts: list[Part]) -> None:
     for turn in range(1, TURNS + 1):
         at = turn * (CONTEXT + DECODE) - DECODE - 2
         for part in (part for part in parts if part.turn == turn):
-            assert part.nll_exact == pytest.approx(loss[at : at + DECODE].tolist(), abs=1e-3)
+            assert part.nll_full == pytest.approx(loss[at : at + DECODE].tolist(), abs=1e-3)
 
 
-def test_every_turn_has_a_row(parts: list[Part]) -> None:
+def test_every_turn_has_a_row(parts: list[DocumentResult]) -> None:
     assert [(part.turn, part.config) for part in parts] == [
         (turn, config) for turn in range(1, TURNS + 1) for config in CONFIGS
     ]
     for turn in range(1, TURNS + 1):
         mine = [part for part in parts if part.turn == turn]
-        exact, coarse, evicted = turn_rows(mine, CONFIGS, CONTEXT, turn)
+        exact, coarse, evicted = summarize_turn(mine, CONFIGS, CONTEXT, turn)
         assert exact.turn == turn
         assert exact.tokens == DECODE
         assert exact.kl_mean < 1e-3
         assert coarse.kl_mean > 10 * exact.kl_mean
         assert evicted.compression == pytest.approx(2, rel=0.1)
-    longer = [turn_rows([part for part in parts if part.turn == turn], CONFIGS, CONTEXT, turn)[1] for turn in (1, 3)]
+    longer = [
+        summarize_turn([part for part in parts if part.turn == turn], CONFIGS, CONTEXT, turn)[1] for turn in (1, 3)
+    ]
     assert longer[1].compression > longer[0].compression
 
 

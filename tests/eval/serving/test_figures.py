@@ -6,8 +6,8 @@ from qaq_eval.serving import figures
 from qaq_eval.serving.load import Record
 
 
-def record(sent: float, *tokens: float, carried: float = 0.0) -> Record:
-    return Record(sent, list(tokens), [carried] * len(tokens))
+def record(sent: float, *tokens: float, transit: float = 0.0) -> Record:
+    return Record(sent, list(tokens), [transit] * len(tokens))
 
 
 def test_times_and_rates() -> None:
@@ -30,5 +30,5 @@ def test_nothing_measured() -> None:
 
 
 def test_the_routers_share_is_between_the_medians() -> None:
-    routed, direct = [record(0, 1, 2, carried=0.003)], [record(0, 1, 2, carried=0.001)]
+    routed, direct = [record(0, 1, 2, transit=0.003)], [record(0, 1, 2, transit=0.001)]
     assert figures.added_ms(routed, direct) == pytest.approx(2)

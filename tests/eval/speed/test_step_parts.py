@@ -7,14 +7,14 @@ import torch
 
 from qaq_core import QAQCache
 from qaq_eval.speed import decode_speed
-from qaq_eval.speed.step_parts import PARTS, REST, PartRow, Stopwatch
+from qaq_eval.speed.step_parts import PARTS, REST, StepPart, Stopwatch
 from tests.core.tiny_models import tiny, token_ids
 
 
 @pytest.mark.parametrize("cache", ["fp16", "fp16/reference"])
 def test_parts_of_a_step_are_told_apart(cache: str) -> None:
     model, attend = tiny("llama-gqa"), QAQCache.attend
-    parts: list[PartRow] = []
+    parts: list[StepPart] = []
     decode_speed(model, None, token_ids(60), 4, [cache], profiled=parts)
     assert [row.part for row in parts] == [*PARTS, REST]
     assert {row.cache for row in parts} == {cache}

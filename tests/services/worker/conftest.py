@@ -19,7 +19,7 @@ from qaq_core.models import LoadedModel
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler
-from services.worker.state import State
+from services.worker.state import WorkerState
 
 
 @dataclass
@@ -110,7 +110,7 @@ def expected(smollm2: LoadedModel, tokens: list[int], new: int) -> list[int]:
     return out[0, len(tokens) :].tolist()
 
 
-async def settled(scheduler: Scheduler, **wanted: int) -> State:
+async def settled(scheduler: Scheduler, **wanted: int) -> WorkerState:
     """The engine's state, once it is as wanted."""
     await until(lambda: all(getattr(scheduler.state, name) == value for name, value in wanted.items()))
     return scheduler.state

@@ -43,7 +43,7 @@ async def next_token(generation: Generation) -> None:
 
 async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_scheduler: MakeScheduler, ids: Ids) -> None:
     prompts = [ids(STORY * 5 + LISTS * i)[: 120 + 8 * i] for i in range(MANY)]
-    async with make_scheduler(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as scheduler:
+    async with make_scheduler(InProcessOriginals(), kv_min_bits=0.6, prefix_reuse=False) as scheduler:
         running = [scheduler.submit(request(tokens, 3000)) for tokens in prompts]
         for generation in running:
             await next_token(generation)
@@ -89,8 +89,8 @@ async def test_a_budget_that_changes_is_looked_at_at_once(
     make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while no sequence has come to the price of the budget before."""
-    monkeypatch.setattr(MemoryController, "_bring_up", lambda self, here: False)
-    async with make_scheduler(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as scheduler:
+    monkeypatch.setattr(MemoryController, "_apply_floor", lambda self, present: False)
+    async with make_scheduler(InProcessOriginals(), kv_min_bits=0.6, prefix_reuse=False) as scheduler:
         running = scheduler.submit(request(ids(STORY * 6), 3000))
         await next_token(running)
         held, memory, before = scheduler.state.kv_bytes, scheduler.sessions.memory, 0.0
@@ -105,8 +105,8 @@ async def test_a_budget_that_should_be_kept_without_a_price_gets_one(
     make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vectors may hold more than they would be given now."""
-    monkeypatch.setattr(MemoryController, "_search", lambda self, asked, bits: 0.0)
-    async with make_scheduler(InProcessOriginals(), kv_floor_bits=0.6, prefix_reuse=False) as scheduler:
+    monkeypatch.setattr(MemoryController, "_search", lambda self, sampled, bits: 0.0)
+    async with make_scheduler(InProcessOriginals(), kv_min_bits=0.6, prefix_reuse=False) as scheduler:
         running = scheduler.submit(request(ids(STORY * 6), 3000))
         await next_token(running)
         budget = int(0.95 * scheduler.state.kv_bytes)

@@ -15,7 +15,7 @@ from qaq_core.models import LoadedModel
 from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, MakeScheduler, expected, outcome, request
 
 Ids = Callable[[str], list[int]]
-SMALL = {"page_tokens": 16, "prefix_rest": 1}
+SMALL = {"page_tokens": 16, "prefix_recompute_tokens": 1}
 
 
 def failures() -> float:

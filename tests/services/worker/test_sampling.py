@@ -22,12 +22,12 @@ def make(defaults: GenerationConfig | None = None, **params: float) -> Sampler:
 
 def draws(sampler: Sampler, count: int = 200) -> Counter[int]:
     """Tokens at `count` places of a text."""
-    return Counter(sampler.choose(LOGITS, range(place)) for place in range(count))
+    return Counter(sampler.sample(LOGITS, range(place)) for place in range(count))
 
 
 def test_greedy_without_a_temperature() -> None:
-    assert make().choose(LOGITS, [0]) == 1
-    assert make(temperature=0, top_k=3, seed=1).choose(LOGITS, [0]) == 1
+    assert make().sample(LOGITS, [0]) == 1
+    assert make(temperature=0, top_k=3, seed=1).sample(LOGITS, [0]) == 1
 
 
 def test_models_defaults_hold_for_unset_fields() -> None:
@@ -67,7 +67,7 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_seed_repeats() -> None:
     def run(seed: int) -> list[int]:
         sampler = make(temperature=1.0, seed=seed)
-        return [sampler.choose(LOGITS, range(place)) for place in range(40)]
+        return [sampler.sample(LOGITS, range(place)) for place in range(40)]
 
     assert run(2**64 - 1) == run(2**64 - 1)
     assert run(1) != run(2)
@@ -77,14 +77,14 @@ def test_no_seed_differs_from_run_to_run() -> None:
     runs = set()
     for _ in range(3):
         sampler = make(temperature=5.0)
-        runs.add(tuple(sampler.choose(LOGITS, range(place)) for place in range(60)))
+        runs.add(tuple(sampler.sample(LOGITS, range(place)) for place in range(60)))
     assert len(runs) == 3
 
 
 def test_a_token_depends_on_seed_choice_and_place_alone() -> None:
     def run(choice: int, places: Iterable[int]) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=5, seed=3), GenerationConfig(), torch.device("cpu"), choice)
-        return [sampler.choose(LOGITS, range(place)) for place in places]
+        return [sampler.sample(LOGITS, range(place)) for place in places]
 
     assert run(0, range(20, 40)) == run(0, range(40))[20:]
     assert run(0, range(40)) != run(1, range(40))
@@ -95,8 +95,8 @@ def test_frequency_counts_and_presence_does_not() -> None:
     prompt = [1, 1]
 
     def best(generated: list[int], **params: float) -> int:
-        sampler = Sampler(SamplingParams(**params), GenerationConfig(), torch.device("cpu"), begins=2)
-        return sampler.choose(LOGITS, [*prompt, *generated])
+        sampler = Sampler(SamplingParams(**params), GenerationConfig(), torch.device("cpu"), prompt_tokens=2)
+        return sampler.sample(LOGITS, [*prompt, *generated])
 
     assert best([], frequency_penalty=2, presence_penalty=2) == 1
     assert best([1], frequency_penalty=0.06) == 1
@@ -112,14 +112,14 @@ def test_bias_is_added() -> None:
         asked = SamplingParams(**params, logit_bias=bias)
         return Sampler(asked, GenerationConfig(), torch.device("cpu"))
 
-    assert make({4: 100}).choose(LOGITS, [0]) == 4
-    assert make({1: -100, 3: -100}).choose(LOGITS, [0]) == 2
+    assert make({4: 100}).sample(LOGITS, [0]) == 4
+    assert make({1: -100, 3: -100}).sample(LOGITS, [0]) == 2
     assert set(draws(make({1: -100}, temperature=1, seed=1))) == {0, 2, 3}
 
 
 def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
-    assert make(repetition_penalty=1.2).choose(LOGITS, [4, 1, 1]) == 3
-    assert make(repetition_penalty=1.2).choose(LOGITS, [1, 3, 2, 0]) == 1
+    assert make(repetition_penalty=1.2).sample(LOGITS, [4, 1, 1]) == 3
+    assert make(repetition_penalty=1.2).sample(LOGITS, [1, 3, 2, 0]) == 1
     assert torch.equal(LOGITS, torch.tensor([0.0, 3.0, 1.0, 2.9, -5.0])), "the logits were written to"
 
 
@@ -146,4 +146,4 @@ def test_out_of_range(params: dict[str, float]) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_distribution(temperature: float) -> None:
     with pytest.raises(RuntimeError):
-        make(temperature=temperature).choose(torch.tensor([0.0, float("nan"), 1.0]), [0])
+        make(temperature=temperature).sample(torch.tensor([0.0, float("nan"), 1.0]), [0])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qaq_core.base.errors import UnsupportedModelError
 from qaq_core.models import LoadedModel
-from services.worker.text import TextStream, backend_of
+from services.worker.text import TextStream, tokenizer_backend
 
 
 def pieces(smollm2: LoadedModel, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
@@ -54,8 +54,8 @@ def test_special_tokens_have_no_text(smollm2: LoadedModel) -> None:
 def test_stop_strings(smollm2: LoadedModel, text: str, stop: tuple[str, ...], shown: str) -> None:
     parts, stream = pieces(smollm2, smollm2.tokenizer.encode(text), stop)
     assert "".join(parts) == shown
-    assert (stream.found is not None) is (shown != text)
-    assert stream.found is None or (stream.found in stop and text.startswith(shown + stream.found))
+    assert (stream.stop_found is not None) is (shown != text)
+    assert stream.stop_found is None or (stream.stop_found in stop and text.startswith(shown + stream.stop_found))
 
 
 def test_what_may_be_a_stop_string_is_held_back(smollm2: LoadedModel) -> None:
@@ -82,7 +82,7 @@ def test_any_text_and_any_stop(smollm2: LoadedModel, text: str, stop: list[str])
     first = min((at for at in map(decoded.find, stop) if at >= 0), default=None)
     parts, stream = pieces(smollm2, tokens, tuple(stop))
     shown = "".join(parts)
-    assert (stream.found is None) is (first is None)
+    assert (stream.stop_found is None) is (first is None)
     if first is None:
         assert shown == decoded
     else:
@@ -93,4 +93,4 @@ def test_any_text_and_any_stop(smollm2: LoadedModel, text: str, stop: list[str])
 
 def test_a_tokenizer_without_a_backend_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="tokenizer"):
-        backend_of(object())
+        tokenizer_backend(object())

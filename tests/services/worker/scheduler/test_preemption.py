@@ -19,12 +19,12 @@ from qaq_core.models import LoadedModel
 from services.common.errors import FailedPrecondition, Unavailable
 from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler
-from services.worker.state import State
+from services.worker.state import WorkerState
 from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, MakeScheduler, expected, outcome, request, until
 from tests.services.worker.test_memory_controller import bits
 
 Ids = Callable[[str], list[int]]
-SMALL = {"page_tokens": 16, "prefix_rest": 1}
+SMALL = {"page_tokens": 16, "prefix_recompute_tokens": 1}
 TOKEN_BYTES = 30 * 2 * 3 * 64 * 2
 LONG = 4000
 
@@ -135,7 +135,7 @@ async def test_all_streams_finish_within_a_budget_that_is_too_small(
 
 async def test_elastic_caches_give_way_to_the_floor_and_no_further(make_scheduler: MakeScheduler, ids: Ids) -> None:
     before = preempted()
-    async with make_scheduler(kv_floor_bits=1.5, **SMALL) as scheduler:
+    async with make_scheduler(kv_min_bits=1.5, **SMALL) as scheduler:
         running = [scheduler.submit(request(tokens, LONG)) for tokens in prompts(ids, 3, 160)]
         await begun(*running)
         window = sum(session.sequence.residual.nbytes for session in scheduler.batch.sessions)
@@ -294,7 +294,7 @@ async def test_cancelled_while_it_is_paused(make_scheduler: MakeScheduler, ids: 
         await goes_on(first)
         scheduler.cancel(first)
         await until(lambda: scheduler.state.running == 0)
-        assert scheduler.state == State()
+        assert scheduler.state == WorkerState()
         assert store.nbytes == 0
 
 
@@ -315,7 +315,7 @@ async def test_stopping_ends_who_is_paused(make_scheduler: MakeScheduler, ids: I
     for generation in (first, second):
         with pytest.raises(Unavailable, match="again"):
             await outcome(generation)
-    assert scheduler.state == State()
+    assert scheduler.state == WorkerState()
 
 
 async def test_a_kept_session_goes_on_after_a_pause(

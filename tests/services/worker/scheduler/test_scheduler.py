@@ -14,7 +14,7 @@ from qaq_core.base.widths import WIDTHS
 from qaq_core.models import LoadedModel
 from services.common.errors import Unavailable
 from services.worker.scheduler.scheduler import Scheduler
-from services.worker.state import State
+from services.worker.state import WorkerState
 from tests.services.worker.conftest import (
     EXACT,
     LISTS,
@@ -132,4 +132,4 @@ async def test_stopping_ends_everything(make_scheduler: MakeScheduler, ids: Ids)
             await outcome(generation)
     with pytest.raises(Unavailable):
         scheduler.submit(request(ids(STORY)))
-    assert scheduler.state == State()
+    assert scheduler.state == WorkerState()

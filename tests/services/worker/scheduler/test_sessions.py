@@ -9,7 +9,7 @@ from qaq.v1 import common_pb2
 
 from qaq_core.models import LoadedModel
 from services.common.errors import FailedPrecondition, ResourceExhausted
-from services.worker.state import State
+from services.worker.state import WorkerState
 from tests.services.worker.conftest import (
     EXACT,
     LISTS,
@@ -91,7 +91,7 @@ async def test_least_recently_used_session_goes_first(make_scheduler: MakeSchedu
             await outcome(scheduler.submit(request(ids(STORY), 1, cache=EXACT, session_id=name, keep=True)))
         assert scheduler.state.sessions == 2
         assert [await asyncio.wrap_future(scheduler.drop(name)) for name in "abc"] == [True, False, True]
-        assert await settled(scheduler, sessions=0) == State()
+        assert await settled(scheduler, sessions=0) == WorkerState()
 
 
 async def test_dropping_a_session_that_runs(make_scheduler: MakeScheduler, ids: Ids) -> None:
