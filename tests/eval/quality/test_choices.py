@@ -193,7 +193,7 @@ def test_local_files_have_the_shape_of_the_data_set(
     ("task", "text", "message"),
     [
         ("piqa", '{"goal": "a"}', "line 1 of .* is not a question of piqa"),
-        ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}', "its label is not that of an answer"),
+        ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}', "the label is not that of an answer"),
         ("piqa", "no json", "line 1 of"),
         ("piqa", "", "has no questions"),
         ("winogrande", "{}", "local files work for arc_challenge"),
