@@ -17,7 +17,7 @@ import torch
 from qaq_core.allocation.attention_statistics import StepObserver
 from qaq_core.attention.fallback import KernelWithFallback, restored_outputs, transformed_queries
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
-from qaq_core.kernels.layers import LAYER, REDUCTIONS, TYPES, Describer
+from qaq_core.kernels import LAYER, REDUCTIONS, TYPES, Describer
 from qaq_core.quantization.codecs import Codec
 
 SINGLE_THREAD_BELOW = 1 << 19

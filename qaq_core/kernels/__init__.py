@@ -1,11 +1,11 @@
-"""The C++ library, and what calls it. `csrc/` has the sources."""
+"""The C++ library and its callers; README.md is a map of the sources."""
 
 from qaq_core.kernels.allocate import NativeAllocator
-from qaq_core.kernels.decode import DecodeStep
 from qaq_core.kernels.encode import NativeEncoder
-from qaq_core.kernels.layers import LAYER, REDUCTIONS, SIDES, TYPES, Describer, addresses
-from qaq_core.kernels.library import INTERFACE, load_library, missing_library
+from qaq_core.kernels.layers import LAYER, REDUCTIONS, SIDES, Describer, addresses
+from qaq_core.kernels.library import load_library, missing_library
 from qaq_core.kernels.repack import NativeRepacker
+from qaq_core.kernels.structures import INTERFACE, TYPES, DecodeStep
 
 __all__ = [
     "INTERFACE",

@@ -1,11 +1,11 @@
-"""The balanced policy on the CPU in C++ (csrc/allocate.h); `policies.BalancedPolicy` defines what is done."""
+"""The balanced policy on the CPU in C++ (csrc/allocate.h); `policies.BalancedPolicy` defines the results."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from collections.abc import Sequence
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,54 +21,18 @@ from qaq_core.allocation.attention_statistics import (
 )
 from qaq_core.allocation.policies.balanced import FLOOR, OWN, REACH, SINKS, BalancedPolicy
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.kernels.repack import run_stride
+from qaq_core.kernels.repack import head_stride
+from qaq_core.kernels.structures import SideRows, StatisticUpdate, Weigh
 from qaq_core.quantization.codecs import Codec
 
 
-class _Weigh(ctypes.Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("runs", "tokens", "first", "count", "sinks", "reach")),
-        *((name, c_float) for name in ("own", "before", "share", "floor")),
-        ("state", c_void_p),
-        ("state_stride", c_int64),
-        *((name, c_void_p) for name in ("importance", "sums", "smooth", "weight")),
-    ]
-
-
-class _StatisticUpdate(ctypes.Structure):
-    _fields_ = [
-        ("runs", c_int32),
-        ("tokens", c_int32),
-        ("state", c_void_p),
-        ("state_stride", c_int64),
-        ("importance", c_void_p),
-        ("observed", c_void_p),
-        *((name, c_float) for name in ("keep", "log2_floor", "step")),
-        ("seed", c_int64),
-    ]
-
-
-class _SideRows(ctypes.Structure):
-    _fields_ = [
-        ("runs", c_int32),
-        ("count", c_int32),
-        ("weight", c_void_p),
-        ("meta", c_void_p),
-        ("meta_stride", c_int64),
-        ("thresholds", c_void_p),
-        ("tags", c_void_p),
-        ("tags_stride", c_int64),
-        ("shift", c_int32),
-    ]
-
-
 class _Rules:
-    """What the rows of one model's layers and heads ask for.
+    """The library's calls for one model: weights of tokens and widths of their rows.
 
     Args:
-        importance: float32 [256], of a byte of the window's state.
-        thresholds: of keys and values, float32 [layers, kv_heads, 256, steps], see `CostTable.thresholds`; of
-            every meta byte.
+        importance: float32 [256], by a byte of the statistic's state.
+        thresholds: of keys and values, float32 [layers, kv_heads, 256, steps], by meta byte; see
+            `CostTable.thresholds`.
     """
 
     def __init__(self, library: Any, importance: torch.Tensor, thresholds: Sequence[torch.Tensor]) -> None:
@@ -84,8 +48,8 @@ class _Rules:
         layers, heads, tokens, _ = state.shape
         weight = torch.empty(layers, heads, count)
         sums, smooth = torch.empty(tokens + 1, dtype=torch.float64), torch.empty(tokens)
-        job = _Weigh(
-            runs=layers * heads,
+        job = Weigh(
+            heads=layers * heads,
             tokens=tokens,
             first=first,
             count=count,
@@ -96,7 +60,7 @@ class _Rules:
             share=1 - FLOOR,
             floor=FLOOR,
             state=state.data_ptr(),
-            state_stride=run_stride(state[..., 0]),
+            state_stride=head_stride(state[..., 0]),
             importance=self._importance.data_ptr(),
             sums=sums.data_ptr(),
             smooth=smooth.data_ptr(),
@@ -106,18 +70,18 @@ class _Rules:
         return weight
 
     def update_statistic(self, state: torch.Tensor, observed: torch.Tensor, keep: float, position: int) -> None:
-        """Folds what the query at a position looked at into a state, see `DecayingMeanSquare.observe`.
+        """Updates a state with the attention of the query at a position, see `DecayingMeanSquare`.
 
         Args:
             state: uint8 [layers, kv_heads, tokens or more, 1]. observed: float32 [layers, kv_heads, tokens].
-            keep: share of what the state says.
+            keep: weight of the state in the mean.
         """
         layers, heads, tokens = observed.shape
-        job = _StatisticUpdate(
-            runs=layers * heads,
+        job = StatisticUpdate(
+            heads=layers * heads,
             tokens=tokens,
             state=state.data_ptr(),
-            state_stride=run_stride(state[..., 0]),
+            state_stride=head_stride(state[..., 0]),
             importance=self._importance.data_ptr(),
             observed=observed.data_ptr(),
             keep=keep,
@@ -127,56 +91,56 @@ class _Rules:
         )
         self._library.qaq_update_statistic(ctypes.byref(job))
 
-    def widths(self, side: int, weight: torch.Tensor, meta: torch.Tensor, worth: float) -> torch.Tensor:
-        """Widths uint8 [layers, kv_heads, n] of rows of those meta bytes [layers, kv_heads, n, 1].
+    def widths(self, side: int, weight: torch.Tensor, meta: torch.Tensor, factor: float) -> torch.Tensor:
+        """Widths uint8 [layers, kv_heads, n] of rows with meta bytes [layers, kv_heads, n, 1].
 
         Args:
-            worth: what a weight of 1 is worth, in bits.
+            factor: rows get the width of their weight times this.
         """
         widths = torch.empty(weight.shape, dtype=torch.uint8)
         rows = self._rows(side, weight, meta)
-        self._library.qaq_widths(ctypes.byref(rows), c_float(worth), c_void_p(widths.data_ptr()))
+        self._library.qaq_widths(ctypes.byref(rows), c_float(factor), c_void_p(widths.data_ptr()))
         return widths
 
     def width_changes(
-        self, side: int, weight: torch.Tensor, meta: torch.Tensor, tags: torch.Tensor, worths: Sequence[float]
+        self, side: int, weight: torch.Tensor, meta: torch.Tensor, tags: torch.Tensor, factors: Sequence[float]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Index, width held and width wanted of rows to move, see `allocation.WidthChanges`.
+        """Index, width held and width wanted of rows that should change width, see `allocation.WidthChanges`.
 
         Args:
-            worths: as in `widths`, for the most a row could need, for what it wants, and for the least it needs;
-                NaN at the ends does not look for rows that hold more, or less.
+            factors: as in `widths`. Rows wider than the first one gives or narrower than the last one gives change to
+                what the second one gives; a NaN finds none.
         """
         rows = self._rows(side, weight, meta)
-        rows.tags, rows.tags_stride, rows.shift = tags.data_ptr(), run_stride(tags), 4 * side
+        rows.tags, rows.tags_stride, rows.shift = tags.data_ptr(), head_stride(tags), 4 * side
         index = torch.empty(weight.numel(), dtype=torch.int64)
         held, wanted = torch.empty(2, weight.numel(), dtype=torch.uint8).unbind()
         out = (c_void_p(part.data_ptr()) for part in (index, held, wanted))
-        count = self._library.qaq_width_changes(ctypes.byref(rows), *map(c_float, worths), *out)
+        count = self._library.qaq_width_changes(ctypes.byref(rows), *map(c_float, factors), *out)
         return index[:count].clone(), held[:count].clone(), wanted[:count].clone()
 
-    def _rows(self, side: int, weight: torch.Tensor, meta: torch.Tensor) -> _SideRows:
+    def _rows(self, side: int, weight: torch.Tensor, meta: torch.Tensor) -> SideRows:
         layers, heads, count = weight.shape
-        return _SideRows(
-            runs=layers * heads,
+        return SideRows(
+            heads=layers * heads,
             count=count,
             weight=weight.data_ptr(),
             meta=meta.data_ptr(),
-            meta_stride=run_stride(meta[..., 0]),
+            meta_stride=head_stride(meta[..., 0]),
             thresholds=self._thresholds[side].data_ptr(),
         )
 
 
 @dataclass(frozen=True)
 class WeightedTokens:
-    """Tokens' weights float32 [layers, kv_heads, n], and their rows' meta bytes."""
+    """Weights of tokens, float32 [layers, kv_heads, n], and the meta bytes of their rows."""
 
     weight: torch.Tensor
     metas: tuple[torch.Tensor, torch.Tensor]
 
 
 class NativeAllocator(Allocator):
-    """The balanced policy in C++, which looks a row's thresholds up by its meta byte."""
+    """The balanced policy in C++, which looks up a row's thresholds by its meta byte."""
 
     def __init__(self, policy: BalancedPolicy, codec: Codec, statistic: AttentionStatistic, library: Any) -> None:
         super().__init__(policy, codec, statistic)

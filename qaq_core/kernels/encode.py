@@ -1,6 +1,6 @@
-"""Encoding on the CPU in C++ (csrc/encode.h); `encoding.TorchEncoder` defines what is done.
+"""Encoding on the CPU in C++ (csrc/encode.h); `quantization.encoder.TorchEncoder` defines the results.
 
-What the library does not do (frames and codecs of one's own) goes to torch, and is counted.
+Transforms and codecs that the library does not know fall back to torch, and are counted.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections import Counter
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from qaq_core.kernels.rotation import NativeRotation
+from qaq_core.kernels.structures import TYPES, CellTables, Encode, NativeRotation, Span, TransformTables
 from qaq_core.quantization.codecs import Codec, GaussianCodec
 from qaq_core.quantization.codecs.base import Cells
 from qaq_core.quantization.encoder import Encoder, Layouts
@@ -23,67 +23,20 @@ from qaq_core.quantization.transforms import IdentityTransform, LinearTransform,
 
 log = logging.getLogger(__name__)
 
-_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 MAX_DIM = 256
 SINGLE_THREAD_BELOW = 1 << 18
-"""Numbers below which one thread does all: others would take longer to wake up."""
+"""Below this many numbers one thread is used: waking others takes longer."""
 _MOST_BINS = 1 << 15
-
-
-class _Span(ctypes.Structure):
-    _fields_ = [
-        ("base", c_void_p),
-        *((name, c_int64) for name in ("layers", "heads", "tokens")),
-        ("strides", c_int64 * 3),
-    ]
-
-    @classmethod
-    def of(cls, vectors: torch.Tensor) -> _Span:
-        """Of [layers, kv_heads, n, head_dim], or [n, head_dim]; those of one vector are contiguous."""
-        vectors = vectors if vectors.dim() == 4 else vectors[None, None]
-        return cls(vectors.data_ptr(), *vectors.shape[:3], (c_int64 * 3)(*vectors.stride()[:3]))
-
-
-class _TransformTables(ctypes.Structure):
-    _fields_ = [
-        ("kv_heads", c_int32),
-        ("dim", c_int32),
-        *((name, c_void_p) for name in ("matrices", "means", "angles")),
-        ("angles_stride", c_int64),
-        ("kind", c_void_p),
-        ("rotation", NativeRotation),
-    ]
-
-
-class _Cells(ctypes.Structure):
-    _fields_ = [
-        ("dim", c_int32),
-        ("split", c_int32),
-        ("edges", c_void_p),
-        ("below", c_void_p),
-        ("low", c_float),
-        ("bins_per_unit", c_float),
-        ("bins", c_int32),
-        ("units", c_void_p),
-    ]
-
-
-class _Encode(ctypes.Structure):
-    _fields_ = [
-        ("cells", _Cells),
-        ("rows", _Span),
-        *((name, c_void_p) for name in ("scales", "offset", "have", "want", "begin", "out")),
-    ]
 
 
 @dataclass(frozen=True)
 class Search:
-    """Finds a number's cell without branches: bins of equal width, each with one edge at most.
+    """Tables that find a number's cell without branches: bins of equal width, each with one edge at most.
 
     Attributes:
         edges: float32 [256], the codec's and infinity.
-        below: int32 [bins], edges in lower bins.
-        low, bins_per_unit: a number x is in bin (x - low) · bins_per_unit, rounded down, or the nearest there is.
+        below: int32 [bins], the number of edges in lower bins.
+        low, bins_per_unit: a number x is in bin (x - low) · bins_per_unit, rounded down and clamped.
     """
 
     edges: torch.Tensor
@@ -93,10 +46,10 @@ class Search:
 
     @classmethod
     def of(cls, edges: torch.Tensor) -> Search | None:
-        """Of ascending edges float32 [255]; None if they are so uneven that it would take too many bins."""
+        """Tables for ascending edges float32 [255]; None if they are so uneven that too many bins are needed."""
         low, bins = edges[0], 256
         while bins <= _MOST_BINS:
-            # The very operations of the library, so that a number and an edge of its size meet in one bin.
+            # The same operations as in the library, so that a number equal to an edge gets the edge's bin.
             bins_per_unit = (bins - 1) / (edges[-1] - low)
             place = ((edges - low) * bins_per_unit).int()
             if bool((place[1:] > place[:-1]).all()) and int(place[-1]) < bins:
@@ -108,17 +61,17 @@ class Search:
 
 
 class NativeEncoder:
-    """The operations in C++.
+    """`Encoder` in C++.
 
     Attributes:
-        fallbacks: calls that went to torch, by why.
+        fallbacks: calls that torch did, by reason.
     """
 
     def __init__(self, library: Any, transform: Transform, codec: Codec, layouts: Layouts, reference: Encoder) -> None:
         self._library, self._reference = library, reference
         self._transform, self._codec, self._layouts = transform, codec, layouts
         self.fallbacks: Counter[str] = Counter()
-        # A codec that does something in a way of its own is taken at its word.
+        # Codecs that override these methods run their own code.
         self._search: Search | None = None
         if isinstance(codec, Cells) and type(codec).codes is Cells.codes:
             self._search = Search.of(codec.edges)
@@ -134,12 +87,12 @@ class NativeEncoder:
         layers, _, n, _ = originals.shape
         rows = originals if overwrite and originals.dtype == torch.float32 else torch.empty(originals.shape)
         given, alive = _tables(linear, side, start + n)
-        bad = self._library.qaq_rows(
+        bad = self._library.qaq_transform(
             ctypes.byref(given),
-            ctypes.byref(_Span.of(originals)),
-            c_int32(_TYPES[originals.dtype]),
+            ctypes.byref(_span(originals)),
+            c_int32(TYPES[originals.dtype]),
             c_int64(start),
-            ctypes.byref(_Span.of(rows)),
+            ctypes.byref(_span(rows)),
             _threads(rows),
         )
         del alive
@@ -155,7 +108,7 @@ class NativeEncoder:
         rows, (given, alive) = torch.empty(originals.shape), _tables(linear, side, int(position.max()) + 1)
         place = layer * linear.key_mean.shape[1] + head
         parts = (originals.float().contiguous(), place, position.contiguous(), place.argsort(), rows)
-        self._library.qaq_rows_at(
+        self._library.qaq_transform_at(
             ctypes.byref(given), c_int64(len(rows)), *(c_void_p(part.data_ptr()) for part in parts)
         )
         del alive
@@ -170,7 +123,7 @@ class NativeEncoder:
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         rms = torch.empty(*rows.shape[:-1], 2 if codec.split else 1)
         self._library.qaq_rms(
-            ctypes.byref(_Span.of(rows)),
+            ctypes.byref(_span(rows)),
             c_int32(dim),
             c_int32(8 * codec.split or dim),
             c_void_p(rms.data_ptr()),
@@ -198,7 +151,7 @@ class NativeEncoder:
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         parts = [scale, offset, have, want, begin, out]
         held = [part if part is None else part.contiguous() for part in parts]
-        cells = _Cells(
+        cells = CellTables(
             dim=dim,
             split=8 * self._codec.split or dim,
             edges=search.edges.data_ptr(),
@@ -209,21 +162,21 @@ class NativeEncoder:
             units=self._layouts(side, dim).units.data_ptr(),
         )
         pointers = (part if part is None else part.data_ptr() for part in held)
-        job = _Encode(cells, _Span.of(rows), *pointers)
+        job = Encode(cells, _span(rows), *pointers)
         self._library.qaq_encode(ctypes.byref(job), _threads(rows))
 
     def _linear(self, originals: torch.Tensor) -> LinearTransform | None:
-        """The frame, if the library makes rows of these originals in it."""
+        """The transform, if the library can apply it to these originals."""
         transform, dim = self._transform, originals.shape[-1]
         if type(transform) is IdentityTransform:
-            return None  # nothing is to be done
+            return None  # nothing to do
         if type(transform) is not LinearTransform:
-            self._fall_back("rows of the frame's own")
+            self._fall_back("rows of the transform's own")
         elif dim > MAX_DIM:
             self._fall_back(f"a head_dim of {dim}")
-        elif originals.dtype not in _TYPES or originals.stride(-1) != 1:
+        elif originals.dtype not in TYPES or originals.stride(-1) != 1:
             self._fall_back(f"{originals.dtype} originals that are not contiguous")
-        elif dim == transform.key_mean.shape[-1]:  # otherwise torch says what is wrong
+        elif dim == transform.key_mean.shape[-1]:  # otherwise torch raises the error
             return transform
         return None
 
@@ -238,17 +191,17 @@ def _say(why: str) -> None:
 
 
 def _there(transform: LinearTransform, layer: torch.Tensor, head: torch.Tensor, position: torch.Tensor) -> bool:
-    """Whether the frame has all these places; if not, torch says what is wrong."""
+    """Whether the transform has tables for all rows; if not, torch raises the error."""
     layers, heads, _ = transform.key_mean.shape
     limits = ((layer, layers), (head, heads), (position, 1 << 31))
     return all(int(index.min()) >= 0 and int(index.max()) < limit for index, limit in limits)
 
 
-def _tables(transform: LinearTransform, side: int, stop: int) -> tuple[_TransformTables, object]:
-    """A frame's tables of one side, for positions before `stop`; and what must live until the call is over."""
+def _tables(transform: LinearTransform, side: int, stop: int) -> tuple[TransformTables, object]:
+    """One side's tables of a transform, for positions before `stop`, and what must live until the call is over."""
     mean, angles = transform.centers(side, stop)
     matrices = transform.matrices[side]
-    given = _TransformTables(
+    given = TransformTables(
         kv_heads=mean.shape[1],
         dim=mean.shape[2],
         matrices=matrices.data_ptr(),
@@ -260,6 +213,12 @@ def _tables(transform: LinearTransform, side: int, stop: int) -> tuple[_Transfor
     if transform.rotation is not None:
         given.rotation = NativeRotation(*(part.data_ptr() for part in vars(transform.rotation[side]).values()))
     return given, angles
+
+
+def _span(vectors: torch.Tensor) -> Span:
+    """Describes [layers, kv_heads, n, head_dim], or [n, head_dim]; a vector is contiguous."""
+    vectors = vectors if vectors.dim() == 4 else vectors[None, None]
+    return Span(vectors.data_ptr(), *vectors.shape[:3], (c_int64 * 3)(*vectors.stride()[:3]))
 
 
 def _threads(rows: torch.Tensor) -> c_int32:

@@ -1,12 +1,11 @@
-"""What the library is told of the layers it attends in: the structures of csrc/attention.h.
+"""Describes a sequence's packed tokens to the library, in the structures of csrc/attention.h.
 
-Where packed tokens lie changes only when some come or change their width. So a sequence's are described once for
-all layers, as numpy records of the C structures, and the description is kept until then.
+Their addresses change only when tokens are added or change width. So all layers are described once, as numpy records of
+the C structures, and the description is kept until then.
 """
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,67 +14,28 @@ import numpy as np
 import torch
 
 from qaq_core.base.widths import WIDTHS
-from qaq_core.kernels.rotation import NativeRotation
+from qaq_core.kernels.structures import Layer, Pool
 from qaq_core.quantization.codecs import Codec
 from qaq_core.quantization.transforms import LinearTransform
 from qaq_core.storage import packed as packed_rows
 from qaq_core.storage.packed import PackedTokens
 
-TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 REDUCTIONS = {"max": 1, "mean_square": 2}
 _AHEAD = 64
-"""Scores of means are made for so many positions at a time."""
+"""The library reads angles of up to this many positions after the last packed token."""
 
 
-class _Pool(Structure):
-    _fields_ = [("base", c_void_p), ("first", c_void_p)]
-
-
-class _Side(Structure):
-    _fields_ = [
-        ("residual", c_void_p),
-        ("residual_head_stride", c_int64),
-        ("rows", c_void_p),
-        ("order", c_void_p),
-        ("split", c_int32),
-        ("parts", c_int32),
-        ("meta", c_void_p),
-        ("scales", c_void_p),
-        ("scale", c_void_p),
-        ("offset", c_void_p),
-        ("affine_head_stride", c_int64),
-        ("rotation", NativeRotation),
-    ]
-
-
-class _Layer(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("kv_heads", "group", "dim", "sinks", "recent", "packed", "block_tokens")),
-        *((name, c_int32) for name in ("start", "first", "residual_type", "reduction")),
-        ("query", c_void_p),
-        ("transformed", c_void_p),
-        ("stride", c_int64),
-        *((name, c_void_p) for name in ("key_mean", "value_mean", "angles", "tags")),
-        ("tags_head_stride", c_int64),
-        ("levels", c_void_p),
-        ("key", _Side),
-        ("value", _Side),
-        *((name, c_void_p) for name in ("out_residual", "out_packed")),
-        ("observed", c_void_p),
-    ]
-
-
-LAYER, _POOL = np.dtype(_Layer), np.dtype(_Pool)
+LAYER, _POOL = np.dtype(Layer), np.dtype(Pool)
 SIDES = ("key", "value")
 
 
 @dataclass(frozen=True)
 class Description:
-    """The packed tokens of one sequence as they were at some version.
+    """The packed tokens of one sequence at one version.
 
     Attributes:
-        layers: records of LAYER [layers]; what is not about packed tokens is 0.
-        alive: what the records point into and the packed tokens do not hold themselves.
+        layers: records of LAYER [layers]; fields that are not about packed tokens are 0.
+        alive: objects that the records point into and that the packed tokens do not hold.
     """
 
     version: int
@@ -87,8 +47,8 @@ class Describer:
     """Describes packed tokens of one codec.
 
     Attributes:
-        looks_up: whether a row's scales are looked up by its one meta byte. If not, they are passed as numbers,
-            see `with_scales`.
+        looks_up: whether the library looks up a row's scales by its one meta byte. If not, they are passed as
+            numbers, see `with_scales`.
     """
 
     def __init__(self, codec: Codec) -> None:
@@ -102,20 +62,20 @@ class Describer:
         self._known: WeakKeyDictionary[PackedTokens, Description] = WeakKeyDictionary()
 
     def packed(self, packed: PackedTokens) -> Description:
-        """All layers of a sequence's packed tokens, of which there must be some."""
+        """Describes all layers of a sequence that has packed tokens."""
         known = self._known.get(packed)
         if known is None or known.version != packed.version:
             known = self._known[packed] = self._describe(packed)
         return known
 
     def nothing(self, layers: int) -> np.ndarray:
-        """Records of as many layers without packed tokens."""
+        """Records of layers without packed tokens."""
         records = np.zeros(layers, LAYER)
         records["levels"] = self._levels.data_ptr()
         return records
 
     def with_scales(self, record: Any, packed: PackedTokens, layer: int) -> tuple[object, ...]:
-        """Gives a layer's record the scales and offsets of its rows; returns what must live as long as it."""
+        """Writes the scales and offsets of a layer's rows to its record; returns what must live as long."""
         alive: list[object] = []
         for index, side in enumerate(SIDES):
             scale, offset = packed.affine(index, layer, 0, len(packed))
@@ -151,7 +111,7 @@ class Describer:
         return Description(packed.version, records, alive)
 
     def _fill(self, side: Any, index: int, packed: PackedTokens) -> tuple[object, ...]:
-        """Says where one side's rows and meta bytes lie, in every layer; returns what must live as long."""
+        """Writes the addresses of one side's rows and meta bytes in every layer; returns what must live as long."""
         mine = packed.sides[index]
         bases = np.zeros((len(mine.pools), len(WIDTHS)), np.uintp)
         rows = np.zeros((packed.layers, len(mine.pools)), _POOL)
@@ -172,6 +132,6 @@ class Describer:
 
 
 def addresses(table: torch.Tensor) -> np.ndarray:
-    """Where table[0], table[1], … begin."""
+    """Addresses of table[0], table[1], …"""
     step = table.stride(0) * table.itemsize
     return np.uintp(table.data_ptr()) + np.arange(len(table), dtype=np.uintp) * np.uintp(step)

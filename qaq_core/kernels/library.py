@@ -13,8 +13,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-INTERFACE = 16
-"""QAQ_INTERFACE of csrc/interface.h; a library that was built from another is not used."""
+from qaq_core.kernels.structures import INTERFACE, compiled, declared, difference
 
 
 @cache
@@ -36,11 +35,19 @@ def _load() -> tuple[Any | None, str | None]:
     for path in [Path(given)] if given else [folder / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]:
         if path.exists():
             loaded = ctypes.CDLL(str(path))
+            if (wrong := _mismatch(loaded)) is not None:
+                return None, f"{path} was built from other sources ({wrong}): reinstall QAQ"
             loaded.qaq_isa.restype = ctypes.c_char_p
             loaded.qaq_use.argtypes = [ctypes.c_char_p]
-            if loaded.qaq_interface() == INTERFACE:
-                return loaded, None
-            return None, f"{path} was built from other sources: reinstall QAQ"
+            return loaded, None
     if given:
         return None, f"QAQ_LIBRARY={given} is not there: unset it"
     return None, "the C++ library is not built: install a C++ compiler and reinstall QAQ"
+
+
+def _mismatch(library: Any) -> str | None:
+    """How a library differs from what Python declares; None if it fits."""
+    built = library.qaq_interface()
+    if built != INTERFACE:
+        return f"interface {built} instead of {INTERFACE}"
+    return difference(declared(), compiled(library))

@@ -1,4 +1,4 @@
-"""Repacking on the CPU in C++ (csrc/repack.h); `storage.repack.TorchRepacker` defines what is done."""
+"""Repacking on the CPU in C++ (csrc/repack.h); `storage.repack.TorchRepacker` defines the results."""
 
 from __future__ import annotations
 
@@ -9,35 +9,10 @@ from typing import Any
 import torch
 
 from qaq_core.base.widths import HALF, WIDTHS
+from qaq_core.kernels.structures import Narrow, Repack
 from qaq_core.storage.repack import Moves, Rows
 
 _Pointers = c_void_p * len(WIDTHS)
-
-
-class _Repack(ctypes.Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("runs", "before", "after", "half_bit", "shift")),
-        ("tags_before", c_void_p),
-        ("before_stride", c_int64),
-        ("tags_after", c_void_p),
-        ("after_stride", c_int64),
-        ("held", c_void_p),
-        ("rows", c_void_p),
-        ("moves", c_int64),
-        *((name, c_void_p) for name in ("index", "keep", "planes", "offsets")),
-    ]
-
-
-class _Narrow(ctypes.Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("runs", "tokens", "half_bit", "shift")),
-        ("before", c_void_p),
-        ("before_stride", c_int64),
-        ("after", c_void_p),
-        ("after_stride", c_int64),
-        ("held", c_void_p),
-        ("rows", c_void_p),
-    ]
 
 
 class NativeRepacker:
@@ -50,7 +25,7 @@ class NativeRepacker:
         counts = torch.empty(layers, heads, len(WIDTHS), dtype=torch.int64)
         self._library.qaq_count(
             c_void_p(tags.data_ptr()),
-            c_int64(run_stride(tags)),
+            c_int64(head_stride(tags)),
             c_int32(layers * heads),
             c_int32(tokens),
             c_int32(4 * side),
@@ -72,16 +47,16 @@ class NativeRepacker:
                 rows[width] = held[width]
         index, keep, planes, offsets = (t.contiguous() for t in (moves.index, moves.keep, moves.planes, moves.offsets))
         held_at, rows_at = _pointers(held), _pointers(fresh)
-        job = _Repack(
-            runs=before.shape[0] * before.shape[1],
+        job = Repack(
+            heads=before.shape[0] * before.shape[1],
             before=before.shape[2],
             after=after.shape[2],
             half_bit=half_bit,
             shift=4 * side,
             tags_before=before.data_ptr(),
-            before_stride=run_stride(before),
+            before_stride=head_stride(before),
             tags_after=after.data_ptr(),
-            after_stride=run_stride(after),
+            after_stride=head_stride(after),
             held=ctypes.addressof(held_at),
             rows=ctypes.addressof(rows_at),
             moves=len(index),
@@ -102,15 +77,15 @@ class NativeRepacker:
             if count
         }
         held_at, rows_at = _pointers(held), _pointers(rows)
-        job = _Narrow(
-            runs=before.shape[0] * before.shape[1],
+        job = Narrow(
+            heads=before.shape[0] * before.shape[1],
             tokens=before.shape[2],
             half_bit=half_bit,
             shift=4 * side,
             before=before.data_ptr(),
-            before_stride=run_stride(before),
+            before_stride=head_stride(before),
             after=after.data_ptr(),
-            after_stride=run_stride(after),
+            after_stride=head_stride(after),
             held=ctypes.addressof(held_at),
             rows=ctypes.addressof(rows_at),
         )
@@ -119,12 +94,12 @@ class NativeRepacker:
 
 
 def _pointers(rows: Rows) -> Any:
-    """Where the rows of each of WIDTHS are; null for widths without any."""
+    """Addresses of the rows of each of WIDTHS; null for widths without rows."""
     return _Pointers(*(rows[width].data_ptr() if width in rows else None for width in WIDTHS))
 
 
-def run_stride(tags: torch.Tensor) -> int:
-    """Bytes from one head's tags to the next's, in a view of tags whose runs stand evenly."""
+def head_stride(tags: torch.Tensor) -> int:
+    """Bytes from one head's tags to the next's, in a view of tags with equal distances between heads."""
     layers, heads, tokens = tags.shape
     assert tokens <= 1 or tags.stride(2) == 1
     assert layers <= 1 or heads <= 1 or tags.stride(0) == heads * tags.stride(1)

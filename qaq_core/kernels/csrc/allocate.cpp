@@ -1,4 +1,4 @@
-// Decides what torch decides, bit for bit, so no product may be fused with the sum it goes into.
+// Results equal torch's bit for bit, so no product may be fused with a sum.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #elif defined(__GNUC__)
@@ -13,26 +13,26 @@
 
 namespace {
 
-// How many steps something of that worth takes: thresholds never fall.
-int climb(const float* thresholds, float worth) {
-    int taken = 0;
-    for (int step = 0; step < QAQ_STEPS; ++step) taken += worth > thresholds[step];
-    return taken;
+// The number of thresholds, which ascend, below a benefit: the index of the width it earns.
+int steps_below(const float* thresholds, float benefit) {
+    int steps = 0;
+    for (int step = 0; step < QAQ_STEPS; ++step) steps += benefit > thresholds[step];
+    return steps;
 }
 
 }  // namespace
 
 void qaq_update_statistic(const QaqStatisticUpdate* job) {
     const float lowest = std::exp2(job->log2_floor);
-    uint64_t place = uint64_t(job->seed);
-    for (int run = 0; run < job->runs; ++run) {
-        uint8_t* state = job->state + run * job->state_stride;
-        const float* observed = job->observed + int64_t(run) * job->tokens;
+    uint64_t index = uint64_t(job->seed);
+    for (int head = 0; head < job->heads; ++head) {
+        uint8_t* state = job->state + head * job->state_stride;
+        const float* observed = job->observed + int64_t(head) * job->tokens;
         for (int t = 0; t < job->tokens; ++t) {
-            const float known = job->importance[state[t]], now = known - (known - observed[t]) * (1.0f - job->keep);
+            const float before = job->importance[state[t]], now = before - (before - observed[t]) * (1.0f - job->keep);
             const float code = (std::log2(std::min(std::max(now, lowest), 1.0f)) - job->log2_floor) / job->step;
-            const float threshold = float((place++ * 2654435769u) >> 16 & 0xffff) / 65536.0f;
-            state[t] = uint8_t(std::min(int(code + threshold), 255));
+            const float dither = float((index++ * 2654435769u) >> 16 & 0xffff) / 65536.0f;
+            state[t] = uint8_t(std::min(int(code + dither), 255));
         }
     }
 }
@@ -41,53 +41,54 @@ void qaq_weigh(const QaqWeigh* job) {
     const int tokens = job->tokens, reach = job->reach;
     double* sums = job->sums;
     float* smooth = job->smooth;
-    for (int run = 0; run < job->runs; ++run) {
-        const uint8_t* state = job->state + run * job->state_stride;
-        const auto looked = [&](int t) { return t < job->sinks ? 0.0f : job->importance[state[t]]; };
+    for (int head = 0; head < job->heads; ++head) {
+        const uint8_t* state = job->state + head * job->state_stride;
+        const auto importance = [&](int t) { return t < job->sinks ? 0.0f : job->importance[state[t]]; };
         sums[0] = 0.0;
-        for (int t = 0; t < tokens; ++t) sums[t + 1] = sums[t] + looked(t);
+        for (int t = 0; t < tokens; ++t) sums[t + 1] = sums[t] + importance(t);
         double total = 0.0;
         for (int t = 0; t < tokens; ++t) {
             const int begin = std::max(0, t - reach), end = t + 1;
             const float before = float((sums[end] - sums[begin]) / (end - begin));
-            smooth[t] = looked(t) * job->own + before * job->before;
+            smooth[t] = importance(t) * job->own + before * job->before;
             total += smooth[t];
         }
         const float factor = 1.0f / std::max(float(total / tokens), 1e-30f) * job->share;
-        float* weight = job->weight + int64_t(run) * job->count;
+        float* weight = job->weight + int64_t(head) * job->count;
         for (int t = 0; t < job->count; ++t) weight[t] = smooth[job->first + t] * factor + job->floor;
     }
 }
 
-void qaq_widths(const QaqSideRows* rows, float worth, uint8_t* widths) {
-    for (int run = 0; run < rows->runs; ++run) {
-        const float* thresholds = rows->thresholds + int64_t(run) * 256 * QAQ_STEPS;
-        const uint8_t* meta = rows->meta + run * rows->meta_stride;
-        const int64_t first = int64_t(run) * rows->count;
+void qaq_widths(const QaqSideRows* rows, float factor, uint8_t* widths) {
+    for (int head = 0; head < rows->heads; ++head) {
+        const float* thresholds = rows->thresholds + int64_t(head) * 256 * QAQ_STEPS;
+        const uint8_t* meta = rows->meta + head * rows->meta_stride;
+        const int64_t first = int64_t(head) * rows->count;
         for (int t = 0; t < rows->count; ++t)
-            widths[first + t] = HALF_BITS[climb(thresholds + meta[t] * QAQ_STEPS, rows->weight[first + t] * worth)];
+            widths[first + t] =
+                HALF_BITS[steps_below(thresholds + meta[t] * QAQ_STEPS, rows->weight[first + t] * factor)];
     }
 }
 
-int64_t qaq_width_changes(const QaqSideRows* rows, float most, float worth, float least, int64_t* index, uint8_t* held,
-                   uint8_t* wanted) {
+int64_t qaq_width_changes(const QaqSideRows* rows, float upper, float target, float lower, int64_t* index,
+                          uint8_t* held, uint8_t* wanted) {
     int64_t found = 0;
-    const bool narrow = most == most;
-    for (int run = 0; run < rows->runs; ++run) {
-        const float* thresholds = rows->thresholds + int64_t(run) * 256 * QAQ_STEPS;
-        const uint8_t *meta = rows->meta + run * rows->meta_stride, *tags = rows->tags + run * rows->tags_stride;
-        const int64_t first = int64_t(run) * rows->count;
+    const bool narrow = upper == upper;
+    for (int head = 0; head < rows->heads; ++head) {
+        const float* thresholds = rows->thresholds + int64_t(head) * 256 * QAQ_STEPS;
+        const uint8_t *meta = rows->meta + head * rows->meta_stride, *tags = rows->tags + head * rows->tags_stride;
+        const int64_t first = int64_t(head) * rows->count;
         for (int t = 0; t < rows->count; ++t) {
             const float* steps = thresholds + meta[t] * QAQ_STEPS;
             const float weight = rows->weight[first + t];
             const int width = tags[t] >> rows->shift & 15;
-            // Over QAQ_STEPS stands half precision, which holds more than any codes.
-            const bool up = width < QAQ_STEPS && weight * least > steps[width];
-            const bool down = narrow && width > 0 && (width > QAQ_STEPS || !(weight * most > steps[width - 1]));
+            // An index beyond QAQ_STEPS is half precision, wider than any codes.
+            const bool up = width < QAQ_STEPS && weight * lower > steps[width];
+            const bool down = narrow && width > 0 && (width > QAQ_STEPS || !(weight * upper > steps[width - 1]));
             if (!up && !down) continue;
             index[found] = first + t;
             held[found] = HALF_BITS[width];
-            wanted[found++] = HALF_BITS[climb(steps, weight * worth)];
+            wanted[found++] = HALF_BITS[steps_below(steps, weight * target)];
         }
     }
     return found;

@@ -1,29 +1,29 @@
-// The balanced policy: what tokens weigh, how wide their rows should be, and which rows should change their width.
-// qaq_core/allocation/policies/balanced.py says what is computed. A run is one KV head of one layer; strides are bytes from run to
-// run. Thresholds are those of each meta byte: [runs][256][QAQ_STEPS].
+// The balanced policy (qaq_core/allocation/policies/balanced.py): weights of tokens, widths of their rows, and the rows
+// that should change width. `heads` are the KV heads of all layers; their strides are in bytes. Thresholds are by meta
+// byte: [heads][256][QAQ_STEPS], ascending; a row takes the steps whose threshold its weight times a factor exceeds.
 #pragma once
 #include <cstdint>
 
 extern "C" {
 
-enum { QAQ_STEPS = 12 };  // from one width that holds codes to the next
+enum { QAQ_STEPS = 12 };  // from each width of codes to the next
 
 struct QaqWeigh {
-    int32_t runs, tokens, first, count;  // of all tokens, so many from `first` on are weighed
+    int32_t heads, tokens, first, count;  // weights are of `count` tokens from `first` on
     int32_t sinks, reach;
     float own, before;   // shares of a token's own attention, and of the mean of it and of `reach` tokens before it
-    float share, floor;  // a weight is `share` times what attention says, and `floor`
+    float share, floor;  // a weight is `share` times the relative attention, plus `floor`
     const uint8_t* state;
     int64_t state_stride;
     const float* importance;  // [256], of a byte of the state
     double* sums;             // scratch [tokens + 1]
     float* smooth;            // scratch [tokens]
-    float* weight;            // out [runs][count]
+    float* weight;            // out [heads][count]
 };
 
 struct QaqSideRows {
-    int32_t runs, count;
-    const float* weight;  // [runs][count]
+    int32_t heads, count;
+    const float* weight;  // [heads][count]
     const uint8_t* meta;
     int64_t meta_stride;
     const float* thresholds;
@@ -33,27 +33,27 @@ struct QaqSideRows {
 };
 
 struct QaqStatisticUpdate {
-    int32_t runs, tokens;
+    int32_t heads, tokens;
     uint8_t* state;
     int64_t state_stride;
     const float* importance;  // [256], of a byte of the state
-    const float* observed;        // [runs][tokens], what a step looked at
-    float keep;               // share of what was known
+    const float* observed;    // [heads][tokens], a step's attention
+    float keep;               // weight of the state in the mean
     float log2_floor, step;   // code c stands for 2^(log2_floor + c * step), and 0 for 0
-    int64_t seed;             // of the thresholds that numbers are rounded at
+    int64_t seed;             // of the dither
 };
 
-// Folds what a step looked at into a decaying window's state, as window.py says.
+// Updates the state of a decaying mean square with a step's attention (qaq_core/allocation/attention_statistics.py).
 void qaq_update_statistic(const QaqStatisticUpdate* job);
 
 void qaq_weigh(const QaqWeigh* job);
 
-// Widths [runs][count] in half bits, of tokens worth `worth` times their weight.
-void qaq_widths(const QaqSideRows* rows, float worth, uint8_t* widths);
+// Widths [heads][count] in half bits, for weights times `factor`.
+void qaq_widths(const QaqSideRows* rows, float factor, uint8_t* widths);
 
-// Finds the rows that are wider than what `most` times their weight asks for, or narrower than what `least` times it
-// does; a NaN looks for none. Writes their flat indices, ascending, the widths they have and those they want at `worth`
-// times their weight. Returns how many. `index`, `held` and `wanted` have room for all rows.
-int64_t qaq_width_changes(const QaqSideRows* rows, float most, float worth, float least, int64_t* index, uint8_t* held,
-                   uint8_t* wanted);
+// Finds the rows that are wider than weights times `upper` ask for, or narrower than weights times `lower` do; NaN
+// finds none. Writes their flat indices, ascending, their widths, and the widths for weights times `target`, all of
+// which have room for all rows. Returns the number of rows found.
+int64_t qaq_width_changes(const QaqSideRows* rows, float upper, float target, float lower, int64_t* index,
+                          uint8_t* held, uint8_t* wanted);
 }

@@ -1,22 +1,14 @@
-// Generic code, and the loop over heads.
+// The C interface of attention.h: a task for each KV head.
 #include "attention.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstring>
-#include <limits>
 #include <new>
-#include <numeric>
-#include <type_traits>
-#include <memory>
-#include <vector>
 
 #include "isa.h"
 #include "threads.h"
 
 int qaq_attend(const QaqLayer* layers, int32_t count, int32_t threads) {
-    const HeadAttention head_of = instruction_set().attend;
+    const AttendHead attend = instruction_set().attend;
     int heads = 0;
     for (int i = 0; i < count; ++i) heads += layers[i].kv_heads;
     std::atomic<bool> failed{false};
@@ -24,7 +16,7 @@ int qaq_attend(const QaqLayer* layers, int32_t count, int32_t threads) {
         int i = 0;
         for (; task >= layers[i].kv_heads; ++i) task -= layers[i].kv_heads;
         try {
-            head_of(layers[i], task);
+            attend(layers[i], task);
         } catch (const std::bad_alloc&) {
             failed = true;
         }

@@ -1,16 +1,15 @@
-// The operation, written once and compiled once per instruction set, in a namespace of its own. Per KV head: scores of
-// all tokens, softmax, weighted values. Rows of one width are contiguous in their pool, so each width is a tight loop
-// over its rows, and scores are scattered to their positions.
+// Attention of one KV head without AVX-512: scores of all tokens, softmax, weighted values. Rows of one width are
+// contiguous in their pool, so each width is a tight loop over its rows, and scores are scattered to their positions.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
-#include <vector>
 
 #include "buffer.h"
-#include "head.h"
+#include "float_rows.h"
+#include "head_tiles.h"
 #include "key_mean.h"
 #include "packed_rows.h"
 #include "quads.h"
@@ -20,93 +19,9 @@
 QAQ_BEGIN_TARGET
 namespace {
 
-struct Scratch {  // one per thread, kept from call to call
-    std::vector<float> scores, lines, coefficients, residual, packed, shares;
-    std::vector<int32_t> positions;
-    MeanScores means;
-    Bench bench;
-};
-
-struct Head : HeadOfLayer {
-    Scratch& scratch;
-    int padded, quads;
-
-    // Of a quad of query heads: [padded][QUAD].
-    float* scores(int quad) const { return scratch.scores.data() + int64_t(quad) * padded * QUAD; }
-    float* packed_scores(int quad, int begin) const { return scores(quad) + int64_t(layer.sinks + begin) * QUAD; }
-    float* lines() const { return scratch.lines.data(); }  // [4 * quads][TILE]
-
-    // Positions, within n tags, of those whose nibble is `index`. What follows them up to a multiple of eight is
-    // `nowhere`, the position of no token.
-    int find(const uint8_t* tags, int n, int shift, int index, int nowhere) const {
-        int32_t* out = scratch.positions.data();
-        int found = 0, t = 0;
-#ifdef QAQ_AVX2
-        const __m256i want = _mm256_set1_epi8(char(index << shift)), nibble = _mm256_set1_epi8(char(15 << shift));
-        for (; t + 32 <= n; t += 32) {
-            const __m256i tag = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tags + t));
-            uint32_t here = _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_and_si256(tag, nibble), want));
-            for (int i = 0; i < 32; i += 8, here >>= 8) {
-                const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(ranks.of[here & 255]));
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + found),
-                                    _mm256_add_epi32(_mm256_cvtepu8_epi32(places), _mm256_set1_epi32(t + i)));
-                found += __builtin_popcount(here & 255);
-            }
-        }
-#endif
-        for (; t < n; ++t)
-            if ((tags[t] >> shift & 15) == index) out[found++] = t;
-        std::fill(out + found, out + (found + 7) / 8 * 8, nowhere);
-        return found;
-    }
-
-    // scales[part * TILE + i] of the octets before the split and of the others, of tokens t + positions[i]; numbers
-    // follow up to a multiple of 32.
-    void look_up_scales(const QaqSide& side, int64_t t, const int32_t* positions, int n, float* scales) const {
-        const int64_t begin = head * side.affine_head_stride + t;
-        const auto look_up = [&](auto scale_of) {
-            int i = 0;
-            for (; i + 8 <= n; i += 8)
-                to_parts([&](int k) { return scale_of(begin + positions[i + k]); }, side.parts - 1, scales + i);
-            if (i < n)
-                to_parts([&](int k) { return scale_of(begin + positions[std::min(i + k, n - 1)]); }, side.parts - 1,
-                         scales + i);
-        };
-        if (side.meta && side.parts == 2) {
-            look_up([&](int64_t at) { return side.scales + side.meta[at] * 2; });
-        } else if (side.meta) {
-            look_up([&](int64_t at) { return side.scales + side.meta[at] * side.parts; });
-        } else {
-            look_up([&](int64_t at) { return side.scale + at * side.parts; });
-        }
-        for (int i = (n + 7) / 8 * 8; i % 32; i += 8) store(scales + i, f8{}), store(scales + TILE + i, f8{});
-    }
-
-    // Calls visit(tile, positions) for a block's packed rows of the keys (shift 0) or values (shift 4), TILE at a time.
-    template <typename Visit>
-    void each_packed_tile(int shift, const Layout& layout, int block, Visit visit) const {
-        const QaqSide& side = shift ? layer.value : layer.key;
-        const int begin = block * layer.block_tokens, n = std::min(layer.block_tokens, layer.packed - begin);
-        const uint8_t* tags = layer.tags + head * layer.tags_head_stride + begin;
-        const int nowhere = padded - 1 - layer.sinks - begin;
-        float scales[2 * TILE];
-        for (int index = 1; index < QAQ_WIDTHS; ++index) {
-            if (!side.rows[block].base[index]) continue;
-            const int found = find(tags, n, shift, index, nowhere), bytes = layout.row_bytes(index);
-            const int64_t before = side.rows[block].first[head * QAQ_WIDTHS + index];
-            const uint8_t* rows = side.rows[block].base[index] + before * bytes;
-            for (int i = 0; i < found; i += TILE) {
-                const int some = std::min(TILE, found - i);
-                const int32_t* positions = scratch.positions.data() + i;
-                look_up_scales(side, begin, positions, some, scales);
-                const bool last = int64_t(found - i - some) * bytes < BEYOND;
-                visit(Tile{rows + int64_t(i) * bytes, index, some, last, scales}, positions);
-            }
-        }
-    }
-
-    // Scores of packed tokens from `begin` on, before their rows are counted: of the keys' mean and the codec's offset.
-    // May write up to SPAN positions more.
+struct HeadAttention : HeadTiles {
+    // Initializes the scores of the block from `begin` on: with those of the keys' mean and of the codec's offset. May
+    // write up to SPAN positions more.
     void begin_scores(int begin) const {
         const int end = std::min(begin + layer.block_tokens, layer.packed);
         for (int q = 0; q < quads; ++q) {
@@ -117,7 +32,8 @@ struct Head : HeadOfLayer {
             } else {
                 alignas(32) float four[QUAD][SPAN] = {};
                 for (int t = begin; t < end; t += SPAN, to += QUAD * SPAN) {
-                    scratch.means.span(layer.start + t, scratch.coefficients.data() + QUAD * q * layer.dim, heads, four[0], SPAN);
+                    scratch.means.span(layer.start + t, scratch.coefficients.data() + QUAD * q * layer.dim, heads,
+                                       four[0], SPAN);
                     for (int x = 0; x < SPAN; x += 8)
                         to_quads(four[0] + x, SPAN, [&](int i, f4 quad) { store4(to + QUAD * (x + i), quad); });
                 }
@@ -138,48 +54,48 @@ struct Head : HeadOfLayer {
         const int group = layer.group, dim = layer.dim;
         if (layer.packed) {
             const Layout layout(layer.key.order, dim, layer.key.split, layer.levels);
-            scratch.bench.prepare_keys(layer.levels, transformed(0), layer.stride, group, dim);
+            scratch.rows.prepare_keys(layer.levels, transformed(0), layer.stride, group, dim);
             if (layer.key_mean) {
                 scratch.means.prepare(layer.angles, dim);
-                for (int g = 0; g < group; ++g) scratch.means.pose(query(g), layer.key_mean + head * dim, scratch.coefficients.data() + g * dim);
+                for (int g = 0; g < group; ++g)
+                    scratch.means.project(query(g), layer.key_mean + head * dim, scratch.coefficients.data() + g * dim);
             }
             each_block([&](int block, int begin) {
                 begin_scores(begin);
                 each_packed_tile(0, layout, block, [&](const Tile& tile, const int32_t* positions) {
-                    score_rows(layout, tile, group, transformed(0), layer.stride, lines(), scratch.bench);
+                    score_rows(layout, tile, group, transformed(0), layer.stride, by_row(), scratch.rows);
                     scatter(tile.n, positions, begin);
                 });
             });
         }
-        const float* residual = scratch.bench.floats.data();
-        each_residual_tile(layer.key, scratch.bench.floats.data(), [&](int at, int n) {
+        const float* residual = scratch.rows.floats.data();
+        each_residual_tile(layer.key, scratch.rows.floats.data(), [&](int at, int n) {
             four_at_a_time(group, [&](int g, auto count) {
-                dots<decltype(count)::value>(residual, n, dim, query(g), layer.stride, lines() + g * TILE);
+                dots<decltype(count)::value>(residual, n, dim, query(g), layer.stride, by_row() + g * TILE);
             });
             for (int q = 0; q < quads; ++q)
                 for (int i = 0; i < n; ++i)
-                    for (int h = 0; h < QUAD; ++h)
-                        scores(q)[QUAD * (at + i) + h] = lines()[(QUAD * q + h) * TILE + i];
+                    for (int h = 0; h < QUAD; ++h) scores(q)[QUAD * (at + i) + h] = by_row()[(QUAD * q + h) * TILE + i];
         });
     }
 
-    // Adds scores of n rows to those of the positions from `begin` on.
+    // Adds the scores of n rows at their positions in the block from `begin` on.
     void scatter(int n, const int32_t* positions, int begin) const {
         for (int q = 0; q < quads; ++q) {
             float* to = packed_scores(q, begin);
             for (int i = 0; i < n; i += 8)
-                to_quads(lines() + QUAD * q * TILE + i, TILE, [&](int k, f4 quad) {
+                to_quads(by_row() + QUAD * q * TILE + i, TILE, [&](int k, f4 quad) {
                     float* at = to + int64_t(QUAD) * positions[i + k];
                     store4(at, load4(at) + quad);
                 });
         }
     }
 
-    // The weights of n rows, up to a multiple of 32 rows.
+    // Brings the weights of n rows into row order, with zeros up to a multiple of 32 rows.
     void gather(int n, const int32_t* positions, int begin) const {
         for (int q = 0; q < quads; ++q) {
             const float* from = packed_scores(q, begin);
-            float* to = lines() + QUAD * q * TILE;
+            float* to = by_row() + QUAD * q * TILE;
             int i = 0;
             for (; i < n; i += 8)
                 to_heads([&](int k) { return from + int64_t(QUAD) * positions[i + k]; }, to + i, TILE);
@@ -188,7 +104,7 @@ struct Head : HeadOfLayer {
         }
     }
 
-    // Turns scores into weights, of which each head's share makes probabilities, and reports the statistic.
+    // Replaces scores by weights, which times the head's share are probabilities, and writes the statistic.
     void softmax() const {
         float* observed = layer.observed + int64_t(head) * length;
         const bool squares = layer.reduction == QAQ_MEAN_SQUARE;
@@ -220,23 +136,22 @@ struct Head : HeadOfLayer {
         const int dim = layer.dim, group = layer.group;
         float *residual = scratch.residual.data(), *packed = scratch.packed.data();
         std::fill(residual, residual + group * dim, 0.0f);
-        each_residual_tile(layer.value, scratch.bench.floats.data(), [&](int at, int n) {
+        each_residual_tile(layer.value, scratch.rows.floats.data(), [&](int at, int n) {
             for (int g = 0; g < group; ++g)
-                for (int i = 0; i < n; ++i)
-                    lines()[g * TILE + i] = scores(g / QUAD)[QUAD * (at + i) + g % QUAD];
+                for (int i = 0; i < n; ++i) by_row()[g * TILE + i] = scores(g / QUAD)[QUAD * (at + i) + g % QUAD];
             four_at_a_time(group, [&](int g, auto count) {
-                accumulate<decltype(count)::value>(scratch.bench.floats.data(), n, dim, lines() + g * TILE,
+                accumulate<decltype(count)::value>(scratch.rows.floats.data(), n, dim, by_row() + g * TILE,
                                                    residual + g * dim, dim);
             });
         });
         if (layer.packed) {
             std::fill(packed, packed + group * dim, 0.0f);
             const Layout layout(layer.value.order, dim, layer.value.split, layer.levels);
-            scratch.bench.prepare_values(layer.levels);
+            scratch.rows.prepare_values(layer.levels);
             each_block([&](int block, int begin) {
                 each_packed_tile(4, layout, block, [&](const Tile& tile, const int32_t* positions) {
                     gather(tile.n, positions, begin);
-                    weigh_rows(layout, tile, group, lines(), packed, dim, scratch.bench);
+                    weigh_rows(layout, tile, group, by_row(), packed, dim, scratch.rows);
                 });
             });
         }
@@ -246,7 +161,8 @@ struct Head : HeadOfLayer {
         }
     }
 
-    // What the values give to query head g, with what centering and the codec took from packed ones.
+    // Writes query head g's output, with the mean and the offset that the codec took from packed values.
+    // mass: the sum of their weights.
     void finish(int g, float mass) const {
         const int dim = layer.dim;
         const float* mean = layer.value_mean && layer.packed ? layer.value_mean + head * dim : nullptr;
@@ -266,21 +182,21 @@ struct Head : HeadOfLayer {
     }
 };
 
-// One KV head of one layer.
+// Attends with the query heads of one KV head.
 void attend(const QaqLayer& layer, int head) {
     static thread_local Scratch scratch;
     const int length = layer.sinks + layer.packed + layer.recent, padded = (length + 7) / 8 * 8 + SPAN;
     const int quads = (layer.group + QUAD - 1) / QUAD;
     const size_t dim = layer.dim, group = layer.group;
-    room(scratch.scores, size_t(padded) * quads * QUAD);
-    room(scratch.lines, size_t(quads) * QUAD * TILE);
-    room(scratch.coefficients, group * dim + WIDE);
-    room(scratch.shares, size_t(quads) * QUAD);
-    room(scratch.residual, group * dim);
-    room(scratch.packed, group * dim);
-    room(scratch.positions, size_t(layer.block_tokens) + 16);
-    room(scratch.bench.floats, TILE * dim);
-    const Head one{{layer, head, length}, scratch, padded, quads};
+    grow(scratch.scores, size_t(padded) * quads * QUAD);
+    grow(scratch.by_row, size_t(quads) * QUAD * TILE);
+    grow(scratch.coefficients, group * dim + WIDE);
+    grow(scratch.shares, size_t(quads) * QUAD);
+    grow(scratch.residual, group * dim);
+    grow(scratch.packed, group * dim);
+    grow(scratch.positions, size_t(layer.block_tokens) + 16);
+    grow(scratch.rows.floats, TILE * dim);
+    const HeadAttention one{{{layer, head, length}, scratch, padded, quads}};
     one.score();
     one.softmax();
     one.weigh_values();

@@ -1,4 +1,4 @@
-// Buffers of numbers that are kept from call to call.
+// Scratch memory that is kept from call to call.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@
 QAQ_BEGIN_TARGET
 namespace {
 
-// Numbers from a multiple of 64 bytes on, as no vector of less than a line should lie in two. A std::vector, even one of
-// vectors, does not see to it. What it held is lost when it grows.
+// Numbers aligned to 64 bytes, so that no vector crosses a cache line. std::vector does not align them. Growing loses
+// the contents.
 template <typename T>
 class Buffer {
   public:
@@ -25,22 +25,22 @@ class Buffer {
     T& operator[](size_t i) { return first_[i]; }
     const T& operator[](size_t i) const { return first_[i]; }
     void resize(size_t size) {
-        held_.assign(size + 64 / sizeof(T), T());
-        void* first = held_.data();
-        size_t left = held_.size() * sizeof(T);
+        memory_.assign(size + 64 / sizeof(T), T());
+        void* first = memory_.data();
+        size_t left = memory_.size() * sizeof(T);
         first_ = static_cast<T*>(std::align(64, size * sizeof(T), first, left));
         size_ = size;
     }
 
   private:
-    std::vector<T> held_;
+    std::vector<T> memory_;
     T* first_ = nullptr;
     size_t size_ = 0;
 };
 
-// Makes room in a buffer that is kept from call to call.
+// Resizes a buffer that is too small.
 template <typename Buffer>
-inline void room(Buffer& buffer, size_t size) {
+inline void grow(Buffer& buffer, size_t size) {
     if (buffer.size() < size) buffer.resize(size);
 }
 

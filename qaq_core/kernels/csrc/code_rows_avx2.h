@@ -1,9 +1,4 @@
-// Rows of codes with AVX2. A tile is transposed, unit by unit, so that a lane is a row. Shuffles of bytes look up the
-// levels of a dim as 16-bit integers, of 32 rows at once, and products with 16-bit queries or weights are added up in
-// 32 bits. The integers are made so that no sum can overflow and a result is within 1e-3 of float arithmetic.
-
-// The row whose bytes stand at place p of a transposed half tile, so that unpacking leaves rows in order: bytes of
-// levels to pairs of dims (four rows in each half of a vector), or to single dims (eight).
+// Rows of codes with AVX2: products of 16-bit levels with 16-bit queries or weights, summed in 32 bits.
 #pragma once
 #define QAQ_AVX2
 
@@ -30,11 +25,10 @@ inline __m256i pair_of(const int16_t* two) {
     return _mm256_set1_epi32(pair);
 }
 
-// sums[h * TILE + i] of 32 rows and of H heads from g on. pairs: levels of two dims each, [octets that are held][4][4], as
-// unpack_pairs makes them.
+// sums[h * TILE + i]: scores of 32 rows for H heads from g on. pairs: [octets with planes][4][4], from unpack_pairs.
 template <int H>
-QAQ_NOINLINE void score_pairs(const uint8_t* planes, const Layout& layout, const __m256i* pairs, const Queries& queries, int g,
-                          const float* scales, float* sums) {
+QAQ_NOINLINE void score_pairs(const uint8_t* planes, const Layout& layout, const __m256i* pairs,
+                              const QueryCodes& queries, int g, const float* scales, float* sums) {
     f8 parts[2][H][4];
     for (auto& part : parts)
         for (auto& of_head : part)
@@ -53,7 +47,8 @@ QAQ_NOINLINE void score_pairs(const uint8_t* planes, const Layout& layout, const
                 for (int h = 0; h < H; ++h) both[h] = pair_of(query + h * queries.dim + 2 * i);
                 for (int v = 0; v < 4; ++v) {
                     const __m256i x = _mm256_load_si256(pairs + v);
-                    for (int h = 0; h < H; ++h) held[h][v] = _mm256_add_epi32(held[h][v], _mm256_madd_epi16(x, both[h]));
+                    for (int h = 0; h < H; ++h)
+                        held[h][v] = _mm256_add_epi32(held[h][v], _mm256_madd_epi16(x, both[h]));
                 }
             }
         }
@@ -67,59 +62,61 @@ QAQ_NOINLINE void score_pairs(const uint8_t* planes, const Layout& layout, const
                                                                    load(scales + TILE + 8 * v) * parts[1][h][v]));
 }
 
-// What the work on rows needs, one per thread.
-struct Bench {
+// Scratch memory of one thread.
+struct RowScratch {
     std::vector<float> floats;                          // [TILE][dim], an unpacked tile
-    alignas(32) uint8_t padded[(MAX_DIM + 16) * TILE];  // a tile that nothing follows
-    __m256i units[MAX_DIM + 16];                             // half a tile, transposed
+    alignas(32) uint8_t padded[(MAX_DIM + 16) * TILE];  // a tile at the end of its memory
+    __m256i units[MAX_DIM + 16];                        // half a tile, transposed
     __m256i levels[MAX_DIM * TILE / 16];
-    Shuffles shuffles;
-    Queries queries;
+    LevelTables tables;
+    QueryCodes queries;
 
     void prepare_keys(const float* table, const float* asked, int64_t step, int heads, int dim) {
-        shuffles.prepare(table, KEY_LEVELS);
-        queries.take(asked, step, heads, dim, shuffles.unit);
+        tables.prepare(table, KEY_LEVELS);
+        queries.quantize(asked, step, heads, dim, tables.unit);
     }
-    void prepare_values(const float* table) { shuffles.prepare(table, VALUE_LEVELS); }
+    void prepare_values(const float* table) { tables.prepare(table, VALUE_LEVELS); }
 };
 
-// The tile's rows where 15 bytes more can be read.
-inline const uint8_t* readable(const Tile& tile, int size, Bench& bench) {
+// The tile's rows, where 15 more bytes can be read.
+inline const uint8_t* readable(const Tile& tile, int size, RowScratch& scratch) {
     if (!tile.last) return tile.rows;
-    std::memcpy(bench.padded, tile.rows, int64_t(tile.n) * size);
-    return bench.padded;
+    std::memcpy(scratch.padded, tile.rows, int64_t(tile.n) * size);
+    return scratch.padded;
 }
 
-// bench.levels: those of the tile's octets that are held, `step` vectors for one or two slots, `each` of them for 32 rows.
+// Unpacks the tile's octets that have planes to scratch.levels: `step` vectors for one or two slots, of which `each`
+// are for 32 rows.
 template <int ROW(int)>
-void read_levels(const Layout& layout, const Tile& tile, Unpack* const* octet, int each, int step, Bench& bench) {
+void read_levels(const Layout& layout, const Tile& tile, Unpack* const* octet, int each, int step,
+                 RowScratch& scratch) {
     const int size = layout.row_bytes(tile.index);
-    const uint8_t *planes = layout.planes[tile.index], *rows = readable(tile, size, bench);
+    const uint8_t *planes = layout.planes[tile.index], *rows = readable(tile, size, scratch);
     for (int first = 0; first < tile.n; first += 32) {
-        transpose<ROW>(rows + int64_t(first) * size, size, bench.units);
-        __m256i* to = bench.levels + first / 32 * each;
+        transpose<ROW>(rows + int64_t(first) * size, size, scratch.units);
+        __m256i* to = scratch.levels + first / 32 * each;
         for (int o = 0; o < layout.octets; ++o) {
             if (!planes[o]) continue;
-            octet[planes[o]](bench.units, layout.place + 8 * o, bench.shuffles, to, step);
+            octet[planes[o]](scratch.units, layout.place + 8 * o, scratch.tables, to, step);
             to += ROW == row_of_pairs ? 4 * step : 8 * step;
         }
     }
 }
 
-void score_codes(const Layout& layout, const Tile& tile, float* sums, Bench& bench) {
+void score_codes(const Layout& layout, const Tile& tile, float* sums, RowScratch& scratch) {
     const uint8_t* planes = layout.planes[tile.index];
-    const int heads = bench.queries.heads, held = layout.octets - int(std::count(planes, planes + layout.octets, 0));
-    read_levels<row_of_pairs>(layout, tile, PAIRS, 16 * held, 4, bench);
+    const int heads = scratch.queries.heads, held = layout.octets - int(std::count(planes, planes + layout.octets, 0));
+    read_levels<row_of_pairs>(layout, tile, PAIRS, 16 * held, 4, scratch);
     for (int first = 0; first < tile.n; first += 32)
         for (int g = 0; g < heads; g += 2)
-            (heads - g > 1 ? score_pairs<2> : score_pairs<1>)(planes, layout, bench.levels + first / 32 * 16 * held,
-                                                              bench.queries, g, tile.scales + first,
+            (heads - g > 1 ? score_pairs<2> : score_pairs<1>)(planes, layout, scratch.levels + first / 32 * 16 * held,
+                                                              scratch.queries, g, tile.scales + first,
                                                               sums + g * TILE + first);
 }
 
-// Weights of 16·V rows, none below 0, as integers; returns the worth of one.
+// The weights of 16·V rows, none below 0, times their scales, as integers. Returns the weight of integer 1.
 template <int V>
-QAQ_NOINLINE float take_weights(const float* weights, const float* scales, __m256i* out) {
+QAQ_NOINLINE float quantize_weights(const float* weights, const float* scales, __m256i* out) {
     f8 wide[2 * V], most = {}, sum = {};
     for (int i = 0; i < 2 * V; ++i) {
         wide[i] = load(weights + 8 * i) * load(scales + 8 * i);
@@ -135,7 +132,7 @@ QAQ_NOINLINE float take_weights(const float* weights, const float* scales, __m25
     return unit;
 }
 
-// The sums of eight vectors of integers.
+// The sums of eight vectors' elements.
 inline __m256i totals(const __m256i* v) {
     __m256i pairs[4], quads[2];
     for (int i = 0; i < 4; ++i)  // vectors 2i and 2i+1, alternating
@@ -145,13 +142,13 @@ inline __m256i totals(const __m256i* v) {
                             _mm256_permute2x128_si256(quads[0], quads[1], 0x31));
 }
 
-// Adds the weighted rows to out. levels: [octets that are held][8][V].
+// Adds the weighted rows to out. levels: [octets with planes][8][V], from unpack_slots.
 template <int V>
 QAQ_NOINLINE void weigh_slots(const uint8_t* planes, const Layout& layout, const __m256i* levels, float level_unit,
-                          const float* weights, const float* scales, float* out) {
+                              const float* weights, const float* scales, float* out) {
     for (int part = 0; part < 2; ++part, scales += TILE) {
         __m256i weight[V];
-        const f8 unit = splat(take_weights<V>(weights, scales, weight) * level_unit);
+        const f8 unit = splat(quantize_weights<V>(weights, scales, weight) * level_unit);
         for (int o = part ? layout.split : 0; o < (part ? layout.octets : layout.split); ++o) {
             if (!planes[o]) continue;
             __m256i sums[8];
@@ -167,12 +164,12 @@ QAQ_NOINLINE void weigh_slots(const uint8_t* planes, const Layout& layout, const
 }
 
 void weigh_codes(const Layout& layout, const Tile& tile, int heads, const float* weights, float* out, int64_t step,
-                 Bench& bench) {
+                 RowScratch& scratch) {
     const uint8_t* planes = layout.planes[tile.index];
     const bool whole = tile.n > 32;
-    read_levels<row_of_slots>(layout, tile, SLOTS, 2, whole ? 4 : 2, bench);
+    read_levels<row_of_slots>(layout, tile, SLOTS, 2, whole ? 4 : 2, scratch);
     for (int g = 0; g < heads; ++g)
-        (whole ? weigh_slots<4> : weigh_slots<2>)(planes, layout, bench.levels, bench.shuffles.unit,
+        (whole ? weigh_slots<4> : weigh_slots<2>)(planes, layout, scratch.levels, scratch.tables.unit,
                                                   weights + g * TILE, tile.scales, out + g * step);
 }
 

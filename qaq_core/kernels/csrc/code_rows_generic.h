@@ -1,4 +1,4 @@
-// Packed rows as floats, with any instruction set.
+// Packed rows unpacked to floats, with any instruction set.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 QAQ_BEGIN_TARGET
 namespace {
 
-// spread.of[b]: the bits of b, one a byte.
+// of[b]: the bits of b, one a byte.
 struct Spread {
     uint64_t of[256];
     constexpr Spread() : of() {
@@ -37,8 +37,8 @@ void unpack(const Tile& tile, const Layout& layout, float* out) {
     }
 }
 
-// What the work on rows needs, one per thread.
-struct Bench {
+// Scratch memory of one thread.
+struct RowScratch {
     std::vector<float> floats;  // [TILE][dim], an unpacked tile
 
     void prepare_keys(const float*, const float*, int64_t, int, int) {}

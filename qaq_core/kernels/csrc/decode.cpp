@@ -1,11 +1,7 @@
-// Generic code, and the loop over sequences and heads.
+// The C interface of decode.h: a task for each KV head of each sequence.
 #include "decode.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <memory>
-#include <vector>
 #include <new>
 
 #include "isa.h"
@@ -13,7 +9,7 @@
 
 int qaq_decode(const QaqDecode* step, const QaqLayer* layers, int32_t count, int32_t threads) {
     const InstructionSet& set = instruction_set();
-    const int heads = layers[0].kv_heads;  // of all alike: they are one model's
+    const int heads = layers[0].kv_heads;  // the same in all: they are one model's
     std::atomic<bool> failed{false};
     in_parallel(threads, count * heads, [&](int task) {
         try {

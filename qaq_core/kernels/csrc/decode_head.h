@@ -1,4 +1,4 @@
-// The work of one KV head in a decode step, for every instruction set.
+// A decode step of one KV head (decode.h), for every instruction set.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 QAQ_BEGIN_TARGET
 namespace {
 
-// Columns d to d + N·WIDE of out += rows · map, of H rows.
+// Columns d to d + N·WIDE of out += rows · map, for H rows.
 template <int H, int N>
 void add_columns(const float* rows, const float* map, int dim, int d, float* out) {
     wide sums[H][N];
@@ -39,13 +39,13 @@ void add_columns(const float* rows, const float* map, int dim, int d, float* out
 
 template <int H>
 void add_mapped(const float* rows, const float* map, int dim, float* out) {
-    constexpr int N = H == 1 ? 4 : 2;  // enough sums that they need not wait for each other
+    constexpr int N = H == 1 ? 4 : 2;  // enough independent sums to hide latency
     int d = 0;
     for (; d + N * WIDE <= dim; d += N * WIDE) add_columns<H, N>(rows, map, dim, d, out);
     for (; d < dim; d += WIDE) add_columns<H, 1>(rows, map, dim, d, out);
 }
 
-// out += rows · map, a matrix [dim][dim], of `count` rows.
+// out += rows · map, for `count` rows and a matrix [dim][dim].
 void add_mapped(const float* rows, int count, const float* map, int dim, float* out) {
     for (; count >= 4; count -= 4, rows += 4 * dim, out += 4 * dim) add_mapped<4>(rows, map, dim, out);
     if (count == 3) add_mapped<3>(rows, map, dim, out);
@@ -53,14 +53,14 @@ void add_mapped(const float* rows, int count, const float* map, int dim, float* 
     if (count == 1) add_mapped<1>(rows, map, dim, out);
 }
 
-// Writes a head's new key or value to the exact tokens, and where the originals go.
-void keep(const QaqDecode& step, const QaqLayer& layer, const QaqSide& side, const void* fresh, int at,
-          uint8_t* original) {
-    const int dim = layer.dim, size = bytes_of(step.type), exact_size = bytes_of(layer.residual_type);
-    const auto* source = static_cast<const uint8_t*>(fresh);
-    const int head = at % layer.kv_heads, place = layer.sinks + layer.recent - 1;
+// Writes a head's new key or value to the residual rows and, as it is, to `original` if that is not null.
+void store_new_row(const QaqDecode& step, const QaqLayer& layer, const QaqSide& side, const void* rows, int at,
+                   uint8_t* original) {
+    const int dim = layer.dim, size = bytes_of(step.type), residual_size = bytes_of(layer.residual_type);
+    const auto* source = static_cast<const uint8_t*>(rows);
+    const int head = at % layer.kv_heads, last = layer.sinks + layer.recent - 1;
     auto* residual = static_cast<uint8_t*>(const_cast<void*>(side.residual)) +
-                  (head * side.residual_head_stride + int64_t(place) * dim) * exact_size;
+                     (head * side.residual_head_stride + int64_t(last) * dim) * residual_size;
     source += int64_t(at) * dim * size;
     if (step.type == layer.residual_type)
         std::memcpy(residual, source, dim * size);
@@ -69,13 +69,13 @@ void keep(const QaqDecode& step, const QaqLayer& layer, const QaqSide& side, con
     if (original) std::memcpy(original + int64_t(head) * dim * size, source, dim * size);
 }
 
-// KV head `head` of the i-th sequence.
+// KV head `head` of sequence i.
 void decode(const QaqDecode& step, QaqLayer layer, int i, int head, void (*attend)(const QaqLayer&, int)) {
     const int dim = layer.dim, heads = layer.kv_heads * layer.group, size = bytes_of(step.type);
     auto* original = step.originals ? static_cast<uint8_t*>(step.originals[i]) : nullptr;
-    keep(step, layer, layer.key, step.key, i * layer.kv_heads + head, original);
+    store_new_row(step, layer, layer.key, step.key, i * layer.kv_heads + head, original);
     if (original) original += int64_t(layer.kv_heads) * dim * size;
-    keep(step, layer, layer.value, step.value, i * layer.kv_heads + head, original);
+    store_new_row(step, layer, layer.value, step.value, i * layer.kv_heads + head, original);
 
     float* query = step.scratch + int64_t(i) * 4 * heads * dim;
     float *transformed = query + heads * dim, *residual = transformed + heads * dim, *packed = residual + heads * dim;
@@ -89,7 +89,8 @@ void decode(const QaqDecode& step, QaqLayer layer, int i, int head, void (*atten
     if (step.query_map && layer.packed) {
         std::fill_n(transformed + first * dim, group * dim, 0.0f);
         add_mapped(query + first * dim, group, step.query_map + map, dim, transformed + first * dim);
-        if (layer.key.rotation.reflections) turn_queries(layer.key.rotation, head, dim, transformed + first * dim, group);
+        if (layer.key.rotation.reflections)
+            rotate_queries(layer.key.rotation, head, dim, transformed + first * dim, group);
     }
     layer.query = query;
     layer.transformed = step.query_map ? transformed : query;
@@ -101,7 +102,7 @@ void decode(const QaqDecode& step, QaqLayer layer, int i, int head, void (*atten
     float* sums = packed + first * dim;
     std::memcpy(out, residual + first * dim, sizeof(float) * group * dim);
     if (!layer.packed) return;
-    if (layer.value.rotation.reflections) turn_sums_back(layer.value.rotation, head, dim, sums, group);
+    if (layer.value.rotation.reflections) unrotate_sums(layer.value.rotation, head, dim, sums, group);
     if (step.output_map)
         add_mapped(sums, group, step.output_map + map, dim, out);
     else

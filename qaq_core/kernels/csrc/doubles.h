@@ -1,4 +1,4 @@
-// Vectors of doubles.
+// Vectors of doubles, converted from and to floats.
 #pragma once
 
 #include "target.h"

@@ -1,14 +1,9 @@
-// Generic code, and the loops over tasks.
+// The C interface of encode.h: cuts the work into tasks for threads.
 #include "encode.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstring>
-#include <memory>
-#include <vector>
 
-#include "attention.h"
 #include "encode_kernels.h"
 #include "isa.h"
 #include "threads.h"
@@ -20,48 +15,46 @@ template <class Part>
 static void in_parts(int32_t threads, const QaqSpan& span, Part part) {
     constexpr int64_t size = 512;
     const int64_t n = span.layers * span.heads * span.tokens;
-    in_parallel(threads, int((n + size - 1) / size),
-                [&](int i) { part(i * size, std::min(n, (i + 1) * size)); });
+    in_parallel(threads, int((n + size - 1) / size), [&](int i) { part(i * size, std::min(n, (i + 1) * size)); });
 }
 
-int32_t qaq_rows(const QaqTransform* transform, const QaqSpan* originals, int32_t type, int64_t start, const QaqSpan* rows,
-                 int32_t threads) {
+int32_t qaq_transform(const QaqTransform* transform, const QaqSpan* originals, int32_t type, int64_t start,
+                      const QaqSpan* rows, int32_t threads) {
     const EncodeKernels& chosen = kernels();
     const int64_t size = type == QAQ_FLOAT ? 4 : 2, n = originals->tokens;
     const int32_t layers = int32_t(originals->layers);
     std::atomic<int32_t> bad{layers};
     in_parallel(threads, layers * transform->kv_heads, [&](int place) {
         const int32_t layer = place / transform->kv_heads;
-        Transformed transformed[CHUNK];
-        for (int64_t first = 0; first < n; first += CHUNK) {
-            const int count = int(std::min<int64_t>(CHUNK, n - first));
+        RowToMake chunk[ROW_CHUNK];
+        for (int64_t first = 0; first < n; first += ROW_CHUNK) {
+            const int count = int(std::min<int64_t>(ROW_CHUNK, n - first));
             for (int r = 0; r < count; ++r) {
                 const int64_t i = place * n + first + r;
-                transformed[r] = {static_cast<const uint8_t*>(originals->base) + place_of(*originals, i) * size,
-                             start + first + r, static_cast<float*>(rows->base) + place_of(*rows, i)};
+                chunk[r] = {static_cast<const uint8_t*>(originals->base) + offset_of(*originals, i) * size,
+                            start + first + r, static_cast<float*>(rows->base) + offset_of(*rows, i)};
             }
-            if (!chosen.transform(*transform, place, type, transformed, count))
-                for (int32_t observed = bad; layer < observed && !bad.compare_exchange_weak(observed, layer);) {
-                }
+            if (!chosen.transform(*transform, place, type, chunk, count))
+                for (int32_t lowest = bad; layer < lowest && !bad.compare_exchange_weak(lowest, layer);) continue;
         }
     });
     return bad;
 }
 
-void qaq_rows_at(const QaqTransform* transform, int64_t n, const float* originals, const int64_t* place,
-                 const int64_t* position, const int64_t* order, float* out) {
+void qaq_transform_at(const QaqTransform* transform, int64_t n, const float* originals, const int64_t* place,
+                      const int64_t* position, const int64_t* order, float* out) {
     const EncodeKernels& chosen = kernels();
     const int64_t dim = transform->dim;
-    Transformed transformed[CHUNK];
+    RowToMake chunk[ROW_CHUNK];
     for (int64_t first = 0; first < n;) {
         const int64_t mine = place[order[first]];
         int count = 0;
-        for (; count < CHUNK && first < n && place[order[first]] == mine; ++first) {
+        for (; count < ROW_CHUNK && first < n && place[order[first]] == mine; ++first) {
             const int64_t row = order[first];
             const auto* original = reinterpret_cast<const uint8_t*>(originals + row * dim);
-            transformed[count++] = {original, position[row], out + row * dim};
+            chunk[count++] = {original, position[row], out + row * dim};
         }
-        chosen.transform(*transform, mine, QAQ_FLOAT, transformed, count);
+        chosen.transform(*transform, mine, QAQ_FLOAT, chunk, count);
     }
 }
 

@@ -1,10 +1,16 @@
+// Encoding with AVX2, FMA and F16C.
 #if defined(__x86_64__)
+
 #define QAQ_AVX2
 #include "encode_rows.h"
-#include "transform_rows.h"
 #include "isa.h"
+#include "target.h"
+#include "transform_rows.h"
 
 QAQ_BEGIN_TARGET
+
 const EncodeKernels encode_avx2{transform_rows, rms_rows, encode_rows};
+
 QAQ_END_TARGET
+
 #endif

@@ -1,4 +1,4 @@
-// x
+// Scales and bytes of rows (encode.h), for every instruction set.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,7 @@
 QAQ_BEGIN_TARGET
 namespace {
 
-// -- scales -------------------------------------------------------------------------------------------
-
+// The root mean square of a row's first dims.
 float rms_of(const float* row, int dims) {
     d4 low = {}, high = {};
     for (int d = 0; d < dims; d += 8) {
@@ -32,15 +31,14 @@ float rms_of(const float* row, int dims) {
 void rms_rows(const QaqSpan& rows, int64_t begin, int64_t end, int dim, int split, float* out) {
     const int parts = split < dim ? 2 : 1;
     for (int64_t i = begin; i < end; ++i) {
-        const float* row = static_cast<const float*>(rows.base) + place_of(rows, i);
+        const float* row = static_cast<const float*>(rows.base) + offset_of(rows, i);
         out[i * parts] = rms_of(row, split);
         if (parts == 2) out[i * parts + 1] = rms_of(row + split, dim - split);
     }
 }
 
-// -- codes --------------------------------------------------------------------------------------------
-
-// Codes of eight numbers. Bins grow with numbers, so edges in lower bins are less and those in higher bins are not.
+// Codes of eight numbers: the number of edges below each. Edges in lower bins are below it and edges in higher bins are
+// not; the one edge in its own bin is compared.
 inline i8 codes_of(const QaqCells& cells, f8 x) {
     const f8 last = splat(float(cells.bins - 1)), zero = {};
     f8 bin = (x - cells.low) * cells.bins_per_unit;
@@ -57,7 +55,7 @@ inline i8 codes_of(const QaqCells& cells, f8 x) {
     return below - (i8)(x > edge);
 }
 
-// Bit j: that plane of code j, plane 0 the most significant bit of 8.
+// One plane of eight codes: bit j is code j's. Plane 0 is the most significant of 8 bits.
 inline uint8_t plane_of(const int32_t* codes, int plane) {
 #ifdef QAQ_AVX2
     const __m256i wide = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes));
@@ -69,8 +67,8 @@ inline uint8_t plane_of(const int32_t* codes, int plane) {
 #endif
 }
 
-// One row's numbers in units of their scale.
-struct Units {
+// A row less its offset, divided by its scales.
+struct ScaledRow {
     const float* row;
     f8 offset, first, rest;
     int split;
@@ -78,9 +76,9 @@ struct Units {
     f8 octet(int o) const { return (load(row + 8 * o) - offset) / (8 * o < split ? first : rest); }
 };
 
-void write_halves(const Units& units, int dim, uint8_t* out) {
+void write_halves(const ScaledRow& scaled, int dim, uint8_t* out) {
     for (int o = 0; o < dim / 8; ++o) {
-        const f8 octet = units.octet(o);
+        const f8 octet = scaled.octet(o);
 #ifdef QAQ_AVX2
         const __m128i halves = _mm256_cvtps_ph((__m256)octet, _MM_FROUND_TO_NEAREST_INT);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * o), halves);
@@ -93,13 +91,14 @@ void write_halves(const Units& units, int dim, uint8_t* out) {
     }
 }
 
-void write_planes(const QaqCells& cells, const Units& units, int first, int last, uint8_t* out) {
+// Writes units first to last - 1 of a row.
+void write_planes(const QaqCells& cells, const ScaledRow& scaled, int first, int last, uint8_t* out) {
     alignas(32) int32_t codes[MAX_DIM];
     uint8_t made[MAX_DIM / 8] = {};
     for (int k = first; k < last; ++k) {
         const int octet = int(cells.units[k] >> 3), plane = int(cells.units[k] & 7);
         if (!made[octet]) {
-            *reinterpret_cast<i8*>(codes + 8 * octet) = codes_of(cells, units.octet(octet));
+            *reinterpret_cast<i8*>(codes + 8 * octet) = codes_of(cells, scaled.octet(octet));
             made[octet] = 1;
         }
         *out++ = plane_of(codes + 8 * octet, plane);
@@ -110,15 +109,15 @@ void encode_rows(const QaqEncode& job, int64_t begin, int64_t end) {
     const QaqCells& cells = job.cells;
     const int dim = cells.dim, parts = cells.split < dim ? 2 : 1;
     for (int64_t i = begin; i < end; ++i) {
-        const float* row = static_cast<const float*>(job.rows.base) + place_of(job.rows, i);
+        const float* row = static_cast<const float*>(job.rows.base) + offset_of(job.rows, i);
         const float* scale = job.scales + i * parts;
-        const Units units{row, splat(job.offset ? job.offset[i] : 0.0f), splat(scale[0]),
-                          splat(scale[parts - 1]), cells.split};
+        const ScaledRow scaled{row, splat(job.offset ? job.offset[i] : 0.0f), splat(scale[0]), splat(scale[parts - 1]),
+                               cells.split};
         uint8_t* out = job.out + job.begin[i];
         if (job.want[i] == HALF_BITS[HALF])
-            write_halves(units, dim, out);
+            write_halves(scaled, dim, out);
         else
-            write_planes(cells, units, job.have[i] * dim / 16, std::min<int>(job.want[i], 16) * dim / 16, out);
+            write_planes(cells, scaled, job.have[i] * dim / 16, std::min<int>(job.want[i], 16) * dim / 16, out);
     }
 }
 

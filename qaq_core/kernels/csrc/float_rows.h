@@ -1,7 +1,7 @@
-// Rows of floats: exact tokens, and packed rows that are unpacked first.
+// Rows of floats: residual rows, and packed rows that have been unpacked.
 
-// sums[g * TILE + i]: the dot product of row i with query g, for H queries that stand `step` floats apart. Rows are
-// taken two at a time, so that a query is loaded once for both.
+// sums[g * TILE + i]: the dot product of row i with query g, for H queries, `step` floats apart. Two rows at a time
+// share the loads of a query.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ void dots(const float* rows, int n, int dim, const float* queries, int64_t step,
     }
 }
 
-// out[g] += the rows, weighted by weights[g * TILE + i], for H outputs that stand `step` floats apart.
+// out[g] += the rows weighted by weights[g * TILE + i], for H outputs, `step` floats apart.
 template <int H>
 void accumulate(const float* rows, int n, int dim, const float* weights, float* out, int64_t step) {
     for (int d = 0; d < dim; d += 16) {
@@ -56,6 +56,7 @@ void accumulate(const float* rows, int n, int dim, const float* weights, float* 
     }
 }
 
+// Rows in half precision, times their scales.
 inline void unpack_halves(const Tile& tile, const Layout& layout, float* out) {
     const int dim = 8 * layout.octets;
     for (int i = 0; i < tile.n; ++i) {
@@ -65,8 +66,9 @@ inline void unpack_halves(const Tile& tile, const Layout& layout, float* out) {
     }
 }
 
+// Calls visit(first head, count) for groups of up to four heads; the count is a compile-time constant.
 template <typename Visit>
-inline void four_at_a_time(int heads, Visit visit) {  // visit(first head, how many, as a constant)
+inline void four_at_a_time(int heads, Visit visit) {
     int g = 0;
     for (; heads - g >= 4; g += 4) visit(g, std::integral_constant<int, 4>());
     if (heads - g == 1) visit(g, std::integral_constant<int, 1>());

@@ -1,4 +1,4 @@
-// Rows of QaqType as floats, and back.
+// Numbers of a QaqType as floats, and floats as half precision.
 #pragma once
 
 #include <cmath>
@@ -49,15 +49,16 @@ inline void bfloats_to_floats(const uint8_t* source, int dim, float* out) {
     }
 }
 
-int bytes_of(int type) { return type == QAQ_FLOAT ? 4 : 2; }
+inline int bytes_of(int32_t type) { return type == QAQ_FLOAT ? 4 : 2; }
 
-void to_floats(int type, const uint8_t* source, int dim, float* out) {
-    if (type == QAQ_FLOAT) std::memcpy(out, source, dim * 4);
+// Numbers of a QaqType as floats.
+inline void to_floats(int32_t type, const uint8_t* source, int dim, float* out) {
     if (type == QAQ_HALF) halves_to_floats(source, dim, out);
     if (type == QAQ_BFLOAT16) bfloats_to_floats(source, dim, out);
+    if (type == QAQ_FLOAT) std::memcpy(out, source, dim * 4);
 }
 
-// To the nearest, of two as near to the even one.
+// Rounds to nearest, ties to even.
 inline uint16_t to_half(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -80,7 +81,6 @@ void floats_to_halves(const float* source, int dim, uint8_t* out) {
     }
 #endif
 }
-
 
 }  // namespace
 QAQ_END_TARGET

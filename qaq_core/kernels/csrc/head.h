@@ -1,9 +1,8 @@
-// A KV head of a layer, and the loops over its tokens that every instruction set needs.
+// A KV head of a layer, with the loops over its tokens that all instruction sets share.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "attention.h"
 #include "half.h"
@@ -21,26 +20,22 @@ struct HeadOfLayer {
     const float* query(int g) const { return layer.query + row(g); }
     const float* transformed(int g) const { return layer.transformed + row(g); }
 
-    // Calls visit(block, its first packed token) for those that the query sees.
+    // Calls visit(block, its first packed token) for the blocks that the query sees.
     template <typename Visit>
     void each_block(Visit visit) const {
         for (int begin = 0, block = 0; begin < layer.packed; begin += layer.block_tokens, ++block)
             if (std::min(begin + layer.block_tokens, layer.packed) + layer.sinks > layer.first) visit(block, begin);
     }
 
-    // Calls visit(first position, n) for the exact rows, TILE at a time, as `floats`, [TILE][dim].
+    // Calls visit(first position, n) for the residual rows, TILE at a time, as `floats` [TILE][dim].
     template <typename Visit>
     void each_residual_tile(const QaqSide& side, float* floats, Visit visit) const {
-        const int dim = layer.dim, size = layer.residual_type == QAQ_FLOAT ? 4 : 2, tokens = layer.sinks + layer.recent;
+        const int dim = layer.dim, size = bytes_of(layer.residual_type), tokens = layer.sinks + layer.recent;
         const uint8_t* rows = static_cast<const uint8_t*>(side.residual) + head * side.residual_head_stride * size;
         for (int t = 0; t < tokens;) {
             const int some = std::min(TILE, (t < layer.sinks ? layer.sinks : tokens) - t);
             for (int i = 0; i < some; ++i) {
-                const uint8_t* row = rows + int64_t(t + i) * dim * size;
-                float* out = floats + i * dim;
-                if (layer.residual_type == QAQ_HALF) halves_to_floats(row, dim, out);
-                if (layer.residual_type == QAQ_BFLOAT16) bfloats_to_floats(row, dim, out);
-                if (layer.residual_type == QAQ_FLOAT) std::memcpy(out, row, dim * 4);
+                to_floats(layer.residual_type, rows + int64_t(t + i) * dim * size, dim, floats + i * dim);
             }
             visit(t < layer.sinks ? t : t + layer.packed, some);
             t += some;

@@ -114,7 +114,7 @@ static const QaqField fields[] = {
     FIELD(QaqEncode, out),
 
     STRUCTURE(QaqWeigh),
-    FIELD(QaqWeigh, runs),
+    FIELD(QaqWeigh, heads),
     FIELD(QaqWeigh, tokens),
     FIELD(QaqWeigh, first),
     FIELD(QaqWeigh, count),
@@ -132,7 +132,7 @@ static const QaqField fields[] = {
     FIELD(QaqWeigh, weight),
 
     STRUCTURE(QaqSideRows),
-    FIELD(QaqSideRows, runs),
+    FIELD(QaqSideRows, heads),
     FIELD(QaqSideRows, count),
     FIELD(QaqSideRows, weight),
     FIELD(QaqSideRows, meta),
@@ -143,7 +143,7 @@ static const QaqField fields[] = {
     FIELD(QaqSideRows, shift),
 
     STRUCTURE(QaqStatisticUpdate),
-    FIELD(QaqStatisticUpdate, runs),
+    FIELD(QaqStatisticUpdate, heads),
     FIELD(QaqStatisticUpdate, tokens),
     FIELD(QaqStatisticUpdate, state),
     FIELD(QaqStatisticUpdate, state_stride),
@@ -155,7 +155,7 @@ static const QaqField fields[] = {
     FIELD(QaqStatisticUpdate, seed),
 
     STRUCTURE(QaqRepack),
-    FIELD(QaqRepack, runs),
+    FIELD(QaqRepack, heads),
     FIELD(QaqRepack, before),
     FIELD(QaqRepack, after),
     FIELD(QaqRepack, half_bit),
@@ -173,7 +173,7 @@ static const QaqField fields[] = {
     FIELD(QaqRepack, offsets),
 
     STRUCTURE(QaqNarrow),
-    FIELD(QaqNarrow, runs),
+    FIELD(QaqNarrow, heads),
     FIELD(QaqNarrow, tokens),
     FIELD(QaqNarrow, half_bit),
     FIELD(QaqNarrow, shift),

@@ -1,6 +1,6 @@
 // What the library says of itself, and the constants that all of its C interface shares.
 #pragma once
-#include <stdint.h>
+#include <cstdint>
 
 extern "C" {
 

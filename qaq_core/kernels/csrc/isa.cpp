@@ -1,11 +1,10 @@
-// The choice of instruction set at run time.
+// Chooses the instruction set at run time.
 #include "isa.h"
-
 
 #include <atomic>
 #include <cstring>
 
-// Tables are made when they are asked for: other files' constants might not be there yet when this one's are.
+// All instruction sets, the fastest first. Built on first use, because it copies constants of other files.
 static const InstructionSet* best_first(int& count) {
     static const InstructionSet all[] = {
 #if defined(__x86_64__)
@@ -30,7 +29,7 @@ static const InstructionSet* best_first(int& count) {
     return all;
 }
 
-// The best that runs here, or null; of that name if one is given.
+// The best instruction set that runs here, or the named one; null if there is none.
 static const InstructionSet* find(const char* name) {
     int count;
     const InstructionSet* all = best_first(count);

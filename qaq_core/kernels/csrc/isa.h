@@ -1,33 +1,36 @@
-// What each instruction set gives: the work of one KV head, and of rows that are made.
+// The instruction sets that kernels are compiled for, and the one in use.
 #pragma once
 #include "decode.h"
 #include "encode_kernels.h"
 
-using HeadAttention = void (*)(const QaqLayer& layer, int head);
-using HeadDecode = void (*)(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend);
+// Attends with the query heads of one KV head of a layer.
+using AttendHead = void (*)(const QaqLayer& layer, int head);
+
+// A decode step of one KV head of sequence i; `attend` is used for attention.
+using DecodeHead = void (*)(const QaqDecode& step, QaqLayer layer, int i, int head, AttendHead attend);
 
 struct InstructionSet {
     const char* name;
     bool (*runs)();  // on this processor, under this system
-    HeadAttention attend;
-    HeadDecode decode;
+    AttendHead attend;
+    DecodeHead decode;
     EncodeKernels encode;
 };
 
-// The one in use: the best that runs here, until qaq_use says otherwise.
+// The one in use: the best that runs here, unless qaq_use chose another.
 const InstructionSet& instruction_set();
 
-// attention.cpp, decode.cpp, encode.cpp
+// attention_generic.cpp, decode_generic.cpp, encode_generic.cpp
 void attend_generic(const QaqLayer& layer, int head);
-void decode_generic(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend);
+void decode_generic(const QaqDecode& step, QaqLayer layer, int i, int head, AttendHead attend);
 extern const EncodeKernels encode_generic;
 
-// attention_avx2.cpp and so on; there on x86-64 only
+// attention_avx2.cpp, ...; on x86-64 only
 void attend_avx2(const QaqLayer& layer, int head);
-void decode_avx2(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend);
+void decode_avx2(const QaqDecode& step, QaqLayer layer, int i, int head, AttendHead attend);
 extern const EncodeKernels encode_avx2;
 
-// attention_avx512.cpp and so on
+// attention_avx512.cpp, ...; on x86-64 only
 void attend_avx512(const QaqLayer& layer, int head);
-void decode_avx512(const QaqDecode& step, QaqLayer layer, int i, int head, HeadAttention attend);
+void decode_avx512(const QaqDecode& step, QaqLayer layer, int i, int head, AttendHead attend);
 extern const EncodeKernels encode_avx512;

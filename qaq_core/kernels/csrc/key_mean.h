@@ -1,8 +1,10 @@
-// Scores of the keys' mean, q·RoPE(mean, t): a sum over pairs of dims of a·cos(θt) + b·sin(θt). It is made for SPAN
-// positions at a time, with a and b turned to the middle between them. About it cosines are even and sines odd, so both are
-// summed for the later half only; sums and differences are the scores. The angles of one span serve all. Pairs that turn
-// fast are summed at every position. The sum of the slow ones is hardly curved within a span: it is interpolated from
-// NODES of its positions, which lie evenly about the middle too.
+// Scores of the keys' mean, q·RoPE(mean, t): a sum over pairs of dims of a·cos(θt) + b·sin(θt), for SPAN positions at a
+// time.
+//
+// a and b are rotated to the middle of the span. Around it cosines are even and sines odd, so both are summed for the
+// later half only; their sums and differences are the scores. The angles within a span are the same for all spans. Fast
+// pairs are summed at every position. The sum of slow pairs is smooth within a span, so it is interpolated from NODES
+// positions, which lie symmetrically around the middle.
 #pragma once
 
 #include <algorithm>
@@ -19,12 +21,14 @@ QAQ_BEGIN_TARGET
 namespace {
 
 constexpr int SPAN = 64, HALF_SPAN = SPAN / 2, NODES = 8;
-constexpr int NODE[NODES] = {0, 5, 14, 25, 38, 49, 58, 63};  // near to Chebyshev's
+constexpr int NODE[NODES] = {0, 5, 14, 25, 38, 49, 58, 63};  // near Chebyshev nodes
 
-// A pair is slow if its cosine after one position is at least this, of 0.04 rad: its part is then within 2e-6.
+// A pair is slow if the cosine of its angle per position is at least this (0.04 rad). Interpolation errs by 2e-6 at
+// most.
 constexpr float SLOW = 0.9992f;
 
-struct Basis {  // of[k][x]: the polynomial that is 1 at NODE[k] and 0 at the other nodes
+// of[k][x]: the Lagrange polynomial that is 1 at NODE[k] and 0 at the other nodes.
+struct Basis {
     float of[NODES][SPAN];
     constexpr Basis() : of() {
         for (int k = 0; k < NODES; ++k)
@@ -38,17 +42,18 @@ struct Basis {  // of[k][x]: the polynomial that is 1 at NODE[k] and 0 at the ot
 };
 constexpr Basis basis;
 
-struct MeanScores {
-    static constexpr int PAIRS = NODES / 2;  // of nodes, as far from the middle on either side
+struct KeyMeanScores {
+    static constexpr int PAIRS = NODES / 2;  // of nodes, symmetric around the middle
 
-    int dim = 0, half, fast;  // pairs before `fast` count as such
-    const float* angles;      // [positions][dim], cosines and sines
-    std::vector<float> known;   // the second row of angles, which says what all of them are
+    int dim = 0, half, fast;    // the first `fast` pairs are fast
+    const float* angles;        // [positions][dim], cosines and sines
+    std::vector<float> known;   // the second row of angles, which determines all of them
     std::vector<float> middle;  // [dim], cosines and sines of the middle of the first span
     Buffer<float> rows;   // [dim + NODES][HALF_SPAN], cosines and sines of fast pairs; even and odd parts of the basis
     Buffer<float> nodes;  // [half / WIDE][2][PAIRS][WIDE], cosines and sines of slow pairs; 0 for fast ones
 
-    // Pairs turn by less than 2 a position, as RoPE's do: the angles between two positions are made of theirs.
+    // Builds the tables, unless they are those of the same angles. Pairs rotate by less than 2 rad a position, as in
+    // RoPE, so the angle halfway between two positions follows from theirs.
     QAQ_NOINLINE void prepare(const float* table, int width) {
         angles = table;
         if (dim == width && std::equal(known.begin(), known.end(), angles + dim)) return;
@@ -76,8 +81,8 @@ struct MeanScores {
             }
     }
 
-    // coefficients: a and b of every pair, as a row of angles stands, for a middle of 0.
-    void pose(const float* query, const float* mean, float* coefficients) const {
+    // coefficients [dim]: a and b of every pair, for the span whose middle is position 0.
+    void project(const float* query, const float* mean, float* coefficients) const {
         for (int i = 0; i < half; i += 8) {
             const f8 q1 = load(query + i), q2 = load(query + half + i), m1 = load(mean + i), m2 = load(mean + half + i);
             const f8 a = q1 * m1 + q2 * m2, b = q2 * m1 - q1 * m2;
@@ -92,12 +97,12 @@ struct MeanScores {
         const float* angle = angles + start * dim;
         for (int d = 0; d < dim; d += 16) __builtin_prefetch(angle + SPAN * dim + d);
         for (int h = 0; h < heads; ++h) weigh(angle, coefficients + h * dim, weights[h]);
-        const int64_t step = weights[1] - weights[0];
 #ifdef QAQ_AVX512
-        (this->*(heads == 1   ? &MeanScores::add_up<1>
-                 : heads == 2 ? &MeanScores::add_up<2>
-                 : heads == 3 ? &MeanScores::add_up<3>
-                              : &MeanScores::add_up<4>))(weights[0], step, scores, stride);
+        const int64_t step = weights[1] - weights[0];
+        (this->*(heads == 1   ? &KeyMeanScores::add_up<1>
+                 : heads == 2 ? &KeyMeanScores::add_up<2>
+                 : heads == 3 ? &KeyMeanScores::add_up<3>
+                              : &KeyMeanScores::add_up<4>))(weights[0], step, scores, stride);
 #else
         for (int h = 0; h < heads; ++h) add_up<1>(weights[h], 0, scores + h * stride, stride);
 #endif
@@ -114,12 +119,12 @@ struct MeanScores {
 #endif
     }
 
-    // How much of each of `rows` there is in the span whose first position has these angles. Reads and writes some numbers
-    // beyond those of dims.
+    // The coefficients of `rows` in the span whose first position has these angles. Reads and writes up to 16 numbers
+    // beyond the dims.
     QAQ_NOINLINE void weigh(const float* angle, const float* coefficients, float* weights) const {
         const int half = this->half;
         for (int begin = 0; begin < half; begin += WIDE) {
-            const int i = std::max(0, std::min(begin, half - WIDE));  // the last vector may have some of the one before
+            const int i = std::max(0, std::min(begin, half - WIDE));  // the last vector may overlap the one before
             const wide c = at(angle + i), s = at(angle + half + i);
             const wide a = at(coefficients + i), b = at(coefficients + half + i);
             put(weights + i, a * c + b * s);
@@ -141,7 +146,7 @@ struct MeanScores {
         store(weights + dim, totals(sums));
     }
 
-    // A lane is a position.
+    // Sums the rows; a lane is a position.
     template <int H>
     QAQ_NOINLINE void add_up(const float* weights, int64_t step, float* scores, int64_t stride) const {
         constexpr int VECTORS = 2;

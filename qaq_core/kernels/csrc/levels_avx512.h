@@ -1,9 +1,9 @@
-// Rows of codes with AVX-512: reading 64 dims of a row at once.
+// Levels of codes with AVX-512: 64 dims of a row are read at once.
 //
-// A level is lowest + step · k. Where an octet holds up to five planes, k is a byte: five bits and a marker, which says
-// how many of them are held, find it in one shuffle. Where an octet of a row holds more, or a codec's levels do not stand
-// on a grid of bytes, k has two bytes, from tables of 256. Codes come of units by one shuffle and one transposition
-// of bits.
+// A level is lowest + step · k. Where an octet has up to five planes, k is a byte, looked up by one shuffle: its index
+// is the code followed by a marker bit, which tells the number of planes. Where an octet of a row has more, or a
+// codec's levels are not on a grid of 256 steps, k has two bytes, from tables of 256 entries. One shuffle and one
+// transposition of bits make codes of units.
 #pragma once
 #define QAQ_AVX512
 
@@ -19,29 +19,29 @@
 QAQ_BEGIN_TARGET
 namespace {
 
-constexpr int SLICE = 64;                // dims that are read at once
-constexpr int SLICES = MAX_DIM / SLICE;  // of a row, and of its bytes, at most
-constexpr int BYTE_PLANES = 5;           // that fit an index of a shuffle, with a marker
-constexpr int AHEAD = 4096;              // bytes between the row that is read and what is fetched for later
+constexpr int SLICE = 64;                // dims that are read together
+constexpr int SLICES = MAX_DIM / SLICE;  // at most, of a row's dims and of its bytes
+constexpr int BYTE_PLANES = 5;           // at most, of an index of six bits with a marker
+constexpr int AHEAD = 4096;              // bytes from the row that is read to the prefetched one
 
-// sums + the products of four unsigned bytes with four signed ones in each lane. In assembly, because GCC 12 copies the
-// accumulators of a loop to other registers and back.
+// Adds to each lane the products of four unsigned bytes with four signed ones. In assembly, because with the intrinsic
+// GCC 12 copies a loop's accumulators between registers.
 inline void add_products(__m512i& sums, __m512i bytes, __m512i by) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(by));
 }
 
-// Where levels of so many planes stand, in units of the scale.
+// The grid of the levels of each number of planes, in units of the scale.
 struct Grid {
     float step[9], lowest[9];
 };
 
 struct Levels {
-    std::vector<float> known;  // what the tables are made of, [9][256]
-    Grid grids[2];             // of k in one byte, in two
-    bool on_bytes;             // whether up to BYTE_PLANES planes stand on a grid of bytes
-    __m512i byte;              // by code · 2 + 1, in the upper of six bits
-    __m512i marked[2][4];      // low and high bytes by code · 2 + 1, in the upper of eight bits, of up to 7 planes
-    __m512i whole[2][4];       // by codes of 8 planes
+    std::vector<float> known;  // [9][256], what the tables were built from
+    Grid grids[2];             // for k of one byte, of two
+    bool on_bytes;             // whether levels of up to BYTE_PLANES planes are on a grid of bytes
+    __m512i byte;              // k by code · 2 + 1, in the upper of six bits
+    __m512i marked[2][4];      // low and high bytes of k by code · 2 + 1, in the upper of eight bits; up to 7 planes
+    __m512i whole[2][4];       // low and high bytes of k by code; 8 planes
 
     void prepare(const float* table) {
         if (!known.empty() && std::memcmp(known.data(), table, 9 * 256 * sizeof(float)) == 0) return;
@@ -63,7 +63,7 @@ struct Levels {
                 (planes < 8 ? high[marked_at] : high8[code]) = uint8_t(k >> 8);
             }
             if (planes > BYTE_PLANES) continue;
-            // Levels at equal distances stand on a grid of fewer places.
+            // Evenly spaced levels are on a grid of fewer steps.
             const int even = 255 / (count - 1) * (count - 1);
             on_bytes &= put_bytes(levels, planes, range / 255, bytes) || put_bytes(levels, planes, range / even, bytes);
         }
@@ -75,7 +75,7 @@ struct Levels {
     }
 
   private:
-    // Whether they stand on a grid of that step.
+    // Whether the levels are on a grid of that step; if so, sets their bytes.
     bool put_bytes(const float* levels, int planes, float step, uint8_t* bytes) {
         Grid& grid = grids[0];
         grid.step[planes] = step;
@@ -95,17 +95,17 @@ inline __m512i look_up_256(const __m512i* table, __m512i index) {
     return _mm512_mask_mov_epi8(below, _mm512_movepi8_mask(index), above);
 }
 
-// How rows of one width are read.
-struct Reading {
+// Reads rows of one width.
+struct RowReader {
     struct Slice {
-        __m512i marker;             // what no unit of the row covers
-        __m512i places[SLICES];     // of 64 bytes of a row, where in them each unit stands
+        __m512i marker;          // the marker bits
+        __m512i places[SLICES];  // of 64 bytes of a row: which of them goes to each byte of the slice
         __mmask64 taken[SLICES];
-        __mmask64 whole;            // dims of 8 planes, where k has two bytes
+        __mmask64 whole;  // dims of 8 planes, where k has two bytes
         int8_t planes[SLICE / 8];
     };
     Slice slices[SLICES];
-    __mmask64 readable[SLICES];  // of 64 bytes of a row
+    __mmask64 readable[SLICES];  // of 64 bytes of a row: those that it has
     int bytes, count, parts;     // of a row; slices; 64-byte parts of a row
     int k_bytes;
 
@@ -138,8 +138,8 @@ struct Reading {
         }
     }
 
-    // Visits (i, which byte of k, those of 64 dims), low bytes first, for ROWS rows of a slice; where there are only n, the
-    // last one again.
+    // Calls visit(i, which byte of k, that byte of 64 dims), low bytes first, for ROWS rows of a slice. If there are
+    // only n, the last one is repeated.
     template <int K, int ROWS, typename Visit>
     inline void read(const Levels& levels, int s, const uint8_t* rows, int n, Visit visit) const {
         if (parts == 1)
@@ -155,10 +155,10 @@ struct Reading {
         const __m512i each_dim = _mm512_set1_epi64(int64_t(0x8040201008040201));
         const Slice& slice = slices[s];
         const __m512i marker = slice.marker, places = slice.places[0], table = levels.byte;
-        const __mmask64 taken = slice.taken[0], there = readable[0], whole = slice.whole;
+        const __mmask64 taken = slice.taken[0], valid = readable[0], whole = slice.whole;
         const int step = bytes;
         const auto codes_of = [&](const uint8_t* from) {
-            __m512i units = _mm512_mask_permutexvar_epi8(marker, taken, places, _mm512_maskz_loadu_epi8(there, from));
+            __m512i units = _mm512_mask_permutexvar_epi8(marker, taken, places, _mm512_maskz_loadu_epi8(valid, from));
             if constexpr (PARTS > 1)
                 for (int p = 1; p < parts; ++p)
                     units = _mm512_mask_permutexvar_epi8(units, slice.taken[p], slice.places[p],
@@ -170,7 +170,7 @@ struct Reading {
 #pragma GCC unroll 16
             for (int i = 0; i < ROWS; ++i, row += i < n ? step : 0)
                 visit(i, 0, _mm512_permutexvar_epi8(codes_of(row), table));
-        } else {  // few rows are so wide: short code serves them better
+        } else {  // few rows are this wide, so code size matters more
 #pragma GCC unroll 1
             for (int i = 0; i < ROWS; ++i, row += i < n ? step : 0) {
                 const __m512i codes = codes_of(row);

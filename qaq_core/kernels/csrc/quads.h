@@ -1,5 +1,5 @@
-// Quads: the scores and weights of four query heads at one position stand together, so that what moves rows between the
-// order of pools and the order of positions moves four numbers at once.
+// Quads: scores and weights of four query heads at one position, contiguous, so that moving them between pool order and
+// position order moves four numbers at once.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int QUAD = 4;
 
-// The same eight positions, as four heads of eight and as eight quads, in memory.
+// Conversions of eight positions between eight quads and four heads of eight numbers.
 #ifdef QAQ_AVX2
 
 inline f8 two_quads(const float* low, const float* high) {
@@ -70,16 +70,16 @@ inline void to_parts(Pair pair, int other, float* parts) {
     store(parts, (f8)_mm256_shuffle_ps(a, b, 0x88)), store(parts + TILE, (f8)_mm256_shuffle_ps(a, b, 0xdd));
 }
 
-// ranks.of[b]: the bits of b that are set, in order.
-struct Ranks {
+// of[b]: the positions of the bits that are set in b, ascending.
+struct SetBits {
     uint8_t of[256][8];
-    constexpr Ranks() : of() {
+    constexpr SetBits() : of() {
         for (int b = 0; b < 256; ++b)
             for (int i = 0, n = 0; i < 8; ++i)
                 if (b >> i & 1) of[b][n++] = uint8_t(i);
     }
 };
-constexpr Ranks ranks;
+constexpr SetBits set_bits;
 
 #else
 
@@ -105,8 +105,8 @@ inline f8 twice(f4 quad) { return f8{quad[0], quad[1], quad[2], quad[3], quad[0]
 inline f4 lower(f8 v) { return f4{v[0], v[1], v[2], v[3]}; }
 inline f4 upper(f8 v) { return f4{v[4], v[5], v[6], v[7]}; }
 
-// Replaces scores[first..length) of a quad's heads by e^(score - their highest), and the rest up to `padded`, an even
-// number, by 0. Returns the sum of each head.
+// Softmax without the division: replaces scores[first..length) of a quad's heads by e^(score - the head's highest), and
+// the others up to `padded`, an even number, by 0. Returns each head's sum.
 QAQ_NOINLINE f4 exponentiate(float* scores, int first, int length, int padded) {
     const float inf = std::numeric_limits<float>::infinity();
     const int begin = first / 2 * 2;
@@ -129,7 +129,7 @@ QAQ_NOINLINE f4 exponentiate(float* scores, int first, int length, int padded) {
     return lower(sums) + upper(sums);
 }
 
-// The sums of n quads.
+// The sum of n quads.
 inline f4 sum(const float* quads, int n) {
     f8 sums[4] = {};
     int t = 0;

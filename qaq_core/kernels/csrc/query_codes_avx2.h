@@ -1,4 +1,4 @@
-// x
+// Queries as integers for products with levels, with AVX2.
 #pragma once
 #define QAQ_AVX2
 
@@ -13,25 +13,26 @@
 QAQ_BEGIN_TARGET
 namespace {
 
-// Queries as integers, in the order in which dims are looked up.
-struct Queries {
+// Query heads as integers, in the order of slots.
+struct QueryCodes {
     int heads, dim;
     std::vector<int16_t> codes;  // [4][heads][dim], by the logarithm of field_bits
-    std::vector<float> units;    // [heads], worth of one integer times one level
+    std::vector<float> units;    // [heads], the score of integer 1 times level 1
 
-    void take(const float* queries, int64_t step, int count, int width, float level_unit) {
+    void quantize(const float* queries, int64_t step, int count, int width, float level_unit) {
         heads = count, dim = width;
         if (codes.size() < size_t(4 * heads * dim)) codes.resize(4 * heads * dim);
         if (units.size() < size_t(heads)) units.resize(heads);
         for (int g = 0; g < heads; ++g, queries += step) {
-            float most = 0, sum = 0, largest = 0;  // of a query, of all and of a chunk's dims
+            float most = 0, sum = 0,
+                  largest = 0;  // of the sizes of dims: the largest, their sum, the largest sum of a chunk
             for (int d = 0; d < dim; d += 8 * CHUNK) {
                 float some = 0;
                 for (int i = d; i < std::min(d + 8 * CHUNK, dim); ++i)
                     most = std::max(most, std::abs(queries[i])), some += std::abs(queries[i]);
                 largest = std::max(largest, some), sum += some;
             }
-            // NaN and infinity come out of the sum.
+            // The sum passes NaN and infinity on.
             const float unit = std::max(most / MOST, largest * (KEY_LEVELS / SUM_MOST));
             units[g] = (sum - sum + unit) * level_unit;
             const f8 share = splat(unit > 0 ? 1.0f / unit : 0.0f);
@@ -45,7 +46,7 @@ struct Queries {
             }
         }
     }
-    // Those of one octet, as four pairs.
+    // The integers of one octet, as four pairs.
     const int16_t* octet(int planes, int g, int o) const {
         return codes.data() + (__builtin_ctz(field_bits(planes)) * heads + g) * dim + 8 * o;
     }

@@ -1,23 +1,26 @@
-// Turning vectors to a sequence's own axes and back. All of a head's are turned together, reflection by reflection:
-// each has to wait for the one before it, and so does something else meanwhile.
+// A sequence's rotation (rotation.h) applied to queries, and undone for sums of values. All vectors of a head pass
+// through one reflection before the next: reflections of one vector depend on each other, those of different vectors do
+// not.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "widths.h"
 #include "rotation.h"
 #include "target.h"
 #include "vectors.h"
+#include "widths.h"
 
 QAQ_BEGIN_TARGET
 namespace {
 
-inline int64_t numbers_of(int dim) { return int64_t(dim) * (dim + 1) / 2 - 1; }
+// Entries of all of a head's reflection vectors.
+inline int64_t entries_of(int dim) { return int64_t(dim) * (dim + 1) / 2 - 1; }
 
-// A reflection's vector from dim `first` on, after zeros from the octet's beginning on. Returns its square.
+// Writes a reflection's vector, which is 0 before dim `first`, from the beginning of that dim's octet. Returns its
+// square.
 template <class T>
-inline int spread_vector(const int8_t* numbers, int first, int dim, T* vector) {
+inline int expand_vector(const int8_t* numbers, int first, int dim, T* vector) {
     std::fill(vector + first / 8 * 8, vector + first, T(0));
     int square = 0;
     for (int d = first; d < dim; ++d) {
@@ -27,10 +30,10 @@ inline int spread_vector(const int8_t* numbers, int first, int dim, T* vector) {
     return square;
 }
 
-// Reflects n rows, one after the other, by the vector that leaves the first dims alone.
+// Reflects n rows by the vector that is 0 before dim `first`.
 QAQ_NOINLINE void reflect(const int8_t* numbers, int first, int dim, float* rows, int n) {
     float vector[MAX_DIM];
-    const int square = spread_vector(numbers, first, dim, vector);
+    const int square = expand_vector(numbers, first, dim, vector);
     if (!square) return;
     for (int i = 0; i < n; ++i, rows += dim) {
         f8 sums = {};
@@ -45,17 +48,17 @@ void divide_octets(const float* by, int dim, float* rows, int n) {
         for (int d = 0; d < dim; d += 8) store(rows + d, load(rows + d) / by[d / 8]);
 }
 
-// Queries that meet a head's rows, as they meet turned ones.
-void turn_queries(const QaqRotation& rotation, int head, int dim, float* queries, int n) {
-    const int8_t* numbers = rotation.reflections + head * numbers_of(dim);
+// Rotates queries so that their products with a head's rotated keys are those with the keys.
+void rotate_queries(const QaqRotation& rotation, int head, int dim, float* queries, int n) {
+    const int8_t* numbers = rotation.reflections + head * entries_of(dim);
     divide_octets(rotation.before + head * (dim / 8), dim, queries, n);
     for (int first = 0; first < dim - 1; numbers += dim - first, ++first) reflect(numbers, first, dim, queries, n);
     divide_octets(rotation.after + head * (dim / 8), dim, queries, n);
 }
 
-// Sums of a head's turned rows, as they were.
-void turn_sums_back(const QaqRotation& rotation, int head, int dim, float* sums, int n) {
-    const int8_t* numbers = rotation.reflections + (head + 1) * numbers_of(dim);
+// Rotates sums of a head's rotated values back.
+void unrotate_sums(const QaqRotation& rotation, int head, int dim, float* sums, int n) {
+    const int8_t* numbers = rotation.reflections + (head + 1) * entries_of(dim);
     divide_octets(rotation.after + head * (dim / 8), dim, sums, n);
     for (int first = dim - 2; first >= 0; --first) reflect(numbers -= dim - first, first, dim, sums, n);
     divide_octets(rotation.before + head * (dim / 8), dim, sums, n);

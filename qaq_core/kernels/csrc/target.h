@@ -3,9 +3,9 @@
 // Kernels are headers. Each is compiled once per instruction set, in translation units of their own. A unit chooses the
 // set before its includes: `#define QAQ_AVX512`, `#define QAQ_AVX2`, or neither for code that runs on any processor.
 //
-// In a kernel header, code stands between QAQ_BEGIN_TARGET and QAQ_END_TARGET, in an unnamed namespace. Internal linkage
-// keeps the linker from merging functions of different instruction sets. Includes stand outside, so that inline functions
-// of the standard library, which all units share, are compiled for any processor.
+// In a kernel header, code stands between QAQ_BEGIN_TARGET and QAQ_END_TARGET, in an unnamed namespace. Internal
+// linkage keeps the linker from merging functions of different instruction sets. Includes stand outside, so that inline
+// functions of the standard library, which all units share, are compiled for any processor.
 #pragma once
 
 #if defined(QAQ_AVX512)

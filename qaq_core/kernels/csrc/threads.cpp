@@ -19,7 +19,7 @@ class Pool {
         std::unique_lock<std::mutex> lock(state_);
         try {
             for (; started_ < threads - 1; ++started_) std::thread([this] { work(); }).detach();
-        } catch (const std::system_error&) {  // no more threads to be had: those there are do it
+        } catch (const std::system_error&) {  // no more threads available: the existing ones do the work
         }
         task_ = &task, next_ = 0, count_ = count, seats_ = threads - 1;
         lock.unlock();
@@ -31,7 +31,7 @@ class Pool {
     }
 
   private:
-    // Does tasks until none is left.
+    // Runs tasks until none is left.
     void take(std::unique_lock<std::mutex>& lock) {
         while (next_ < count_) {
             const int mine = next_++;
@@ -60,6 +60,6 @@ class Pool {
 }  // namespace
 
 void in_parallel(int threads, int count, const std::function<void(int)>& task) {
-    static Pool* pool = new Pool;  // never destroyed: its threads may outlive the program's last statement
+    static Pool* pool = new Pool;  // never destroyed: its threads may outlive main
     pool->run(threads, count, task);
 }

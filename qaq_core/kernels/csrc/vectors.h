@@ -1,4 +1,4 @@
-// Vectors of floats, for every instruction set; what rows of numbers become before they are codes.
+// Vectors of floats, for every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ constexpr int WIDE = 16;
 #else
 constexpr int WIDE = 8;
 #endif
-typedef float wide __attribute__((vector_size(4 * WIDE)));  // as many as there are in a register
+typedef float wide __attribute__((vector_size(4 * WIDE)));  // one register
 typedef float wide_u __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 
 inline f8 load(const float* p) { return *reinterpret_cast<const f8u*>(p); }
@@ -29,9 +29,10 @@ inline f8 splat(float x) { return f8{x, x, x, x, x, x, x, x}; }
 inline void store4(float* p, f4 v) { *reinterpret_cast<f4u*>(p) = v; }
 inline f4 load4(const float* p) { return *reinterpret_cast<const f4u*>(p); }
 
+// The sum of a vector's elements.
 inline float total(f8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
-// The totals of eight vectors.
+// The sums of eight vectors' elements.
 inline f8 totals(const f8* v) {
 #ifdef QAQ_AVX2
     auto pair = [&](int i) { return _mm256_hadd_ps((__m256)v[i], (__m256)v[i + 1]); };
@@ -53,7 +54,7 @@ inline f8 totals(const wide* v) {
 }
 #endif
 
-// e^x for x <= 0, within 2e-7 relative.
+// e^x for x <= 0, with a relative error below 2e-7.
 inline f8 exp8(f8 x) {
     f8 lowest = splat(-87.0f), shifter = splat(12582912.0f);
     x = x < lowest ? lowest : x;  // keeps NaN

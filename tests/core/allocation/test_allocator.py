@@ -107,8 +107,8 @@ def test_what_is_seen_is_folded_in_alike(seed: int, length: int, first: int) -> 
     got, expected = subject.bytes(2, LAYERS, HEADS, length + 3, 1).unbind()
     got.copy_(expected)
     for position in (7, 1 << 20):
-        subject.allocator("cpu").observe(got, seen, position)
-        subject.allocator("reference").observe(expected, seen, position)
+        subject.allocator("cpu").update_statistic(got, seen, position)
+        subject.allocator("reference").update_statistic(expected, seen, position)
         # A number that lies on its threshold may be rounded either way.
         differ = (got.int() - expected.int()).abs()
         assert int(differ.max()) <= 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_build_without_a_compiler_succeeds(tmp_path: Path) -> None:
@@ -24,3 +25,10 @@ def test_a_build_without_a_compiler_succeeds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert 'building extension "qaq_core.kernels.library._cpu" failed' in done.stdout + done.stderr
     assert not list(built.rglob("*.so"))
+
+
+def test_the_build_lists_every_source() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
+    for key, suffix in (("sources", "*.cpp"), ("depends", "*.h")):
+        files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "qaq_core/kernels/csrc").glob(suffix))
+        assert sorted(settings[key]) == files

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qaq_core.base.errors import ConfigError, QuantizationError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import HALF, WIDTHS
+from qaq_core.cache import make_encoder
 from qaq_core.kernels import encode, load_library
 from qaq_core.kernels.encode import NativeEncoder
 from qaq_core.quantization.codecs import GaussianCodec, UniformCodec
@@ -48,7 +49,7 @@ def pair(name: str, dim: int) -> tuple[Quantizer, Quantizer]:
     named = quantizers(LAYERS, HEADS, dim)
     named["gaussian"] = Quantizer(named["balanced"].transform, GaussianCodec())
     named["turned"] = rotated(named["balanced"])
-    return named[name].using("reference"), named[name].using("cpu")
+    return named[name].using(make_encoder("reference")), named[name].using(make_encoder("cpu"))
 
 
 def steps(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,7 +219,7 @@ class OneScale(Cells):
 
 def coded(codec: object, units: torch.Tensor) -> tuple[torch.Tensor, Quantizer]:
     """The 8-bit rows that C++ makes of units."""
-    quantizer = Quantizer(IdentityTransform(), codec, kernel="cpu")  # type: ignore[arg-type]
+    quantizer = Quantizer(IdentityTransform(), codec, make_encoder=make_encoder("cpu"))  # type: ignore[arg-type]
     return quantizer.encode(KEY, units, torch.zeros(len(units), 1, dtype=torch.uint8), 0, 16), quantizer
 
 
@@ -260,7 +261,8 @@ def test_halves_are_rounded_to_the_nearest() -> None:
     units = torch.cat([bits, small, -small]).view(torch.float32)
     units = torch.cat([units.nan_to_num(0.0), units.half().float().nan_to_num(0.0) + 2.0**-12])
     meta = torch.zeros(len(units), 1, dtype=torch.uint8)
-    quantizer = Quantizer(IdentityTransform(), OneScale(GaussianCodec().edges), kernel="cpu")  # type: ignore[arg-type]
+    codec = OneScale(GaussianCodec().edges)
+    quantizer = Quantizer(IdentityTransform(), codec, make_encoder=make_encoder("cpu"))  # type: ignore[arg-type]
     made = quantizer.encode(KEY, units, meta, 0, HALF)
     assert torch.equal(made.view(torch.float16), units.half())
 
@@ -281,13 +283,14 @@ class Doubled(LinearTransform):
 
 def test_what_does_something_in_its_own_way_goes_to_torch_and_is_counted() -> None:
     originals = normal(0, LAYERS, HEADS, 9, 32)
-    own = Quantizer(Doubled(**linear_transform(LAYERS, HEADS, 32).tensors()), Coarse("head"), kernel="cpu")
+    doubled = Doubled(**linear_transform(LAYERS, HEADS, 32).tensors())
+    own = Quantizer(doubled, Coarse("head"), make_encoder=make_encoder("cpu"))
     rows = own.rows(KEY, originals, 3)
     assert torch.equal(rows, 2 * Quantizer(linear_transform(LAYERS, HEADS, 32), Coarse("head")).rows(KEY, originals, 3))
     meta = own.meta(rows).view(-1, 4)
     made, _ = own.encode_each(KEY, rows, meta, *steps(0, len(meta)))
-    assert torch.equal(made, own.using("reference").encode_each(KEY, rows, meta, *steps(0, len(meta)))[0])
-    assert counted(own) == ["rows of the frame's own", "codes of the codec's own"]
+    assert torch.equal(made, own.using(make_encoder("reference")).encode_each(KEY, rows, meta, *steps(0, len(meta)))[0])
+    assert counted(own) == ["rows of the transform's own", "codes of the codec's own"]
 
 
 def test_places_and_shapes_that_do_not_fit_are_refused() -> None:
@@ -314,11 +317,13 @@ def test_nothing_is_made_of_nothing() -> None:
 
 def test_the_kernel_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Quantizer(IdentityTransform(), GaussianCodec())
-    assert isinstance(plain.using("reference").encoder(CPU), TorchEncoder)
-    assert isinstance(plain.encoder(CPU), NativeEncoder)
-    assert isinstance(plain.encoder(torch.device("meta")), TorchEncoder)
-    assert (plain.using(None), plain.using("cpu").id) == (plain, plain.id)
+    assert isinstance(plain.encoder(CPU), TorchEncoder)
+    chosen = plain.using(make_encoder())
+    assert isinstance(chosen.encoder(CPU), NativeEncoder)
+    assert isinstance(chosen.encoder(torch.device("meta")), TorchEncoder)
+    assert isinstance(plain.using(make_encoder("reference")).encoder(CPU), TorchEncoder)
+    assert plain.using(make_encoder("cpu")).id == plain.id
     monkeypatch.setenv("QAQ_KERNEL", "reference")
-    assert isinstance(Quantizer(IdentityTransform(), GaussianCodec()).encoder(CPU), TorchEncoder)
+    assert isinstance(plain.using(make_encoder()).encoder(CPU), TorchEncoder)
     with pytest.raises(ConfigError, match="quick"):
-        plain.using("quick").encoder(CPU)
+        plain.using(make_encoder("quick")).encoder(CPU)
