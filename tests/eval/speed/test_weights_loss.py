@@ -25,6 +25,10 @@ def loaded(weights: str) -> LoadedModel:
     return LoadedModel(model, None, "tiny", "tiny", "00", torch.float32, 512, weights)
 
 
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="this processor has no AVX-512",
+)
 def test_plain_weights_cost_nothing_and_coarser_ones_more() -> None:
     documents = [Document(i, token_ids(61, seed=i)[0], 40) for i in range(2)]
     rows = {row.weights: row for row in weights_loss(loaded, documents, ["float32", "int4"])}
