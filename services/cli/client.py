@@ -1,4 +1,4 @@
-"""Commands that talk to a router: generate, chat, tokenize, health."""
+"""Commands for a running router: generate, chat, tokenize, health."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Router = Annotated[
     str | None,
     typer.Option(
         envvar="QAQ_ROUTER",
-        help="host:port, several by comma: the next takes over. Else the running stack's, else 127.0.0.1:7700.",
+        help="host:port, or several, separated by commas. Default: those of the running stack, else 127.0.0.1:7700.",
     ),
 ]
 Session = Annotated[str, typer.Option(help="Continue this session.")]
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The text; standard input if it is left out.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text. Default: standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the text from a file.")] = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = None,
@@ -94,8 +94,10 @@ def generate(
 
 
 def chat(
-    message: Annotated[str | None, typer.Argument(help="One question; without it a conversation.")] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    message: Annotated[
+        str | None, typer.Argument(help="One question. Default: a conversation on the terminal.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -114,7 +116,7 @@ def chat(
     tenant: options.Tenant = None,
     router: Router = None,
 ) -> None:
-    """Talks with the model. The session's cache stays with the worker between the turns."""
+    """Chats with the model. The worker keeps the session's cache between turns."""
     from qaq.v1 import generate_pb2
 
     from services.cli.inference import inference
@@ -169,9 +171,9 @@ def tokenize(
 
 
 def health(
-    address: Annotated[str, typer.Argument(help="host:port of any of the servers; http://host:port of a gateway.")],
+    address: Annotated[str, typer.Argument(help="host:port of any server, or http://host:port of a gateway.")],
 ) -> None:
-    """Asks a server whether it serves; the exit code says so."""
+    """Checks whether a server is serving. The exit code is 0 if it is."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -220,7 +222,7 @@ def _session(asked: Inference, cache: Any) -> Iterator[str]:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, until end of file."""
+    """The lines that are typed, until end of file."""
     while True:
         try:
             line = screen.input("[bold cyan]> [/]") if sys.stdin.isatty() else input()

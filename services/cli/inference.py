@@ -1,4 +1,4 @@
-"""The public API for commands: calls that return when they are answered, from the next router when one is gone."""
+"""The public API for commands: blocking calls, with failover to another router."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ T = TypeVar("T")
 
 
 class Inference:
-    """What a command asks of routers.
+    """The calls of a command.
 
     Args:
-        loop: runs while a call does; between calls the terminal has the thread.
+        loop: runs only during a call; between calls the thread belongs to the terminal.
     """
 
     def __init__(self, loop: asyncio.Runner, routers: Routers) -> None:
         self._loop, self._routers = loop, routers
 
     def once(self, call: Callable[[Any], Awaitable[T]]) -> T:
-        """The one answer of a call of a stub.
+        """The reply of a unary call.
 
         Raises:
-            grpc.RpcError, Unavailable: it failed; no router is there.
+            grpc.RpcError: the call failed.
+            Unavailable: no router answers.
         """
 
         async def answer() -> T:
@@ -47,24 +48,25 @@ class Inference:
     def stream(
         self, request: Asked, metadata: tuple[tuple[str, str], ...] = ()
     ) -> Iterator[generate_pb2.GenerateReply]:
-        """A generation's messages as they come, each once, see `Stream`.
+        """The messages of a generation as they arrive, see `Stream`.
 
         Raises:
-            grpc.RpcError, Unavailable: it failed; no router is there, or none has gone on with it.
+            grpc.RpcError: the generation failed.
+            Unavailable: no router answers, or none has continued the generation.
         """
         replies = aiter(Stream(self._routers, request, DEADLINE_S, metadata))
 
         async def following() -> generate_pb2.GenerateReply | None:
             return await anext(replies, None)
 
-        # One that is left before its end is cancelled when the loop is closed, with the channel.
+        # A stream that is not read to its end is cancelled with the channel, when the loop is closed.
         while (reply := self._loop.run(following())) is not None:
             yield reply
 
 
 @contextlib.contextmanager
 def inference(router: str | None) -> Iterator[Inference]:
-    """Of the routers that are named by comma, else of those of the stack that runs here."""
+    """Calls to the routers of a comma-separated list, or to those of the stack that runs on this machine."""
     log.configure("warning")
     with asyncio.Runner() as loop:
         stack = contextlib.AsyncExitStack()

@@ -1,4 +1,4 @@
-"""Follows a generation on the terminal, and measures it where a client sees it."""
+"""Shows a generation on the terminal, and measures it at the client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.cli.terminal import errors, screen
 
 @dataclass
 class Generation:
-    """What came back. Times are the client's: from sending the request, in seconds."""
+    """A received generation. Times are in seconds since the request was sent, at the client."""
 
     text: str = ""
     tokens: int = 0
@@ -25,13 +25,13 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: the first token belongs to the prompt's time."""
+        """Decode speed: the time to the first token is not counted."""
         seconds = self.last_token_s - self.first_token_s
         return (self.tokens - 1) / seconds if seconds > 0 else 0.0
 
 
 def follow(replies: Iterable[generate_pb2.GenerateReply], *, quiet: bool = False) -> Generation:
-    """Shows the prompt's progress and the text as it comes. `quiet` shows no text.
+    """Shows the progress of prefill, and the text as it arrives. `quiet` shows no text.
 
     Raises:
         grpc.RpcError: the call failed.
@@ -39,7 +39,7 @@ def follow(replies: Iterable[generate_pb2.GenerateReply], *, quiet: bool = False
     begun = time.monotonic()
     got = Generation()
     columns = (
-        TextColumn("reading the prompt"),
+        TextColumn("prefill"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

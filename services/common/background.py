@@ -1,4 +1,4 @@
-"""An event loop in a daemon thread, for async work under a synchronous caller."""
+"""An event loop in a daemon thread, for asynchronous work of synchronous callers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BackgroundLoop:
     """Runs coroutines for other threads until it is closed.
 
     Args:
-        closed: makes the error of work that `close` ended or that came after it.
+        closed: makes the error of work that was running or submitted when the loop was closed.
     """
 
     def __init__(self, name: str, closed: Callable[[], Exception]) -> None:
@@ -35,7 +35,7 @@ class BackgroundLoop:
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Starts work; returns at once."""
-        with self._guard:  # so that nothing is submitted after `close` has counted what runs
+        with self._guard:  # nothing may be submitted after `close` has listed the running tasks
             if not self._closed:
                 return asyncio.run_coroutine_threadsafe(self._ended_by_close(work), self._loop)
         work.close()
@@ -44,9 +44,9 @@ class BackgroundLoop:
         return future
 
     def close(self, clean_up: Callable[[], Awaitable[None]]) -> None:
-        """Cancels what runs, awaits `clean_up` on the loop and ends the thread. Again does nothing.
+        """Cancels the running work, awaits `clean_up` on the loop and ends the thread. A second call does nothing.
 
-        Work and `clean_up` that have not ended after `CLOSE_S` are logged and left.
+        Work and `clean_up` that have not ended after `CLOSE_S` are logged and abandoned.
         """
         with self._guard:
             if self._closed:
@@ -66,14 +66,14 @@ class BackgroundLoop:
             raise
 
     async def _shut(self, clean_up: Callable[[], Awaitable[None]]) -> None:
-        await asyncio.sleep(0)  # lets what was submitted last begin, so that it can say why it ended
+        await asyncio.sleep(0)  # the work submitted last must have begun to raise the right error
         running = asyncio.all_tasks() - {asyncio.current_task()}
         try:
             async with asyncio.timeout(CLOSE_S):
                 while running:
                     for task in running:
-                        task.cancel()  # once more, if what the task waited for swallowed it
+                        task.cancel()  # again, if the task suppressed the first cancellation
                     _, running = await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
                 await clean_up()
         except TimeoutError:
-            log.error("work has not ended; going on without it", tasks=[str(task) for task in running])
+            log.error("work has not ended; it is abandoned", tasks=[str(task) for task in running])

@@ -1,4 +1,4 @@
-"""How a QAQ process opens a channel to another one."""
+"""gRPC channels between QAQ processes."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ _OPTIONS = [
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to host:port, of the running loop. Connects at its first call, and again after a loss."""
+    """A channel to host:port for the running loop. It connects at the first call, and reconnects by itself."""
     return grpc.aio.insecure_channel(address, options=_OPTIONS)

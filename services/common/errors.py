@@ -1,4 +1,4 @@
-"""Errors that carry a gRPC status, and the status of every error that is raised on purpose."""
+"""Errors with a gRPC status, and the gRPC status of every expected error."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ Code = grpc.StatusCode
 
 
 class StatusError(Exception):
-    """An error the caller is told about: a gRPC status and a sentence that says what to change.
+    """An error for the caller: a gRPC status, and a message that says what to change.
 
-    `retry_after_ms` goes to the caller as trailing metadata `retry-after-ms`.
+    Args:
+        retry_after_ms: sent to the caller as trailing metadata `retry-after-ms`.
     """
 
     code: grpc.StatusCode = Code.INTERNAL
@@ -27,31 +28,31 @@ class StatusError(Exception):
 
 
 class InvalidArgument(StatusError):
-    """The request cannot be right, whatever the state of the server."""
+    """The request is invalid in any state of the server."""
 
     code = Code.INVALID_ARGUMENT
 
 
 class NotFound(StatusError):
-    """What the request names does not exist."""
+    """Something that the request names does not exist."""
 
     code = Code.NOT_FOUND
 
 
 class FailedPrecondition(StatusError):
-    """The request is right, but something else has to happen first."""
+    """The request is valid, but not in the present state of the server."""
 
     code = Code.FAILED_PRECONDITION
 
 
 class ResourceExhausted(StatusError):
-    """Full: try again later, or with less."""
+    """A limit is reached: try again later, or with less."""
 
     code = Code.RESOURCE_EXHAUSTED
 
 
 class Unavailable(StatusError):
-    """Something this server depends on does not answer; try again."""
+    """A server that this one depends on does not answer: try again."""
 
     code = Code.UNAVAILABLE
 
@@ -68,7 +69,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 
 
 def to_status(error: Exception) -> StatusError | None:
-    """The status of an error that was foreseen; None for one that was not."""
+    """The status of an expected error; None for an unexpected one."""
     if isinstance(error, StatusError):
         return error
     for kind, code in _CODES:
@@ -76,7 +77,7 @@ def to_status(error: Exception) -> StatusError | None:
             return StatusError(str(error), code=code)
     if isinstance(error, redis_errors.OutOfMemoryError):
         return ResourceExhausted("Redis is full; raise its maxmemory or close sessions")
-    # Redis answers these while it starts, and a lost or busy server looks the same to the caller.
+    # Redis raises these while it starts, too. A lost, a busy and a starting server are the same for the caller.
     if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError):
         return Unavailable("Redis does not answer; check that it runs and that QAQ_REDIS_URL is right")
     if isinstance(error, grpc.aio.AioRpcError):

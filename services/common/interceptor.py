@@ -1,4 +1,4 @@
-"""Decodes requests and turns errors into gRPC statuses, for every method of a server."""
+"""Decodes requests and converts errors to gRPC statuses, for every method of a server."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Deserializer = Callable[[bytes], Any]
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method but those of gRPC's own services.
+    """Wraps every method except those of gRPC's own services.
 
-    Requests are decoded here and not by gRPC, so that a broken one (invalid UTF-8, say) and one that is
-    too large get INVALID_ARGUMENT with a sentence. Errors that are not foreseen are logged with their
-    traceback and reach the caller as INTERNAL without details.
+    Requests are decoded here instead of by gRPC, so that a malformed request (for example with invalid UTF-8) or a
+    request that is too large gets INVALID_ARGUMENT and a message. Unexpected errors are logged with their traceback and
+    reach the caller as INTERNAL without details.
     """
 
     def __init__(self, max_request_bytes: int) -> None:

@@ -15,7 +15,7 @@ _lock = threading.Lock()
 
 
 def configure(level: str = "info") -> None:
-    """Sets up logging for this process. Retries are counted in metrics, not logged one by one."""
+    """Configures logging of this process. Retries are counted in metrics instead of logged."""
     stamina.instrumentation.set_on_retry_hooks([])
     terminal = sys.stderr.isatty()
     renderer: Any = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()

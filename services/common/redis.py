@@ -17,14 +17,14 @@ CALL_TIMEOUT_S = 5.0
 
 
 class RedisUnreachableError(QAQError):
-    """Redis does not answer; the message says where and what to do."""
+    """Redis does not answer. The message has its address and what to do."""
 
 
 def connect(url: str | SecretStr, *, retries: int = 3, max_connections: int = 32) -> Redis:
-    """A client; connects at its first command.
+    """A client, which connects at its first command.
 
-    A command whose connection broke is sent again up to `retries` times, so it may run twice:
-    pass 0 where that would do harm (APPEND).
+    A command whose connection broke is sent again up to `retries` times, so it may run twice: pass 0 for commands that
+    must not, such as APPEND.
     """
     text = url.get_secret_value() if isinstance(url, SecretStr) else url
     pool = BlockingConnectionPool.from_url(
@@ -39,7 +39,7 @@ def connect(url: str | SecretStr, *, retries: int = 3, max_connections: int = 32
 
 
 async def check(client: Redis, url: str | SecretStr) -> None:
-    """Raises RedisUnreachableError unless the server answers."""
+    """Raises RedisUnreachableError if the server does not answer."""
     try:
         await client.ping()
     except RedisError as error:
@@ -49,6 +49,6 @@ async def check(client: Redis, url: str | SecretStr) -> None:
 
 
 def redacted(url: str | SecretStr) -> str:
-    """The URL without its credentials, for people to read."""
+    """The URL without its credentials, for messages."""
     parts = urlsplit(url.get_secret_value() if isinstance(url, SecretStr) else url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,7 +1,7 @@
-"""Who is there: members announce themselves in Redis and are forgotten when they stop.
+"""The registry of running servers: members register in Redis and expire when they stop.
 
-`qaq:member:<kind>:<address>` holds a member's facts as JSON and expires after 6 s without a heartbeat;
-the set `qaq:members:<kind>` lists the addresses, so that nobody has to scan the keys.
+`qaq:member:<kind>:<address>` has a member's facts as JSON and expires after 6 s without a heartbeat. The set
+`qaq:members:<kind>` has the addresses, so that no client has to scan the keys.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Member:
 
     Attributes:
         address: host:port.
-        info: whatever it announced.
-        rss_bytes: resident memory of its process at its last heartbeat.
+        info: the facts that it announced.
+        rss_bytes: resident memory of its process at the last heartbeat.
     """
 
     kind: str
@@ -60,10 +60,10 @@ class Registry:
 
     @contextlib.asynccontextmanager
     async def announce(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> AsyncIterator[None]:
-        """Keeps a member listed while the context lasts. A callable `info` is asked at every heartbeat.
+        """Keeps a member registered while the context lasts. A callable `info` is called at every heartbeat.
 
         Raises:
-            redis.exceptions.RedisError: the first announcement failed. Later ones are tried again.
+            redis.exceptions.RedisError: the first heartbeat failed. Later ones are retried.
         """
         await self._beat(kind, address, info)
         heart = asyncio.create_task(self._keep_beating(kind, address, info), name=f"heartbeat {address}")
@@ -77,7 +77,7 @@ class Registry:
                 await self._forget(kind, [address])
 
     async def members(self, kind: Kind) -> list[Member]:
-        """Those whose heartbeat has not stopped, by address."""
+        """The members with a recent heartbeat, by address."""
         listed = await self._redis.smembers(_set_key(kind))
         addresses = sorted(raw.decode() if isinstance(raw, bytes) else raw for raw in listed)
         if not addresses:
@@ -104,7 +104,7 @@ class Registry:
             except RedisError as error:
                 metrics.registry_failures.inc()
                 if once(f"heartbeat {kind} {address}"):
-                    log.warning("heartbeat failed; trying on", kind=kind, address=address, error=str(error))
+                    log.warning("heartbeat failed; it is retried", kind=kind, address=address, error=str(error))
 
     async def _forget(self, kind: Kind, addresses: list[str]) -> None:
         await self._redis.delete(*(_key(kind, address) for address in addresses))

@@ -1,4 +1,4 @@
-"""The routers that a client may talk to: one of them at a time, and another once that one is gone."""
+"""The routers that a client can use: one at a time, and another one when it is gone."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RETRY_AFTER_MS = 2000
 CONNECT_TIMEOUT_S = 5.0
 
 Find = Callable[[], Awaitable[Sequence[str]]]
-"""Addresses, those to try first in front."""
+"""Returns addresses in the order in which to try them."""
 
 
 def named(addresses: str) -> Find:
-    """Routers that are listed by comma, in that order."""
+    """The routers of a comma-separated list, in that order."""
     listed = [address.strip() for address in addresses.split(",")]
 
     async def find() -> Sequence[str]:
@@ -33,10 +33,10 @@ def named(addresses: str) -> Find:
 
 
 def registered(redis: Redis) -> Find:
-    """Those that are there, in random order, so that clients spread.
+    """The registered routers, in random order, which balances the clients.
 
     Raises:
-        Unavailable: none is.
+        Unavailable: none is registered.
     """
     registry = Registry(redis)
 
@@ -64,10 +64,10 @@ class Routers:
 
     @contextlib.asynccontextmanager
     async def stub(self) -> AsyncIterator[generate_pb2_grpc.InferenceStub]:
-        """A client of a router that is there, for one call.
+        """A client of a router that answers, for one call.
 
         Raises:
-            Unavailable: none is.
+            Unavailable: no router answers.
         """
         async with self._opening:
             if self._channel is None or not await _answers(self._channel):
@@ -77,7 +77,7 @@ class Routers:
             yield generate_pb2_grpc.InferenceStub(channel)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE and channel is self._channel:
-                self._channel, self._lost = None, address  # calls that run keep this one
+                self._channel, self._lost = None, address  # running calls keep this channel
             raise
 
     async def close(self) -> None:
@@ -85,7 +85,7 @@ class Routers:
             await self._channel.close()
 
     async def _open(self) -> grpc.aio.Channel:
-        """A channel to the first that answers; the one that was lost is the last to be asked."""
+        """A channel to the first router that answers. The one that was lost is tried last."""
         addresses = sorted(await self._find(), key=lambda address: address == self._lost)
         for self._address in addresses:
             channel = open_channel(self._address)
@@ -93,14 +93,14 @@ class Routers:
                 return channel
             await channel.close()
         raise Unavailable(
-            f"no router answers at {', '.join(addresses)}; start one with `qaq up` or `qaq router`, or name "
-            "others (QAQ_ROUTER)",
+            f"no router answers at {', '.join(addresses)}; start one with `qaq up` or `qaq router`, or set "
+            "QAQ_ROUTER to another address",
             retry_after_ms=RETRY_AFTER_MS,
         )
 
 
 async def _answers(channel: grpc.aio.Channel) -> bool:
-    """Whether it is connected, or can be at once."""
+    """Whether the channel is connected, or connects within `CONNECT_TIMEOUT_S`."""
     waiting = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(CONNECT_TIMEOUT_S):

@@ -1,4 +1,4 @@
-"""A grpc.aio server with health, reflection, limits and one way to turn errors into statuses."""
+"""A grpc.aio server with health checks, reflection, limits, and the conversion of errors to statuses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qaq_core.base.errors import QAQError
 from services.common.interceptor import StatusInterceptor
 
 MAX_REQUEST_BYTES = 5 << 20
-# Larger than what is accepted, so that most oversized requests get a sentence and not a bare transport error.
+# More than the limit, so that most oversized requests get a message instead of a transport error.
 _TRANSPORT_BYTES = 16 << 20
 STOP_S = 5.0
-"""Beyond its grace a server may take so long to stop: it waits for every handler that was cancelled."""
+"""How long a server that stops waits for cancelled handlers, after its grace period."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -29,15 +29,15 @@ log = structlog.get_logger()
 
 
 class PortTakenError(QAQError):
-    """The address cannot be bound; the message says which."""
+    """An address cannot be bound. The message has the address."""
 
 
 class GrpcServer:
-    """One server for one or more services.
+    """A server for one or more services.
 
     Args:
-        host, port: what to bind; port 0 takes any free one.
-        advertise_host: name by which others reach this machine, if that is not `host`.
+        host, port: address to bind; port 0 takes any free port.
+        advertise_host: host name of this machine for other servers, if it is not `host`.
         max_request_bytes: larger requests get INVALID_ARGUMENT.
         max_concurrent_rpcs: further calls get RESOURCE_EXHAUSTED.
     """
@@ -61,14 +61,16 @@ class GrpcServer:
         self._server: grpc.aio.Server | None = None
 
     def add(self, name: str, add_to_server: Callable[[Any, grpc.aio.Server], None], servicer: Any) -> None:
-        """Adds a service before `start`: full name, the generated `add_…Servicer_to_server`, the servicer.
+        """Adds a service; to be called before `start`. Its streaming methods must be async generators.
 
-        Its streaming methods must be async generators.
+        Args:
+            name: full name of the service.
+            add_to_server: the generated `add_…Servicer_to_server`.
         """
         self._services.append((name, add_to_server, servicer))
 
     async def start(self) -> str:
-        """Binds and serves. Returns the address that others use, "host:port".
+        """Binds and serves. Returns the address for other servers, "host:port".
 
         Raises:
             PortTakenError: the address cannot be bound.
@@ -77,7 +79,7 @@ class GrpcServer:
             interceptors=[self._interceptor],
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
             options=[
-                # Without this two servers on one port share its connections instead of one being refused.
+                # Otherwise a second server on the same port would share its connections instead of failing.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", _TRANSPORT_BYTES),
                 ("grpc.keepalive_time_ms", 30_000),
@@ -105,29 +107,29 @@ class GrpcServer:
         return reachable(self._host, port, self._advertise_host)
 
     async def stop(self, grace: float = 2.0) -> None:
-        """Reports NOT_SERVING, lets running calls end for `grace` seconds, then cancels them."""
+        """Reports NOT_SERVING, gives running calls `grace` seconds to end, then cancels them."""
         server, self._server = self._server, None
         if server is None:
             return
         await self._health.enter_graceful_shutdown()
-        # Not cancelled when it takes too long: gRPC would wait for ever for what it then lost.
+        # Not cancelled when it takes too long: gRPC would then wait forever for the cancelled task.
         stopping = asyncio.create_task(server.stop(grace), name="stop")
         await asyncio.wait([stopping], timeout=grace + STOP_S)
         if stopping.done():
             stopping.result()
         else:
-            log.error("calls that were cancelled have not ended; going on without them")
+            log.error("cancelled calls have not ended; they are abandoned")
 
 
 def reachable(host: str, port: int, advertise_host: str | None) -> str:
-    """The address by which others reach what is bound to host:port."""
+    """The address for other servers of a server that is bound to host:port."""
     if not advertise_host and host in ("0.0.0.0", "::"):
         advertise_host = socket.gethostname()
     return _join(advertise_host or host, port)
 
 
 class Role(Protocol):
-    """A router, worker or cache service."""
+    """A router, worker, gateway or cache service."""
 
     async def start(self) -> str:
         """Returns the address, host:port."""
@@ -137,7 +139,7 @@ class Role(Protocol):
 
 
 async def run_until_signal(role: Role) -> None:
-    """Runs a role until the process is asked to end (SIGTERM or SIGINT). Main thread only."""
+    """Runs a role until SIGTERM or SIGINT. Main thread only."""
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,11 +16,11 @@ WeightForm = Literal["auto", "plain", "float32", "bfloat16", "int8", "int4"]
 
 
 class CommonSettings(BaseSettings):
-    """What every role needs.
+    """Settings of every role.
 
     Attributes:
-        redis_url: redis:// or rediss:// with the password in it, hence secret.
-        host: address to bind. advertise_host: name by which others reach it, if that differs.
+        redis_url: redis:// or rediss://, secret because it contains the password.
+        host: address to bind. advertise_host: host name for other servers, if it differs.
         metrics_port: Prometheus port; None serves no metrics.
     """
 
@@ -34,10 +34,12 @@ class CommonSettings(BaseSettings):
 
 
 class RouterSettings(CommonSettings):
-    """`model` is the name that requests may use; max_queue bounds the generations that wait.
-
-    placement: names of the policies that choose a worker, in order, see services/router/placement.
-    resume_timeout_s: how long a stream whose worker went away waits for another one.
+    """Attributes:
+    model: where the tokenizer is loaded from.
+    max_queue: generations that may wait.
+    placement: names of the placement policies, in order, see services/router/placement.
+    resume_timeout_s: how long a stream whose worker went away waits for another worker.
+    session_ttl_s: seconds after which an unused session expires.
     """
 
     port: int = Field(default=7700, ge=0, le=65535)
@@ -51,7 +53,9 @@ class RouterSettings(CommonSettings):
 
 
 class GatewaySettings(CommonSettings):
-    """router: host:port of those to talk to, by comma, the first first; None takes those that are registered."""
+    """Attributes:
+    router: host:port of the routers, separated by commas, in order of preference; None takes the registered ones.
+    """
 
     port: int = Field(default=8000, ge=0, le=65535)
     router: str | None = None
@@ -113,7 +117,9 @@ class WorkerSettings(CommonSettings):
 
 
 class OriginalsSettings(CommonSettings):
-    """page_ttl_s: seconds that an untouched page lives in Redis; workers touch the pages they hold every 60 s."""
+    """Attributes:
+    page_ttl_s: seconds until an unused page expires in Redis. Workers touch the pages of their sessions every 60 s.
+    """
 
     port: int = Field(default=0, ge=0, le=65535)
     page_ttl_s: int = Field(default=3600, ge=180)

@@ -1,4 +1,4 @@
-"""The messages of one generation, from as many routers as it takes."""
+"""The messages of one generation, with failover to another router."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from services.common.errors import Unavailable
 from services.common.routers import Routers
 
 PATIENCE_S = 30.0
-"""How long to look for another router: one that was killed leaves the registry, and lets go of sessions, later."""
-LOOK_AGAIN_S = 0.25
+"""How long to look for another router. A killed router leaves the registry, and releases its sessions, only later."""
+RETRY_S = 0.25
 
 Asked = generate_pb2.GenerateRequest | generate_pb2.ChatRequest
 
@@ -24,10 +24,10 @@ log = structlog.get_logger()
 
 
 class Stream:
-    """One generation. When its router dies after its first message, the rest comes from another one.
+    """One generation. When its router dies after the first message, another router sends the rest.
 
     Args:
-        deadline_s: longest that it may take.
+        deadline_s: longest time for the generation.
         metadata: of every call.
     """
 
@@ -45,8 +45,8 @@ class Stream:
 
     async def __aiter__(self) -> AsyncGenerator[generate_pb2.GenerateReply, None]:
         """Raises:
-        grpc.aio.AioRpcError: it failed.
-        Unavailable: no router is there, or none has gone on with it.
+        grpc.aio.AioRpcError: the generation failed.
+        Unavailable: no router answers, or none has continued the generation.
         """
         ends, lost = time.monotonic() + self._deadline_s, None
         while True:
@@ -59,14 +59,14 @@ class Stream:
                         yield reply
                     return
             except (grpc.aio.AioRpcError, Unavailable) as error:
-                if not self._goes_on(error):
+                if not self._resumable(error):
                     raise
                 if lost is None:
                     lost = time.monotonic()
                     log.warning("the router went away; looking for another", session=self._session)
                 if time.monotonic() > min(lost + PATIENCE_S, ends):
                     raise self._given_up() from error
-            await asyncio.sleep(LOOK_AGAIN_S)
+            await asyncio.sleep(RETRY_S)
 
     def _ask(self, stub: generate_pb2_grpc.InferenceStub, deadline_s: float) -> Any:
         options: dict[str, Any] = {"timeout": max(0.0, deadline_s), "metadata": self._metadata}
@@ -77,17 +77,17 @@ class Stream:
             return stub.Chat(self._request, **options)
         return stub.Generate(self._request, **options)
 
-    def _goes_on(self, error: grpc.aio.AioRpcError | Unavailable) -> bool:
-        """Whether it had begun and its router is gone. A router's own refusal says when to try again."""
+    def _resumable(self, error: grpc.aio.AioRpcError | Unavailable) -> bool:
+        """Whether the generation had begun and its router is gone. An error of the router itself has retry-after-ms."""
         if not self._session or self._request.choices > 1:
             return False
         if isinstance(error, Unavailable):
             return True
-        told = dict(error.trailing_metadata() or ())
-        return error.code() is grpc.StatusCode.UNAVAILABLE and "retry-after-ms" not in told
+        metadata = dict(error.trailing_metadata() or ())
+        return error.code() is grpc.StatusCode.UNAVAILABLE and "retry-after-ms" not in metadata
 
     def _given_up(self) -> Unavailable:
         return Unavailable(
-            f"the router went away after {self._received} tokens, and no other has gone on with session "
-            f"{self._session}; start one, and rejoin it or send something else"
+            f"the router went away after {self._received} tokens, and no other has continued session "
+            f"{self._session}; start a router, then rejoin the session or send the request again"
         )

@@ -1,4 +1,4 @@
-"""OpenAI's HTTP API over the gRPC one: no more than a translation."""
+"""OpenAI's HTTP API, translated to the gRPC API."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from services.gateway.schema import Request as Body
 SHORT_DEADLINE_S = 30.0
 TENANT_HEADER = "x-qaq-tenant"
 MAX_TENANT = 128
-CLIENT_CLOSED_REQUEST = 499  # for the access log; its reader is gone
+CLIENT_CLOSED_REQUEST = 499  # for the access log: the client does not read it
 
 
 def make_app(routers: Routers, timeout_s: float) -> FastAPI:
-    """The app.
+    """The FastAPI application.
 
     Args:
-        timeout_s: longest that a generation may take.
+        timeout_s: longest time for a generation.
     """
-    app = FastAPI(title="QAQ", description="OpenAI's API over QAQ's", redoc_url=None)
+    app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None)
     errors.install(app)
 
     @app.get("/health")
@@ -65,7 +65,7 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
         shape: Completion | Chat,
         echo: Sequence[str | None] | None = None,
     ) -> Response:
-        """Asks the router and answers as the client wants it: at once or in parts."""
+        """Asks the router, and responds with one object or with a stream of chunks."""
 
         @contextlib.asynccontextmanager
         async def running() -> AsyncIterator[tuple[Answer, Replies]]:
@@ -97,22 +97,22 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
 
 
 def _tenant(request: Request) -> tuple[tuple[str, str], ...]:
-    """The header `x-qaq-tenant` as the router's metadata.
+    """The header `x-qaq-tenant` as gRPC metadata.
 
     Raises:
-        InvalidArgument: it has other characters than printable ASCII, or too many.
+        InvalidArgument: it is too long, or has characters other than printable ASCII.
     """
     name = request.headers.get(TENANT_HEADER, "")
     if not name:
         return ()
     if len(name) > MAX_TENANT or not (name.isascii() and name.isprintable()):
-        raise InvalidArgument(f"{TENANT_HEADER} is not {MAX_TENANT} or fewer printable ASCII characters")
+        raise InvalidArgument(f"{TENANT_HEADER} is invalid; send at most {MAX_TENANT} printable ASCII characters")
     return (("qaq-tenant", name),)
 
 
 async def _model(stub: generate_pb2_grpc.InferenceStub, name: str = "") -> common_pb2.ModelInfo:
     """Raises:
-    grpc.aio.AioRpcError: NOT_FOUND if another is served.
+    grpc.aio.AioRpcError: NOT_FOUND if another model is served.
     """
     reply = await stub.GetModel(generate_pb2.GetModelRequest(model=name), timeout=SHORT_DEADLINE_S)
     return reply.model

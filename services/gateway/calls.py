@@ -1,4 +1,4 @@
-"""Runs the gRPC calls of one HTTP request, and ends them when its client goes away."""
+"""Runs the gRPC calls of one HTTP request, and cancels them when its client disconnects."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from services.gateway import errors
 T = TypeVar("T")
 Tagged = tuple[int, generate_pb2.GenerateReply]
 
-_WAITING = 64  # messages of all calls that wait for the client; gRPC's own flow control holds back the rest
+_QUEUED = 64  # messages of all calls that wait for the client; beyond it gRPC's flow control takes effect
 END_S = 5.0
-"""How long to wait for what was cancelled."""
+"""How long to wait for cancelled tasks."""
 
 log = structlog.get_logger()
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 async def merged(calls: Sequence[Stream]) -> AsyncGenerator[Tagged, None]:
-    """Messages of several generations as they come, with their place. All are cancelled when this ends.
+    """Messages of several generations as they arrive, with the index of their call. All are cancelled at the end.
 
     Raises:
-        grpc.aio.AioRpcError, StatusError: of the first that failed.
+        grpc.aio.AioRpcError, StatusError: the error of the first call that failed.
     """
-    queue: asyncio.Queue[Tagged | Exception | None] = asyncio.Queue(_WAITING)
+    queue: asyncio.Queue[Tagged | Exception | None] = asyncio.Queue(_QUEUED)
 
     async def read(place: int, call: Stream) -> None:
         try:
@@ -50,13 +50,13 @@ async def merged(calls: Sequence[Stream]) -> AsyncGenerator[Tagged, None]:
 
     readers = [asyncio.create_task(read(place, call)) for place, call in enumerate(calls)]
     try:
-        going_on = len(calls)
-        while going_on:
+        running = len(calls)
+        while running:
             item = await queue.get()
             if isinstance(item, Exception):
                 raise item
             if item is None:
-                going_on -= 1
+                running -= 1
             else:
                 yield item
     finally:
@@ -68,10 +68,10 @@ async def merged(calls: Sequence[Stream]) -> AsyncGenerator[Tagged, None]:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away.
+    """The result of `work`, which is cancelled when the client disconnects.
 
     Raises:
-        ClientGone: it did.
+        ClientGone: the client has disconnected.
     """
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
@@ -87,7 +87,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
-    """Chunks as server-sent events. What fails before the first is raised, what fails later is the last event."""
+    """Chunks as server-sent events. An error before the first chunk is raised; a later one is the last event."""
     first = await anext(chunks)
 
     async def stream() -> AsyncIterator[str]:

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TYPES = {
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of the app one of OpenAI's."""
+    """Gives every error of the app OpenAI's format."""
 
     @app.exception_handler(grpc.aio.AioRpcError)
     async def refused(request: Request, error: grpc.aio.AioRpcError) -> JSONResponse:
@@ -53,7 +53,7 @@ def install(app: FastAPI) -> None:
 
 
 def response(error: Exception) -> JSONResponse:
-    """An error as the whole answer."""
+    """An error as the response."""
     status = _http(error)
     headers = {}
     for key, value in (error.trailing_metadata() or ()) if isinstance(error, grpc.aio.AioRpcError) else ():
@@ -63,15 +63,15 @@ def response(error: Exception) -> JSONResponse:
 
 
 def body(error: Exception) -> dict[str, Any]:
-    """An error as JSON, also inside a stream that has begun."""
-    foreseen = to_status(error)
-    message = foreseen.message if foreseen else "the gateway failed; its log says why"
-    return _object(message, _http(error), foreseen.code.name.lower() if foreseen else None)
+    """An error as JSON, for a response or for a stream that has begun."""
+    status = to_status(error)
+    message = status.message if status else "internal error; see the gateway's log"
+    return _object(message, _http(error), status.code.name.lower() if status else None)
 
 
 def _http(error: Exception) -> int:
-    foreseen = to_status(error)
-    return _HTTP.get(foreseen.code, 500) if foreseen else 500
+    status = to_status(error)
+    return _HTTP.get(status.code, 500) if status else 500
 
 
 def _malformed(error: RequestValidationError) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From the gRPC API's messages to OpenAI's objects."""
+"""Converts messages of the gRPC API to OpenAI's objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from qaq.v1 import common_pb2, generate_pb2
 
-_LEAST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI's API says it this way
+_LEAST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI's API uses this value
 _REASONS = {
     common_pb2.FINISH_REASON_EOS: "stop",
     common_pb2.FINISH_REASON_STOP: "stop",
@@ -23,7 +23,7 @@ Replies = AsyncIterator[tuple[int, generate_pb2.GenerateReply]]
 
 @dataclass
 class Piece:
-    """What one message adds to one choice."""
+    """The addition of one message to one choice."""
 
     text: str = ""
     tokens: list[common_pb2.TokenInfo] = field(default_factory=list)
@@ -31,14 +31,14 @@ class Piece:
 
 
 class Shape(Protocol):
-    """Completions or chat completions: how pieces are laid out."""
+    """The format of completions or of chat completions."""
 
     prefix: str
     whole: str
     part: str
 
     def choice(self, index: int, piece: Piece) -> Json:
-        """A finished choice."""
+        """A choice of a whole answer."""
         ...
 
     def delta(self, index: int, piece: Piece) -> Json:
@@ -46,16 +46,17 @@ class Shape(Protocol):
         ...
 
     def openings(self, choices: int) -> Iterable[Json]:
-        """Choices of the chunks before the first piece."""
+        """The choices of the chunks before the first piece."""
         ...
 
 
 class Answer:
-    """One answer with all its choices, as it comes.
+    """One answer with all its choices.
 
     Args:
-        choices: of each prompt; the choices of prompt i begin at i · choices.
-        echo: the texts that each prompt's choices begin with (None: the echoed tokens' own), or no echo.
+        choices: number of choices of each prompt. Those of prompt i begin at index i · choices.
+        echo: for each prompt, the text that its choices begin with (None: the text of the echoed tokens). None: no
+            echo.
     """
 
     def __init__(self, shape: Shape, model: str, choices: int, echo: Sequence[str | None] | None = None) -> None:
@@ -78,11 +79,11 @@ class Answer:
         return self._object(self._shape.whole, choices) | {"usage": self._usage()}
 
     async def chunks(self, replies: Replies, prompts: int, usage: bool) -> AsyncIterator[Json]:
-        """The answer in parts; the last has the usage if that is wanted."""
+        """The answer in chunks. The last one has the usage if `usage` is set."""
         more: Json = {"usage": None} if usage else {}
         opened = False
         async for place, reply in replies:
-            if not opened:  # not before the router has taken the request: a refusal is no stream
+            if not opened:  # only when the router has accepted the request: an error before is no stream
                 for choice in self._shape.openings(prompts * self._choices):
                     yield self._object(self._shape.part, [choice]) | more
                 opened = True
@@ -93,7 +94,7 @@ class Answer:
             yield self._object(self._shape.part, []) | {"usage": self._usage()}
 
     def _pieces(self, place: int, reply: generate_pb2.GenerateReply) -> Iterable[tuple[int, Piece]]:
-        """What a message of the prompt at `place` adds."""
+        """The pieces of a message of the prompt at index `place`."""
         match reply.WhichOneof("event"):
             case "prompt":
                 self._echoed.setdefault(place, []).extend(reply.prompt.tokens)
@@ -107,7 +108,7 @@ class Answer:
                 yield self._opened(place, end.choice, Piece(end.text, [], _REASONS.get(end.reason, "stop")))
 
     def _opened(self, place: int, choice: int, piece: Piece) -> tuple[int, Piece]:
-        """The choice's index, and the piece behind the echoed prompt if it is the first."""
+        """The index of the choice, and the piece, after the echoed prompt if it is the first."""
         index = place * self._choices + choice
         if self._echo is not None and index not in self._begun:
             echoed, text = self._echoed.get(place, []), self._echo[place]
@@ -126,7 +127,7 @@ class Answer:
         }
 
     def _usage(self) -> Json:
-        """Tokens of all choices; a prompt counts once. `cache` is what QAQ adds, summed over the choices."""
+        """Tokens of all choices, each prompt counted once. `cache`, an extension, has sums over the choices."""
         prompt = sum({place: usage.prompt_tokens for place, usage in self._finished}.values())
         generated = sum(usage.generated_tokens for _, usage in self._finished)
         caches = [usage.cache for _, usage in self._finished]
@@ -140,7 +141,7 @@ class Answer:
 
 
 class Completion:
-    """The shape of `/v1/completions`."""
+    """The format of `/v1/completions`."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
@@ -179,7 +180,7 @@ class Completion:
 
 
 class Chat:
-    """The shape of `/v1/chat/completions`."""
+    """The format of `/v1/chat/completions`."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

@@ -1,4 +1,4 @@
-"""From OpenAI's requests to the gRPC API's."""
+"""Converts OpenAI's requests to those of the gRPC API."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from qaq.v1 import common_pb2, generate_pb2
 from services.common.errors import InvalidArgument
 from services.gateway.schema import ChatRequest, CompletionRequest, Request
 
-# OpenAI's name for it; models' templates have the older one.
+# OpenAI's name of the role; chat templates use the older one.
 _ROLES = {"developer": "system"}
 
 
 def completions(body: CompletionRequest) -> list[generate_pb2.GenerateRequest]:
-    """One request a prompt.
+    """One request for each prompt.
 
     Raises:
-        InvalidArgument: a number does not fit its field.
+        InvalidArgument: a number is out of the range of its field.
     """
     if body.session_id and len(body.prompts) > 1:
         raise InvalidArgument("a session has one text; send one prompt")
@@ -30,14 +30,14 @@ def completions(body: CompletionRequest) -> list[generate_pb2.GenerateRequest]:
             request.prompt = prompt
         else:
             request.prompt_token_ids.extend(_int32("prompt", token) for token in prompt)
-        # The text of a prompt that came as text is known here.
+        # A prompt that was sent as text needs no echo from the router, except for its log-probabilities.
         request.output.echo = bool(body.echo) and (scored or not isinstance(prompt, str))
         requests.append(request)
     return requests
 
 
 def chat(body: ChatRequest) -> generate_pb2.ChatRequest:
-    """As `completions`, of the one conversation."""
+    """The request for a conversation; raises as `completions`."""
     output = common_pb2.OutputParams(logprobs=bool(body.logprobs))
     if body.top_logprobs:
         output.top_logprobs = _int32("top_logprobs", body.top_logprobs)

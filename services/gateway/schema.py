@@ -1,4 +1,4 @@
-"""What OpenAI's clients send. A field that would change the answer and is not supported is refused by name."""
+"""Requests of OpenAI's clients. An unsupported field that would change the answer is refused by its name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_PROMPTS = 64
 
 
 class CacheOptions(BaseModel):
-    """As CacheParams; fixed for a session's life."""
+    """As CacheParams. Fixed when a session is opened."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,11 +27,11 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What completions and chat completions share. Ranges are checked by the router, which says what to change.
+    """Fields of completions and of chat completions. The router checks their ranges.
 
     Attributes:
-        top_k … session_id: not of OpenAI's API; sent with `extra_body`.
-        user … service_tier: taken and not looked at.
+        top_k … session_id: extensions of OpenAI's API; sent with `extra_body`.
+        user … service_tier: accepted and ignored.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,12 +65,12 @@ class Request(BaseModel):
 
     @property
     def usage_wanted(self) -> bool:
-        """A stream ends with a chunk that has the usage."""
+        """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionRequest(Request):
-    """`/v1/completions`. max_tokens counts 16 if it is not given, as OpenAI's does."""
+    """`/v1/completions`. max_tokens is 16 by default, as in OpenAI's API."""
 
     prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     max_tokens: int | None = 16
@@ -116,7 +116,7 @@ class TextFormat(BaseModel):
 
 
 class ChatRequest(Request):
-    """`/v1/chat/completions`. Without a limit an answer may fill the model's context."""
+    """`/v1/chat/completions`. Without a limit, an answer may fill the model's context."""
 
     messages: list[Message]
     max_tokens: int | None = None

@@ -1,4 +1,4 @@
-"""The gateway as a process or inside an actor."""
+"""The gateway as a server, in a process or an actor."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _log = structlog.get_logger()
 
 
 class GatewayServer:
-    """OpenAI's API on one port. `start` and `stop` may each be called once."""
+    """The gateway. `start` and `stop` may each be called once."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self._stack = contextlib.AsyncExitStack()
 
     async def start(self) -> str:
-        """Serves and announces itself. Returns its address.
+        """Serves, and registers the gateway. Returns its address, host:port.
 
         Raises:
             PortTakenError: the port is taken.
@@ -65,7 +65,7 @@ class GatewayServer:
                 _, late = await asyncio.wait([task], timeout=GRACE_S + STOP_S)
                 for left in late:
                     left.cancel()
-                    _log.error("requests have not ended; going on without them")
+                    _log.error("requests have not ended; they are abandoned")
 
             stack.push_async_callback(end)
             while not server.started and not task.done():  # noqa: ASYNC110 (uvicorn sets no event)
@@ -76,12 +76,12 @@ class GatewayServer:
         return address
 
     async def stop(self) -> None:
-        """Leaves the registry, lets running calls end for a moment, frees everything."""
+        """Leaves the registry, gives running requests a moment to end, and closes everything."""
         await self._stack.aclose()
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to whoever runs it."""
+    """A uvicorn server that leaves signals to its caller."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -64,7 +64,7 @@ async def test_a_stop_that_does_not_end_is_left(monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patched, capture_logs() as logs:
         patched.setattr(inner, "stop", endless)
         await server.stop(0)
-    assert [entry["event"] for entry in logs] == ["calls that were cancelled have not ended; going on without them"]
+    assert [entry["event"] for entry in logs] == ["cancelled calls have not ended; they are abandoned"]
     let_go.set()
     await inner.stop(0)
 

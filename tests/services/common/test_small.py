@@ -67,7 +67,7 @@ def test_metrics_are_served() -> None:
     metrics.originals_corrupt.inc()
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
         text = reply.read().decode()
-    for name in ("qaq_originals_corrupt_total", "TYPE qaq_kv_bits gauge", "qaq_lambda", "qaq_pages_unacked"):
+    for name in ("qaq_originals_corrupt_total", "TYPE qaq_kv_bits gauge", "qaq_kv_lambda", "qaq_pages_unacked"):
         assert name in text
 
 

@@ -47,7 +47,7 @@ async def test_a_router_that_comes_back_goes_on() -> None:
 async def test_without_another_it_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "PATIENCE_S", 1.0)
     async with serving(Foreseen(breaks_at=4)) as one, serving(Foreseen(breaks_at=4)) as other:
-        with pytest.raises(Unavailable, match="went away after 4 tokens, and no other has gone on with session s"):
+        with pytest.raises(Unavailable, match="went away after 4 tokens, and no other has continued session s"):
             await text([one, other])
         assert {asked for router in (one, other) for asked in router.received} == {("s", 4)}
         assert len(one.received + other.received) > 1

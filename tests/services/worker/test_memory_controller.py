@@ -51,7 +51,7 @@ async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_scheduler:
         window = sum(sequence.residual.nbytes for sequence in sequences(scheduler))
         scheduler.set_budget(window + int(0.7 * (full - window)))
         await until(lambda: scheduler.state.kv_bytes <= window + 0.7 * (full - window))
-        assert REGISTRY.get_sample_value("qaq_lambda") > 0
+        assert REGISTRY.get_sample_value("qaq_kv_lambda") > 0
         squeezed = bits(scheduler)
         assert squeezed < 0.8 * before
         floors = {sequence.rate.floor for sequence in sequences(scheduler)}
@@ -60,7 +60,7 @@ async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_scheduler:
             await next_token(generation)
         scheduler.set_budget(None)
         await until(lambda: bits(scheduler) > 0.93 * before)
-        assert REGISTRY.get_sample_value("qaq_lambda") == 0
+        assert REGISTRY.get_sample_value("qaq_kv_lambda") == 0
         for generation in running:
             await next_token(generation)
             scheduler.cancel(generation)
