@@ -31,7 +31,7 @@ class Recorder:
 
     def stream(self, request: Any, metadata: Any) -> Iterator[Any]:
         self.asked.append((request, metadata))
-        yield generate_pb2.GenerateReply(finished=generate_pb2.Finished())
+        yield generate_pb2.GenerateReply(finished=common_pb2.Finished())
 
     def once(self, call: Callable[[Any], Any]) -> Any:
         return call(self)
