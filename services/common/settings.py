@@ -34,12 +34,14 @@ class CommonSettings(BaseSettings):
 
 
 class RouterSettings(CommonSettings):
-    """Attributes:
-    model: where the tokenizer is loaded from.
-    max_queue: generations that may wait.
-    placement: names of the placement policies, in order, see services/router/placement.
-    resume_timeout_s: how long a stream whose worker went away waits for another worker.
-    session_ttl_s: seconds after which an unused session expires.
+    """Settings of a router.
+
+    Attributes:
+        model: where the tokenizer is loaded from.
+        max_queue: generations that may wait.
+        placement: names of the placement policies, in order, see services/router/placement.
+        resume_timeout_s: how long a stream whose worker went away waits for another worker.
+        session_ttl_s: seconds after which an unused session expires.
     """
 
     port: int = Field(default=7700, ge=0, le=65535)
@@ -53,8 +55,10 @@ class RouterSettings(CommonSettings):
 
 
 class GatewaySettings(CommonSettings):
-    """Attributes:
-    router: host:port of the routers, separated by commas, in order of preference; None takes the registered ones.
+    """Settings of a gateway.
+
+    Attributes:
+        router: host:port of the routers, separated by commas, in order of preference. None takes the registered ones.
     """
 
     port: int = Field(default=8000, ge=0, le=65535)
@@ -117,8 +121,10 @@ class WorkerSettings(CommonSettings):
 
 
 class OriginalsSettings(CommonSettings):
-    """Attributes:
-    page_ttl_s: seconds until an unused page expires in Redis. Workers touch the pages of their sessions every 60 s.
+    """Settings of a cache service.
+
+    Attributes:
+        page_ttl_s: seconds until an unused page expires in Redis. Workers touch the pages of their sessions every 60 s.
     """
 
     port: int = Field(default=0, ge=0, le=65535)
