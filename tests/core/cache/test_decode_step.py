@@ -80,19 +80,25 @@ def stepped(
     return out
 
 
+SUBJECTS = (
+    ("llama-gqa", "balanced", torch.float32),
+    ("llama-gqa", "balanced", torch.bfloat16),
+    ("llama-gqa", "fp16", torch.float16),
+    ("llama-mqa-80", "balanced", torch.float32),
+    ("qwen2", "fp16", torch.float32),
+    ("gemma3", "balanced", torch.float32),
+)
+
+
 @pytest.mark.parametrize(
-    ("kind", "preset", "dtype"),
+    ("kind", "preset", "dtype", "sliding_window", "own"),
+    # With a sliding window and without, with rotations of the sequences' own and without: two of the four for each.
     [
-        ("llama-gqa", "balanced", torch.float32),
-        ("llama-gqa", "balanced", torch.bfloat16),
-        ("llama-gqa", "fp16", torch.float16),
-        ("llama-mqa-80", "balanced", torch.float32),
-        ("qwen2", "fp16", torch.float32),
-        ("gemma3", "balanced", torch.float32),
+        (*subject, sliding_window, (sliding_window is None) == (i % 2 == 0))
+        for i, subject in enumerate(SUBJECTS)
+        for sliding_window in (None, 24)
     ],
 )
-@pytest.mark.parametrize("sliding_window", [None, 24])
-@pytest.mark.parametrize("own", [False, True])
 def test_the_step_in_cpp_is_the_step(
     isa: str, kind: str, preset: str, dtype: torch.dtype, sliding_window: int | None, own: bool
 ) -> None:
