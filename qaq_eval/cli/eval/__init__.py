@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +79,10 @@ def evaluate(
     kind = _kind(recall, turn_count, hide_needle, task_names)
     if html_path is not None and kind in (needle.run, tasks.run):
         raise typer.BadParameter("--html shows texts and turns; leave it out, or --needle and --tasks")
+    # A package that is missing is named before anything is computed.
+    for module, used in (("report", html_path is not None), ("tasks", kind is tasks.run)):
+        if used:
+            import_module(f"qaq_eval.quality.{module}")
     options = EvalOptions(
         text=source,
         context=context,
