@@ -36,6 +36,7 @@ lint: $(DEVELOPED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/clang-format --dry-run -Werror $(wildcard qaq_core/kernels/csrc/*)
 	$(BIN)/python tools/gen_proto.py --check
 
 # The kernels' tests against a library that watches its memory and its arithmetic.

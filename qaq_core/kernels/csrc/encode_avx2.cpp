@@ -4,13 +4,8 @@
 #define QAQ_AVX2
 #include "encode_rows.h"
 #include "isa.h"
-#include "target.h"
 #include "transform_rows.h"
 
-QAQ_BEGIN_TARGET
-
 const EncodeKernels encode_avx2{transform_rows, rms_rows, encode_rows};
-
-QAQ_END_TARGET
 
 #endif

@@ -15,6 +15,7 @@ CSRC = Path(library.__file__).parent / "csrc"
 HEADERS = sorted(path.name for path in CSRC.glob("*.h"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("header", HEADERS)
 def test_a_header_compiles_alone(header: str) -> None:
     """Without flags: headers of an instruction set choose it themselves."""
