@@ -1,4 +1,4 @@
-// What the library says of itself, and the constants that all of its C interface shares.
+// Checks of the library by its caller, and the constants that the whole C interface shares.
 #pragma once
 #include <cstdint>
 
