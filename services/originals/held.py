@@ -28,7 +28,8 @@ class HeldPages:
         self._holders: Counter[bytes] = Counter()
 
     def hold(self, page_ids: Iterable[bytes]) -> None:
-        self._holders.update(page_ids)
+        for page_id in page_ids:
+            self._holders[page_id] += 1
 
     def forget(self, page_ids: Iterable[bytes]) -> None:
         for page_id in page_ids:
