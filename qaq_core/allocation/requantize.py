@@ -1,7 +1,8 @@
-"""Attention-window exceptions: vectors whose need has risen above (or fallen below) the bits they hold.
+"""Requantization: packed vectors change to the widths that they need now (arXiv 2403.04643, section 4.2).
 
-Down is local: bit planes are dropped. Up needs the original: the missing planes are asked for and applied
-when they arrive, between decode steps (arXiv 2403.04643, section 4.2).
+A vector whose need has risen above, or fallen below, the bits that it holds is an attention-window exception.
+Narrowing is local: bit planes are dropped. Widening needs the original: the missing planes are requested, and
+applied between decode steps when they have arrived.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ import torch
 from qaq_core.allocation.allocator import Allocator, TokenState, WidthChanges
 from qaq_core.base.errors import OriginalsError
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.base.rows import RowReply, RowRequest
+from qaq_core.base.rows import ROW_ARRAYS, RowReply, RowRequest
 from qaq_core.base.widths import HALF
 from qaq_core.storage.packed import PackedTokens
 from qaq_core.storage.staging import Staging
 
 RETRY_AFTER_REVIEWS = 16
-"""Looks without a request after an answer that failed or lacked originals."""
+"""Reviews without a request after a reply that failed or lacked originals."""
 
-FEW = 1 / 64
-"""Share of vectors that may lack bits when those that a price had taken are back."""
+RECOVERED_SHARE = 1 / 64
+"""Share of vectors that may still lack bits when a sequence has recovered from a floor of λ."""
 
-_NOWHERE = 1 << 62
+_NEVER = 1 << 62
 
 
 @dataclass
 class RequantizeCounts:
-    """What exceptions have done to one sequence."""
+    """What requantization has done to one sequence: numbers of rows, bytes of planes and requests."""
 
     exceptions: int = 0
     rows_requantized: int = 0
@@ -42,174 +43,165 @@ class RequantizeCounts:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A request under way: what it asks, the widths its rows had, and the parts of the answer."""
+class PendingRequest:
+    """A request whose reply has not been applied.
+
+    Attributes:
+        held: uint8 [n], the width of each row when it was requested.
+        parts: row indices and the future reply of each part.
+    """
 
     request: RowRequest
     held: np.ndarray
     parts: list[tuple[np.ndarray, Future[RowReply]]]
 
+    @property
+    def done(self) -> bool:
+        return all(future.done() for _, future in self.parts)
+
 
 class Requantizer:
-    """Looks at one sequence's packed tokens and moves vectors to the widths they need.
+    """Reviews the packed tokens of one sequence and changes vectors to the widths that they need.
 
     Args:
-        wait: wait for the answer, as the paper does; otherwise decode goes on with the old bits.
+        wait: wait for the reply, as the paper does; otherwise decoding continues with the old bits.
+
+    Attributes:
+        rounded_from: rows from this position on were packed from rounded numbers; all their planes are requested.
     """
 
     def __init__(self, packed: PackedTokens, staging: Staging, allocator: Allocator, wait: bool = False) -> None:
         self.packed, self.staging, self.allocator, self.wait = packed, staging, allocator, wait
         self.counts = RequantizeCounts()
-        self.rounded_from = _NOWHERE
-        """From this position on, rows were packed from rounded numbers, and are asked for anew, all planes."""
-        self._asked: _Asked | None = None
-        self._patience = 0
+        self.rounded_from = _NEVER
+        self._pending: PendingRequest | None = None
+        self._reviews_to_skip = 0
 
     @property
     def pending(self) -> bool:
-        return self._asked is not None
+        """Whether a request has not been applied yet."""
+        return self._pending is not None
 
-    def narrow_to(self, kept: TokenState, lam: float) -> None:
-        """Narrows every vector to what it wants at that price, at once."""
-        wanted = self.allocator.widths(self.allocator.demand(kept), lam)
+    def narrow_to(self, state: TokenState, lam: float) -> None:
+        """Narrows every vector at once to the width that it wants at λ = `lam`."""
+        wanted = self.allocator.widths(self.allocator.demand(state), lam)
         self.counts.rows_narrowed += self.packed.narrow(wanted)
 
-    def review(self, kept: TokenState, lam: float, narrow: bool = True, most_bytes: int | None = None) -> int | None:
-        """Narrows what needs less and asks for what needs more. One request is under way at a time.
+    def review(self, state: TokenState, lam: float, narrow: bool = True, byte_limit: int | None = None) -> int | None:
+        """Narrows vectors that need less and requests planes for those that need more, one request at a time.
 
         Args:
-            most_bytes: ask for all that is wanted, without slack, but for no more bytes than this: first for the
-                vectors that are looked at most.
+            narrow: whether vectors may be narrowed in this review.
+            byte_limit: request every vector that wants more, without hysteresis, in order of importance, up to this
+                many bytes.
         Returns:
-            bytes asked for with `most_bytes`; None if few vectors lacked anything, as at any time.
+            bytes requested under `byte_limit`; None without a limit, or if few vectors lacked bits.
         """
-        may_ask = self._asked is None and not self._patience
-        self._patience = max(0, self._patience - 1)
-        if not (narrow or may_ask):
+        may_request = self._pending is None and not self._reviews_to_skip
+        self._reviews_to_skip = max(0, self._reviews_to_skip - 1)
+        if not (narrow or may_request):
             return 0
-        policy, demand = self.allocator.policy, self.allocator.demand(kept)
+        policy, demand = self.allocator.policy, self.allocator.demand(state)
         if narrow:
             self._narrow(self.allocator.width_changes(demand, self.packed.tags, lam, policy.hysteresis, None))
-        if not may_ask:
+        if not may_request:
             return 0
-        slack, rise = (policy.hysteresis, policy.rise) if most_bytes is None else (1.0, 1.0)
-        width_changes = self.allocator.width_changes(demand, self.packed.tags, lam / rise, None, 1 / (slack * rise))
-        keys, values = (mine.rising for mine in width_changes)
-        if most_bytes is not None:
-            return self._ask_hottest((keys, values), kept, most_bytes)
-        self._ask((keys, values))
+        slack, rise = (policy.hysteresis, policy.rise) if byte_limit is None else (1.0, 1.0)
+        changes = self.allocator.width_changes(demand, self.packed.tags, lam / rise, None, 1 / (slack * rise))
+        keys, values = (side.rising for side in changes)
+        if byte_limit is not None:
+            return self._request_most_important((keys, values), state, byte_limit)
+        self._request((keys, values))
         return None
 
-    def _ask_hottest(self, rising: tuple[WidthChanges, WidthChanges], kept: TokenState, most_bytes: int) -> int | None:
-        """Asks for as many of the vectors as fit, those of the largest importance first."""
-        lacks = sum(map(len, rising))
-        seen = self.allocator.view(kept).importance[:, :, kept.first : kept.first + kept.shape[2]].reshape(-1)
-        heat = torch.cat([seen[mine.index] for mine in rising])
-        size = torch.cat([mine.want.long() - mine.held for mine in rising]) * self.packed.head_dim // 16
-        order = heat.argsort(descending=True)
-        chosen = torch.zeros_like(order, dtype=torch.bool)
-        chosen[order[size[order].cumsum(0) <= most_bytes]] = True
-        keys, values = chosen.split([len(mine) for mine in rising])
-        self._ask((rising[KEY].where(keys), rising[VALUE].where(values)))
-        return int(size[chosen].sum()) if lacks > 2 * self.packed.tags.numel() * FEW else None
-
-    def _narrow(self, width_changes: tuple[WidthChanges, WidthChanges]) -> None:
-        """Takes vectors that hold more than the most they could need down to what they want."""
-        for side, mine in zip((KEY, VALUE), width_changes, strict=True):
-            falling = mine.falling
+    def _narrow(self, changes: tuple[WidthChanges, WidthChanges]) -> None:
+        for side in (KEY, VALUE):
+            falling = changes[side].falling
             if len(falling):
-                nothing = torch.empty(0, dtype=torch.uint8, device=falling.index.device)
-                self.packed.change(side, falling.index, falling.want, nothing, torch.zeros_like(falling.index))
+                no_planes = torch.empty(0, dtype=torch.uint8, device=falling.index.device)
+                self.packed.change(side, falling.index, falling.want, no_planes, torch.zeros_like(falling.index))
                 self.counts.rows_narrowed += len(falling)
 
-    def _ask(self, rising: tuple[WidthChanges, WidthChanges]) -> None:
-        rows = sum(map(len, rising))
-        if rows == 0:
+    def _request_most_important(
+        self, rising: tuple[WidthChanges, WidthChanges], state: TokenState, byte_limit: int
+    ) -> int | None:
+        """Requests the vectors of the largest importance that fit in `byte_limit`."""
+        everything = self.allocator.view(state).importance
+        of_tokens = everything[:, :, state.first : state.first + state.shape[2]].reshape(-1)
+        importance = torch.cat([of_tokens[side.index] for side in rising])
+        size = torch.cat([side.want.long() - side.held for side in rising]) * self.packed.head_dim // 16
+        order = importance.argsort(descending=True)
+        chosen = torch.zeros_like(order, dtype=torch.bool)
+        chosen[order[size[order].cumsum(0) <= byte_limit]] = True
+        keys, values = chosen.split([len(side) for side in rising])
+        self._request((rising[KEY].where(keys), rising[VALUE].where(values)))
+        return int(size[chosen].sum()) if len(chosen) > 2 * self.packed.tags.numel() * RECOVERED_SHARE else None
+
+    def _request(self, rising: tuple[WidthChanges, WidthChanges]) -> None:
+        if not any(map(len, rising)):
             return
-        self.counts.exceptions += rows
-        index, have, want = (
-            np.concatenate([getattr(mine, name).cpu().numpy() for mine in rising]) for name in ("index", "held", "want")
-        )
-        side = np.repeat(np.array([KEY, VALUE], np.uint8), [len(mine) for mine in rising])
-        meta = np.concatenate([self._metas(side, mine.index) for side, mine in enumerate(rising)])
-        layer, head, token = np.unravel_index(index, self.packed.tags.shape)
-        position = token + self.packed.start
-        asked = np.where(position >= self.rounded_from, 0, have).astype(np.uint8)  # 0: the whole row, anew
-        shape = self.staging.shape
-        request = RowRequest(
-            shape=shape,
-            page_ids=(),
-            page=(position // shape.tokens).astype(np.int32),
-            layer=layer.astype(np.int16),
-            head=head.astype(np.int16),
-            token=(position % shape.tokens).astype(np.int16),
-            side=side,
-            position=position.astype(np.int32),
-            have=asked,
-            want=want,
-            meta=meta,
-        )
-        # Flat indices move when tokens are appended; (layer, head, position) do not.
-        self._asked = _Asked(request, have, self.staging.requantize(request, self.packed.quantizer))
+        request, held = self._make_request(rising)
+        self.counts.exceptions += len(request)
+        self._pending = PendingRequest(request, held, self.staging.requantize(request, self.packed.quantizer))
         self.apply()
 
-    def _metas(self, side: int, index: torch.Tensor) -> np.ndarray:
-        meta = self.packed.sides[side].meta
-        full = meta.expand(*self.packed.tags.shape, meta.shape[-1])
-        layer, head, token = np.unravel_index(index.cpu().numpy(), self.packed.tags.shape)
-        picked: np.ndarray = (
-            full[torch.from_numpy(layer), torch.from_numpy(head), torch.from_numpy(token)].cpu().numpy()
-        )
-        return picked
+    def _make_request(self, rising: tuple[WidthChanges, WidthChanges]) -> tuple[RowRequest, np.ndarray]:
+        """The request for the planes that vectors lack, and the widths uint8 [n] that they hold."""
+        packed = self.packed
+        addresses = [packed.address(side.index) for side in rising]
+        meta = torch.cat([packed.meta_at(side, *address) for side, address in enumerate(addresses)])
+        layer, head, position = (torch.cat(parts) for parts in zip(*addresses, strict=True))
+        held, want = (torch.cat([getattr(side, name) for side in rising]) for name in ("held", "want"))
+        rows = {
+            "layer": layer,
+            "head": head,
+            "position": position,
+            "side": torch.cat([torch.full_like(part.held, side) for side, part in enumerate(rising)]),
+            "have": torch.where(position < self.rounded_from, held, 0),
+            "want": want,
+        }
+        arrays = {name: tensor.cpu().numpy().astype(ROW_ARRAYS[name]) for name, tensor in rows.items()}
+        page_ids = self.staging.page_ids(arrays["position"])
+        return RowRequest(self.staging.shape, page_ids, meta=meta.cpu().numpy(), **arrays), held.cpu().numpy()
 
     def apply(self) -> None:
-        """Applies the answer if it is there (or waits for it); a failed part is counted, rows keep bits."""
-        if self._asked is None or not (self.wait or all(part.done() for _, part in self._asked.parts)):
+        """Applies the reply if it has arrived, or waits for it. The rows of a part that failed keep their bits."""
+        if self._pending is None or not (self.wait or self._pending.done):
             return
-        asked, self._asked = self._asked, None
-        for index, future in asked.parts:
+        pending, self._pending = self._pending, None
+        for index, future in pending.parts:
             try:
                 reply = future.result()
             except OriginalsError:
                 self.counts.requests_failed += 1
-                self._patience = RETRY_AFTER_REVIEWS
+                self._reviews_to_skip = RETRY_AFTER_REVIEWS
                 continue
-            self._widen(asked.request.select(index), asked.held[index], reply)
+            self._widen(pending.request.select(index), pending.held[index], reply)
 
     def _widen(self, request: RowRequest, held: np.ndarray, reply: RowReply) -> None:
-        missing = int((~reply.found).sum())
+        """Widens the rows whose planes have arrived."""
+        packed = self.packed
+        missing = len(request) - int(reply.found.sum())
         if missing:
             self.counts.originals_missing += missing
-            self._patience = RETRY_AFTER_REVIEWS
-        held = held[reply.found]
-        found = request.select(reply.found)
-        sizes = found.payload_bytes()
-        ends = np.cumsum(sizes)
-        planes = torch.from_numpy(reply.planes).to(self.packed.device)
-        flat = np.ravel_multi_index(
-            (
-                found.layer.astype(np.int64),
-                found.head.astype(np.int64),
-                found.position.astype(np.int64) - self.packed.start,
-            ),
-            self.packed.tags.shape,
+            self._reviews_to_skip = RETRY_AFTER_REVIEWS
+        found, held = request.select(reply.found), held[reply.found]
+        arrays = (found.layer, found.head, found.position, found.have, found.want, held, found.payload_bytes())
+        planes, layer, head, position, have, want, width, size = (
+            torch.from_numpy(array).to(packed.device) for array in (reply.planes, *arrays)
         )
+        index, start = packed.flat_index(layer, head, position), size.cumsum(0) - size
+        keep = torch.where(want == HALF, 0, have)
         for side in (KEY, VALUE):
-            mine = np.flatnonzero(found.side == side)
-            mine = mine[np.argsort(flat[mine], kind="stable")]
-            index = torch.from_numpy(flat[mine]).to(self.packed.device)
-            # A vector that was narrowed while its planes were under way no longer fits them.
-            still = self.packed.widths(side).reshape(-1)[index].cpu().numpy() == held[mine]
-            mine, index = mine[still], index[torch.from_numpy(still).to(index.device)]
-            if not len(mine):
+            rows = torch.from_numpy(np.flatnonzero(found.side == side)).to(packed.device)
+            # The planes no longer fit a row that was narrowed while the request was pending.
+            rows = rows[packed.widths(side).reshape(-1)[index[rows]] == width[rows]]
+            if not len(rows):
                 continue
-            starts = torch.from_numpy(ends[mine] - sizes[mine]).to(self.packed.device)
-            want, keep = (torch.from_numpy(part[mine]).to(index.device) for part in (found.want, found.have))
-            keep = torch.where(want == HALF, 0, keep)
-            self.packed.change(side, index, want, planes, starts, keep)
-            self.counts.rows_requantized += len(mine)
-            self.counts.requantize_bytes += int(sizes[mine].sum())
+            packed.change(side, index[rows], want[rows], planes, start[rows], keep[rows])
+            self.counts.rows_requantized += len(rows)
+            self.counts.requantize_bytes += int(size[rows].sum())
 
-    def close(self, nothing: PackedTokens) -> None:
-        """Lets go of the packed tokens and of what was asked for; the counts stay."""
-        self.packed, self._asked = nothing, None
+    def close(self, empty: PackedTokens) -> None:
+        """Releases the packed tokens (`empty` takes their place) and the pending request; the counts stay."""
+        self.packed, self._pending = empty, None

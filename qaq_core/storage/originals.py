@@ -1,9 +1,9 @@
-"""What the cache asks of a store of originals, and the store that lives in this process."""
+"""The interface of a store of originals, and a store in the memory of this process."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
@@ -20,16 +20,16 @@ T = TypeVar("T")
 class Originals(Protocol):
     """A store of originals. Calls return at once; futures carry the outcome.
 
-    Errors inside a future are `OriginalsError`; whoever put a page keeps it until its future is done.
+    Errors inside a future are `OriginalsError`. The caller of `put` keeps its pages until the future is done.
     """
 
     @property
     def pending_bytes(self) -> int:
-        """Of pages that were put here and that the store has neither acknowledged nor refused. For any thread."""
+        """Bytes of pages put here that the store has neither acknowledged nor refused. Thread-safe."""
         ...
 
     def put(self, pages: Sequence[Page]) -> Future[None]:
-        """Stores pages; done when the store has acknowledged all of them."""
+        """Stores pages and holds them; done when the store has acknowledged all of them."""
         ...
 
     def requantize(self, request: RowRequest, quantizer: Quantizer) -> Future[RowReply]:
@@ -37,24 +37,24 @@ class Originals(Protocol):
         ...
 
     def match(self, page_ids: Sequence[bytes]) -> Future[int]:
-        """How many pages of the chain, from the first, are stored."""
+        """Length of the longest chain of pages, from the first, that is stored."""
         ...
 
     def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
-        """Pages in the order asked for, None where one is missing; those found are held as if put."""
+        """Pages in the order of their ids, None where one is missing; holds those found, as `put` does."""
         ...
 
     def hold(self, page_ids: Sequence[bytes]) -> None:
-        """One more sequence needs these, which the caller put or fetched: each will be forgotten once more."""
+        """Holds pages, put or fetched before, for one more sequence."""
         ...
 
     def forget(self, page_ids: Sequence[bytes]) -> None:
-        """The caller, who put or fetched these, will not ask for them again; a shared store may keep them."""
+        """Ends one hold of each page. A page that nobody holds may be dropped; a shared store may keep it."""
         ...
 
 
 class InProcessOriginals:
-    """Originals in this process's memory: the paper's CPU memory. Answers at once."""
+    """Originals in the memory of this process, the CPU memory of arXiv 2403.04643. Every future is done at once."""
 
     def __init__(self) -> None:
         self._pages: dict[bytes, Page] = {}
@@ -75,41 +75,35 @@ class InProcessOriginals:
         return _done(requantize_from(self._pages, request, quantizer))
 
     def match(self, page_ids: Sequence[bytes]) -> Future[int]:
-        count = next((i for i, pid in enumerate(page_ids) if pid not in self._pages), len(page_ids))
+        count = next((i for i, page_id in enumerate(page_ids) if page_id not in self._pages), len(page_ids))
         return _done(count)
 
     def fetch(self, page_ids: Sequence[bytes], shape: PageShape) -> Future[list[Page | None]]:
-        self._holders.update(pid for pid in page_ids if pid in self._pages)
-        return _done([self._pages.get(pid) for pid in page_ids])
+        self._holders.update(page_id for page_id in page_ids if page_id in self._pages)
+        return _done([self._pages.get(page_id) for page_id in page_ids])
 
     def hold(self, page_ids: Sequence[bytes]) -> None:
         self._holders.update(page_ids)
 
     def forget(self, page_ids: Sequence[bytes]) -> None:
-        for pid in page_ids:
-            self._holders[pid] -= 1
-            if self._holders[pid] <= 0:
-                self._pages.pop(pid, None)
-                del self._holders[pid]
+        for page_id in page_ids:
+            self._holders[page_id] -= 1
+            if self._holders[page_id] <= 0:
+                self._pages.pop(page_id, None)
+                del self._holders[page_id]
 
 
-def requantize_from(pages: dict[bytes, Page], request: RowRequest, quantizer: Quantizer) -> RowReply:
-    """Answers a request from pages in memory; rows of absent pages are not found."""
-    held = np.array([pid in pages for pid in request.page_ids], dtype=bool)
-    found = held[request.page] if len(request) else np.zeros(0, dtype=bool)
+def requantize_from(pages: Mapping[bytes, Page], request: RowRequest, quantizer: Quantizer) -> RowReply:
+    """Replies to a request from pages in memory; rows of absent pages are not found."""
+    held = [number for number, page_id in request.page_ids.items() if page_id in pages]
+    found = np.isin(request.page, held)
     part = request.select(found)
-    rows = torch.empty(len(part), part.shape.head_dim)
-    for index in np.unique(part.page):
-        mine = np.flatnonzero(part.page == index)
-        data = pages[part.page_ids[index]].data
-        picked = data[
-            torch.from_numpy(part.layer[mine].astype(np.int64)),
-            torch.from_numpy(part.side[mine].astype(np.int64)),
-            torch.from_numpy(part.head[mine].astype(np.int64)),
-            torch.from_numpy(part.token[mine].astype(np.int64)),
-        ]
-        rows[torch.from_numpy(mine)] = picked.float()
-    return RowReply(found, quantizer.requantize(part, rows))
+    originals = torch.empty(len(part), part.shape.head_dim)
+    page, row = part.page, torch.from_numpy(part.offset // part.shape.row_bytes)
+    for number, page_id in part.page_ids.items():
+        mine = torch.from_numpy(np.flatnonzero(page == number))
+        originals[mine] = pages[page_id].data.reshape(-1, part.shape.head_dim)[row[mine]].float()
+    return RowReply(found, quantizer.requantize(part, originals))
 
 
 def _done(value: T) -> Future[T]:

@@ -1,9 +1,8 @@
-"""Packed tokens: everything one sequence holds of the tokens that have left its recent window.
+"""Packed tokens: what one sequence holds of the tokens that have left its residual window.
 
-Side by side, in position order: one tag byte per (layer, kv_head, token) that names the width of the key
-and of the value, the codecs' meta bytes, and the outliers of codecs that keep some. The rows themselves
-are in pools, a key pool and a value pool per block of tokens. Widths of keys and values are free of each
-other.
+In position order: one tag byte per (layer, KV head, token) that names the widths of the key and of the value, the
+codec's meta bytes, and the outliers of codecs that keep some. The rows are in pools, a key pool and a value pool
+per block of tokens. The widths of a key and of its value are independent.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ BLOCK_TOKENS = 2048
 
 @dataclass
 class Side:
-    """What keys and values each have: meta bytes [layers or 1, kv_heads or 1, tokens, m], outliers, pools."""
+    """What the keys, or the values, have: meta bytes [layers or 1, kv_heads or 1, tokens, m], outliers, pools."""
 
     meta: torch.Tensor
     outliers: Outliers | None
@@ -39,10 +38,11 @@ class PackedTokens:
     Args:
         shape: (layers, kv_heads, head_dim).
         start: position of the first token that will be packed.
-        repacker: puts the rows of a pool in order.
+        repacker: moves the rows of a pool to their places; in torch if not given.
 
     Attributes:
-        version: counts the times that rows have come or moved.
+        tags: uint8 [layers, kv_heads, tokens], see `bit_planes`.
+        version: number of changes to the rows so far.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class PackedTokens:
         return -(-len(self) // BLOCK_TOKENS)
 
     def block_range(self, block: int) -> tuple[int, int]:
-        """First token of a block and the one after its last, counted from `start`."""
+        """First token of a block and the token after its last, counted from `start`."""
         return block * BLOCK_TOKENS, min(len(self), (block + 1) * BLOCK_TOKENS)
 
     @property
@@ -87,13 +87,13 @@ class PackedTokens:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of tags, meta bytes, outliers, own means and axes: what does not change with the widths."""
+        """Bytes that do not depend on the widths: tags, meta bytes, outliers, the sequence's means and rotation."""
         parts = [part for side in self.sides for part in (side.meta, side.outliers)]
         return self.tags.numel() + self.quantizer.own_bytes + sum(part.nbytes for part in parts if part is not None)
 
     @property
     def mean_bits(self) -> float:
-        """Code bits an element; there must be tokens."""
+        """Code bits per element; there must be tokens."""
         return sum(float(self.widths(side).float().mean()) for side in (KEY, VALUE)) / 4
 
     @property
@@ -101,8 +101,27 @@ class PackedTokens:
         """Meta bytes of all keys and values, see `Side`; there must be tokens."""
         return self.sides[KEY].meta, self.sides[VALUE].meta
 
+    def address(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(layer, head, position) of rows, int64 [n] each.
+
+        Args:
+            index: int64 [n], flat in [layers, kv_heads, tokens]. It changes when tokens are appended; an address
+                does not.
+        """
+        layer, head, token = torch.unravel_index(index, self.tags.shape)
+        return layer, head, token + self.start
+
+    def flat_index(self, layer: torch.Tensor, head: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The index, int64 [n], that `address` translates to these."""
+        return (layer.long() * self.heads + head) * len(self) + position - self.start
+
+    def meta_at(self, side: int, layer: torch.Tensor, head: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Meta bytes uint8 [n, m] of rows."""
+        meta = self.sides[side].meta
+        return meta.expand(*self.tags.shape, meta.shape[-1])[layer, head, position - self.start]
+
     def copy(self) -> PackedTokens:
-        """The same tokens in memory of their own."""
+        """A copy that shares no memory with this."""
         other = copy.copy(self)
         other.tags = self.tags.clone()
         other.sides = [
@@ -121,7 +140,7 @@ class PackedTokens:
         return widths_of(self.tags, side)
 
     def histogram(self, side: int) -> dict[float, int]:
-        """Vectors per bits an element."""
+        """Bits per element -> number of vectors."""
         counts = torch.bincount(width_index(self.tags, side).reshape(-1), minlength=len(WIDTHS)).tolist()
         return {width / 2: count for width, count in zip(WIDTHS, counts, strict=False) if count}
 
@@ -137,7 +156,8 @@ class PackedTokens:
         Args:
             widths: keys' and values' uint8 [layers, kv_heads, n].
             rows: keys' and values' float32 [layers, kv_heads, n, head_dim], see `Quantizer.rows`.
-            metas: what the codec measured of them.
+            metas: their meta bytes, see `Quantizer.meta`.
+            outliers: those that the codec keeps beside the rows, or None.
         """
         held, added = len(self), rows[0].shape[2]
         if not self.sides:
@@ -153,18 +173,18 @@ class PackedTokens:
                 if block == len(mine.pools):
                     mine.pools.append(Pool(self._repacker, self.head_dim // 16))
                 part = slice(first - held, last - held)
-                coming = self._coming(
+                encoded = self._encode(
                     side, rows[side][:, :, part], metas[side][:, :, part], widths[side][:, :, part], first - begin
                 )
-                mine.pools[block].repack(self.tags[:, :, begin:first], tags[:, :, begin:last], side, coming)
+                mine.pools[block].repack(self.tags[:, :, begin:first], tags[:, :, begin:last], side, encoded)
             mine.meta = torch.cat([mine.meta, metas[side]], 2)
             if mine.outliers is not None:
                 mine.outliers = mine.outliers.cat(outliers[side])
         self.tags = tags
         self.version += 1
 
-    def _coming(self, side: int, rows: torch.Tensor, meta: torch.Tensor, widths: torch.Tensor, first: int) -> Moves:
-        """Rows [layers, kv_heads, n, head_dim] quantized to their widths, after the `first` tokens of a block."""
+    def _encode(self, side: int, rows: torch.Tensor, meta: torch.Tensor, widths: torch.Tensor, first: int) -> Moves:
+        """Quantizes rows [layers, kv_heads, n, head_dim] to their widths; they follow `first` tokens of a block."""
         full_meta = meta.expand(*rows.shape[:3], meta.shape[-1])
         want = widths.reshape(-1)
         nothing = torch.zeros_like(want)
@@ -183,15 +203,15 @@ class PackedTokens:
         offsets: torch.Tensor,
         keep: torch.Tensor | None = None,
     ) -> None:
-        """Moves rows to other widths.
+        """Changes rows to other widths.
 
         Args:
             index: int64 [n], ascending, flat in [layers, kv_heads, tokens].
-            widths: uint8 [n].
+            widths: uint8 [n], the new widths.
             planes: uint8, the bytes that rows lack, as in `RowReply`.
-            offsets: int64 [n], where a row's bytes begin; not looked at where a row lacks none.
-            keep: uint8 [n], the width up to which a row keeps what it has; all it can if not given. A row that
-                keeps none is given anew.
+            offsets: int64 [n], where the bytes of each row begin in `planes`; unused for a row that lacks none.
+            keep: uint8 [n], the width up to which a row keeps its bytes; the smaller of both widths if not given.
+                All bytes of a row with keep 0 are in `planes`.
         """
         tokens = len(self)
         old = self.tags.view(-1)[index]
@@ -214,17 +234,17 @@ class PackedTokens:
         self.version += 1
 
     def narrow(self, widths: tuple[torch.Tensor, torch.Tensor]) -> int:
-        """Cuts rows off that are wider than keys' and values' `widths` [layers, kv_heads, tokens].
+        """Narrows the rows that are wider than `widths`, uint8 [layers, kv_heads, tokens] of keys and of values.
 
         Returns:
-            how many.
+            number of rows narrowed.
         """
         held = [self.widths(side) for side in (KEY, VALUE)]
         left = [torch.minimum(had, most) for had, most in zip(held, widths, strict=True)]
         falling = [had != has for had, has in zip(held, left, strict=True)]
         after = tags_of(*left)
         for side, mine in enumerate(self.sides):
-            if any(HALF in pool.rows for pool in mine.pools):  # no prefix of theirs is a code
+            if any(HALF in pool.rows for pool in mine.pools):  # bit planes are not a prefix of half precision
                 index = torch.nonzero(falling[side].view(-1)).squeeze(1)
                 nothing = torch.empty(0, dtype=torch.uint8, device=self.device)
                 self.change(side, index, left[side].view(-1)[index], nothing, torch.zeros_like(index))
@@ -237,7 +257,7 @@ class PackedTokens:
         return sum(int(mine.count_nonzero()) for mine in falling)
 
     def _from_halves(self, pool: Pool, tags: torch.Tensor, side: int, moves: Moves) -> Moves:
-        """The same moves; rows in half precision that become codes are given anew, as they have no planes."""
+        """The same moves, with all bytes of the rows that become codes from half precision, which has no bit planes."""
         halves = torch.nonzero((moves.have == HALF) & (moves.keep > 0)).squeeze(1)
         if not len(halves):
             return moves

@@ -1,7 +1,7 @@
 """Staging: the originals of one sequence that the store has not acknowledged yet, in host memory.
 
-Every new key and value is copied here first. A complete page leaves for the store, and is kept until the
-store has acknowledged it, so no original is ever dropped that is not safe elsewhere.
+Every new key and value is copied here first. A complete page is sent to the store and kept here until the store
+has acknowledged it, so an original is only dropped when the store has it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ from qaq_core.base.rows import RowReply, RowRequest
 from qaq_core.quantization.quantizer import Quantizer
 from qaq_core.storage.originals import Originals, requantize_from
 
+_GROWING_ID = b"the page that is still growing".ljust(32, b".")
+"""Id of the page that is not complete. It never leaves this process."""
+
 log = logging.getLogger(__name__)
 
 
 class Staging:
-    """The pages of one sequence: the growing one, those under way, and the names of those stored.
+    """The pages of one sequence: the growing one, those sent but not acknowledged, and the names of those stored.
 
     Args:
         page_name: gives the id of page i; called once its tokens are complete.
 
     Attributes:
+        names: ids of the complete pages, in order.
+        tokens: tokens appended so far.
+        refused: pages that the store has refused for good.
         stored: pages, from the first without a gap, that the store has acknowledged.
     """
 
@@ -46,13 +52,13 @@ class Staging:
         return growing + sum(page.shape.nbytes for page in self._staged.values())
 
     def resume(self, names: Sequence[bytes]) -> None:
-        """The sequence begins with these pages, which are stored already."""
+        """Begins the sequence with pages that are stored already."""
         self.names += names
         self.tokens += len(names) * self.shape.tokens
         self.stored = len(self.names)
 
     def append(self, originals: torch.Tensor) -> None:
-        """Takes the next tokens' originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
+        """Copies the next tokens' originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
         originals = originals.cpu()
         done = 0
         while done < originals.shape[3]:
@@ -76,7 +82,7 @@ class Staging:
         self._under_way[page.id] = self.originals.put([page])
 
     def collect(self) -> None:
-        """Lets go of acknowledged pages. A store retries by itself: what it refused for good stays here."""
+        """Drops acknowledged pages. The store retries by itself: a page that it refuses for good stays here."""
         for name, future in list(self._under_way.items()):
             if not future.done():
                 continue
@@ -89,35 +95,38 @@ class Staging:
         while self.stored < len(self.names) and self.names[self.stored] not in self._staged:
             self.stored += 1
 
+    def page_ids(self, position: np.ndarray) -> dict[int, bytes]:
+        """Page number -> id of the pages that hold some positions, int [n], for a `RowRequest`."""
+        names = (*self.names, _GROWING_ID)
+        return {page: names[page] for page in np.unique(position // self.shape.tokens).tolist()}
+
     def requantize(self, request: RowRequest, quantizer: Quantizer) -> list[tuple[np.ndarray, Future[RowReply]]]:
-        """Answers what is staged here at once and asks the store for the rest.
+        """Quantizes the rows whose pages are staged here at once, and sends the others to the store.
 
         Args:
-            request: rows by page index of this sequence (`page_ids` is filled in here).
+            request: rows of this sequence, with the ids that `page_ids` gives now.
         Returns:
-            pairs of row indices and the future of their part of the answer.
+            for each part of the request: int64 row indices, ascending, and the future of its reply.
         """
         self.collect()
         pages = dict(self._staged)
-        names = (*self.names, b"growing") if self._growing is not None else tuple(self.names)
         if self._growing is not None:
-            pages[b"growing"] = Page(b"growing", self.shape, self._growing)
-        local = np.array([name in pages for name in names], dtype=bool)[request.page]
+            pages[_GROWING_ID] = Page(_GROWING_ID, self.shape, self._growing)
+        here = [page for page, page_id in request.page_ids.items() if page_id in pages]
+        local = np.isin(request.page, here)
         parts: list[tuple[np.ndarray, Future[RowReply]]] = []
-        for index, here in ((np.flatnonzero(local), True), (np.flatnonzero(~local), False)):
-            if not len(index):
-                continue
-            part = request.select(index, names)
-            if here:
-                answer: Future[RowReply] = Future()
-                answer.set_result(requantize_from(pages, part, quantizer))
-            else:
-                answer = self.originals.requantize(part, quantizer)
-            parts.append((index, answer))
+        if local.any():
+            index = np.flatnonzero(local)
+            reply: Future[RowReply] = Future()
+            reply.set_result(requantize_from(pages, request.select(index), quantizer))
+            parts.append((index, reply))
+        if not local.all():
+            index = np.flatnonzero(~local)
+            parts.append((index, self.originals.requantize(request.select(index), quantizer)))
         return parts
 
     def fork(self, page_name: Callable[[int], bytes]) -> Staging:
-        """Staging of a sequence that begins with the same tokens: it shares the complete pages."""
+        """Staging of a sequence that begins with the same tokens and shares the complete pages."""
         other = Staging(self.shape, self.originals, page_name)
         other.names, other.tokens, other.stored = list(self.names), self.tokens, self.stored
         other._growing = None if self._growing is None else self._growing.clone()
@@ -126,7 +135,7 @@ class Staging:
         return other
 
     def close(self) -> None:
-        """Forgets the sequence's pages; pages under way still arrive."""
+        """Releases the sequence's pages; pages that were sent still reach the store."""
         self.originals.forget(self.names)
         self._growing = None
         self._staged.clear()

@@ -128,13 +128,11 @@ def _request(
     position, have = drawn(tokens), drawn(6)
     request = RowRequest(
         shape=PageShape(layers, heads, PAGE_TOKENS, dim, "float32"),
-        page_ids=(),
-        page=(position // PAGE_TOKENS).astype(np.int32),
+        page_ids={page: bytes(32) for page in np.unique(position // PAGE_TOKENS).tolist()},
         layer=drawn(layers).astype(np.int16),
         head=drawn(heads).astype(np.int16),
-        token=(position % PAGE_TOKENS).astype(np.int16),
-        side=drawn(2).astype(np.uint8),
         position=position.astype(np.int32),
+        side=drawn(2).astype(np.uint8),
         have=have.astype(np.uint8),
         want=(have + 2).astype(np.uint8),
         meta=np.full((REQUEST_ROWS, quantizer.meta_bytes), 0x77, np.uint8),

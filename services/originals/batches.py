@@ -1,4 +1,4 @@
-"""A batch of rows cut into calls, and the answers put together again."""
+"""Batches: a row request split into calls, and their replies merged."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ import numpy as np
 
 from qaq_core.base.errors import OriginalsError
 from qaq_core.base.rows import RowReply, RowRequest
-from services.originals.wire import MAX_ANSWER_BYTES, MAX_ROWS
+from services.originals.wire import MAX_REPLY_BYTES, MAX_ROWS
 
 
 def split(request: RowRequest, owner: Callable[[bytes], str]) -> list[np.ndarray]:
-    """Rows of each call, as indices: one owner a call, under the limits of rows and bytes.
+    """The rows of each call, as indices: the rows of one replica, within the limits of rows and bytes.
 
     Args:
         owner: names the replica of a page id.
     """
-    owners = np.array([owner(page_id) for page_id in request.page_ids])
-    _, of_page = np.unique(owners, return_inverse=True)
-    of_row = of_page[request.page]
+    pages, page_of_row = np.unique(request.page, return_inverse=True)
+    owners = np.array([owner(request.page_ids[page]) for page in pages.tolist()])
+    of_row = owners[page_of_row]
     sizes = request.payload_bytes()
     parts: list[np.ndarray] = []
-    for one in np.unique(of_row):
-        mine = np.flatnonzero(of_row == one)
-        room = max(1, MAX_ANSWER_BYTES // max(1, int(sizes[mine].max())))
-        step = min(MAX_ROWS, room)
-        parts += [mine[start : start + step] for start in range(0, len(mine), step)]
+    for replica in np.unique(owners):
+        rows = np.flatnonzero(of_row == replica)
+        fitting = max(1, MAX_REPLY_BYTES // max(1, int(sizes[rows].max())))
+        step = min(MAX_ROWS, fitting)
+        parts += [rows[start : start + step] for start in range(0, len(rows), step)]
     return parts
 
 
 def merge(request: RowRequest, parts: Sequence[np.ndarray], replies: Sequence[RowReply]) -> RowReply:
-    """The answer to the whole request, its rows in their order.
+    """The reply to the whole request, with the rows in the order of the request.
 
     Raises:
-        OriginalsError: an answer is not of the size that it must be.
+        OriginalsError: a reply has another size than its rows.
     """
     found = np.zeros(len(request), dtype=bool)
     sizes = request.payload_bytes()
     for rows, reply in zip(parts, replies, strict=True):
         if len(reply.found) != len(rows) or len(reply.planes) != sizes[rows[reply.found]].sum():
-            raise OriginalsError("a cache service answered rows of the wrong size; is it of another version?")
+            raise OriginalsError("a cache service sent rows of the wrong size; is it of another version?")
         found[rows] = reply.found
-    kept = np.where(found, sizes, 0)
-    begins = np.cumsum(kept) - kept
-    planes = np.empty(int(kept.sum()), dtype=np.uint8)
+    found_sizes = np.where(found, sizes, 0)
+    begins = np.cumsum(found_sizes) - found_sizes
+    planes = np.empty(int(found_sizes.sum()), dtype=np.uint8)
     for rows, reply in zip(parts, replies, strict=True):
-        mine = rows[reply.found]
-        source = np.cumsum(sizes[mine]) - sizes[mine]
-        shift = np.repeat(begins[mine] - source, sizes[mine])
+        present = rows[reply.found]
+        source = np.cumsum(sizes[present]) - sizes[present]
+        shift = np.repeat(begins[present] - source, sizes[present])
         planes[np.arange(len(reply.planes)) + shift] = reply.planes
     return RowReply(found, planes)

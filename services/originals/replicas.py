@@ -1,10 +1,11 @@
-"""The cache services that a client may call: found, chosen, avoided for a while when they fail."""
+"""The replicas of the cache service: discovery, choice, and calls that try another replica after a failure."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import grpc
 import structlog
@@ -15,19 +16,29 @@ from redis.exceptions import RedisError
 from qaq_core.base.errors import OriginalsError
 from services.common import metrics
 from services.common.channel import open_channel
+from services.common.errors import StatusError
 from services.common.log import once
 
+T = TypeVar("T")
 Finder = Callable[[], Awaitable[Sequence[str]]]
+Stub = originals_pb2_grpc.OriginalsStub
 
 REFRESH_S = 1.0
 AVOID_S = 5.0
-_CLOSE_GRACE_S = 60.0  # above every deadline: a call that runs ends by itself
+TRIES = 2
+_CLOSE_GRACE_S = 60.0  # above every deadline, so that running calls can end
+_NOT_RUNNING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_RETRYABLE = (*_NOT_RUNNING, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 log = structlog.get_logger()
 
 
 class NoAnswerError(OriginalsError):
-    """No cache service answers, or the one that does is full: worth repeating."""
+    """No cache service answers, or the one that does is full. The call may succeed later."""
+
+
+class CodecUnknownError(OriginalsError):
+    """The cache service does not have the quantizer; PutCodec must come first."""
 
 
 class Replicas:
@@ -41,8 +52,28 @@ class Replicas:
         self._refreshing = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
 
+    async def call(self, key: bytes, call: Callable[[Stub], Awaitable[T]], tries: int = TRIES) -> T:
+        """Calls the replica that `key` belongs to, and another one if that one is not running.
+
+        Raises:
+            OriginalsError: names the replica and the reason.
+        """
+        for left in reversed(range(tries)):
+            address = choose(key, await self.usable())
+            try:
+                return await call(Stub(self._channels[address]))
+            except grpc.aio.AioRpcError as error:
+                if error.code() in _NOT_RUNNING:
+                    self._avoided[address] = time.monotonic() + AVOID_S
+                    if left:
+                        continue
+                raise _translated(address, error) from error
+            except StatusError as error:  # from the checks of `wire`
+                raise OriginalsError(f"cache service {address} sent a broken page: {error}") from error
+        raise AssertionError("unreachable: the last try returns or raises")
+
     async def usable(self) -> list[str]:
-        """Addresses to choose from: those that did not fail just now, or all if all did.
+        """Addresses of the replicas that have not failed in the last seconds, or of all if all have.
 
         Raises:
             NoAnswerError: there is none.
@@ -53,13 +84,6 @@ class Replicas:
         now = time.monotonic()
         good = [address for address in self._channels if self._avoided.get(address, now) <= now]
         return good or list(self._channels)
-
-    def stub(self, address: str) -> originals_pb2_grpc.OriginalsStub:
-        return originals_pb2_grpc.OriginalsStub(self._channels[address])
-
-    def avoid(self, address: str) -> None:
-        """Prefers other replicas for a few seconds: this one did not answer."""
-        self._avoided[address] = time.monotonic() + AVOID_S
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))
@@ -72,10 +96,10 @@ class Replicas:
             try:
                 found = set(await self._find())
             except RedisError as error:
-                # Those known so far may well be alive.
+                # The known replicas may still run.
                 metrics.registry_failures.inc()
                 if once("finding cache services"):
-                    log.warning("the list of cache services is not to be had; keeping the last", error=str(error))
+                    log.warning("cannot list the cache services; keeping the last list", error=str(error))
                 found = set(self._channels)
             self._found_at = time.monotonic()
             for address in found - self._channels.keys():
@@ -88,7 +112,15 @@ class Replicas:
 
 
 def choose(page_id: bytes, addresses: Sequence[str]) -> str:
-    """Rendezvous hashing: when one address goes, only its pages move."""
+    """Rendezvous hashing: when a replica leaves, only its own pages move to others."""
     if len(addresses) == 1:
         return addresses[0]
     return max(addresses, key=lambda address: blake3(page_id + address.encode()).digest(8))
+
+
+def _translated(address: str, error: grpc.aio.AioRpcError) -> OriginalsError:
+    code = error.code()
+    message = f"cache service {address}: {code.name}: {error.details()}"
+    if code in _RETRYABLE:
+        return NoAnswerError(message)
+    return CodecUnknownError(message) if code is grpc.StatusCode.FAILED_PRECONDITION else OriginalsError(message)

@@ -1,4 +1,4 @@
-"""The cache service as a process or inside an actor."""
+"""The cache service, as a process or inside a Ray actor."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MAX_CONCURRENT_RPCS = 256
 
 
 class OriginalsServer:
-    """Serves originals from Redis and is listed in the registry while it runs."""
+    """Serves originals from Redis. It is registered while it runs."""
 
     def __init__(self, settings: OriginalsSettings) -> None:
         self._settings = settings
         self._running = AsyncExitStack()
 
     async def start(self) -> str:
-        """Returns the address, host:port.
+        """Starts the service and returns its address, host:port.
 
         Raises:
-            RedisUnreachableError, PortTakenError: the message says what to do. Nothing is left running.
+            RedisUnreachableError, PortTakenError: the message says what to do; nothing is left running.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
@@ -47,18 +47,18 @@ class OriginalsServer:
             server.add("qaq.v1.Originals", originals_pb2_grpc.add_OriginalsServicer_to_server, service)
             address = await server.start()
             stack.push_async_callback(server.stop)
-            facts = {"pid": os.getpid()}
-            await stack.enter_async_context(Registry(redis).announce("originals", address, facts))
+            info = {"pid": os.getpid()}
+            await stack.enter_async_context(Registry(redis).announce("originals", address, info))
             self._running = stack.pop_all()
         return address
 
     async def stop(self) -> None:
-        """Leaves the registry, lets running calls end, and closes everything."""
+        """Unregisters, waits for running calls and closes everything."""
         await self._running.aclose()
 
 
 async def serve(settings: OriginalsSettings) -> None:
-    """Runs until SIGTERM or SIGINT."""
+    """Runs the service until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
     metrics.serve(settings.metrics_port, settings.host)
     await run_until_signal(OriginalsServer(settings))

@@ -1,4 +1,4 @@
-"""The gRPC service over the store. Stateless: any number of replicas may serve one Redis."""
+"""The gRPC service over the store. It keeps no state: any number of replicas may serve one Redis."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from services.originals.store import PageStore
 
 MAX_IDS = 65_536
 MAX_CODEC_BYTES = 256 << 20
-_QUANTIZERS_KEPT = 8
-_OWN_KEPT_BYTES = 256 << 20
-"""Of sequences' own quantizers, which rest on another's tables; asked for again from Redis beyond."""
+_MODEL_QUANTIZERS_KEPT = 8
+_SEQUENCE_QUANTIZER_BYTES = 256 << 20
+"""Memory for quantizers of single sequences, which have a base; the oldest are read from Redis again."""
 
 
 class OriginalsService(originals_pb2_grpc.OriginalsServicer):
-    """Errors of Redis and `StatusError`s become statuses in the server's interceptor."""
+    """The calls of the service. The server's interceptor turns Redis errors and `StatusError`s into statuses."""
 
     def __init__(self, store: PageStore) -> None:
         self._store = store
-        self._quantizers: OrderedDict[bytes, Quantizer] = OrderedDict()
-        self._own: OrderedDict[bytes, Quantizer] = OrderedDict()
-        # One thread keeps the event loop free; torch spreads large batches, replicas use further cores.
+        self._of_models: OrderedDict[bytes, Quantizer] = OrderedDict()
+        self._of_sequences: OrderedDict[bytes, Quantizer] = OrderedDict()
+        # One thread keeps the event loop free. Torch uses several cores for large batches; replicas use more.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requantize")
         self._rows_requantized = self._rows_missing = self._requantize_bytes = 0
 
@@ -43,17 +43,17 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
 
     async def Put(self, requests: AsyncIterator[pb.PutRequest], context: Any) -> pb.PutReply:
         reply = pb.PutReply()
-        page: wire.Assembly | None = None
+        page: wire.PageAssembly | None = None
         async for request in requests:
-            page = page or wire.Assembly(request.chunk)
+            page = page or wire.PageAssembly(request.chunk)
             if page.add(request.chunk):
-                # Nothing more is read before Redis has this page: one page of memory a stream.
+                # The next page is read when Redis has this one: a stream needs memory for one page.
                 new = await self._store.put(page.page_id, page.shape, page.data)
                 reply.pages_stored += new
                 reply.pages_known += not new
                 page = None
         if page is not None:
-            raise InvalidArgument("the stream ended inside a page; its last piece must say so")
+            raise InvalidArgument("the stream ended inside a page; its last chunk must say so")
         return reply
 
     async def PutCodec(self, requests: AsyncIterator[pb.PutCodecRequest], context: Any) -> pb.PutCodecReply:
@@ -70,7 +70,7 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
         quantizer = await self._parsed(bytes(tables))
         if quantizer.id != codec_id:
             raise InvalidArgument("codec_id is not the fingerprint of the tables; send the quantizer's own id")
-        await self._store.put_codec(codec_id, bytes(tables), own=quantizer.base is not None)
+        await self._store.put_codec(codec_id, bytes(tables), of_sequence=quantizer.base is not None)
         return pb.PutCodecReply()
 
     async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
@@ -82,17 +82,14 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
             if stored is None:
                 yield pb.FetchReply(chunk=pb.PageChunk(page_id=page_id, last=True, missing=True))
                 continue
-            for chunk in wire.pieces(page_id, *stored):
+            for chunk in wire.page_chunks(page_id, *stored):
                 yield pb.FetchReply(chunk=chunk)
 
     async def Requantize(self, request: pb.RequantizeRequest, context: Any) -> pb.RequantizeReply:
         with metrics.requantize_seconds.time():
             quantizer = await self._quantizer(request.codec_id)
-            rows = wire.rows_of(request, quantizer.meta_bytes)
-            offsets = rows.shape.row_offset(
-                *(getattr(rows, name).astype(np.int64) for name in ("layer", "side", "head", "token"))
-            )
-            values = await self._store.rows(rows.page_ids, rows.shape, rows.page, np.asarray(offsets))
+            rows = wire.row_request_of(request, quantizer.meta_bytes)
+            values = await self._store.rows(rows)
             found = np.array([value is not None for value in values], dtype=bool)
             raw = bytearray().join(value for value in values if value is not None)
             planes = await self._in_thread(_requantize, quantizer, rows.select(found), raw)
@@ -115,22 +112,23 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
 
     async def _quantizer(self, codec_id: bytes) -> Quantizer:
         _check_codec_id(codec_id)
-        for kept in (self._own, self._quantizers):
+        for kept in (self._of_sequences, self._of_models):
             if codec_id in kept:
                 kept.move_to_end(codec_id)
                 return kept[codec_id]
         tables = await self._store.get_codec(codec_id)
         if tables is None:
-            raise FailedPrecondition(f"codec {codec_id.hex()} is not known; call PutCodec first")
+            raise FailedPrecondition(f"codec {codec_id.hex()} is unknown; call PutCodec first")
         quantizer = await self._parsed(tables)
         if quantizer.base is None:
-            self._quantizers[codec_id] = quantizer
-            while len(self._quantizers) > _QUANTIZERS_KEPT:
-                self._quantizers.popitem(last=False)
+            self._of_models[codec_id] = quantizer
+            while len(self._of_models) > _MODEL_QUANTIZERS_KEPT:
+                self._of_models.popitem(last=False)
         else:
-            self._own[codec_id] = quantizer
-            while len(self._own) > 1 and sum(one.own_bytes for one in self._own.values()) > _OWN_KEPT_BYTES:
-                self._own.popitem(last=False)
+            kept = self._of_sequences
+            kept[codec_id] = quantizer
+            while len(kept) > 1 and sum(one.own_bytes for one in kept.values()) > _SEQUENCE_QUANTIZER_BYTES:
+                kept.popitem(last=False)
         return quantizer
 
     async def _parsed(self, tables: bytes) -> Quantizer:
@@ -151,7 +149,7 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
 
 
 def _requantize(quantizer: Quantizer, rows: RowRequest, raw: bytearray) -> bytes:
-    """Packed planes of rows whose originals are `raw`, one after another."""
+    """The planes that rows lack, one row after another; `raw` are their originals."""
     if not raw:
         return b""
     originals = torch.frombuffer(raw, dtype=rows.shape.torch_dtype).view(len(rows), rows.shape.head_dim)
@@ -164,15 +162,15 @@ def _requantize(quantizer: Quantizer, rows: RowRequest, raw: bytearray) -> bytes
 def _base_of(tables: bytes) -> bytes | None:
     try:
         return Quantizer.base_of(tables)
-    except Exception as error:  # whatever the parsers of untrusted bytes raise
-        raise InvalidArgument(f"tables are not those of a quantizer: {error}") from error
+    except Exception as error:  # parsers of untrusted bytes may raise anything
+        raise InvalidArgument(f"the tables are not a quantizer: {error}") from error
 
 
 def _parse_quantizer(tables: bytes, base: Quantizer | None) -> Quantizer:
     try:
         return Quantizer.from_bytes(tables, base)
-    except Exception as error:  # whatever the parsers of untrusted bytes raise
-        raise InvalidArgument(f"tables are not those of a quantizer: {error}") from error
+    except Exception as error:  # parsers of untrusted bytes may raise anything
+        raise InvalidArgument(f"the tables are not a quantizer: {error}") from error
 
 
 def _check_codec_id(codec_id: bytes) -> None:
@@ -183,4 +181,5 @@ def _check_codec_id(codec_id: bytes) -> None:
 def _check_ids(ids: Any) -> list[bytes]:
     if len(ids) > MAX_IDS:
         raise InvalidArgument(f"{len(ids):,} page ids were given and at most {MAX_IDS:,} are accepted")
-    return wire.page_ids_of(ids)
+    wire.check_page_ids(ids)
+    return list(ids)

@@ -1,37 +1,27 @@
-"""Messages of the Originals service to and from qaq_core's nouns; what arrives is checked here."""
+"""Messages of the Originals service to and from the types of qaq_core. Received messages are checked here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from qaq.v1 import originals_pb2 as pb
 
 from qaq_core.base.pages import Page, PageShape
-from qaq_core.base.rows import RowRequest
-from qaq_core.base.widths import HALF, WIDTHS
+from qaq_core.base.rows import ROW_ARRAYS, RowRequest
 from services.common.errors import InvalidArgument
 
 PAGE_ID_BYTES = 32
 CODEC_ID_BYTES = 16
-PIECE_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 MAX_PAGE_BYTES = 32 << 20
-# A batch of rows: its request and its answer both stay under 4 MB.
+# A batch of rows: both request and reply stay under gRPC's limit of 4 MB.
 MAX_ROWS = 16_384
-MAX_ANSWER_BYTES = 3_500_000
-# The frames make tables as long as the largest position, so a position is bounded.
+MAX_REPLY_BYTES = 3_500_000
+# RoPE tables are as long as the largest position, so positions are bounded.
 MAX_POSITION = 1 << 20
 _DTYPES = ("float32", "float16", "bfloat16")
-_FIELDS = {
-    "page": "<i4",
-    "layer": "<i2",
-    "head": "<i2",
-    "token": "<i2",
-    "side": "u1",
-    "position": "<i4",
-    "have": "u1",
-    "want": "u1",
-}
+_DTYPES_ON_WIRE = {name: dtype.newbyteorder("<") for name, dtype in ROW_ARRAYS.items()}
 
 
 def shape_message(shape: PageShape) -> pb.PageShape:
@@ -60,18 +50,17 @@ def shape_of(message: pb.PageShape) -> PageShape:
     return shape
 
 
-def page_ids_of(ids: Sequence[bytes]) -> list[bytes]:
+def check_page_ids(page_ids: Iterable[bytes]) -> None:
     """Raises InvalidArgument unless each is a page id."""
-    for i, page_id in enumerate(ids):
+    for page_id in page_ids:
         if len(page_id) != PAGE_ID_BYTES:
-            raise InvalidArgument(f"page_ids[{i}] has {len(page_id)} bytes and must have {PAGE_ID_BYTES}")
-    return list(ids)
+            raise InvalidArgument(f"a page id has {len(page_id)} bytes and must have {PAGE_ID_BYTES}")
 
 
-def pieces(page_id: bytes, shape: PageShape, data: memoryview | bytes) -> Iterator[pb.PageChunk]:
-    """A page as chunks of at most 1 MiB, the first with the shape."""
-    for start in range(0, len(data), PIECE_BYTES):
-        end = start + PIECE_BYTES
+def page_chunks(page_id: bytes, shape: PageShape, data: memoryview | bytes) -> Iterator[pb.PageChunk]:
+    """A page as chunks of at most 1 MiB; the first carries the shape."""
+    for start in range(0, len(data), CHUNK_BYTES):
+        end = start + CHUNK_BYTES
         yield pb.PageChunk(
             page_id=page_id,
             shape=shape_message(shape) if start == 0 else None,
@@ -80,27 +69,28 @@ def pieces(page_id: bytes, shape: PageShape, data: memoryview | bytes) -> Iterat
         )
 
 
-class Assembly:
-    """One page being put together from its pieces."""
+class PageAssembly:
+    """One page while its chunks arrive."""
 
     def __init__(self, first: pb.PageChunk) -> None:
         """Raises InvalidArgument unless `first` begins a page."""
-        (self.page_id,) = page_ids_of([first.page_id])
+        check_page_ids([first.page_id])
         if not first.HasField("shape"):
-            raise InvalidArgument("the first piece of a page must carry its shape")
+            raise InvalidArgument("the first chunk of a page must carry its shape")
+        self.page_id = first.page_id
         self.shape = shape_of(first.shape)
         self.data = bytearray()
 
     def add(self, chunk: pb.PageChunk) -> bool:
-        """Appends a piece. Returns whether the page is complete.
+        """Appends a chunk. Returns whether the page is complete.
 
         Raises:
-            InvalidArgument: a piece of another page, or more or fewer bytes than the shape says.
+            InvalidArgument: a chunk of another page, or more or fewer bytes than the shape says.
         """
         if chunk.page_id != self.page_id:
-            raise InvalidArgument("a page began before the one before it was complete (its last piece says so)")
-        if len(chunk.data) > PIECE_BYTES:
-            raise InvalidArgument(f"a piece has {len(chunk.data):,} bytes and at most {PIECE_BYTES:,} are accepted")
+            raise InvalidArgument("a page began before the previous one was complete; its last chunk must say so")
+        if len(chunk.data) > CHUNK_BYTES:
+            raise InvalidArgument(f"a chunk has {len(chunk.data):,} bytes and at most {CHUNK_BYTES:,} are accepted")
         self.data += chunk.data
         size, due = len(self.data), self.shape.nbytes
         if size > due or (chunk.last and size != due):
@@ -111,67 +101,52 @@ class Assembly:
         return Page.from_bytes(self.page_id, self.shape, self.data)
 
 
-def codec_pieces(codec_id: bytes, tables: bytes) -> list[pb.PutCodecRequest]:
+def codec_chunks(codec_id: bytes, tables: bytes) -> list[pb.PutCodecRequest]:
     """A quantizer's tables as messages of at most 1 MiB; at least one."""
     return [
-        pb.PutCodecRequest(codec_id=codec_id, tables=tables[start : start + PIECE_BYTES])
-        for start in range(0, max(len(tables), 1), PIECE_BYTES)
+        pb.PutCodecRequest(codec_id=codec_id, tables=tables[start : start + CHUNK_BYTES])
+        for start in range(0, max(len(tables), 1), CHUNK_BYTES)
     ]
 
 
-def rows_message(request: RowRequest, codec_id: bytes) -> pb.RequantizeRequest:
-    """A batch of rows; only the page ids that its rows name are sent."""
-    used, page = np.unique(request.page, return_inverse=True)
-    arrays = {name: getattr(request, name) for name in _FIELDS} | {"page": page}
+def row_request_message(request: RowRequest, codec_id: bytes) -> pb.RequantizeRequest:
     return pb.RequantizeRequest(
         codec_id=codec_id,
-        page_ids=[request.page_ids[i] for i in used],
         shape=shape_message(request.shape),
-        meta=request.meta.astype(np.uint8, copy=False).tobytes(),
-        **{name: arrays[name].astype(dtype, copy=False).tobytes() for name, dtype in _FIELDS.items()},
+        page_ids=request.page_ids,
+        meta=request.meta.tobytes(),
+        **{name: getattr(request, name).astype(dtype).tobytes() for name, dtype in _DTYPES_ON_WIRE.items()},
     )
 
 
-def rows_of(message: pb.RequantizeRequest, meta_bytes: int) -> RowRequest:
-    """The batch, every array of it in range.
+def row_request_of(message: pb.RequantizeRequest, meta_bytes: int) -> RowRequest:
+    """The request, every number of it in range.
 
     Raises:
         InvalidArgument: names the field and what it must be.
     """
     shape = shape_of(message.shape)
-    ids = tuple(page_ids_of(message.page_ids))
-    arrays = {}
+    page_ids = dict(message.page_ids)
+    check_page_ids(page_ids.values())
     rows = len(message.side)
     if rows > MAX_ROWS:
         raise InvalidArgument(f"a batch has {rows:,} rows and at most {MAX_ROWS:,} are accepted; split it")
-    for name, dtype in _FIELDS.items():
+    arrays = {}
+    for name, dtype in _DTYPES_ON_WIRE.items():
         raw = getattr(message, name)
-        if len(raw) != rows * np.dtype(dtype).itemsize:
-            raise InvalidArgument(f"{name} has {len(raw)} bytes, which is not {dtype} for each of {rows} rows")
-        arrays[name] = np.frombuffer(raw, dtype)
+        if len(raw) != rows * dtype.itemsize:
+            raise InvalidArgument(f"{name} has {len(raw)} bytes and must have {dtype.itemsize} for each of {rows} rows")
+        arrays[name] = np.frombuffer(raw, dtype).astype(ROW_ARRAYS[name], copy=False)
     if len(message.meta) != rows * meta_bytes:
         raise InvalidArgument(f"meta has {len(message.meta)} bytes and must have {meta_bytes} for each of {rows} rows")
-    limits = {
-        "page": len(ids),
-        "layer": shape.layers,
-        "head": shape.kv_heads,
-        "token": shape.tokens,
-        "side": 2,
-        "position": MAX_POSITION,
-        "have": HALF,
-        "want": HALF + 1,
-    }
-    for name, limit in limits.items():
-        if rows and not (int(arrays[name].min()) >= 0 and int(arrays[name].max()) < limit):
-            raise InvalidArgument(f"{name} must be at least 0 and below {limit} in every row")
-    have, want = arrays["have"], arrays["want"]
-    if not bool(np.isin(have, WIDTHS).all()):
-        raise InvalidArgument(f"have must be one of {WIDTHS[:-1]} (half bits) in every row")
-    if not bool((np.isin(want, WIDTHS) & ((want > have) | (want == HALF))).all()):
-        raise InvalidArgument(f"want must be above have, and one of {WIDTHS[1:]} (half bits), in every row")
+    if (arrays["position"] >= MAX_POSITION).any():
+        raise InvalidArgument(f"position must be below {MAX_POSITION:,} in every row")
     meta = np.frombuffer(message.meta, np.uint8).reshape(rows, meta_bytes)
-    request = RowRequest(shape, ids, meta=meta, **arrays)
-    answer = int(request.payload_bytes().sum())
-    if answer > MAX_ANSWER_BYTES:
-        raise InvalidArgument(f"the answer would have {answer:,} bytes, over {MAX_ANSWER_BYTES:,}; split the batch")
+    try:
+        request = RowRequest(shape, page_ids, meta=meta, **arrays)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+    reply = int(request.payload_bytes().sum())
+    if reply > MAX_REPLY_BYTES:
+        raise InvalidArgument(f"the reply would have {reply:,} bytes, over {MAX_REPLY_BYTES:,}; split the batch")
     return request

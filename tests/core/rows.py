@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -85,19 +86,18 @@ def request(
     have: np.ndarray,
     want: np.ndarray,
     start: int = 0,
-    page_ids: tuple[bytes, ...] = (),
+    page_ids: Mapping[int, bytes] | None = None,
 ) -> RowRequest:
     """A request for rows; `meta` [layers or 1, heads or 1, tokens from `start`, m] is of their side."""
+    pages = np.unique(position // shape.tokens).tolist()
     full = meta.expand(shape.layers, shape.kv_heads, *meta.shape[2:])
     return RowRequest(
         shape=shape,
-        page_ids=page_ids,
-        page=(position // shape.tokens).astype(np.int32),
+        page_ids={page: page_ids[page] if page_ids else bytes(32) for page in pages},
         layer=layer.astype(np.int16),
         head=head.astype(np.int16),
-        token=(position % shape.tokens).astype(np.int16),
-        side=side.astype(np.uint8),
         position=position.astype(np.int32),
+        side=side.astype(np.uint8),
         have=have.astype(np.uint8),
         want=want.astype(np.uint8),
         meta=full[torch.from_numpy(layer), torch.from_numpy(head), torch.from_numpy(position - start)].numpy(),

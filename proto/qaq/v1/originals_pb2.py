@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16qaq/v1/originals.proto\x12\x06qaq.v1\"^\n\tPageShape\x12\x0e\n\x06layers\x18\x01 \x01(\x05\x12\x10\n\x08kv_heads\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x05\x12\x10\n\x08head_dim\x18\x04 \x01(\x05\x12\r\n\x05\x64type\x18\x05 \x01(\t\"k\n\tPageChunk\x12\x0f\n\x07page_id\x18\x01 \x01(\x0c\x12 \n\x05shape\x18\x02 \x01(\x0b\x32\x11.qaq.v1.PageShape\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0f\n\x07missing\x18\x05 \x01(\x08\".\n\nPutRequest\x12 \n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x11.qaq.v1.PageChunk\"5\n\x08PutReply\x12\x14\n\x0cpages_stored\x18\x01 \x01(\x05\x12\x13\n\x0bpages_known\x18\x02 \x01(\x05\"3\n\x0fPutCodecRequest\x12\x10\n\x08\x63odec_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tables\x18\x02 \x01(\x0c\"\x0f\n\rPutCodecReply\" \n\x0cMatchRequest\x12\x10\n\x08page_ids\x18\x01 \x03(\x0c\"\x1b\n\nMatchReply\x12\r\n\x05pages\x18\x01 \x01(\x05\" \n\x0c\x46\x65tchRequest\x12\x10\n\x08page_ids\x18\x01 \x03(\x0c\".\n\nFetchReply\x12 \n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x11.qaq.v1.PageChunk\"\xdd\x01\n\x11RequantizeRequest\x12\x10\n\x08\x63odec_id\x18\x01 \x01(\x0c\x12\x10\n\x08page_ids\x18\x02 \x03(\x0c\x12 \n\x05shape\x18\x03 \x01(\x0b\x32\x11.qaq.v1.PageShape\x12\x0c\n\x04page\x18\x04 \x01(\x0c\x12\r\n\x05layer\x18\x05 \x01(\x0c\x12\x0c\n\x04head\x18\x06 \x01(\x0c\x12\r\n\x05token\x18\x07 \x01(\x0c\x12\x0c\n\x04side\x18\x08 \x01(\x0c\x12\x10\n\x08position\x18\t \x01(\x0c\x12\x0c\n\x04have\x18\n \x01(\x0c\x12\x0c\n\x04want\x18\x0b \x01(\x0c\x12\x0c\n\x04meta\x18\x0c \x01(\x0c\"0\n\x0fRequantizeReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x0c\x12\x0e\n\x06planes\x18\x02 \x01(\x0c\" \n\x0cTouchRequest\x12\x10\n\x08page_ids\x18\x01 \x03(\x0c\"\x1b\n\nTouchReply\x12\r\n\x05pages\x18\x01 \x01(\x05\"\x0e\n\x0cStatsRequest\"\x8d\x01\n\nStatsReply\x12\r\n\x05pages\x18\x01 \x01(\x03\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\x18\n\x10rows_requantized\x18\x03 \x01(\x03\x12\x14\n\x0crows_missing\x18\x04 \x01(\x03\x12\x17\n\x0fredis_row_reads\x18\x05 \x01(\x03\x12\x18\n\x10requantize_bytes\x18\x06 \x01(\x03\x32\x88\x03\n\tOriginals\x12-\n\x03Put\x12\x12.qaq.v1.PutRequest\x1a\x10.qaq.v1.PutReply(\x01\x12<\n\x08PutCodec\x12\x17.qaq.v1.PutCodecRequest\x1a\x15.qaq.v1.PutCodecReply(\x01\x12\x31\n\x05Match\x12\x14.qaq.v1.MatchRequest\x1a\x12.qaq.v1.MatchReply\x12\x33\n\x05\x46\x65tch\x12\x14.qaq.v1.FetchRequest\x1a\x12.qaq.v1.FetchReply0\x01\x12@\n\nRequantize\x12\x19.qaq.v1.RequantizeRequest\x1a\x17.qaq.v1.RequantizeReply\x12\x31\n\x05Touch\x12\x14.qaq.v1.TouchRequest\x1a\x12.qaq.v1.TouchReply\x12\x31\n\x05Stats\x12\x14.qaq.v1.StatsRequest\x1a\x12.qaq.v1.StatsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16qaq/v1/originals.proto\x12\x06qaq.v1\"^\n\tPageShape\x12\x0e\n\x06layers\x18\x01 \x01(\x05\x12\x10\n\x08kv_heads\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x05\x12\x10\n\x08head_dim\x18\x04 \x01(\x05\x12\r\n\x05\x64type\x18\x05 \x01(\t\"k\n\tPageChunk\x12\x0f\n\x07page_id\x18\x01 \x01(\x0c\x12 \n\x05shape\x18\x02 \x01(\x0b\x32\x11.qaq.v1.PageShape\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0f\n\x07missing\x18\x05 \x01(\x08\".\n\nPutRequest\x12 \n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x11.qaq.v1.PageChunk\"5\n\x08PutReply\x12\x14\n\x0cpages_stored\x18\x01 \x01(\x05\x12\x13\n\x0bpages_known\x18\x02 \x01(\x05\"3\n\x0fPutCodecRequest\x12\x10\n\x08\x63odec_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tables\x18\x02 \x01(\x0c\"\x0f\n\rPutCodecReply\" \n\x0cMatchRequest\x12\x10\n\x08page_ids\x18\x01 \x03(\x0c\"\x1b\n\nMatchReply\x12\r\n\x05pages\x18\x01 \x01(\x05\" \n\x0c\x46\x65tchRequest\x12\x10\n\x08page_ids\x18\x01 \x03(\x0c\".\n\nFetchReply\x12 \n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x11.qaq.v1.PageChunk\"\x98\x02\n\x11RequantizeRequest\x12\x10\n\x08\x63odec_id\x18\x01 \x01(\x0c\x12 \n\x05shape\x18\x02 \x01(\x0b\x32\x11.qaq.v1.PageShape\x12\x38\n\x08page_ids\x18\x03 \x03(\x0b\x32&.qaq.v1.RequantizeRequest.PageIdsEntry\x12\r\n\x05layer\x18\x04 \x01(\x0c\x12\x0c\n\x04head\x18\x05 \x01(\x0c\x12\x10\n\x08position\x18\x06 \x01(\x0c\x12\x0c\n\x04side\x18\x07 \x01(\x0c\x12\x0c\n\x04have\x18\x08 \x01(\x0c\x12\x0c\n\x04want\x18\t \x01(\x0c\x12\x0c\n\x04meta\x18\n \x01(\x0c\x1a.\n\x0cPageIdsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"0\n\x0fRequantizeReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x0c\x12\x0e\n\x06planes\x18\x02 \x01(\x0c\" \n\x0cTouchRequest\x12\x10\n\x08page_ids\x18\x01 \x03(\x0c\"\x1b\n\nTouchReply\x12\r\n\x05pages\x18\x01 \x01(\x05\"\x0e\n\x0cStatsRequest\"\x8d\x01\n\nStatsReply\x12\r\n\x05pages\x18\x01 \x01(\x03\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\x18\n\x10rows_requantized\x18\x03 \x01(\x03\x12\x14\n\x0crows_missing\x18\x04 \x01(\x03\x12\x17\n\x0fredis_row_reads\x18\x05 \x01(\x03\x12\x18\n\x10requantize_bytes\x18\x06 \x01(\x03\x32\x88\x03\n\tOriginals\x12-\n\x03Put\x12\x12.qaq.v1.PutRequest\x1a\x10.qaq.v1.PutReply(\x01\x12<\n\x08PutCodec\x12\x17.qaq.v1.PutCodecRequest\x1a\x15.qaq.v1.PutCodecReply(\x01\x12\x31\n\x05Match\x12\x14.qaq.v1.MatchRequest\x1a\x12.qaq.v1.MatchReply\x12\x33\n\x05\x46\x65tch\x12\x14.qaq.v1.FetchRequest\x1a\x12.qaq.v1.FetchReply0\x01\x12@\n\nRequantize\x12\x19.qaq.v1.RequantizeRequest\x1a\x17.qaq.v1.RequantizeReply\x12\x31\n\x05Touch\x12\x14.qaq.v1.TouchRequest\x1a\x12.qaq.v1.TouchReply\x12\x31\n\x05Stats\x12\x14.qaq.v1.StatsRequest\x1a\x12.qaq.v1.StatsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'qaq.v1.originals_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_REQUANTIZEREQUEST_PAGEIDSENTRY']._loaded_options = None
+  _globals['_REQUANTIZEREQUEST_PAGEIDSENTRY']._serialized_options = b'8\001'
   _globals['_PAGESHAPE']._serialized_start=34
   _globals['_PAGESHAPE']._serialized_end=128
   _globals['_PAGECHUNK']._serialized_start=130
@@ -52,17 +54,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHREPLY']._serialized_start=509
   _globals['_FETCHREPLY']._serialized_end=555
   _globals['_REQUANTIZEREQUEST']._serialized_start=558
-  _globals['_REQUANTIZEREQUEST']._serialized_end=779
-  _globals['_REQUANTIZEREPLY']._serialized_start=781
-  _globals['_REQUANTIZEREPLY']._serialized_end=829
-  _globals['_TOUCHREQUEST']._serialized_start=831
-  _globals['_TOUCHREQUEST']._serialized_end=863
-  _globals['_TOUCHREPLY']._serialized_start=865
-  _globals['_TOUCHREPLY']._serialized_end=892
-  _globals['_STATSREQUEST']._serialized_start=894
-  _globals['_STATSREQUEST']._serialized_end=908
-  _globals['_STATSREPLY']._serialized_start=911
-  _globals['_STATSREPLY']._serialized_end=1052
-  _globals['_ORIGINALS']._serialized_start=1055
-  _globals['_ORIGINALS']._serialized_end=1447
+  _globals['_REQUANTIZEREQUEST']._serialized_end=838
+  _globals['_REQUANTIZEREQUEST_PAGEIDSENTRY']._serialized_start=792
+  _globals['_REQUANTIZEREQUEST_PAGEIDSENTRY']._serialized_end=838
+  _globals['_REQUANTIZEREPLY']._serialized_start=840
+  _globals['_REQUANTIZEREPLY']._serialized_end=888
+  _globals['_TOUCHREQUEST']._serialized_start=890
+  _globals['_TOUCHREQUEST']._serialized_end=922
+  _globals['_TOUCHREPLY']._serialized_start=924
+  _globals['_TOUCHREPLY']._serialized_end=951
+  _globals['_STATSREQUEST']._serialized_start=953
+  _globals['_STATSREQUEST']._serialized_end=967
+  _globals['_STATSREPLY']._serialized_start=970
+  _globals['_STATSREPLY']._serialized_end=1111
+  _globals['_ORIGINALS']._serialized_start=1114
+  _globals['_ORIGINALS']._serialized_end=1506
 # @@protoc_insertion_point(module_scope)

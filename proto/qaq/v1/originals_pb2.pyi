@@ -85,32 +85,35 @@ class FetchReply(_message.Message):
     def __init__(self, chunk: _Optional[_Union[PageChunk, _Mapping]] = ...) -> None: ...
 
 class RequantizeRequest(_message.Message):
-    __slots__ = ("codec_id", "page_ids", "shape", "page", "layer", "head", "token", "side", "position", "have", "want", "meta")
+    __slots__ = ("codec_id", "shape", "page_ids", "layer", "head", "position", "side", "have", "want", "meta")
+    class PageIdsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: bytes
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[bytes] = ...) -> None: ...
     CODEC_ID_FIELD_NUMBER: _ClassVar[int]
-    PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
-    PAGE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
-    SIDE_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    SIDE_FIELD_NUMBER: _ClassVar[int]
     HAVE_FIELD_NUMBER: _ClassVar[int]
     WANT_FIELD_NUMBER: _ClassVar[int]
     META_FIELD_NUMBER: _ClassVar[int]
     codec_id: bytes
-    page_ids: _containers.RepeatedScalarFieldContainer[bytes]
     shape: PageShape
-    page: bytes
+    page_ids: _containers.ScalarMap[int, bytes]
     layer: bytes
     head: bytes
-    token: bytes
-    side: bytes
     position: bytes
+    side: bytes
     have: bytes
     want: bytes
     meta: bytes
-    def __init__(self, codec_id: _Optional[bytes] = ..., page_ids: _Optional[_Iterable[bytes]] = ..., shape: _Optional[_Union[PageShape, _Mapping]] = ..., page: _Optional[bytes] = ..., layer: _Optional[bytes] = ..., head: _Optional[bytes] = ..., token: _Optional[bytes] = ..., side: _Optional[bytes] = ..., position: _Optional[bytes] = ..., have: _Optional[bytes] = ..., want: _Optional[bytes] = ..., meta: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, codec_id: _Optional[bytes] = ..., shape: _Optional[_Union[PageShape, _Mapping]] = ..., page_ids: _Optional[_Mapping[int, bytes]] = ..., layer: _Optional[bytes] = ..., head: _Optional[bytes] = ..., position: _Optional[bytes] = ..., side: _Optional[bytes] = ..., have: _Optional[bytes] = ..., want: _Optional[bytes] = ..., meta: _Optional[bytes] = ...) -> None: ...
 
 class RequantizeReply(_message.Message):
     __slots__ = ("found", "planes")

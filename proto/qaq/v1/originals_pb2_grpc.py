@@ -75,28 +75,28 @@ class OriginalsServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Put(self, request_iterator, context):
-        """Stores pages; answers when Redis has all of them.
+        """Stores pages; replies when Redis has all of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutCodec(self, request_iterator, context):
-        """Stores what a re-quantization needs to know of a model. Idempotent.
+        """Stores a quantizer, which Requantize needs. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Match(self, request, context):
-        """Length of the longest chain of pages, from the first, that is stored.
+        """Returns the length of the longest chain of pages, from the first, that is stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
-        """Pages in the order asked for, in pieces under 4 MB. A missing page has no data.
+        """Returns pages in the order of their ids, in chunks of at most 1 MiB. A missing page has no data.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,14 +110,15 @@ class OriginalsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Touch(self, request, context):
-        """Puts off the expiry of pages.
+        """Postpones the expiry of pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stats(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns counts of this replica and the size of what Redis holds.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

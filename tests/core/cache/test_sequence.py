@@ -253,6 +253,7 @@ def agrees_with_originals(sequence: SequenceCache, at: int | None = None) -> Non
             np.zeros(len(index)),
             widths[index].numpy(),
             packed.start,
+            sequence.staging.page_ids(token + packed.start),
         )
         for part, future in sequence.staging.requantize(asked, packed.quantizer):
             reply = future.result(0)

@@ -212,3 +212,20 @@ def test_outliers_are_counted_and_grow_with_the_tokens() -> None:
     held = subject.packed.sides[KEY].outliers
     assert held is not None
     assert torch.equal(held.value, split[KEY][0].value)
+
+
+def test_the_address_of_a_row_stays_when_tokens_are_appended() -> None:
+    subject = Subject("uniform-head", 32, 0)
+    subject.append(7)
+    index = torch.tensor([0, 6, 7, 13, 27])
+    address = subject.packed.address(index)
+    layer, head, token = np.unravel_index(index.numpy(), (LAYERS, HEADS, 7))
+    assert [part.tolist() for part in address] == [layer.tolist(), head.tolist(), (token + START).tolist()]
+    assert torch.equal(subject.packed.flat_index(*address), index)
+    meta = subject.packed.meta_at(VALUE, *address)
+    full = subject.packed.sides[VALUE].meta.expand(LAYERS, HEADS, 7, -1)
+    assert torch.equal(meta, full.reshape(LAYERS * HEADS * 7, -1)[index])
+    subject.append(5)
+    narrow = [part.to(dtype) for part, dtype in zip(address, (torch.int16, torch.int16, torch.int32), strict=True)]
+    moved = np.ravel_multi_index((layer, head, token), (LAYERS, HEADS, 12))
+    assert subject.packed.flat_index(*narrow).tolist() == moved.tolist()

@@ -20,9 +20,10 @@ from qaq_core.quantization.codecs import UniformCodec
 from qaq_core.quantization.quantizer import Quantizer
 from qaq_core.quantization.transforms import IdentityTransform
 from qaq_core.storage.originals import InProcessOriginals
+from services.common import metrics
 from services.common.embedded_redis import EmbeddedRedis, free_port
 from services.common.settings import OriginalsSettings
-from services.originals import batches, client, replicas, service
+from services.originals import batches, held, replicas, service
 from services.originals.client import RemoteOriginals
 from services.originals.server import OriginalsServer
 from services.originals.store import HEADER_BYTES
@@ -87,7 +88,7 @@ async def test_rows_are_bit_identical_to_the_workers_own(
     assert await getranges(redis) >= before + int(reply.found.sum())
 
 
-async def test_a_sequences_own_means_follow_the_tables_they_rest_on(
+async def test_the_quantizer_of_a_sequence_is_sent_after_its_base(
     remote: RemoteOriginals, redis: Redis, quantizer: Quantizer
 ) -> None:
     pages = make_pages(2)
@@ -103,11 +104,11 @@ async def test_a_sequences_own_means_follow_the_tables_they_rest_on(
         assert await redis.exists(*(f"qaq:codec:{one.id.hex()}" for one in (own, quantizer))) == 2
 
 
-async def test_sequences_own_quantizers_are_more_than_the_service_keeps(
+async def test_more_quantizers_of_sequences_than_the_service_keeps(
     remote: RemoteOriginals, quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those it let go of it finds in Redis again; they have axes too."""
-    monkeypatch.setattr(service, "_OWN_KEPT_BYTES", 1)
+    """The service reads those that it dropped from Redis again; they have rotations too."""
+    monkeypatch.setattr(service, "_SEQUENCE_QUANTIZER_BYTES", 1)
     pages = make_pages(2)
     await wait(remote.put(pages))
     request = make_request(pages, 50, quantizer.meta_bytes)
@@ -165,7 +166,7 @@ async def test_large_batches_are_cut_and_shared_among_replicas(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cut_and_merged_is_the_whole(quantizer: Quantizer, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "MAX_ANSWER_BYTES", 400)
+    monkeypatch.setattr(batches, "MAX_REPLY_BYTES", 400)
     pages = make_pages(7, seed=seed)
     request = make_request(pages, 200, 1, seed)
     parts = batches.split(request, lambda page_id: replicas.choose(page_id, ["a:1", "b:2", "c:3"]))
@@ -193,17 +194,17 @@ async def test_a_put_waits_for_a_service_to_come(redis: Redis, redis_server: Emb
     remote = RemoteOriginals.at([f"127.0.0.1:{port}"])
     server = serve(redis_server, port)
     try:
-        retries = value(client.metrics.put_retries)
+        retries = value(metrics.put_retries)
         pages = make_pages(6)
         acknowledged = remote.put(pages)
-        await until(lambda: value(client.metrics.put_retries) > retries)
+        await until(lambda: value(metrics.put_retries) > retries)
         assert not acknowledged.done()
-        assert value(client.metrics.pages_unacked) == 6
+        assert value(metrics.pages_unacked) == 6
         with pytest.raises(OriginalsError, match="UNAVAILABLE"):
             await wait(remote.match([pages[0].id]))
         await server.start()
         await wait(acknowledged)
-        assert value(client.metrics.pages_unacked) == 0
+        assert value(metrics.pages_unacked) == 0
         assert await wait(remote.match([page.id for page in pages])) == 6
     finally:
         remote.close()
@@ -258,7 +259,7 @@ async def test_a_dead_replica_is_passed_over(redis: Redis, redis_server: Embedde
 async def test_what_is_held_is_touched_until_forgotten(
     address: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "TOUCH_EVERY_S", 0.02)
+    monkeypatch.setattr(held, "TOUCH_EVERY_S", 0.02)
     remote = RemoteOriginals.at([address])
     kept, forgotten = make_pages(2)
     keys = [f"qaq:page:{page.id.hex()}" for page in (kept, forgotten)]

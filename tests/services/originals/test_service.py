@@ -31,7 +31,7 @@ ID = bytes(range(32))
 
 async def chunks(*pages: Page) -> AsyncIterator[pb.PutRequest]:
     for page in pages:
-        for piece in wire.pieces(page.id, page.shape, page.to_bytes()):
+        for piece in wire.page_chunks(page.id, page.shape, page.to_bytes()):
             yield pb.PutRequest(chunk=piece)
 
 
@@ -41,7 +41,7 @@ async def messages(*pieces: pb.PageChunk) -> AsyncIterator[pb.PutRequest]:
 
 
 async def put_codec(stub: Stub, quantizer: Quantizer) -> None:
-    await stub.PutCodec(iter(wire.codec_pieces(quantizer.id, quantizer.to_bytes())), timeout=10)
+    await stub.PutCodec(iter(wire.codec_chunks(quantizer.id, quantizer.to_bytes())), timeout=10)
 
 
 async def test_put_answers_when_redis_has_the_pages(stub: Stub, redis: Redis) -> None:
@@ -54,14 +54,14 @@ async def test_put_answers_when_redis_has_the_pages(stub: Stub, redis: Redis) ->
     assert (await stub.Match(pb.MatchRequest(page_ids=[p.id for p in pages]), timeout=10)).pages == 3
 
 
-async def test_a_large_page_travels_in_pieces(stub: Stub) -> None:
+async def test_a_large_page_is_sent_in_chunks(stub: Stub) -> None:
     (page,) = make_pages(1, PageShape(layers=20, kv_heads=4, tokens=32, head_dim=128))
-    assert page.shape.nbytes > 2 * wire.PIECE_BYTES
+    assert page.shape.nbytes > 2 * wire.CHUNK_BYTES
     await stub.Put(chunks(page), timeout=10)
     replies = [r.chunk async for r in stub.Fetch(pb.FetchRequest(page_ids=[ID, page.id]), timeout=10)]
     assert (replies[0].page_id, replies[0].missing, replies[0].last) == (ID, True, True)
     assert len(replies) > 3
-    assert all(len(chunk.data) <= wire.PIECE_BYTES for chunk in replies)
+    assert all(len(chunk.data) <= wire.CHUNK_BYTES for chunk in replies)
     assert b"".join(chunk.data for chunk in replies) == bytes(page.to_bytes())
 
 
@@ -81,8 +81,8 @@ BAD_PUTS = {
     "too few bytes": ([piece(bytes(8))], "its shape says 3,072"),
     "too many bytes": ([piece(last=False), piece(b"x")], "its shape says 3,072"),
     "cut off": ([piece(bytes(8), last=False)], "ended inside a page"),
-    "mixed": ([piece(bytes(8), last=False), piece(page_id=bytes(32))], "before it was complete"),
-    "large piece": ([piece(bytes(wire.PIECE_BYTES + 1))], "at most 1,048,576"),
+    "mixed": ([piece(bytes(8), last=False), piece(page_id=bytes(32))], "before the previous one was complete"),
+    "large piece": ([piece(bytes(wire.CHUNK_BYTES + 1))], "at most 1,048,576"),
 }
 
 
@@ -100,23 +100,23 @@ async def test_bad_codecs(stub: Stub, quantizer: Quantizer) -> None:
     for codec_id, raw, said in (
         (b"short", tables, "must have 16"),
         (bytes(16), tables, "not the fingerprint"),
-        (quantizer.id, tables[:-5], "not those of a quantizer"),
-        (quantizer.id, b"", "not those of a quantizer"),
+        (quantizer.id, tables[:-5], "not a quantizer"),
+        (quantizer.id, b"", "not a quantizer"),
     ):
-        code, message = await status(stub.PutCodec(iter(wire.codec_pieces(codec_id, raw)), timeout=10))
+        code, message = await status(stub.PutCodec(iter(wire.codec_chunks(codec_id, raw)), timeout=10))
         assert code is Code.INVALID_ARGUMENT
         assert said in message
 
 
-async def test_means_without_the_tables_they_rest_on(stub: Stub, quantizer: Quantizer) -> None:
+async def test_a_quantizer_without_its_base(stub: Stub, quantizer: Quantizer) -> None:
     own = quantizer.centered_on(torch.ones(SHAPE.layers, 2, SHAPE.kv_heads, 70, SHAPE.head_dim), 0)
-    pieces = wire.codec_pieces(own.id, own.to_bytes())
+    pieces = wire.codec_chunks(own.id, own.to_bytes())
     code, message = await status(stub.PutCodec(iter(pieces), timeout=10))
     assert code is Code.FAILED_PRECONDITION
     assert quantizer.id.hex() in message
 
 
-async def test_a_codec_in_pieces(stub: Stub, redis: Redis, quantizer: Quantizer) -> None:
+async def test_a_codec_in_chunks(stub: Stub, redis: Redis, quantizer: Quantizer) -> None:
     tables = quantizer.to_bytes()
     pieces = [
         pb.PutCodecRequest(codec_id=quantizer.id, tables=tables[i : i + 1000]) for i in range(0, len(tables), 1000)
@@ -131,20 +131,19 @@ async def test_a_codec_in_pieces(stub: Stub, redis: Redis, quantizer: Quantizer)
 
 
 async def test_an_unknown_codec(stub: Stub, quantizer: Quantizer) -> None:
-    request = wire.rows_message(make_request(make_pages(1), 2, 1), quantizer.id)
+    request = wire.row_request_message(make_request(make_pages(1), 2, 1), quantizer.id)
     code, message = await status(stub.Requantize(request, timeout=10))
     assert code is Code.FAILED_PRECONDITION
     assert "call PutCodec first" in message
 
 
 BAD_ROWS = {
-    "page": ("page", np.array([0, 1], "<i4"), "page must be"),
-    "negative page": ("page", np.array([0, -1], "<i4"), "page must be"),
     "layer": ("layer", np.array([0, 3], "<i2"), "layer must be"),
     "head": ("head", np.array([2, 0], "<i2"), "head must be"),
-    "token": ("token", np.array([0, 4], "<i2"), "token must be"),
     "side": ("side", np.array([0, 2], "u1"), "side must be"),
-    "position": ("position", np.array([0, 1 << 21], "<i4"), "position must be"),
+    "negative position": ("position", np.array([0, -1], "<i4"), "position must be"),
+    "position": ("position", np.array([0, 1 << 21], "<i4"), "position must be below 1,048,576"),
+    "page": ("position", np.array([0, SHAPE.tokens], "<i4"), "page 1 has rows and no id"),
     "have": ("have", np.array([0, 33], "u1"), "have must be"),
     "have that is no width": ("have", np.array([0, 9], "u1"), "have must be"),
     "want": ("want", np.array([9, 16], "u1"), "want must be"),
@@ -158,7 +157,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("name", BAD_ROWS)
 async def test_bad_rows(stub: Stub, quantizer: Quantizer, name: str) -> None:
     await put_codec(stub, quantizer)
-    request = wire.rows_message(make_request(make_pages(1), 2, 1), quantizer.id)
+    request = wire.row_request_message(make_request(make_pages(1), 2, 1), quantizer.id)
     field, value, said = BAD_ROWS[name]
     setattr(request, field, value.tobytes())
     code, message = await status(stub.Requantize(request, timeout=10))
@@ -166,9 +165,28 @@ async def test_bad_rows(stub: Stub, quantizer: Quantizer, name: str) -> None:
     assert said in message
 
 
+@pytest.mark.parametrize(
+    ("pages", "said"),
+    [
+        ({}, "page 0 has rows and no id"),
+        ({0: ID, 1: ID}, "page 1 has an id and no rows"),
+        ({0: ID, -1: ID}, "page -1 has an id and no rows"),
+        ({0: b"short"}, "must have 32"),
+    ],
+)
+async def test_bad_pages_of_rows(stub: Stub, quantizer: Quantizer, pages: dict[int, bytes], said: str) -> None:
+    await put_codec(stub, quantizer)
+    request = wire.row_request_message(make_request(make_pages(1), 2, 1), quantizer.id)
+    request.page_ids.clear()
+    request.page_ids.update(pages)
+    code, message = await status(stub.Requantize(request, timeout=10))
+    assert code is Code.INVALID_ARGUMENT
+    assert said in message
+
+
 async def test_too_many_rows(stub: Stub, quantizer: Quantizer) -> None:
     await put_codec(stub, quantizer)
-    request = wire.rows_message(make_request(make_pages(1), wire.MAX_ROWS + 1, 1), quantizer.id)
+    request = wire.row_request_message(make_request(make_pages(1), wire.MAX_ROWS + 1, 1), quantizer.id)
     code, message = await status(stub.Requantize(request, timeout=10))
     assert code is Code.INVALID_ARGUMENT
     assert "split it" in message
@@ -180,7 +198,7 @@ async def test_tables_of_another_model(stub: Stub, quantizer: Quantizer) -> None
     await stub.Put(chunks(*pages), timeout=10)
     await put_codec(stub, quantizer)
     rows = dataclasses.replace(make_request(pages, 2, 1), layer=np.array([8, 8], "<i2"))
-    code, message = await status(stub.Requantize(wire.rows_message(rows, quantizer.id), timeout=10))
+    code, message = await status(stub.Requantize(wire.row_request_message(rows, quantizer.id), timeout=10))
     assert code is Code.INVALID_ARGUMENT
     assert "do not fit" in message
 
@@ -191,7 +209,7 @@ async def test_stats_count_what_redis_counts(stub: Stub, redis: Redis, quantizer
     await put_codec(stub, quantizer)
     rows = make_request(pages, 50, 1)
     before = await getranges(redis)
-    reply = await stub.Requantize(wire.rows_message(rows, quantizer.id), timeout=10)
+    reply = await stub.Requantize(wire.row_request_message(rows, quantizer.id), timeout=10)
     there = int((rows.page < 2).sum())
     assert 0 < there < 50
     assert await getranges(redis) == before + there + len(pages)  # one header a page

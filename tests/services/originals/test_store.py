@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from qaq_core.base.errors import CorruptPageError
 from qaq_core.base.pages import Page
+from qaq_core.base.rows import RowRequest
 from services.common import metrics
 from services.common.errors import InvalidArgument
 from services.originals.store import HEADER_BYTES, PageStore, pack_page, unpack_page
@@ -20,6 +21,23 @@ from tests.services.originals.conftest import SHAPE, make_pages
 
 def key(page: Page) -> str:
     return f"qaq:page:{page.id.hex()}"
+
+
+def keys_and_values(pages: list[Page], layer: list[int], side: list[int], head: int, position: list[int]) -> RowRequest:
+    """All bytes of the rows at these addresses."""
+    number = len(layer)
+    widths = np.full(number, 16, np.uint8)
+    return RowRequest(
+        shape=SHAPE,
+        page_ids={page: pages[page].id for page in {at // SHAPE.tokens for at in position}},
+        layer=np.array(layer, np.int16),
+        head=np.full(number, head, np.int16),
+        position=np.array(position, np.int32),
+        side=np.array(side, np.uint8),
+        have=0 * widths,
+        want=widths,
+        meta=np.zeros((number, 1), np.uint8),
+    )
 
 
 @pytest.fixture
@@ -92,8 +110,7 @@ async def test_rows(store: PageStore, redis: Redis) -> None:
     pages = make_pages(3)
     await put(store, pages[:2])
     await redis.setrange(key(pages[1]), 0, b"JUNK")
-    offset = np.asarray(SHAPE.row_offset(np.array([2, 0, 1, 0]), np.array([1, 0, 1, 0]), 1, 3))
-    rows = await store.rows([p.id for p in pages], SHAPE, np.array([0, 1, 0, 2]), offset)
+    rows = await store.rows(keys_and_values(pages, [2, 0, 1, 0], [1, 0, 1, 0], 1, [3, 7, 3, 11]))
     assert rows[1] is None  # corrupt
     assert rows[3] is None  # missing
     assert rows[0] == pages[0].data[2, 1, 1, 3].numpy().tobytes()
@@ -104,15 +121,16 @@ async def test_rows(store: PageStore, redis: Redis) -> None:
 async def test_rows_of_a_cut_off_value_are_missing(store: PageStore, redis: Redis) -> None:
     (page,) = make_pages(1)
     await redis.set(key(page), pack_page(page.shape, page.to_bytes())[: HEADER_BYTES + 3 * SHAPE.row_bytes + 1])
-    rows = await store.rows([page.id], SHAPE, np.zeros(3, dtype=int), np.array([0, 2, 3]) * SHAPE.row_bytes)
+    rows = await store.rows(keys_and_values([page], [0, 0, 0], [0, 0, 0], 0, [0, 2, 3]))
     assert [row is not None for row in rows] == [True, True, False]
 
 
 async def test_rows_of_another_shape_are_refused(store: PageStore) -> None:
     (page,) = make_pages(1)
     await put(store, [page])
+    other = dataclasses.replace(SHAPE, tokens=8)
     with pytest.raises(InvalidArgument, match="is stored as"):
-        await store.rows([page.id], dataclasses.replace(SHAPE, tokens=8), np.array([0]), np.array([0]))
+        await store.rows(dataclasses.replace(keys_and_values([page], [0], [0], 0, [0]), shape=other))
 
 
 async def test_match_stops_at_the_first_gap(store: PageStore) -> None:
@@ -143,6 +161,6 @@ async def test_codecs(store: PageStore) -> None:
 
 async def test_a_sequences_codec_lives_as_long_as_its_pages(store: PageStore, redis: Redis) -> None:
     await store.put_codec(bytes(16), b"tables")
-    await store.put_codec(b"1" * 16, b"means", own=True)
+    await store.put_codec(b"1" * 16, b"means", of_sequence=True)
     model, own = [await redis.ttl(f"qaq:codec:{name.hex()}") for name in (bytes(16), b"1" * 16)]
     assert 0 < own < model
