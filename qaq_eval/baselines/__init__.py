@@ -2,7 +2,7 @@
 
 The name of a baseline follows a pattern, such as `uniform-3`. Like a preset, a baseline returns the arguments of a
 `Method`. Baselines that quantize keep the sinks in half precision, as the presets do. Baselines that evict hold the
-kept tokens in half precision.
+kept tokens in half precision. Importing this package registers the baselines as a family of presets.
 """
 
 from __future__ import annotations
@@ -18,11 +18,6 @@ from qaq_eval.baselines import h2o, hadamard, kivi, scissorhands, split, uniform
 
 _ALL: tuple[Any, ...] = (uniform, hadamard, split, kivi, h2o, scissorhands)
 NAMES = tuple(baseline.NAME for baseline in _ALL)
-
-
-def register() -> None:
-    """Registers the baselines as a family of presets."""
-    register_family(", ".join(NAMES), find_baseline)
 
 
 def find_baseline(name: str) -> Callable[..., dict[str, Any]] | None:
@@ -51,3 +46,6 @@ def _preset(
         raise ConfigError(f"{name} has the widths of its name; it takes no target")
     arguments: dict[str, Any] = baseline.preset(model, shape, target, *numbers)
     return arguments
+
+
+register_family(", ".join(NAMES), find_baseline)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+import qaq_eval.baselines  # noqa: F401  (registers them as presets)
 from qaq_core import InProcessOriginals, Method, QAQCache, SequenceCache, make_method
 from qaq_core.base.errors import ConfigError
 from qaq_eval.quality.documents import Document

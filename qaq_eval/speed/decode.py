@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, QuantizedCache
 
+import qaq_eval.baselines  # noqa: F401  (registers them as presets)
 from qaq_core import Method, QAQCache, make_method
 from qaq_core.base.errors import ConfigError
 from qaq_eval.speed import llama_cpp

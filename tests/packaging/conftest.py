@@ -20,18 +20,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ["pyproject.toml", "README.md", "LICENSE", "proto", "qaq_core", "qaq_eval", "services"]
 
 # Imported by the environment's .pth file: the packages that HIDDEN names are not there.
-HIDE = """
-import os, sys
-
-class Hide:
-    names = set(filter(None, os.environ.get("HIDDEN", "").split(",")))
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Hide())
-"""
+HIDE = "import os, sys; sys.modules.update(dict.fromkeys(filter(None, os.environ.get('HIDDEN', '').split(','))))"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -47,13 +47,15 @@ def test_the_lines_of_the_readme_run_without_servers(run: Run) -> None:
         for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
         if "QAQCache" in block
     )
-    code = f"{lines}\nimport sys, qaq_core\nprint(qaq_core.__file__)\nprint(sorted(sys.modules))"
+    code = (
+        f"{lines}\nimport sys, qaq_core\nprint(qaq_core.__file__)\nprint(*filter(sys.modules.get, list(sys.modules)))"
+    )
     result = run("-c", code, hidden=(*SERVERS, "accelerate", "matplotlib", "lm_eval"))
     assert result.returncode == 0, result.stderr
-    *told, where, modules = result.stdout.strip().splitlines()
-    assert "Paris" in "\n".join(told)
+    *answer, where, modules = result.stdout.strip().splitlines()
+    assert "Paris" in "\n".join(answer)
     assert not Path(where).is_relative_to(ROOT)
-    assert not {name.partition(".")[0] for name in json.loads(modules.replace("'", '"'))} & NEVER
+    assert not {name.partition(".")[0] for name in modules.split()} & NEVER
 
 
 @pytest.mark.slow
@@ -74,11 +76,10 @@ def test_a_command_says_what_to_install(
     result = run("-m", "services.cli", *command, hidden=hidden)
     assert result.returncode == 1
     sentence = rf"error: this command needs {missing}, which is not installed: pip install 'qaq-kv\[{extra}\]'\n"
-    assert re.fullmatch(sentence, result.stderr), result.stderr
+    assert re.fullmatch(sentence, result.stderr.lstrip()), result.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.model
 @pytest.mark.parametrize(
     ("options", "hidden", "need"),
     [(["--tasks", "arc_easy"], "lm_eval", "lm-eval"), (["--html", "page.html"], "matplotlib", "matplotlib")],
@@ -86,7 +87,7 @@ def test_a_command_says_what_to_install(
 def test_evaluation_says_what_to_install(run: Run, options: list[str], hidden: str, need: str) -> None:
     result = run("-m", "services.cli", "eval", *options, hidden=(hidden,))
     assert result.returncode == 1
-    assert re.fullmatch(rf"error: .*{need}.*pip install 'qaq-kv\[eval\]'\n", result.stderr), result.stderr
+    assert re.fullmatch(rf"error: .*{need}.*pip install 'qaq-kv\[eval\]'\n", result.stderr.lstrip()), result.stderr
 
 
 @pytest.mark.slow
