@@ -70,7 +70,7 @@ def test_the_max_window_forgets_after_n_steps() -> None:
     state = torch.zeros(1, 1, 4, 3, dtype=torch.uint8)
     history = torch.rand(8, 1, 1, 4, generator=torch.Generator().manual_seed(0))
     for step, reduction in enumerate(history):
-        statistic.observe(state, reduction, step)
+        statistic.update(state, reduction, step)
         expected = history[max(0, step - 2) : step + 1].amax(0)
         assert torch.allclose(statistic.importance(state), expected, rtol=STEP - 1 + 1e-3)
 
@@ -105,7 +105,7 @@ def test_the_decay_window_halves_in_its_half_life() -> None:
     statistic = DecayingMeanSquare(half_life=64, every=4)
     state = to_log_byte(torch.full((1, 1, 4000, 1), 2.0**-6))
     for step in range(0, 64, 4):
-        statistic.observe(state, torch.zeros(1, 1, 4000), step)
+        statistic.update(state, torch.zeros(1, 1, 4000), step)
     mean = float(statistic.importance(state).log2().mean())
     assert mean == pytest.approx(-7, abs=0.05)
 
@@ -115,7 +115,7 @@ def test_the_decay_window_rises_to_what_it_sees_and_leaves_new_tokens_alone() ->
     statistic = DecayingMeanSquare(half_life=8, every=4)
     state = torch.zeros(1, 1, 30, 1, dtype=torch.uint8)
     for step in range(0, 200, 4):
-        statistic.observe(state, torch.full((1, 1, 20), 0.1), step)
+        statistic.update(state, torch.full((1, 1, 20), 0.1), step)
     importance = statistic.importance(state)
     assert torch.allclose(importance[..., :20], torch.tensor(0.1), rtol=0.3)
     assert float(importance[..., 20:].abs().max()) == 0
