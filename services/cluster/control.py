@@ -27,11 +27,11 @@ def up(settings: StackSettings, report: Report) -> StackState:
     """Starts a stack that outlives this process.
 
     Raises:
-        StackError: a stack runs already, or this one did not start; nothing is left running.
+        StackError: a stack is running already, or this one did not start; nothing is left running.
     """
     running = state.load()
     if running is not None and running.alive:
-        raise StackError(f"a stack runs already (router at {running.router}); stop it with `qaq down`")
+        raise StackError(f"a stack is running already (router at {running.router}); stop it with `qaq down`")
     if running is not None:
         down(running)
     log = state.directory() / "stack.log"

@@ -16,7 +16,7 @@ from qaq_core.storage.originals import InProcessOriginals
 from tests.core.tiny_models import calibration, teacher_forced, tiny, token_ids
 
 KIND, PROMPT, STEPS = "llama-gqa", 150, 60
-SETTINGS = [("balanced", {"target_bits": 2.5}), ("paper", {"statistic": 3}), ("fp16", {})]
+SETTINGS = [("balanced", {"target_bits": 2.5}), ("paper", {"attention_window": 3}), ("fp16", {})]
 
 
 def made(preset: str = "fp16", **settings: object) -> tuple[Any, Method]:
@@ -86,5 +86,5 @@ def test_pages_are_shared_until_both_have_gone() -> None:
 def test_not_in_the_middle_of_a_prompt() -> None:
     sequence = SequenceCache(made()[1])
     sequence.expect_prompt(50)
-    with pytest.raises(ConfigError, match="still arriving"):
+    with pytest.raises(ConfigError, match="prefill has not ended"):
         sequence.fork()

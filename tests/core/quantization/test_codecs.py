@@ -94,12 +94,12 @@ def test_the_gaussian_scale_is_the_rms_to_four_percent(exponent: float, dim: int
 @given(
     seed=st.integers(0, 1 << 30),
     dim=st.sampled_from(HEAD_DIMS),
-    group=st.sampled_from(GRANULARITIES),
+    granularity=st.sampled_from(GRANULARITIES),
     bits=st.integers(1, 8),
 )
-def test_the_uniform_codec_errs_by_half_a_cell_at_most(seed: int, dim: int, group: str, bits: int) -> None:
+def test_the_uniform_codec_errs_by_half_a_cell_at_most(seed: int, dim: int, granularity: str, bits: int) -> None:
     rows = normal(seed, 2, 2, 3, dim) * 7 + 2
-    quantizer = quantizers(2, 2, dim)[f"uniform-{group}"]
+    quantizer = quantizers(2, 2, dim)[f"uniform-{granularity}"]
     meta = quantizer.codec.meta(rows, None)
     full = meta.expand(2, 2, 3, -1)
     flat = full.reshape(-1, full.shape[-1])
@@ -130,10 +130,10 @@ def test_normal_by_hand() -> None:
     assert levels.flatten()[:2].tolist() == pytest.approx([1 - 2 * 0.67449, 1 + 2 * 0.67449], abs=1e-4)
 
 
-@pytest.mark.parametrize(("group", "dims"), [("head", (3, 2)), ("layer", (3, 1)), ("token", (1, 1))])
+@pytest.mark.parametrize(("granularity", "dims"), [("head", (3, 2)), ("layer", (3, 1)), ("token", (1, 1))])
 @pytest.mark.parametrize("codec", [UniformCodec, NormalCodec])
-def test_groups_span_a_head_a_layer_or_the_token(codec: type, group: str, dims: tuple[int, int]) -> None:
-    assert codec(group).measure(normal(0, 3, 2, 5, 16), None).shape == (*dims, 5, 4)
+def test_groups_span_a_head_a_layer_or_the_token(codec: type, granularity: str, dims: tuple[int, int]) -> None:
+    assert codec(granularity).meta(normal(0, 3, 2, 5, 16), None).shape == (*dims, 5, 4)
 
 
 @pytest.mark.parametrize("codec", [UniformCodec, NormalCodec])
@@ -144,8 +144,8 @@ def test_excluded_numbers_do_not_count(codec: type) -> None:
     mask = torch.zeros_like(rows, dtype=torch.bool)
     mask[..., 5] = True
     made = codec("head")
-    assert torch.equal(made.measure(loud, mask), made.meta(rows, mask))
-    assert not torch.equal(made.measure(loud, None), made.meta(rows, None))
+    assert torch.equal(made.meta(loud, mask), made.meta(rows, mask))
+    assert not torch.equal(made.meta(loud, None), made.meta(rows, None))
 
 
 @given(value=st.floats(-1000, 1000, width=16), dim=st.sampled_from(HEAD_DIMS))

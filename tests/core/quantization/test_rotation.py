@@ -91,8 +91,8 @@ def test_short_sequences_take_less(tokens: int) -> None:
     originals = normal(3, 1, 2, 1, tokens, 64)
     own = adaptation(model, originals, 4)
     assert (own is model) == (tokens < MEANS_TOKENS)
-    assert (getattr(own.transform, "axes", None) is not None) == (tokens >= 64 * ROTATION_TOKENS)
-    assert getattr(replace(adaptation, rotation=False)(model, originals, 4).transform, "axes", None) is None
+    assert (getattr(own.transform, "rotation", None) is not None) == (tokens >= 64 * ROTATION_TOKENS)
+    assert getattr(replace(adaptation, rotation=False)(model, originals, 4).transform, "rotation", None) is None
 
 
 def test_axes_are_a_sequences_own_and_counted() -> None:
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ConfigError, match="int8"):
             Rotation(*wrong)
     model = quantizers(2, 3, 64)["balanced"]
-    with pytest.raises(ConfigError, match="3 heads"):
+    with pytest.raises(ConfigError, match="3 KV heads"):
         model.centered_on(normal(1, 2, 2, 3, 70, 64), 0).rotated((good, good))
 
 

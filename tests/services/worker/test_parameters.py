@@ -150,7 +150,7 @@ async def test_choices_wait_for_room_and_have_their_limits(make_scheduler: MakeS
         assert (4, 1) not in gate.batches
         with pytest.raises(InvalidArgument, match="at most 3"):
             scheduler.submit(request(ids(STORY), 3, choices=4))
-        with pytest.raises(InvalidArgument, match="goes on with one text"):
+        with pytest.raises(InvalidArgument, match="continues with one choice"):
             scheduler.submit(request(ids(STORY), 3, choices=2, session_id="s", keep=True))
 
 
@@ -228,8 +228,8 @@ async def test_a_branch_copies_its_origins_cache(make_scheduler: MakeScheduler, 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"stop": StopParams(stop_token_ids=[49152])}, "stop.stop_token_ids must name tokens"),
-        ({"sampling": SamplingParams(logit_bias={-1: 1})}, "sampling.logit_bias must name tokens"),
+        ({"stop": StopParams(stop_token_ids=[49152])}, "stop.stop_token_ids must have token ids"),
+        ({"sampling": SamplingParams(logit_bias={-1: 1})}, "sampling.logit_bias must have token ids"),
         ({"stop": StopParams(max_new_tokens=0)}, "max_new_tokens is 0"),
         ({"history_tokens": 3}, "history_tokens is 3"),
         ({"generated_tokens": -1}, "generated_tokens is -1"),
