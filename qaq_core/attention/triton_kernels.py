@@ -216,7 +216,7 @@ def merge(
 
     Args:
         peaks, masses, sums: of the splits.
-        out_exact, out_packed: out, [heads * group, batch, dim], weighted values, the packed ones in their frame.
+        out_exact, out_packed: out, [heads * group, batch, dim], weighted values, the packed ones not transformed back.
         out_mass: out, [heads * group, batch], total weight of the packed tokens.
         norms: out, [heads * group, batch, 2]; a weight is exp(score - the first) / the second.
     """

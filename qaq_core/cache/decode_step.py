@@ -1,8 +1,8 @@
 """Decode steps: one token of each of several sequences, layer by layer.
 
 `LayerwiseStep` does it with any attention. Where the C++ library can do all of it, `NativeStep` describes the
-sequences once, and then makes one call a layer: it takes the new tokens in, attends, and brings outputs back from
-the frame.
+sequences once, and then makes one call a layer: it takes the new tokens in, attends, and transforms outputs
+back.
 """
 
 from __future__ import annotations

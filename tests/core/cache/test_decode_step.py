@@ -43,7 +43,7 @@ def method(kind: str, preset: str = "balanced", dtype: torch.dtype = torch.float
 
 
 def turning(quantizer: Quantizer, originals: torch.Tensor, start: int) -> Quantizer:
-    """Axes of its own for every sequence, as short as it is."""
+    """Every sequence gets a rotation, however short it is."""
     return rotated(quantizer, originals.shape[3])
 
 

@@ -1,4 +1,4 @@
-"""Frames: what centering and shaping take from the scores is given back, and rows do not depend on the batch."""
+"""Transforms: what centering and whitening take from the scores is given back, and rows do not depend on the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pauses: generations give way as a whole, and nobody notices anything but a gap."""
+"""Preemption: whole generations give way, and clients see nothing but a gap."""
 
 from __future__ import annotations
 
