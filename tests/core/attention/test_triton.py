@@ -26,7 +26,7 @@ spec = importlib.util.spec_from_file_location("triton_kernels", sys.argv[1])
 kernels = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = kernels
 spec.loader.exec_module(kernels)
-FLOATS = "query framed mean angles levels scales peaks masses sums out_exact out_packed out_mass norms".split()
+FLOATS = "query transformed mean angles levels scales peaks masses sums out_exact out_packed out_mass norms".split()
 TYPES = {"sequences": "*i64", "widths": "*i32", "depth": "*i32", "units": "*i32"} | dict.fromkeys(FLOATS, "*fp32")
 
 
