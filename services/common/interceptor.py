@@ -49,11 +49,11 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:
                 await _abort(context, error, method)
 
-        async def stream(raw: Any, context: grpc.aio.ServicerContext) -> None:
+        async def stream(raw: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
                 async with aclosing(behaviour(decode(raw, handler.request_deserializer), context)) as replies:
                     async for reply in replies:
-                        await context.write(reply)
+                        yield reply
             except Exception as error:
                 await _abort(context, error, method)
 
