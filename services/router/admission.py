@@ -41,6 +41,11 @@ class Admission:
         self._queues: OrderedDict[str, deque[_Waiter]] = OrderedDict()
 
     @property
+    def taken(self) -> int:
+        """Sequences that admitted generations hold."""
+        return self._taken
+
+    @property
     def waiting(self) -> int:
         return sum(map(len, self._queues.values()))
 
@@ -81,6 +86,8 @@ class Admission:
             waiter = queue.popleft()
             self._queues.move_to_end(tenant)
             self._tidy(tenant)
+            if waiter.turn.done():  # cancelled in this turn of the loop: its task has not removed it yet
+                continue
             self._taken += waiter.slots
             waiter.turn.set_result(None)
 
@@ -117,7 +124,8 @@ class Admission:
             raise self._full()
         latest = self._queues[crowding].pop()
         self._tidy(crowding)
-        latest.turn.set_exception(self._full())
+        if not latest.turn.done():  # else it was cancelled in this turn of the loop
+            latest.turn.set_exception(self._full())
 
     def _full(self) -> ResourceExhausted:
         return ResourceExhausted(

@@ -62,14 +62,14 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(python: Path, tmp_path: Path) -> Run:
-    """Runs the environment's Python outside of the tree: `run(*arguments, hidden=names)`.
+    """Runs the environment's Python outside of the tree: `run(*arguments, hidden=names, VARIABLE=value)`.
 
     It uses the tree's C++ library if that is built: the wheel has none, and torch operations are slow.
     """
     library = load_library()
 
-    def started(*arguments: str, hidden: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"HIDDEN": ",".join(hidden), "COLUMNS": "200"}
+    def started(*arguments: str, hidden: tuple[str, ...], **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | variables | {"HIDDEN": ",".join(hidden), "COLUMNS": "200"}
         environment.pop("PYTHONPATH", None)
         if library is not None:
             environment["QAQ_LIBRARY"] = library._name

@@ -142,3 +142,49 @@ async def test_a_place_that_comes_too_late_is_the_next_ones() -> None:
     assert crowd.order == ["a1", "c1"]
     await crowd.end("c1")
     assert crowd.admission.waiting == 0
+
+
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("first", ["a1", "b1"])
+async def test_places_come_back_whenever_a_generation_is_cancelled(turns: int, first: str) -> None:
+    """The place that "a0" gives up goes on while one that waits for it is cancelled, some turns of the loop earlier or
+    later."""
+    crowd = Crowd(most=3)
+    tasks = {name: await crowd.send(name) for name in ("a0", "a1", "b1", "b2")}
+    crowd._ends["a0"].set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    tasks[first].cancel()
+    for name in ("a1", "b1", "b2"):
+        await crowd.end(name)
+    await asyncio.wait(tasks.values())
+    assert crowd.admission.waiting == crowd.admission.taken == 0
+    assert crowd.order[-1] != "a0", "the others run"
+    assert all(task.cancelled() or task.exception() is None for task in tasks.values())
+
+
+async def test_the_place_of_a_cancelled_one_goes_to_the_next_in_the_same_turn_of_the_loop() -> None:
+    crowd = Crowd()
+    await crowd.send("a1")
+    gone = await crowd.send("b1")
+    await crowd.send("c1")
+    gone.cancel()
+    crowd.capacity = 2
+    crowd.admission.wake()
+    await crowd.settle()
+    assert crowd.order == ["a1", "c1"]
+    for name in ("a1", "c1"):
+        await crowd.end(name)
+    assert crowd.admission.waiting == crowd.admission.taken == 0
+
+
+async def test_one_that_is_refused_and_cancelled_at_once_leaves_the_queue() -> None:
+    crowd = Crowd(most=2)
+    await crowd.send("a0")
+    _, late = await crowd.send("a1"), await crowd.send("a2")
+    late.cancel()
+    await crowd.send("b1")
+    assert crowd.admission.waiting == 2
+    for name in ("a0", "a1", "b1"):
+        await crowd.end(name)
+    assert crowd.order == ["a0", "a1", "b1"] and crowd.admission.taken == 0
