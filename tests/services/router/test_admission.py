@@ -187,4 +187,5 @@ async def test_one_that_is_refused_and_cancelled_at_once_leaves_the_queue() -> N
     assert crowd.admission.waiting == 2
     for name in ("a0", "a1", "b1"):
         await crowd.end(name)
-    assert crowd.order == ["a0", "a1", "b1"] and crowd.admission.taken == 0
+    assert crowd.order == ["a0", "a1", "b1"]
+    assert crowd.admission.taken == 0
