@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -19,15 +19,21 @@ from redis.exceptions import RedisError
 
 from services.common import metrics
 from services.common.errors import StatusError
+from services.router.hold import Hold, Lost
 from services.router.metrics import RelayLatency, TokenTimes
 from services.router.session_pages import SessionPages
-from services.router.sessions import Session, SessionDirectory
+from services.router.sessions import Session
 from services.router.token_log import LogWriter
 from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
 
 PLACEMENT_RETRY_S = 0.25
 FRUITLESS = 3
 """Workers in a row that may go away without a new token. After that the generation itself is taken for the cause."""
+
+_LOST: dict[Lost, str] = {
+    "closed": "was closed while it generated",
+    "taken": "is generating for another call, which took it while this router did not answer",
+}
 
 log = structlog.get_logger()
 
@@ -39,6 +45,7 @@ class GenerationStream:
     """A generation from its placement on a worker to its last message.
 
     Args:
+        hold: on the session. page_ids: of the session's stored pages.
         request: for the first worker. Its token_ids are the session's log, then the new prompt, then the tokens that
             were generated before. Each new token is appended, for the worker that may have to resume.
         patience_s: seconds to wait for a worker to resume on.
@@ -47,29 +54,32 @@ class GenerationStream:
 
     def __init__(
         self,
-        sessions: SessionDirectory,
         pool: WorkerPool,
         session: Session,
+        hold: Hold,
+        page_ids: Sequence[bytes],
         request: worker_pb2.RunRequest,
         patience_s: float,
         latency: RelayLatency,
     ) -> None:
-        self._sessions, self._pool, self._session = sessions, pool, session
+        self._pool, self._session, self._hold = pool, session, hold
         self._request, self._patience_s = request, patience_s
         self._latency, self._times = latency, TokenTimes(request.choices)
         history = request.history_tokens
-        self._log = LogWriter(sessions, session.id, history, request.token_ids[history:], self.abort)
-        self._pages = SessionPages(sessions, session.id)
-        self._holder = session.worker
+        self._log = LogWriter(hold, history, request.token_ids[history:], lambda: self.abort(hold.lost))
+        self._pages = SessionPages(hold, page_ids)
+        self._request.page_ids[:] = page_ids
+        self._cached_on = session.worker
         self._call: Any = None
-        self._started = self._aborted = False
+        self._started = False
+        self._aborted: Lost | None = None
         self._refused: dict[str, grpc.aio.AioRpcError] = {}
         self._fruitless = 0
         self._lost_at: float | None = None
 
-    def abort(self) -> None:
-        """Ends the generation because its session was closed."""
-        self._aborted = True
+    def abort(self, reason: Lost | None) -> None:
+        """Ends the generation because its session was lost."""
+        self._aborted = reason or "closed"
         if self._call is not None:
             self._call.cancel()
 
@@ -81,8 +91,6 @@ class GenerationStream:
         """
         ends = time.monotonic() + deadline_s
         try:
-            if self._session.kept:
-                self._request.page_ids[:] = await self._pages.load()
             while True:
                 link, received = await self._place(), False
                 try:
@@ -106,7 +114,7 @@ class GenerationStream:
         except asyncio.CancelledError:
             if not self._aborted:
                 raise
-            message = f'session "{self._session.id}" was closed while it generated'
+            message = f'session "{self._session.id}" {_LOST[self._aborted]}'
             raise StatusError(message, code=grpc.StatusCode.ABORTED) from None
         finally:
             await self._flush()
@@ -132,9 +140,9 @@ class GenerationStream:
         """The call to a worker, whose messages are to be read."""
         if self._aborted:
             raise asyncio.CancelledError
-        if self._session.kept and link.address != self._holder:
-            await self._sessions.set_worker(self._session.id, link.address)
-            self._holder = link.address
+        if self._session.kept and link.address != self._cached_on:
+            await self._hold.set_worker(link.address)
+            self._cached_on = link.address
         link.calls += 1
         self._call = link.stub.Run(self._request, timeout=max(0.0, deadline_s))
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import grpc
 import structlog
@@ -15,9 +16,10 @@ from services.common.settings import RouterSettings
 from services.router import validation
 from services.router.admission import Admission
 from services.router.generation import GenerationStream
+from services.router.hold import HOLD_TTL_S, Hold, Lost
 from services.router.metrics import RelayLatency
 from services.router.prompts import Prompts
-from services.router.sessions import RUN_TTL_S, Session, SessionDirectory
+from services.router.sessions import Session, SessionDirectory
 from services.router.workers import WorkerPool
 
 DROP_DEADLINE_S = 5.0
@@ -114,7 +116,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         validation.session_id(request.session_id)
         session = await self._sessions.close(request.session_id)
         # A generation of another router ends when that router finds that its lock on the session is gone.
-        self._abort(session.id)
+        self._abort(session.id, "closed")
         await self._drop(session)
         return generate_pb2.CloseSessionReply()
 
@@ -140,10 +142,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         """The replies of a session's next turn. The session cannot have another turn meanwhile."""
         tenant = _tenant(context)
         self._admission.check(tenant)
-        async with (
-            self._session(request) as session,
-            self._sessions.running(session.id, lambda: self._abort(session.id)),
-        ):
+        session = await self._session(request)
+        async with self._held(session) as hold:
             history = await self._sessions.tokens(session.id)
             prompt = await encode(history)
             validation.fits(len(history), len(prompt), request.stop, self._pool.model.context_length)
@@ -160,9 +160,9 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 branch_of=session.branch_of,
                 tenant=tenant,
             )
-            await self._sessions.write_turn(session.id, run)
+            await hold.write_turn(run)
             run.token_ids[:0] = history
-            async with self._stream(session, run, context) as replies:
+            async with self._stream(session, hold, run, context) as replies:
                 yield replies
 
     @contextlib.asynccontextmanager
@@ -174,28 +174,26 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         Tokens that are generated again are the same as before, because the request has a seed.
         """
         self._admission.check(tenant := _tenant(context))
-        async with (
-            self._temporary(await self._sessions.get(request.session_id)) as session,
-            self._sessions.running(session.id, lambda: self._abort(session.id), RUN_TTL_S),
-        ):
+        session = await self._sessions.get(request.session_id)
+        async with self._held(session, HOLD_TTL_S) as hold:
             run = validation.rejoin(request, await self._sessions.turn(session.id))
             log, begins = await self._sessions.tokens(session.id), run.history_tokens + len(run.token_ids)
             known = log[begins : begins + request.received]  # fewer, if the router was killed before it wrote all
             if len(log) > begins + request.received:
-                await self._sessions.cut(session.id, begins + request.received)
+                await hold.cut(begins + request.received)
             run.token_ids[:] = [*log[: run.history_tokens], *run.token_ids, *known]
             run.generated_tokens, run.tenant = len(known), tenant
-            async with self._stream(session, run, context) as replies:
+            async with self._stream(session, hold, run, context) as replies:
                 yield replies
 
     @contextlib.asynccontextmanager
     async def _stream(
-        self, session: Session, run: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
+        self, session: Session, hold: Hold, run: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[Replies]:
         """The replies of a generation, once the queue admits it."""
-        stream = GenerationStream(
-            self._sessions, self._pool, session, run, self._settings.resume_timeout_s, self.latency
-        )
+        page_ids = await self._sessions.pages(session.id) if session.kept else ()
+        patience_s = self._settings.resume_timeout_s
+        stream = GenerationStream(self._pool, session, hold, page_ids, run, patience_s, self.latency)
         self._streams[session.id] = stream
         try:
             async with (
@@ -206,30 +204,28 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         finally:
             del self._streams[session.id]
 
-    def _abort(self, session_id: str) -> None:
-        """Ends the generation of a session that was closed, if it runs here."""
+    def _abort(self, session_id: str, reason: Lost) -> None:
+        """Ends the generation of a session that was lost, if it runs here."""
         if stream := self._streams.get(session_id):
-            stream.abort()
+            stream.abort(reason)
 
-    @contextlib.asynccontextmanager
-    async def _session(self, request: Request) -> AsyncIterator[Session]:
-        """The session that a request names, or a temporary one."""
+    async def _session(self, request: Request) -> Session:
+        """The session that a request names, or a new one for this call alone."""
         if request.session_id:
-            yield await self._sessions.get(request.session_id)
-            return
-        opened = await self._sessions.open(self._pool.model.name, request.cache, kept=False)
-        async with self._temporary(opened) as session:
-            yield session
+            return await self._sessions.get(request.session_id)
+        return await self._sessions.open(self._pool.model.name, request.cache, kept=False)
 
     @contextlib.asynccontextmanager
-    async def _temporary(self, session: Session) -> AsyncIterator[Session]:
-        """Deletes a session at the end, if it is for this call alone."""
-        try:
-            yield session
-        finally:
-            if not session.kept:
-                with contextlib.suppress(RedisError):  # it expires by itself
-                    await self._sessions.forget(session.id)
+    async def _held(self, session: Session, patience_s: float = 0.0) -> AsyncIterator[Hold]:
+        """Holds a session. One that is for this call alone is deleted at the end."""
+        lost = partial(self._abort, session.id)
+        async with self._sessions.held(session.id, lost, patience_s) as hold:
+            try:
+                yield hold
+            finally:
+                if not session.kept:
+                    with contextlib.suppress(RedisError):  # it expires by itself
+                        await hold.forget()
 
     async def _drop(self, session: Session) -> None:
         """Frees the session's cache. A worker that does not answer frees it later, when it needs the memory."""

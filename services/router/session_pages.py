@@ -8,29 +8,27 @@ from collections.abc import Sequence
 
 from redis.exceptions import RedisError
 
-from services.router.sessions import SessionDirectory
+from services.router.hold import Hold
 
 
 class SessionPages:
-    """The page ids of one session during a turn. They are written in the background, one write at a time."""
+    """The page ids of one session during a turn. They are written in the background, one write at a time.
 
-    def __init__(self, sessions: SessionDirectory, session: str) -> None:
-        self._sessions, self._session = sessions, session
-        self.ids: list[bytes] = []
-        self._written: list[bytes] = []
+    Args:
+        ids: those that earlier turns wrote.
+    """
+
+    def __init__(self, hold: Hold, ids: Sequence[bytes]) -> None:
+        self._hold = hold
+        self.ids = list(ids)
+        self._written = list(ids)
         self._task: asyncio.Task[None] | None = None
-
-    async def load(self) -> list[bytes]:
-        """Reads the ids that earlier turns wrote."""
-        self.ids = await self._sessions.pages(self._session)
-        self._written = list(self.ids)
-        return self.ids
 
     def put(self, first: int, ids: Sequence[bytes]) -> None:
         """Replaces all ids from index `first` on."""
         self.ids[first:] = ids
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._drain(), name=f"pages {self._session}")
+            self._task = asyncio.create_task(self._drain(), name=f"pages {self._hold.session}")
 
     async def flush(self) -> None:
         """Returns when Redis has the ids.
@@ -49,5 +47,5 @@ class SessionPages:
     async def _write(self) -> None:
         while self.ids != self._written:
             ids = list(self.ids)
-            await self._sessions.write_pages(self._session, ids)
+            await self._hold.write_pages(ids)
             self._written = ids

@@ -1,8 +1,8 @@
 """Sessions in Redis: the directory of sessions, and the token log of each, from which its cache can be rebuilt.
 
 `qaq:session:<id>` is a hash with the session's facts and its last request, `…:tokens` the token log as little-endian
-int32, `…:pages` the ids of the stored pages of its first tokens (32 bytes each), `…:run` a lock that is held while a
-generation runs. The sorted set `qaq:sessions` has all session ids by the time they were opened.
+int32, `…:pages` the ids of the stored pages of its first tokens (32 bytes each), `…:run` is there while a generation
+holds the session. The sorted set `qaq:sessions` has all session ids by the time they were opened.
 """
 
 from __future__ import annotations
@@ -11,51 +11,22 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import structlog
 from qaq.v1 import common_pb2, worker_pb2
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from services.common.errors import FailedPrecondition, NotFound
+from services.router import session_keys
+from services.router.hold import HOLD_TTL_S, Hold, Lost, Scripts
 
-RUN_TTL_S = 15
-RUN_REFRESH_S = 2.0
-LOCK_RETRY_S = 0.1
+RETRY_S = 0.1
 PAGE_ID_BYTES = 32
-INDEX = "qaq:sessions"
-
-log = structlog.get_logger()
-
-# A write at a known offset, unlike an append, may be sent twice. The check that the session exists keeps a log from
-# being recreated after its session was closed.
-_WRITE = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('SETRANGE', KEYS[2], ARGV[1], ARGV[2])
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-redis.call('EXPIRE', KEYS[2], ARGV[3])
-return 1
-"""
-_WRITE_PAGES = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
-return 1
-"""
-_CUT = """
-redis.call('SET', KEYS[1], redis.call('GETRANGE', KEYS[1], 0, ARGV[1] - 1), 'EX', ARGV[2])
-redis.call('DEL', KEYS[2])
-"""
-_SET_IF_OPEN = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-return 1
-"""
-_REFRESH = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('EXPIRE', KEYS[1], ARGV[2]) end return 0"
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+TEMPORARY_TTL_S = 60
+"""How long a session for one call is kept before the call holds it, should the call end there."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +64,7 @@ class SessionDirectory:
     def __init__(self, redis: Redis, ttl_s: int) -> None:
         self._redis = redis
         self._ttl_s = ttl_s
-        self._write = redis.register_script(_WRITE)
-        self._write_pages = redis.register_script(_WRITE_PAGES)
-        self._cut = redis.register_script(_CUT)
-        self._set_if_open = redis.register_script(_SET_IF_OPEN)
-        self._refresh = redis.register_script(_REFRESH)
-        self._release = redis.register_script(_RELEASE)
+        self._scripts = Scripts(redis, ttl_s)
 
     async def open(self, model: str, cache: common_pb2.CacheParams, *, kept: bool) -> Session:
         """Opens a session with an empty log."""
@@ -115,14 +81,14 @@ class SessionDirectory:
             NotFound: there is no such session.
             FailedPrecondition: the session is generating.
         """
-        async with self.running(identifier, lambda: None):
+        async with self.held(identifier, lambda _: None):
             origin = await self.get(identifier)
             branch = replace(
                 origin, id=secrets.token_urlsafe(16), kept=True, opened_at=time.time(), branch_of=identifier
             )
             async with self._redis.pipeline(transaction=True) as pipe:
                 self._add(pipe, branch)
-                for key in (_tokens_key, _pages_key):
+                for key in (session_keys.tokens, session_keys.pages):
                     pipe.copy(key(identifier), key(branch.id))
                     pipe.expire(key(branch.id), self._ttl_s)
                 await pipe.execute()
@@ -138,83 +104,56 @@ class SessionDirectory:
             "opened_at": repr(session.opened_at),
             "branch_of": session.branch_of,
         }
-        pipe.hset(_key(session.id), mapping=facts)
-        pipe.expire(_key(session.id), self._ttl_s)
-        pipe.zadd(INDEX, {session.id: session.opened_at})
+        pipe.hset(session_keys.facts(session.id), mapping=facts)
+        pipe.expire(session_keys.facts(session.id), self._ttl_s if session.kept else TEMPORARY_TTL_S)
+        pipe.zadd(session_keys.INDEX, {session.id: session.opened_at})
 
     async def get(self, identifier: str) -> Session:
         """Raises:
         NotFound: no session has this id, or it has expired.
         """
-        facts = await self._redis.hgetall(_key(identifier))
+        facts = await self._redis.hgetall(session_keys.facts(identifier))
         if not facts:
             raise _unknown(identifier)
         return _session(identifier, facts)
 
     async def tokens(self, identifier: str) -> list[int]:
         """The whole token log."""
-        raw: Any = await self._redis.get(_tokens_key(identifier))
+        raw: Any = await self._redis.get(session_keys.tokens(identifier))
         return np.frombuffer(raw or b"", dtype="<i4").tolist()
-
-    async def write(self, identifier: str, offset: int, tokens: Sequence[int]) -> bool:
-        """Writes tokens to the log at position `offset`. False if the session was closed."""
-        raw = np.asarray(tokens, dtype="<i4").tobytes()
-        keys = [_key(identifier), _tokens_key(identifier)]
-        return bool(await self._write(keys=keys, args=[offset * 4, raw, self._ttl_s]))
-
-    async def cut(self, identifier: str, tokens: int) -> None:
-        """Cuts the log after `tokens` tokens, and deletes the page ids, whose pages may have later tokens."""
-        await self._cut(keys=[_tokens_key(identifier), _pages_key(identifier)], args=[tokens * 4, self._ttl_s])
-
-    async def write_turn(self, identifier: str, request: worker_pb2.RunRequest) -> None:
-        """Records the request of the turn that begins. Its token_ids are the turn's prompt alone."""
-        await self._set_if_open(keys=[_key(identifier)], args=["turn", request.SerializeToString()])
 
     async def turn(self, identifier: str) -> worker_pb2.RunRequest | None:
         """The request of the session's last turn; None if it had none."""
-        raw: Any = await self._redis.hget(_key(identifier), "turn")
+        raw: Any = await self._redis.hget(session_keys.facts(identifier), "turn")
         return worker_pb2.RunRequest.FromString(raw) if raw else None
 
     async def pages(self, identifier: str) -> list[bytes]:
         """Ids of the stored pages of the log's first tokens."""
-        raw: Any = await self._redis.get(_pages_key(identifier)) or b""
+        raw: Any = await self._redis.get(session_keys.pages(identifier)) or b""
         return [raw[at : at + PAGE_ID_BYTES] for at in range(0, len(raw), PAGE_ID_BYTES)]
 
-    async def write_pages(self, identifier: str, ids: Sequence[bytes]) -> None:
-        """Replaces the page ids, unless the session was closed."""
-        keys = [_key(identifier), _pages_key(identifier)]
-        await self._write_pages(keys=keys, args=[b"".join(ids), self._ttl_s])
-
-    async def set_worker(self, identifier: str, address: str) -> None:
-        """Records which worker has the session's cache."""
-        await self._set_if_open(keys=[_key(identifier)], args=["worker", address])
-
     async def close(self, identifier: str) -> Session:
-        """Deletes a session. A running generation loses its lock and ends.
+        """Deletes a session. A running generation loses its hold and ends.
 
         Raises:
             NotFound: there is no such session.
         """
         session = await self.get(identifier)
-        await self.forget(identifier)
-        return session
-
-    async def forget(self, identifier: str) -> None:
-        """As `close`, without an error if there is no such session."""
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(*(key(identifier) for key in (_key, _tokens_key, _pages_key, _run_key)))
-            pipe.zrem(INDEX, identifier)
+            pipe.delete(*session_keys.all_of(identifier))
+            pipe.zrem(session_keys.INDEX, identifier)
             await pipe.execute()
+        return session
 
     async def list(self) -> list[Listing]:
         """Every session, oldest first."""
-        listed: Any = await self._redis.zrange(INDEX, 0, -1)
+        listed: Any = await self._redis.zrange(session_keys.INDEX, 0, -1)
         identifiers = [raw.decode() for raw in listed]
         async with self._redis.pipeline(transaction=False) as pipe:
             for identifier in identifiers:
-                pipe.hgetall(_key(identifier))
-                pipe.strlen(_tokens_key(identifier))
-                pipe.exists(_run_key(identifier))
+                pipe.hgetall(session_keys.facts(identifier))
+                pipe.strlen(session_keys.tokens(identifier))
+                pipe.exists(session_keys.hold(identifier))
             answers = await pipe.execute()
         found, expired = [], []
         for place, identifier in enumerate(identifiers):
@@ -224,45 +163,33 @@ class SessionDirectory:
             else:
                 expired.append(identifier)
         if expired:
-            await self._redis.zrem(INDEX, *expired)
+            await self._redis.zrem(session_keys.INDEX, *expired)
         return found
 
     @contextlib.asynccontextmanager
-    async def running(self, identifier: str, lost: Callable[[], None], patience_s: float = 0.0) -> AsyncIterator[None]:
-        """Locks a session for one generation.
+    async def held(self, identifier: str, lost: Callable[[Lost], None], patience_s: float = 0.0) -> AsyncIterator[Hold]:
+        """Holds a session for one generation.
 
         Args:
-            lost: called when the session is closed meanwhile.
-            patience_s: how long to wait for another generation to release the lock.
+            lost: called when the session is closed, or taken by another generation, meanwhile.
+            patience_s: how long to wait for another generation to release it.
         Raises:
-            FailedPrecondition: another generation has the lock.
+            NotFound: there is no such session.
+            FailedPrecondition: another generation holds it.
         """
-        holder, ends = secrets.token_hex(8), time.monotonic() + patience_s
-        while not await self._redis.set(_run_key(identifier), holder, nx=True, ex=RUN_TTL_S):
+        ends = time.monotonic() + patience_s
+        keys = [session_keys.facts(identifier), session_keys.hold(identifier)]
+        while (fence := int(await self._scripts.acquire(keys=keys, args=[HOLD_TTL_S]))) <= 0:
+            if fence < 0:
+                raise _unknown(identifier)
             if time.monotonic() >= ends:
                 raise FailedPrecondition(
                     f'session "{identifier}" is generating; wait for its stream to end, or use another session'
                 )
-            await asyncio.sleep(LOCK_RETRY_S)
-        keeper = asyncio.create_task(self._keep(identifier, holder, lost), name=f"lock {identifier}")
-        try:
-            yield
-        finally:
-            keeper.cancel()
-            with contextlib.suppress(RedisError):  # it expires by itself
-                await self._release(keys=[_run_key(identifier)], args=[holder])
-
-    async def _keep(self, identifier: str, holder: str, lost: Callable[[], None]) -> None:
-        while True:
-            await asyncio.sleep(RUN_REFRESH_S)
-            try:
-                held = await self._refresh(keys=[_run_key(identifier)], args=[holder, RUN_TTL_S])
-            except RedisError as error:
-                log.warning("could not refresh the lock of a session", session=identifier, error=str(error))
-                continue
-            if not held:
-                lost()
-                return
+            await asyncio.sleep(RETRY_S)
+        hold = Hold(self._scripts, identifier, fence)
+        async with hold.kept(lost):
+            yield hold
 
 
 def _session(identifier: str, facts: Any) -> Session:
@@ -279,19 +206,3 @@ def _session(identifier: str, facts: Any) -> Session:
 
 def _unknown(identifier: str) -> NotFound:
     return NotFound(f'session "{identifier}" does not exist or has expired; open one with OpenSession')
-
-
-def _key(identifier: str) -> str:
-    return f"qaq:session:{identifier}"
-
-
-def _tokens_key(identifier: str) -> str:
-    return f"qaq:session:{identifier}:tokens"
-
-
-def _pages_key(identifier: str) -> str:
-    return f"qaq:session:{identifier}:pages"
-
-
-def _run_key(identifier: str) -> str:
-    return f"qaq:session:{identifier}:run"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from redis.exceptions import RedisError
 
-from services.router.sessions import SessionDirectory
+from services.router.hold import Hold
 
 LAG_S = 0.25
 """How long a token waits for later tokens. The tokens of this time are lost from the log when a router is killed."""
@@ -25,19 +25,11 @@ class LogWriter:
         offset: length of the log before the turn.
         prompt: the first tokens of the turn. They are written at once with the first generated token, not earlier, so
             that a turn that produced nothing can be sent again.
-        lost: called when the session turns out to be closed.
+        lost: called when the session turns out to be lost.
     """
 
-    def __init__(
-        self,
-        sessions: SessionDirectory,
-        session: str,
-        offset: int,
-        prompt: Sequence[int],
-        lost: Callable[[], None],
-    ) -> None:
-        self._sessions = sessions
-        self._session = session
+    def __init__(self, hold: Hold, offset: int, prompt: Sequence[int], lost: Callable[[], None]) -> None:
+        self._hold = hold
         self._offset = offset
         self._pending = list(prompt)
         self._lost = lost
@@ -52,7 +44,7 @@ class LogWriter:
         """Adds a token. It is written within `LAG_S`, if Redis answers."""
         self._pending.append(token)
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._write_behind(), name=f"log {self._session}")
+            self._task = asyncio.create_task(self._write_behind(), name=f"log {self._hold.session}")
 
     async def flush(self) -> None:
         """Returns when Redis has every token.
@@ -77,7 +69,7 @@ class LogWriter:
 
     async def _write(self) -> None:
         batch = tuple(self._pending)
-        if await self._sessions.write(self._session, self._offset, batch):
+        if await self._hold.write(self._offset, batch):
             self._offset += len(batch)
             del self._pending[: len(batch)]
         else:

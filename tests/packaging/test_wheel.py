@@ -60,7 +60,8 @@ def test_the_library_requires_no_server() -> None:
     servers = set().union(*map(normalized, PROJECT["optional-dependencies"]["serve"]))
     assert not library & servers
     assert library == {
-        "blake3", "filelock", "gguf", "huggingface-hub", "numpy", "psutil", "safetensors", "torch", "transformers",
+        "accelerate", "blake3", "filelock", "gguf", "huggingface-hub", "numpy", "psutil", "safetensors", "torch",
+        "transformers",
     }  # fmt: skip
 
 

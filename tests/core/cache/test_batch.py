@@ -81,7 +81,14 @@ def subject(preset: str, kernel: str) -> Method:
     return make_method(tiny(KIND), preset=preset, kernel=kernel, calibration=calibration(KIND))
 
 
-@pytest.mark.parametrize(("preset", "kernel"), [("balanced", "cpu"), ("balanced", "reference"), ("paper", "reference")])
+@pytest.mark.parametrize(
+    ("preset", "kernel"),
+    [
+        ("balanced", "cpu"),
+        pytest.param("balanced", "reference", marks=pytest.mark.slow),
+        pytest.param("paper", "reference", marks=pytest.mark.slow),
+    ],
+)
 def test_of_the_same_numbers_a_batch_makes_the_same_rows(preset: str, kernel: str) -> None:
     method = subject(preset, kernel)
     given = numbers(method)

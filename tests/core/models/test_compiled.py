@@ -29,6 +29,7 @@ def decoded(model, ids: torch.Tensor, cache, prompt: int) -> torch.Tensor:
     return torch.cat(rows, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama-gqa", "gemma3"])
 def test_steps_give_the_same_with_and_without(kind: str) -> None:
     plain, compiled, ids = tiny(kind), tiny(kind), token_ids(60)

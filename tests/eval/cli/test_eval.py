@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from qaq_eval.quality import needle
 from services.cli.main import app
 
+pytestmark = pytest.mark.model
 SCHEMAS = Path(__file__).parents[3] / "qaq_eval" / "schemas"
 
 

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import jsonschema
+import pytest
 from referencing import Registry, Resource
 from typer.testing import CliRunner, Result
 
 from services.cli.main import app
 from tests.e2e.command import ROOT
 
+pytestmark = pytest.mark.model
 SCHEMAS = ROOT / "qaq_eval" / "schemas"
 SMALL = ("--context", "120", "--decode", "4", "--documents", "1")
 

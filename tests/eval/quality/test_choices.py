@@ -125,6 +125,7 @@ def hellaswag(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_what_was_answered(hellaswag: Path) -> None:
     """Accuracy is counted here once more, from the model's own likelihoods."""
     asked = examiner(configs=("fp16", "uniform-2"))

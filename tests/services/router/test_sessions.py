@@ -1,18 +1,30 @@
+"""Sessions in Redis: what is kept, who may change it, and the log that is written behind."""
+
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from qaq.v1 import common_pb2
+from qaq.v1 import common_pb2, worker_pb2
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.common.errors import FailedPrecondition, NotFound
-from services.router import sessions as module
-from services.router import token_log
+from services.router import hold as module
+from services.router import session_keys, token_log
+from services.router.hold import Hold, Lost
 from services.router.sessions import SessionDirectory
 from services.router.token_log import LogWriter
+
+
+@contextlib.asynccontextmanager
+async def opened(directory: SessionDirectory) -> AsyncIterator[Hold]:
+    """A new session that a generation holds."""
+    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
+    async with directory.held(session.id, lambda _: None) as hold:
+        yield hold
 
 
 @pytest.fixture
@@ -28,137 +40,194 @@ async def test_a_session_comes_back_as_it_was_opened(directory: SessionDirectory
 
 
 async def test_the_log_takes_a_write_twice_without_harm(directory: SessionDirectory, redis: Redis) -> None:
-    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    for _ in range(2):
-        assert await directory.write(session.id, 0, [1, 2, 70_000])
-    assert await directory.write(session.id, 3, [4])
-    assert await directory.tokens(session.id) == [1, 2, 70_000, 4]
-    assert await redis.get(f"qaq:session:{session.id}:tokens") == b"".join(
+    async with opened(directory) as hold:
+        for _ in range(2):
+            assert await hold.write(0, [1, 2, 70_000])
+        assert await hold.write(3, [4])
+    assert await directory.tokens(hold.session) == [1, 2, 70_000, 4]
+    assert await redis.get(f"qaq:session:{hold.session}:tokens") == b"".join(
         token.to_bytes(4, "little") for token in (1, 2, 70_000, 4)
     )
-    assert 0 < await redis.ttl(f"qaq:session:{session.id}:tokens") <= 60
+    assert 0 < await redis.ttl(f"qaq:session:{hold.session}:tokens") <= 60
 
 
 async def test_a_closed_session_is_gone_with_its_log(directory: SessionDirectory, redis: Redis) -> None:
-    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    await directory.write(session.id, 0, [1])
-    await directory.close(session.id)
-    assert await directory.write(session.id, 1, [2]) is False
-    await directory.set_worker(session.id, "w:1")
+    async with opened(directory) as hold:
+        await hold.write(0, [1])
+        await directory.close(hold.session)
+        assert not await hold.write(1, [2])
+        assert hold.lost == "closed"
+        await hold.set_worker("w:1")
     assert [key async for key in redis.scan_iter("qaq:session*")] == []
     with pytest.raises(NotFound, match="does not exist or has expired"):
-        await directory.get(session.id)
+        await directory.get(hold.session)
     with pytest.raises(NotFound):
-        await directory.close(session.id)
+        await directory.close(hold.session)
+    with pytest.raises(NotFound):
+        await directory.held(hold.session, lambda _: None).__aenter__()
 
 
 async def test_list_forgets_what_expired(directory: SessionDirectory, redis: Redis) -> None:
     first = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    second = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    await directory.write(second.id, 0, [1, 2])
     await redis.delete(f"qaq:session:{first.id}")
-    async with directory.running(second.id, lambda: None):
+    async with opened(directory) as hold:
+        await hold.write(0, [1, 2])
         (listing,) = await directory.list()
-    assert (listing.session.id, listing.tokens, listing.running) == (second.id, 2, True)
-    assert await redis.zcard(module.INDEX) == 1
+    assert (listing.session.id, listing.tokens, listing.running) == (hold.session, 2, True)
+    assert await redis.zcard(session_keys.INDEX) == 1
 
 
 async def test_one_generation_at_a_time(directory: SessionDirectory) -> None:
     session = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    async with directory.running(session.id, lambda: None):
+    async with directory.held(session.id, lambda _: None):
         with pytest.raises(FailedPrecondition, match="is generating; wait"):
-            async with directory.running(session.id, lambda: None):
+            async with directory.held(session.id, lambda _: None):
                 pass
-    async with directory.running(session.id, lambda: None):
+    async with directory.held(session.id, lambda _: None):
         pass
 
 
 async def test_closing_ends_a_generation_of_any_router(
     directory: SessionDirectory, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "RUN_REFRESH_S", 0.02)
+    monkeypatch.setattr(module, "REFRESH_S", 0.02)
     session = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    lost = asyncio.Event()
-    async with directory.running(session.id, lost.set):
+    lost: asyncio.Queue[Lost] = asyncio.Queue()
+    async with directory.held(session.id, lost.put_nowait):
         await SessionDirectory(redis, 60).close(session.id)
-        await asyncio.wait_for(lost.wait(), 10)
+        assert await asyncio.wait_for(lost.get(), 10) == "closed"
+
+
+@pytest.mark.parametrize("expired", ["the hold alone", "a refresh after it"])
+async def test_an_expired_hold_that_nobody_took_is_taken_again(
+    directory: SessionDirectory, redis: Redis, monkeypatch: pytest.MonkeyPatch, expired: str
+) -> None:
+    if expired == "a refresh after it":
+        monkeypatch.setattr(module, "REFRESH_S", 0.02)
+    lost: list[Lost] = []
+    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
+    async with directory.held(session.id, lost.append) as hold:
+        await redis.delete(session_keys.hold(session.id))
+        if expired == "a refresh after it":
+            async with asyncio.timeout(10):
+                while not await redis.exists(session_keys.hold(session.id)):  # noqa: ASYNC110 (in Redis)
+                    await asyncio.sleep(0.01)
+        assert await hold.write(0, [1, 2])
+    assert lost == []
+    assert await directory.tokens(session.id) == [1, 2]
+    assert not await redis.exists(session_keys.hold(session.id))
+
+
+async def test_a_router_that_wakes_up_changes_nothing_of_what_another_one_holds(
+    directory: SessionDirectory, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, lost = SessionDirectory(redis, ttl_s=60), asyncio.Queue[Lost]()
+    session = await directory.open("m", common_pb2.CacheParams(), kept=False)
+    async with directory.held(session.id, lost.put_nowait) as asleep:
+        await asleep.write(0, [1, 2])
+        await asleep.write_pages([b"p" * 32])
+        await redis.delete(session_keys.hold(session.id))
+        async with other.held(session.id, lambda _: None) as awake:
+            await awake.write(2, [3])
+            before = await everything(redis, session.id)
+            assert not await asleep.write(2, [9, 9])
+            assert not await asleep.write_pages([])
+            assert not await asleep.cut(0)
+            assert not await asleep.write_turn(worker_pb2.RunRequest(token_ids=[9]))
+            assert not await asleep.set_worker("w:9")
+            assert not await asleep.forget()
+            assert asleep.lost == "taken"
+            assert await everything(redis, session.id) == before
+            monkeypatch.setattr(module, "REFRESH_S", 0.0)
+            async with asleep.kept(lost.put_nowait):
+                assert await asyncio.wait_for(lost.get(), 10) == "taken"
+            assert await everything(redis, session.id) == before, "its release leaves the other's hold"
+            assert await awake.write(3, [4])
+    assert await directory.tokens(session.id) == [1, 2, 3, 4]
+
+
+async def everything(redis: Redis, session: str) -> list[bytes | None]:
+    """What Redis has of a session."""
+    return [await redis.dump(key) for key in session_keys.all_of(session)]
 
 
 async def test_the_log_writer_keeps_order_and_drops_nothing(directory: SessionDirectory) -> None:
-    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    await directory.write(session.id, 0, [9])
-    writer = LogWriter(directory, session.id, 1, [0, 1, 2], lambda: None)
-    assert await directory.tokens(session.id) == [9]
-    for token in range(3, 200):
-        writer.add(token)
-        if token % 7 == 0:
-            await asyncio.sleep(0)
-    await writer.flush()
-    assert await directory.tokens(session.id) == [9, *range(200)]
+    async with opened(directory) as hold:
+        await hold.write(0, [9])
+        writer = LogWriter(hold, 1, [0, 1, 2], lambda: None)
+        assert await directory.tokens(hold.session) == [9]
+        for token in range(3, 200):
+            writer.add(token)
+            if token % 7 == 0:
+                await asyncio.sleep(0)
+        await writer.flush()
+    assert await directory.tokens(hold.session) == [9, *range(200)]
 
 
 async def test_the_log_writer_collects_tokens(directory: SessionDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    write, written = directory.write, []
+    async with opened(directory) as hold:
+        write, written = hold.write, []
 
-    async def counted(identifier: str, offset: int, tokens: Sequence[int]) -> bool:
-        written.append((offset, len(tokens)))
-        return await write(identifier, offset, tokens)
+        async def counted(offset: int, tokens: Sequence[int]) -> bool:
+            written.append((offset, len(tokens)))
+            return await write(offset, tokens)
 
-    monkeypatch.setattr(directory, "write", counted)
-    monkeypatch.setattr(token_log, "LAG_S", 60.0)
-    writer = LogWriter(directory, session.id, 0, [1], lambda: None)
-    for token in range(2, 50):
-        writer.add(token)
-        await asyncio.sleep(0.001)
-    assert written == [(0, 2)]  # the prompt and the first token do not wait
-    await writer.flush()
+        monkeypatch.setattr(hold, "write", counted)
+        monkeypatch.setattr(token_log, "LAG_S", 60.0)
+        writer = LogWriter(hold, 0, [1], lambda: None)
+        for token in range(2, 50):
+            writer.add(token)
+            await asyncio.sleep(0.001)
+        assert written == [(0, 2)]  # the prompt and the first token do not wait
+        await writer.flush()
     assert written == [(0, 2), (2, 47)]
-    assert await directory.tokens(session.id) == [*range(1, 50)]
+    assert await directory.tokens(hold.session) == [*range(1, 50)]
 
 
 async def test_the_log_writer_ends_with_its_session(directory: SessionDirectory) -> None:
-    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
     lost = asyncio.Event()
-    writer = LogWriter(directory, session.id, 0, [1], lost.set)
-    await directory.close(session.id)
-    writer.add(2)
-    await asyncio.wait_for(lost.wait(), 10)
-    await writer.flush()
-    assert await directory.tokens(session.id) == []
+    async with opened(directory) as hold:
+        writer = LogWriter(hold, 0, [1], lost.set)
+        await directory.close(hold.session)
+        writer.add(2)
+        await asyncio.wait_for(lost.wait(), 10)
+        await writer.flush()
+    assert await directory.tokens(hold.session) == []
 
 
 async def test_the_log_writer_repeats_what_a_lost_write_held(
     directory: SessionDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    writer = LogWriter(directory, session.id, 0, [1], lambda: None)
-    write, failures = directory.write, [RedisError("gone"), RedisError("gone")]
+    async with opened(directory) as hold:
+        writer = LogWriter(hold, 0, [1], lambda: None)
+        write, failures = hold.write, [RedisError("gone"), RedisError("gone")]
 
-    async def flaky(*args: object) -> bool:
-        if failures:
-            raise failures.pop()
-        return await write(*args)  # type: ignore[arg-type]
+        async def flaky(offset: int, tokens: Sequence[int]) -> bool:
+            if failures:
+                raise failures.pop()
+            return await write(offset, tokens)
 
-    monkeypatch.setattr(directory, "write", flaky)
-    for token in (2, 3):
-        writer.add(token)
-        await asyncio.sleep(0.01)
-    await writer.flush()
-    assert await directory.tokens(session.id) == [1, 2, 3]
+        monkeypatch.setattr(hold, "write", flaky)
+        for token in (2, 3):
+            writer.add(token)
+            await asyncio.sleep(0.01)
+        await writer.flush()
+    assert await directory.tokens(hold.session) == [1, 2, 3]
     assert failures == []
 
 
 async def test_a_branch_begins_as_its_origin_and_goes_its_own_way(directory: SessionDirectory) -> None:
     cache = common_pb2.CacheParams(target_bits=2.5)
     origin = await directory.open("m", cache, kept=True)
-    await directory.write(origin.id, 0, [1, 2, 3])
-    await directory.set_worker(origin.id, "w:1")
+    async with directory.held(origin.id, lambda _: None) as hold:
+        await hold.write(0, [1, 2, 3])
+        await hold.set_worker("w:1")
     branch = await directory.branch(origin.id)
     assert (branch.branch_of, branch.worker, branch.cache, branch.kept) == (origin.id, "w:1", cache, True)
     assert await directory.get(branch.id) == branch
-    await directory.write(branch.id, 3, [4])
-    await directory.write(origin.id, 3, [5, 6])
+    for session, tokens in ((branch, [4]), (origin, [5, 6])):
+        async with directory.held(session.id, lambda _: None) as hold:
+            await hold.write(3, tokens)
     assert await directory.tokens(branch.id) == [1, 2, 3, 4]
     assert await directory.tokens(origin.id) == [1, 2, 3, 5, 6]
     await directory.close(origin.id)
@@ -174,7 +243,7 @@ async def test_what_cannot_be_branched(directory: SessionDirectory) -> None:
     with pytest.raises(NotFound):
         await directory.branch("nobody")
     session = await directory.open("m", common_pb2.CacheParams(), kept=True)
-    async with directory.running(session.id, lambda: None):
+    async with directory.held(session.id, lambda _: None):
         with pytest.raises(FailedPrecondition, match="is generating"):
             await directory.branch(session.id)
     assert len(await directory.list()) == 1

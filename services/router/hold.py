@@ -1,0 +1,168 @@
+"""A generation's hold on its session: one generation at a time, and no write by one that lost its hold.
+
+Each hold gets the session's next fence number, and every write names it. Redis refuses a write with another number
+than the session's, so that a router which stalled, and whose session another router has taken, changes nothing. A hold
+that expired while nobody else took the session is taken again, with the same number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import structlog
+from qaq.v1 import worker_pb2
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from services.router import session_keys
+
+HOLD_TTL_S = 15
+REFRESH_S = 2.0
+
+Lost = Literal["closed", "taken"]
+"""Why a generation lost its session: a client closed it, or another generation has it."""
+
+log = structlog.get_logger()
+
+_ACQUIRE = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
+if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+local fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
+redis.call('SET', KEYS[2], fence, 'EX', ARGV[1])
+return fence
+"""
+# The answer of every script that changes a session: 1, or 0 if it was closed, or -1 if another generation has it.
+_FENCED = """
+local fence = redis.call('HGET', KEYS[1], 'fence')
+if not fence then return 0 end
+if fence ~= ARGV[1] then return -1 end
+"""
+_REFRESH = (
+    _FENCED
+    + """
+redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+)
+_RELEASE = _FENCED + "redis.call('DEL', KEYS[2]) return 1"
+_SET = _FENCED + "redis.call('HSET', KEYS[1], ARGV[2], ARGV[3]) return 1"
+# A write at a known offset, unlike an append, may be sent twice.
+_WRITE = (
+    _FENCED
+    + """
+redis.call('SETRANGE', KEYS[2], ARGV[2], ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[4])
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+return 1
+"""
+)
+_WRITE_PAGES = _FENCED + "redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3]) return 1"
+_CUT = (
+    _FENCED
+    + """
+redis.call('SET', KEYS[2], redis.call('GETRANGE', KEYS[2], 0, ARGV[2] - 1), 'EX', ARGV[3])
+redis.call('DEL', KEYS[3])
+return 1
+"""
+)
+_FORGET = (
+    _FENCED
+    + """
+redis.call('DEL', unpack(KEYS, 1, 4))
+redis.call('ZREM', KEYS[5], ARGV[2])
+return 1
+"""
+)
+
+
+class Scripts:
+    """The scripts that take a session and change it."""
+
+    def __init__(self, redis: Redis, ttl_s: int) -> None:
+        self.ttl_s = ttl_s
+        self.acquire = redis.register_script(_ACQUIRE)
+        self.refresh = redis.register_script(_REFRESH)
+        self.release = redis.register_script(_RELEASE)
+        self.set = redis.register_script(_SET)
+        self.write = redis.register_script(_WRITE)
+        self.write_pages = redis.register_script(_WRITE_PAGES)
+        self.cut = redis.register_script(_CUT)
+        self.forget = redis.register_script(_FORGET)
+
+
+class Hold:
+    """A session while a generation has it. Every method may raise a RedisError.
+
+    Attributes:
+        session: its id.
+        lost: why writes are refused; None while they are not.
+    """
+
+    def __init__(self, scripts: Scripts, session: str, fence: int) -> None:
+        self.session = session
+        self.lost: Lost | None = None
+        self._scripts, self._fence = scripts, fence
+
+    async def write(self, offset: int, tokens: Sequence[int]) -> bool:
+        """Writes tokens to the log at position `offset`. False if the session was lost."""
+        raw = np.asarray(tokens, dtype="<i4").tobytes()
+        return await self._run(self._scripts.write, (session_keys.tokens,), offset * 4, raw, self._scripts.ttl_s)
+
+    async def write_pages(self, ids: Sequence[bytes]) -> bool:
+        """Replaces the ids of the stored pages of the log's first tokens."""
+        return await self._run(self._scripts.write_pages, (session_keys.pages,), b"".join(ids), self._scripts.ttl_s)
+
+    async def cut(self, tokens: int) -> bool:
+        """Cuts the log after `tokens` tokens, and deletes the page ids, whose pages may have later tokens."""
+        keys = (session_keys.tokens, session_keys.pages)
+        return await self._run(self._scripts.cut, keys, tokens * 4, self._scripts.ttl_s)
+
+    async def write_turn(self, request: worker_pb2.RunRequest) -> bool:
+        """Records the request of the turn that begins. Its token_ids are the turn's prompt alone."""
+        return await self._run(self._scripts.set, (), "turn", request.SerializeToString())
+
+    async def set_worker(self, address: str) -> bool:
+        """Records which worker has the session's cache."""
+        return await self._run(self._scripts.set, (), "worker", address)
+
+    async def forget(self) -> bool:
+        """Deletes the session."""
+        keys = (session_keys.tokens, session_keys.pages, session_keys.hold, lambda _: session_keys.INDEX)
+        return await self._run(self._scripts.forget, keys, self.session)
+
+    @contextlib.asynccontextmanager
+    async def kept(self, lost: Callable[[Lost], None]) -> AsyncIterator[None]:
+        """Refreshes the hold while the context lasts, then releases it.
+
+        Args:
+            lost: called once, when the session turns out to be lost.
+        """
+        keeper = asyncio.create_task(self._keep(lost), name=f"hold {self.session}")
+        try:
+            yield
+        finally:
+            keeper.cancel()
+            with contextlib.suppress(RedisError):  # it expires by itself
+                await self._run(self._scripts.release, (session_keys.hold,))
+
+    async def _keep(self, lost: Callable[[Lost], None]) -> None:
+        while self.lost is None:
+            await asyncio.sleep(REFRESH_S)
+            try:
+                await self._run(self._scripts.refresh, (session_keys.hold,), HOLD_TTL_S, self._scripts.ttl_s)
+            except RedisError as error:
+                log.warning("could not refresh the hold on a session", session=self.session, error=str(error))
+        lost(self.lost)
+
+    async def _run(self, script: Any, keys: Sequence[Callable[[str], str]], *args: Any) -> bool:
+        """Runs a script that is fenced; notes a refusal."""
+        names = [key(self.session) for key in (session_keys.facts, *keys)]
+        answer = int(await script(keys=names, args=[self._fence, *args]))
+        if answer <= 0:
+            self.lost = "closed" if answer == 0 else "taken"
+        return answer > 0

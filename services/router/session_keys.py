@@ -1,0 +1,25 @@
+"""Names of a session's keys in Redis."""
+
+from __future__ import annotations
+
+INDEX = "qaq:sessions"
+
+
+def facts(identifier: str) -> str:
+    return f"qaq:session:{identifier}"
+
+
+def tokens(identifier: str) -> str:
+    return f"qaq:session:{identifier}:tokens"
+
+
+def pages(identifier: str) -> str:
+    return f"qaq:session:{identifier}:pages"
+
+
+def hold(identifier: str) -> str:
+    return f"qaq:session:{identifier}:run"
+
+
+def all_of(identifier: str) -> tuple[str, ...]:
+    return tuple(key(identifier) for key in (facts, tokens, pages, hold))
