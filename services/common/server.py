@@ -85,7 +85,9 @@ class GrpcServer:
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.ping_timeout_ms", 10_000),
+                # Clients ask more often, see `channel.PING_S`.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
             ],
         )
         for _, add_to_server, servicer in self._services:
