@@ -48,6 +48,7 @@ async def watched() -> AsyncIterator[tuple[Process, grpc.aio.UnaryStreamCall]]:
         await server.wait()
 
 
+@pytest.mark.slow
 async def test_a_stream_from_a_process_that_was_stopped_ends() -> None:
     async with watched() as (server, watching):
         server.send_signal(signal.SIGSTOP)
