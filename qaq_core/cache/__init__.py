@@ -1,6 +1,6 @@
 """The cache: sequences, the method that they share, and the cache that transformers sees."""
 
-from qaq_core.cache.backends import faster_kernel, make_attention, make_encoder
+from qaq_core.cache.backends import faster_kernel, make_attention
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.method import Method, Pair
 from qaq_core.cache.presets import PRESETS, make_method, register_family, register_preset
@@ -14,7 +14,6 @@ __all__ = [
     "SequenceCache",
     "faster_kernel",
     "make_attention",
-    "make_encoder",
     "make_method",
     "register_family",
     "register_preset",

@@ -13,6 +13,7 @@ from qaq_core.allocation.policies.balanced import SINKS
 from qaq_core.attention import Attention
 from qaq_core.base.pages import KEY, PAGE_TOKENS, VALUE, PageShape, dtype_name
 from qaq_core.cache import backends
+from qaq_core.kernels import make_encoder
 from qaq_core.models import ModelShape
 from qaq_core.quantization import Adaptation, Outliers, Quantizer, split_outliers
 from qaq_core.storage import Repacker
@@ -32,7 +33,7 @@ class Method:
         dtype: of the model's keys and values, and so of originals.
         sinks: first tokens that are never packed.
         pack_tokens: tokens that leave the residual window at a time; as many always stay.
-        kernel: which kernels to run, one of `backends.KERNELS`; the environment's QAQ_KERNEL if not given.
+        kernel: which kernels to run, one of `kernels.KERNELS`; the environment's QAQ_KERNEL if not given.
         outlier_ratio: share of numbers stored beside the codes; 0 for none.
         adaptation: makes a sequence's own quantizer from its first packed tokens; None if all use the model's.
     """
@@ -59,7 +60,7 @@ class Method:
     def __post_init__(self) -> None:
         codec, device, kernel = self.quantizer.codec, self.device, self.kernel
         made = {
-            "quantizer": self.quantizer.using(backends.make_encoder(kernel)),
+            "quantizer": self.quantizer.using(make_encoder(kernel)),
             "attention": backends.make_attention(codec, device, kernel),
             "allocator": backends.make_allocator(self.policy, codec, self.statistic, device, kernel),
             "repacker": backends.make_repacker(device, kernel),

@@ -1,6 +1,7 @@
 """The C++ library and its callers; README.md is a map of the sources."""
 
 from qaq_core.kernels.allocate import NativeAllocator
+from qaq_core.kernels.choice import KERNELS, kernel_name, make_encoder, native_library
 from qaq_core.kernels.encode import NativeEncoder
 from qaq_core.kernels.layers import LAYER, REDUCTIONS, SIDES, Describer, addresses
 from qaq_core.kernels.library import load_library, missing_library
@@ -9,6 +10,7 @@ from qaq_core.kernels.structures import INTERFACE, TYPES, DecodeStep
 
 __all__ = [
     "INTERFACE",
+    "KERNELS",
     "LAYER",
     "REDUCTIONS",
     "SIDES",
@@ -19,6 +21,9 @@ __all__ = [
     "NativeEncoder",
     "NativeRepacker",
     "addresses",
+    "kernel_name",
     "load_library",
+    "make_encoder",
     "missing_library",
+    "native_library",
 ]

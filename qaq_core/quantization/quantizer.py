@@ -82,10 +82,17 @@ class Quantizer:
         return spread(scale, head_dim, self.codec.split)
 
     def layout(self, side: int, head_dim: int) -> RowLayout:
-        """Which plane of which octet each byte of a row holds."""
+        """Which plane of which octet each byte of a row holds.
+
+        Raises:
+            ConfigError: the codec is for rows of another size.
+        """
         key = (side, head_dim)
         if key not in self._layouts:
-            self._layouts[key] = RowLayout(self.codec.order(side, head_dim))
+            order = self.codec.order(side, head_dim)
+            if len(order) != head_dim:
+                raise ConfigError(f"the codec is for a head_dim of {len(order)}, not {head_dim}")
+            self._layouts[key] = RowLayout(order)
         return self._layouts[key]
 
     def rows(self, side: int, originals: torch.Tensor, start: int, overwrite: bool = False) -> torch.Tensor:

@@ -14,8 +14,7 @@ from qaq_core import Quantizer
 from qaq_core.base.pages import KEY, PAGE_TOKENS, VALUE, PageShape
 from qaq_core.base.rows import RowRequest
 from qaq_core.base.widths import WIDTHS
-from qaq_core.cache import make_encoder
-from qaq_core.kernels import load_library
+from qaq_core.kernels import load_library, make_encoder
 from qaq_core.quantization import LinearTransform, ProgressiveCodec, greedy_order
 
 SHARES = (0.02, 0.05, 0.10, 0.15, 0.20, 0.20, 0.10, 0.08, 0.05, 0.03, 0.01, 0.01)

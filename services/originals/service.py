@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,17 +13,16 @@ from qaq.v1 import originals_pb2 as pb
 from qaq.v1 import originals_pb2_grpc
 
 from qaq_core import Quantizer
+from qaq_core.base.errors import ConfigError
 from qaq_core.base.rows import RowRequest
 from services.common import metrics
-from services.common.errors import FailedPrecondition, InvalidArgument
+from services.common.errors import InvalidArgument
 from services.originals import wire
+from services.originals.quantizers import Quantizers
 from services.originals.store import PageStore
 
 MAX_IDS = 65_536
 MAX_CODEC_BYTES = 256 << 20
-_MODEL_QUANTIZERS_KEPT = 8
-_SEQUENCE_QUANTIZER_BYTES = 256 << 20
-"""Memory for quantizers of single sequences, which have a base; the oldest are read from Redis again."""
 
 
 class OriginalsService(originals_pb2_grpc.OriginalsServicer):
@@ -32,10 +30,9 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
 
     def __init__(self, store: PageStore) -> None:
         self._store = store
-        self._of_models: OrderedDict[bytes, Quantizer] = OrderedDict()
-        self._of_sequences: OrderedDict[bytes, Quantizer] = OrderedDict()
         # One thread keeps the event loop free. Torch uses several cores for large batches; replicas use more.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requantize")
+        self._quantizers = Quantizers(store, self._threads)
         self._rows_requantized = self._rows_missing = self._requantize_bytes = 0
 
     def close(self) -> None:
@@ -67,7 +64,7 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
             if len(tables) > MAX_CODEC_BYTES:
                 raise InvalidArgument(f"the tables are over {MAX_CODEC_BYTES:,} bytes")
         _check_codec_id(codec_id)
-        quantizer = await self._parsed(bytes(tables))
+        quantizer = await self._quantizers.parse(bytes(tables))
         if quantizer.id != codec_id:
             raise InvalidArgument("codec_id is not the fingerprint of the tables; send the quantizer's own id")
         await self._store.put_codec(codec_id, bytes(tables), of_sequence=quantizer.base is not None)
@@ -87,7 +84,8 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
 
     async def Requantize(self, request: pb.RequantizeRequest, context: Any) -> pb.RequantizeReply:
         with metrics.requantize_seconds.time():
-            quantizer = await self._quantizer(request.codec_id)
+            _check_codec_id(request.codec_id)
+            quantizer = await self._quantizers.get(request.codec_id)
             rows = wire.row_request_of(request, quantizer.meta_bytes)
             values = await self._store.rows(rows)
             found = np.array([value is not None for value in values], dtype=bool)
@@ -110,32 +108,6 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
             requantize_bytes=self._requantize_bytes,
         )
 
-    async def _quantizer(self, codec_id: bytes) -> Quantizer:
-        _check_codec_id(codec_id)
-        for kept in (self._of_sequences, self._of_models):
-            if codec_id in kept:
-                kept.move_to_end(codec_id)
-                return kept[codec_id]
-        tables = await self._store.get_codec(codec_id)
-        if tables is None:
-            raise FailedPrecondition(f"codec {codec_id.hex()} is unknown; call PutCodec first")
-        quantizer = await self._parsed(tables)
-        if quantizer.base is None:
-            self._of_models[codec_id] = quantizer
-            while len(self._of_models) > _MODEL_QUANTIZERS_KEPT:
-                self._of_models.popitem(last=False)
-        else:
-            kept = self._of_sequences
-            kept[codec_id] = quantizer
-            while len(kept) > 1 and sum(one.own_bytes for one in kept.values()) > _SEQUENCE_QUANTIZER_BYTES:
-                kept.popitem(last=False)
-        return quantizer
-
-    async def _parsed(self, tables: bytes) -> Quantizer:
-        base_id = await self._in_thread(_base_of, tables)
-        base = None if base_id is None else await self._quantizer(base_id)
-        return await self._in_thread(_parse_quantizer, tables, base)
-
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
@@ -155,22 +127,8 @@ def _requantize(quantizer: Quantizer, rows: RowRequest, raw: bytearray) -> bytes
     originals = torch.frombuffer(raw, dtype=rows.shape.torch_dtype).view(len(rows), rows.shape.head_dim)
     try:
         return quantizer.requantize(rows, originals.float()).tobytes()
-    except (IndexError, RuntimeError) as error:
+    except (ConfigError, IndexError, RuntimeError) as error:
         raise InvalidArgument(f"the codec's tables do not fit pages of {rows.shape}: {error}") from error
-
-
-def _base_of(tables: bytes) -> bytes | None:
-    try:
-        return Quantizer.base_of(tables)
-    except Exception as error:  # parsers of untrusted bytes may raise anything
-        raise InvalidArgument(f"the tables are not a quantizer: {error}") from error
-
-
-def _parse_quantizer(tables: bytes, base: Quantizer | None) -> Quantizer:
-    try:
-        return Quantizer.from_bytes(tables, base)
-    except Exception as error:  # parsers of untrusted bytes may raise anything
-        raise InvalidArgument(f"the tables are not a quantizer: {error}") from error
 
 
 def _check_codec_id(codec_id: bytes) -> None:

@@ -16,7 +16,7 @@ from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.rope import rotate_pairs
 from qaq_core.base.widths import WIDTHS
 from qaq_core.cache import backends
-from qaq_core.kernels import load_library
+from qaq_core.kernels import KERNELS, load_library
 from qaq_core.quantization.codecs import Codec, GaussianCodec, NormalCodec, ProgressiveCodec, UniformCodec, make_codec
 from qaq_core.quantization.outliers import split_outliers
 from qaq_core.quantization.quantizer import Quantizer
@@ -67,7 +67,7 @@ def forced(kernel: str) -> Iterator[None]:
 
 def make(kernel: str, codec: Codec) -> Attention:
     """An implementation; of C++ the one for any instruction set."""
-    return _made(kernel if kernel in backends.KERNELS else "cpu", json.dumps(codec.settings()))
+    return _made(kernel if kernel in KERNELS else "cpu", json.dumps(codec.settings()))
 
 
 @cache

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qaq_core.base.errors import QuantizationError
+from qaq_core.base.errors import ConfigError, QuantizationError
 from qaq_core.quantization.codecs.gaussian import GaussianCodec, cells
 
 LOG2_SCALES = (*(-7 / 3 + i / 3 for i in range(12)), 2.0, 3.5, 6.0, 12.0)
@@ -26,6 +26,8 @@ class ProgressiveCodec(GaussianCodec):
 
     Args:
         orders: for keys and values, the octet of each unit, see `bit_planes.RowLayout`.
+    Raises:
+        ConfigError: an order does not name each octet eight times.
     """
 
     name = "progressive"
@@ -33,6 +35,7 @@ class ProgressiveCodec(GaussianCodec):
 
     def __init__(self, orders: Sequence[Sequence[int]]) -> None:
         super().__init__()
+        _check_orders(orders)
         self._orders = [torch.tensor(order, dtype=torch.uint8) for order in orders]
         self.split = max(1, len(orders[0]) // 32)
         logs = torch.tensor(LOG2_SCALES, dtype=torch.float64)
@@ -61,6 +64,15 @@ class ProgressiveCodec(GaussianCodec):
 
     def settings(self) -> dict[str, object]:
         return {"name": self.name, "orders": [order.tolist() for order in self._orders]}
+
+
+def _check_orders(orders: Sequence[Sequence[int]]) -> None:
+    if len(orders) != 2 or len(orders[0]) != len(orders[1]):
+        raise ConfigError("a progressive codec has two orders of one length, of keys and of values")
+    units = len(orders[0])
+    eight_times = sorted([*range(units // 8)] * 8)
+    if not 0 < units <= 8 * 256 or units % 16 or any(sorted(order) != eight_times for order in orders):
+        raise ConfigError("each of a progressive codec's orders names every octet of a row eight times")
 
 
 def greedy_order(costs: torch.Tensor) -> list[int]:

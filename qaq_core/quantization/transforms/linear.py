@@ -37,6 +37,8 @@ class LinearTransform:
 
     Attributes:
         rotation: of keys and values, applied last, or None.
+    Raises:
+        ConfigError: shapes, types or numbers are not these. C++ reads the tables unchecked.
     """
 
     name = "linear"
@@ -51,6 +53,7 @@ class LinearTransform:
         frequencies: torch.Tensor,
         kind: torch.Tensor,
     ) -> None:
+        _check_tables(key_matrix, value_matrix, key_mean, value_mean, frequencies, kind)
         self.key_matrix, self.value_matrix = key_matrix, value_matrix
         self.key_mean, self.value_mean = key_mean.float(), value_mean.float()
         self.frequencies, self.kind = frequencies.double(), kind.long()
@@ -169,8 +172,8 @@ class LinearTransform:
 
     def with_means(self, key_mean: torch.Tensor, value_mean: torch.Tensor) -> LinearTransform:
         """The same transform with other means; the matrices are shared."""
-        if key_mean.shape != self.key_mean.shape or value_mean.shape != self.value_mean.shape:
-            raise ConfigError(f"means must have the shape {list(self.key_mean.shape)}")
+        for name, mean in (("key_mean", key_mean), ("value_mean", value_mean)):
+            _check(name, mean, tuple(self.key_mean.shape))
         other = copy.copy(self)
         other.key_mean, other.value_mean = key_mean.float(), value_mean.float()
         return other
@@ -186,3 +189,37 @@ class LinearTransform:
 
     def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return self._key_inverse, self._output_map
+
+
+def _check_tables(
+    key_matrix: torch.Tensor,
+    value_matrix: torch.Tensor,
+    key_mean: torch.Tensor,
+    value_mean: torch.Tensor,
+    frequencies: torch.Tensor,
+    kind: torch.Tensor,
+) -> None:
+    if key_mean.dim() != 3 or not key_mean.numel() or key_mean.shape[2] % 16:
+        raise ConfigError(
+            f"key_mean is {list(key_mean.shape)} and must be [layers, kv_heads, head_dim], head_dim a multiple of 16"
+        )
+    layers, heads, dim = key_mean.shape
+    for name, tensor in (("key_mean", key_mean), ("value_mean", value_mean)):
+        _check(name, tensor, (layers, heads, dim))
+    for name, tensor in (("key_matrix", key_matrix), ("value_matrix", value_matrix)):
+        _check(name, tensor, (layers, heads, dim, dim))
+    if frequencies.dim() != 2 or not len(frequencies):
+        raise ConfigError(f"frequencies is {list(frequencies.shape)} and must be [kinds, {dim // 2}]")
+    _check("frequencies", frequencies, (len(frequencies), dim // 2))
+    if kind.shape != (layers,):
+        raise ConfigError(f"kind is {list(kind.shape)} and must be [{layers}]")
+    named = kind.long()
+    if not 0 <= int(named.min()) <= int(named.max()) < len(frequencies):
+        raise ConfigError(f"kind must name one of {len(frequencies)} rows of frequencies for each layer")
+
+
+def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or not tensor.is_floating_point():
+        raise ConfigError(f"{name} is {tensor.dtype} {list(tensor.shape)} and must be floats {list(shape)}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ConfigError(f"{name} holds NaN or infinity")

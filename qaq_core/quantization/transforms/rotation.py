@@ -43,6 +43,8 @@ class Rotation:
     after: torch.Tensor
 
     def __post_init__(self) -> None:
+        if self.before.dim() != 3:
+            raise ConfigError(f"a rotation's scales are {list(self.before.shape)}, not [layers, kv_heads, octets]")
         layers, heads, dim = self.shape
         if self.reflections.shape != (layers, heads, dim * (dim + 1) // 2 - 1) or self.after.shape != self.before.shape:
             raise ConfigError(f"a rotation of {dim} dims does not have {self.reflections.shape[-1]} numbers")
@@ -52,6 +54,8 @@ class Rotation:
             torch.float32,
         ):
             raise ConfigError("a rotation has int8 reflections and float32 scales")  # C++ does not check them
+        if not all(bool((scales > 0).all() and torch.isfinite(scales).all()) for scales in (self.before, self.after)):
+            raise ConfigError("a rotation's scales must be finite and above 0")
 
     @property
     def shape(self) -> tuple[int, int, int]:

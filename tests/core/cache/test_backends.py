@@ -11,6 +11,7 @@ import torch
 from qaq_core.attention import triton_missing
 from qaq_core.base.errors import ConfigError
 from qaq_core.cache import backends
+from qaq_core.kernels import choice
 from qaq_core.kernels import library as native
 from qaq_core.quantization.codecs import GaussianCodec
 
@@ -49,7 +50,7 @@ def test_without_the_library_the_reference_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "_load", lambda: (None, "it is not built: install a compiler"))
-    monkeypatch.setattr(backends, "load_library", lambda: None)
+    monkeypatch.setattr(choice, "load_library", lambda: None)
     with caplog.at_level(logging.INFO, "qaq_core.cache.backends"):
         for _ in range(2):
             assert backends.make_attention(CODEC, CPU).name == "reference"

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from qaq_core.base.errors import ConfigError, QuantizationError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import HALF, WIDTHS
-from qaq_core.cache import make_encoder
-from qaq_core.kernels import encode, load_library
+from qaq_core.kernels import encode, load_library, make_encoder
 from qaq_core.kernels.encode import NativeEncoder
 from qaq_core.quantization.codecs import GaussianCodec, UniformCodec
 from qaq_core.quantization.codecs.base import Cells

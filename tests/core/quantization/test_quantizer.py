@@ -99,7 +99,7 @@ def test_a_sequences_own_rests_on_its_base() -> None:
         assert torch.equal(rows, own.rows(side, originals[:, side], 4))
         assert rows.square().mean() < base.rows(side, originals[:, side], 4).square().mean()
     for wrong in (None, own, quantizers(2, 3, 64)["uniform-layer"], quantizers(1, 3, 64)["balanced"]):
-        with pytest.raises(ConfigError, match="means"):
+        with pytest.raises(ConfigError, match="mean"):
             Quantizer.from_bytes(raw, wrong)
 
 

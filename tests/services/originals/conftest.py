@@ -54,8 +54,15 @@ def make_request(pages: list[Page], rows: int, meta_bytes: int, seed: int = 0) -
         side=random.integers(0, 2, rows).astype(np.uint8),
         have=have,
         want=want,
-        meta=random.integers(100, 180, (rows, meta_bytes)).astype(np.uint8),
+        meta=_meta(random, rows, meta_bytes),
     )
+
+
+def _meta(random: np.random.Generator, rows: int, size: int) -> np.ndarray:
+    """Meta bytes as codecs make them: an offset and a scale in half precision, or codes of scales."""
+    if size == 4:
+        return random.uniform(0.25, 2.0, (rows, 2)).astype(np.float16).view(np.uint8)
+    return random.integers(100, 180, (rows, size)).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")

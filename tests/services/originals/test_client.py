@@ -23,7 +23,7 @@ from qaq_core.storage.originals import InProcessOriginals
 from services.common import metrics
 from services.common.embedded_redis import EmbeddedRedis, free_port
 from services.common.settings import OriginalsSettings
-from services.originals import batches, held, replicas, service
+from services.originals import batches, held, quantizers, replicas
 from services.originals.client import RemoteOriginals
 from services.originals.server import OriginalsServer
 from services.originals.store import HEADER_BYTES
@@ -108,7 +108,7 @@ async def test_more_quantizers_of_sequences_than_the_service_keeps(
     remote: RemoteOriginals, quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The service reads those that it dropped from Redis again; they have rotations too."""
-    monkeypatch.setattr(service, "_SEQUENCE_QUANTIZER_BYTES", 1)
+    monkeypatch.setattr(quantizers, "_OF_SEQUENCES_BYTES", 1)
     pages = make_pages(2)
     await wait(remote.put(pages))
     request = make_request(pages, 50, quantizer.meta_bytes)

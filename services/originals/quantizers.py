@@ -1,0 +1,91 @@
+"""The quantizers of a cache service: parsed once, the ones used last kept in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from concurrent.futures import Executor
+from typing import Any
+
+from qaq_core import Quantizer
+from qaq_core.kernels import make_encoder
+from services.common.errors import FailedPrecondition, InvalidArgument
+from services.originals.store import PageStore
+
+_OF_MODELS = 8
+_OF_SEQUENCES_BYTES = 256 << 20
+"""Memory for quantizers of single sequences, which have a base; the oldest are read from Redis again."""
+
+
+class Quantizers:
+    """Quantizers by id, from the store.
+
+    Args:
+        threads: parses tables.
+    """
+
+    def __init__(self, store: PageStore, threads: Executor) -> None:
+        self._store, self._threads = store, threads
+        self._of_models: OrderedDict[bytes, Quantizer] = OrderedDict()
+        self._of_sequences: OrderedDict[bytes, Quantizer] = OrderedDict()
+
+    async def get(self, codec_id: bytes) -> Quantizer:
+        """The quantizer of that id.
+
+        Raises:
+            FailedPrecondition: it is not stored, or what is stored is not it; the worker puts it (again).
+        """
+        for kept in (self._of_sequences, self._of_models):
+            if codec_id in kept:
+                kept.move_to_end(codec_id)
+                return kept[codec_id]
+        tables = await self._store.get_codec(codec_id)
+        if tables is None:
+            raise FailedPrecondition(f"codec {codec_id.hex()} is unknown; call PutCodec first")
+        try:
+            quantizer = await self.parse(tables)
+        except InvalidArgument as error:
+            raise FailedPrecondition(f"codec {codec_id.hex()} is stored damaged; call PutCodec again") from error
+        if quantizer.id != codec_id:
+            raise FailedPrecondition(f"codec {codec_id.hex()} is stored with other tables; call PutCodec again")
+        self._keep(quantizer)
+        return quantizer
+
+    async def parse(self, tables: bytes) -> Quantizer:
+        """The quantizer of those tables, with the encoders of this machine.
+
+        Raises:
+            InvalidArgument: they are not a quantizer.
+            FailedPrecondition: its base is not stored.
+        """
+        base_id = await self._in_thread(_base_of, tables)
+        base = None if base_id is None else await self.get(base_id)
+        return await self._in_thread(_parsed, tables, base)
+
+    def _keep(self, quantizer: Quantizer) -> None:
+        if quantizer.base is None:
+            self._of_models[quantizer.id] = quantizer
+            while len(self._of_models) > _OF_MODELS:
+                self._of_models.popitem(last=False)
+            return
+        kept = self._of_sequences
+        kept[quantizer.id] = quantizer
+        while len(kept) > 1 and sum(one.own_bytes for one in kept.values()) > _OF_SEQUENCES_BYTES:
+            kept.popitem(last=False)
+
+    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+
+def _base_of(tables: bytes) -> bytes | None:
+    try:
+        return Quantizer.base_of(tables)
+    except Exception as error:  # parsers of untrusted bytes may raise anything
+        raise InvalidArgument(f"the tables are not a quantizer: {error}") from error
+
+
+def _parsed(tables: bytes, base: Quantizer | None) -> Quantizer:
+    try:
+        return Quantizer.from_bytes(tables, base, make_encoder())
+    except Exception as error:  # parsers of untrusted bytes may raise anything
+        raise InvalidArgument(f"the tables are not a quantizer: {error}") from error
