@@ -126,6 +126,7 @@ class SequenceCache:
         self.drafted = 0
         self._end_steps(self.residual.end_step(tokens))
         self.importance.observed.clear()
+        self.importance.crop(max(self.length, self._statistic_room))
         self.residual.truncate(self.residual.held)
 
     def load(self, pages: Sequence[Page], shared: int, coming: int) -> None:
@@ -338,8 +339,12 @@ class SequenceCache:
         self.residual.begin_step(n, prompt=self._expected > 0)
         if self._expected:
             return
-        room = (self.packed.stop if len(self.packed) else self.length) + 2 * self.method.pack_tokens
-        self.importance.begin_step(self.length, self.length + n, room, self.method.sinks)
+        self.importance.begin_step(self.length, self.length + n, self._statistic_room, self.method.sinks)
+
+    @property
+    def _statistic_room(self) -> int:
+        """Tokens that the attention statistic has room for in decode."""
+        return (self.packed.stop if len(self.packed) else self.length) + 2 * self.method.pack_tokens
 
     def _tokens(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> LayerTokens:
         """What a query attends to: the residual window [kv_heads, n, head_dim], and the packed tokens."""
