@@ -8,7 +8,6 @@ import pytest
 from prometheus_client import REGISTRY
 from qaq.v1 import common_pb2
 
-from qaq_core.models import LoadedModel
 from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, Ids, MakeScheduler, Outcome, outcome, request
 
 BALANCED = common_pb2.CacheParams(preset="balanced")
@@ -71,18 +70,17 @@ async def test_sampled_tokens_and_logprobs_are_those_of_plain_decoding(
     assert counted()[1] > before[1]
 
 
-async def test_what_ends_a_generation_ends_it_inside_an_accepted_run(
-    smollm2: LoadedModel, make_scheduler: MakeScheduler, ids: Ids
-) -> None:
+async def test_what_ends_a_generation_ends_it_inside_an_accepted_run(make_scheduler: MakeScheduler, ids: Ids) -> None:
     tokens = ids(STORY * 4)
     async with make_scheduler(speculative_tokens=7) as scheduler:
-        whole = (await outcome(scheduler.submit(request(tokens, 40, cache=EXACT)))).tokens
-        for new in range(20, 26):
+        full = await outcome(scheduler.submit(request(tokens, 30, cache=EXACT)))
+        whole, words = full.tokens, full.text
+        for new in range(21, 25):
             result = await outcome(scheduler.submit(request(tokens, new, cache=EXACT, session_id="s", keep=True)))
             assert result.tokens == whole[:new]
             assert result.done is not None
             assert result.done.usage.cache.tokens == len(tokens) + new - 1
-            scheduler.drop("s").result(60)
+            await asyncio.wrap_future(scheduler.drop("s"))
             # By a token id, at a place where it is new.
             last = whole[new - 1]
             at = whole.index(last) + 1
@@ -91,7 +89,6 @@ async def test_what_ends_a_generation_ends_it_inside_an_accepted_run(
             assert ended.tokens == whole[:at]
             assert ended.done is not None
             assert (ended.done.reason, ended.done.stop_token_id) == (common_pb2.FINISH_REASON_STOP, last)
-        words = smollm2.tokenizer.decode(whole)
         middle = words[len(words) // 2 : len(words) // 2 + 12]
         stop = common_pb2.StopParams(max_new_tokens=60, ignore_eos=True, stop=[middle])
         ended = await outcome(scheduler.submit(request(tokens, stop=stop, cache=EXACT)))
