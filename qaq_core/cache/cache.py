@@ -77,7 +77,7 @@ class QAQCache(Cache):
         return mark(key_states, self, layer_idx), value_states
 
     @property
-    def layers(self) -> list[LayerView]:  # type: ignore[override]
+    def layers(self) -> list[LayerView]:
         """Views of the layers, which all share one pool."""
         return [LayerView(self, index) for index in range(len(self))]
 

@@ -159,13 +159,13 @@ class Staging:
         self.originals.forget([page.id for page in pages])  # the sequence holds them already
         if len(pages) < len(names):
             raise OriginalsError(
-                f"the store has lost {len(names) - len(pages)} of {len(names)} pages of originals that are needed here: "
+                f"the store has lost {len(names) - len(pages)} of {len(names)} pages of originals that are needed: "
                 "compute the sequence again from its tokens"
             )
         return {page.id: page for page in pages}
 
     def crop(self, tokens: int) -> None:
-        """Keeps the first `tokens` tokens. A complete page whose tail goes is open again, and nothing else of it is lost.
+        """Keeps the first `tokens` tokens. A complete page whose tail goes is open again.
 
         Raises:
             OriginalsError: that page cannot be read; then nothing has changed.

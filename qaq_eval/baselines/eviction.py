@@ -164,7 +164,7 @@ class EvictingCache(SequenceCache):
 
     def crop(self, length: int) -> None:
         if length < self.length:
-            raise ConfigError("a cache that evicts tokens cannot be cropped: those that the last ones drove out are lost")
+            raise ConfigError("a cache that evicts tokens cannot be cropped: what the last ones drove out is lost")
 
     # -- figures ---------------------------------------------------------------------------------------
 

@@ -65,8 +65,8 @@ def lookup(
             _run(loaded, prompt, new, speculative_tokens, preset, repeats, lambda stage: report(stage, None))
         )
     screen.print(
-        f"{result.new_tokens} tokens behind {result.prompt_tokens}: {result.plain_tokens_per_second:.1f} tokens/s one by "
-        f"one, {result.lookup_tokens_per_second:.1f} with prompt lookup, {result.ratio:.2f} times as many; "
+        f"{result.new_tokens} tokens behind {result.prompt_tokens}: {result.plain_tokens_per_second:.1f} tokens/s one "
+        f"by one, {result.lookup_tokens_per_second:.1f} with prompt lookup, {result.ratio:.2f} times as many; "
         f"{result.accepted} of {result.drafted} drafted tokens accepted; "
         f"the tokens are {'equal' if result.equal else 'NOT equal'}",
         highlight=False,

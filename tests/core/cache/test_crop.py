@@ -22,7 +22,11 @@ from tests.core.rows import normal
 from tests.core.tiny_models import calibration, teacher_forced, tiny, token_ids
 
 KIND, PAGE = "llama-gqa", 16
-SETTINGS: dict[str, dict[str, object]] = {"balanced": {"target_bits": 2.5}, "paper": {"attention_window": 3}, "fp16": {}}
+SETTINGS: dict[str, dict[str, object]] = {
+    "balanced": {"target_bits": 2.5},
+    "paper": {"attention_window": 3},
+    "fp16": {},
+}
 
 
 def made(preset: str) -> tuple[Any, Method]:

@@ -1,4 +1,4 @@
-"""A draft that is verified in one pass is decoded as its tokens would have been one by one, and no refused one stays."""
+"""A draft that is verified in one pass is what its tokens would be one by one, and no refused token stays."""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ def test_plain_decoding_goes_on_after_assisted_decoding() -> None:
     inputs = padded([repetitive(40)])
     got = generated(model, inputs, cache, 20, prompt_lookup_num_tokens=4)
     assert torch.equal(got, generated(model, inputs, other, 20))
-    inputs = padded([torch.cat([repetitive(40), got, token_ids(5)], 1)])
+    ids = torch.cat([repetitive(40), got, token_ids(5)], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with pytest.raises(ConfigError):
         generated(model, inputs, cache, 20, prompt_lookup_num_tokens=4)
     assert torch.equal(generated(model, inputs, cache, 20), generated(model, inputs, other, 20))

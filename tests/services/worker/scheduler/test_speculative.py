@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 from qaq.v1 import common_pb2
 
-from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, Ids, MakeScheduler, Outcome, outcome, request
+from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, Ids, MakeScheduler, outcome, request
 
 BALANCED = common_pb2.CacheParams(preset="balanced")
 PAPER = common_pb2.CacheParams(preset="paper")
@@ -55,18 +55,22 @@ async def test_greedy_tokens_are_those_of_plain_decoding(
         assert result.done.usage.cache.tokens == len(ids(STORY * 4)) + 59
 
 
-async def test_sampled_tokens_and_logprobs_are_those_of_plain_decoding(
-    make_scheduler: MakeScheduler, ids: Ids
-) -> None:
-    async def run(tokens: int) -> Outcome:
+async def test_sampled_tokens_and_logprobs_are_those_of_plain_decoding(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    async def run(tokens: int) -> list[common_pb2.Token]:
         sampling = common_pb2.SamplingParams(temperature=0.7, top_p=0.9, seed=3, repetition_penalty=1.05)
-        wanted = request(ids(STORY * 4), 40, sampling=sampling, cache=EXACT)
+        output = common_pb2.OutputParams(logprobs=True)
+        wanted = request(ids(STORY * 4), 40, sampling=sampling, output=output, cache=EXACT)
         async with make_scheduler(speculative_tokens=tokens) as scheduler:
-            return await outcome(scheduler.submit(wanted))
+            generation = scheduler.submit(wanted)
+            await outcome(generation, sent := [])
+            return sent
 
     before = counted()
     plain, drafting = await run(0), await run(4)
-    assert drafting.tokens == plain.tokens
+    assert [token.token_id for token in drafting] == [token.token_id for token in plain]
+    assert [token.index for token in drafting] == list(range(40))
+    logprobs = [token.info.logprob for token in plain]
+    assert [token.info.logprob for token in drafting] == pytest.approx(logprobs, abs=1e-3)
     assert counted()[1] > before[1]
 
 
