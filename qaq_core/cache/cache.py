@@ -20,6 +20,9 @@ from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.storage.originals import Originals
 
+LONGEST_DRAFT = 64
+"""Columns of a pass that may be a draft after `QAQCache.activate_past_recording`; a longer one is a prompt."""
+
 
 class QAQCache(Cache):
     """A batch of quantized sequences.
@@ -125,7 +128,7 @@ class QAQCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QAQCache:
         """A cache with the same tokens; the method and the store are shared."""
-        self._settle()
+        self.settle()
         other = copy.copy(self)
         other.sequences = [sequence.fork() for sequence in self.sequences]
         return other
@@ -157,17 +160,18 @@ class QAQCache(Cache):
         self._columns -= gone
 
     def activate_past_recording(self) -> None:
-        """After the next forward pass, one over several columns is a draft whose end `crop` may refuse.
+        """After the next forward pass, one over 2 to `LONGEST_DRAFT` columns is a draft whose end `crop` may refuse.
 
-        Assisted decoding calls it before a prompt. A draft that is not cropped counts as a whole.
+        Assisted decoding calls it before a prompt. A draft that is not cropped counts as a whole, as if it had been
+        decoded column by column. What is longer is a prompt, and can be cropped too.
         """
         self._recording = self._prompt_next = True
 
     def is_recording_past(self, layer_idx: int = 0) -> bool:
         return self._recording
 
-    def _settle(self) -> None:
-        """Accepts the drafts that were not cropped."""
+    def settle(self) -> None:
+        """Accepts the drafts after `activate_past_recording` that were not cropped."""
         for sequence in self.sequences if self._recording else []:
             if sequence.drafted:
                 sequence.accept(sequence.drafted)
@@ -184,7 +188,7 @@ class QAQCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Takes the sequences of those indices, or of a mask; see `reorder_cache`."""
-        self._settle()
+        self.settle()
         taken: set[int] = set()
         chosen = []
         for i in torch.arange(len(self.sequences))[indices].tolist():
@@ -214,9 +218,9 @@ class QAQCache(Cache):
 
     def begin_step(self, batch: int, n: int, position_ids: torch.Tensor | None) -> Step:
         """The step that attends for a forward pass over n columns, which are checked against the sequences' lengths."""
-        self._settle()
+        self.settle()
         fresh = self._new_tokens(batch, n, position_ids)
-        if self._recording and not self._prompt_next and n > 1:
+        if self._recording and not self._prompt_next and 1 < n <= LONGEST_DRAFT:
             for sequence, tokens in zip(self.sequences, fresh, strict=True):
                 sequence.expect_draft(tokens)
         self._prompt_next = False

@@ -29,7 +29,7 @@ class LayerView:
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """[batch, kv_heads, columns, head_dim] in the model's dtype, after RoPE; 0 where a sequence has padding.
+        """[batch, kv_heads, columns, head_dim] in the model's dtype, after RoPE; 0 in padding and undecided drafts.
 
         None before the first forward pass.
 
@@ -87,11 +87,13 @@ class LayerView:
         cache, shape = self._cache, self._cache.method.shape
         if not self.is_initialized:
             return None
+        cache.settle()
         dims = (len(cache.sequences), shape.kv_heads, self.get_seq_length(), shape.head_dim)
         out = torch.zeros(dims, dtype=self.dtype, device=self.device)
         for i, sequence in enumerate(cache.sequences):
             held = read(sequence, side, self._index)
-            out[i, :, dims[2] - held.shape[1] :] = held
+            stop = dims[2] - sequence.drafted
+            out[i, :, stop - held.shape[1] : stop] = held
         return out
 
 
@@ -101,7 +103,7 @@ def read(sequence: SequenceCache, side: int, layer: int) -> torch.Tensor:
     Raises:
         ConfigError: the sequence does not keep all its tokens.
     """
-    if not sequence.croppable:
+    if not getattr(sequence, "croppable", False):
         raise ConfigError("this cache evicts tokens: it has no keys and values for every position")
     window, packed = sequence.residual.tokens(layer, side).float(), sequence.packed
     if not len(packed):

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from qaq_core.attention import LayerTokens
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.cache.cache import QAQCache
+from qaq_core.cache.cache import LONGEST_DRAFT, QAQCache
 from qaq_core.cache.sequence import SequenceCache
 from qaq_eval.baselines import h2o  # noqa: F401  (registers all of them as presets)
 from tests.core.cache.test_cache import generated, padded
@@ -70,7 +70,29 @@ def test_plain_decoding_goes_on_after_assisted_decoding() -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with pytest.raises(ConfigError):
         generated(model, inputs, cache, 20, prompt_lookup_num_tokens=4)
-    assert torch.equal(generated(model, inputs, cache, 20), generated(model, inputs, other, 20))
+    got = generated(model, inputs, cache, 20)
+    assert torch.equal(got, generated(model, inputs, other, 20))
+    ids = torch.cat([ids, got, token_ids(LONGEST_DRAFT)], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(generated(model, inputs, cache, 4), generated(model, inputs, other, 4))
+
+
+@torch.no_grad()
+def test_a_draft_that_is_not_cropped_counts() -> None:
+    model = tiny(KIND)
+    cache, other, ids = cache_of(model), cache_of(model), token_ids(90)
+    cache.activate_past_recording()
+    for first, last in ((0, 40), (40, 45), (45, 60)):
+        model(ids[:, first:last], past_key_values=cache)
+        keys = cache.layers[0].keys
+        assert keys is not None
+        assert keys.shape[2] == cache.get_seq_length() == last
+        assert bool(keys[0, :, -1].any())
+    model(ids[:, 60:62], past_key_values=cache)
+    cache.settle()
+    model(ids[:, :62], past_key_values=other)
+    got, expected = (model(ids[:, 62:], past_key_values=each).logits for each in (cache, other))
+    assert float((got - expected).abs().max()) < 2e-3
 
 
 @pytest.mark.parametrize("beams", [2, 3])
