@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 
 from qaq_core.attention.reference import ReferenceAttention
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
+from qaq_core.cache.method import Method
+from qaq_core.cache.sequence import SequenceCache
 
-if TYPE_CHECKING:
-    from qaq_core.cache.cache import QAQCache
-    from qaq_core.cache.sequence import SequenceCache
+
+class Viewed(Protocol):
+    """What a view asks of its cache, see `QAQCache`."""
+
+    sequences: list[SequenceCache]
+    method: Method
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def is_croppable(self) -> bool: ...
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int: ...
+
+    def get_max_length(self, layer_idx: int | None = None) -> int: ...
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]: ...
+
+    def settle(self) -> None: ...
 
 
 class LayerView:
@@ -24,7 +43,7 @@ class LayerView:
 
     is_compileable = is_sliding = False
 
-    def __init__(self, cache: QAQCache, index: int) -> None:
+    def __init__(self, cache: Viewed, index: int) -> None:
         self._cache, self._index = cache, index
 
     @property
