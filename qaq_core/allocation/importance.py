@@ -21,8 +21,8 @@ class Importance:
     Attributes:
         state: uint8 [layers, kv_heads, tokens or more, `AttentionStatistic.bytes_per_token`].
         prompt: observes the probabilities of the prompt during prefill; None in decode.
-        observed: float32 [layers, kv_heads, tokens], what the present decode step is reduced to; None if it is
-            not observed.
+        observed: position of a query of the present pass -> float32 [layers, kv_heads, position + 1], what its
+            probabilities are reduced to. Queries that are not observed have none.
     """
 
     def __init__(self, allocator: Allocator, heads: tuple[int, int], device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Importance:
         self._heads, self._device = heads, device
         self.state = self._new(0)
         self.prompt: PromptObserver | None = None
-        self.observed: torch.Tensor | None = None
+        self.observed: dict[int, torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -54,32 +54,41 @@ class Importance:
         seen[:, :, : held.shape[2]] = torch.maximum(seen[:, :, : held.shape[2]], held)
         self.state, self.prompt = seen, None
 
-    def begin_step(self, tokens: int, room: int, observe: bool) -> None:
-        """A decode step begins, after which there are `tokens`; if they do not fit, the state grows to `room`."""
-        if observe:
-            self.observed = torch.empty(*self._heads, tokens, device=self._device)
-        if self.state.shape[2] < tokens:
-            grown = self._new(room)
+    def begin_step(self, first: int, stop: int, room: int, origin: int) -> None:
+        """A pass of decode steps begins, with the queries at positions first..stop-1.
+
+        Args:
+            room: tokens that the state grows to if `stop` do not fit.
+            origin: position of an observed query; every `AttentionStatistic.every`-th from there is observed.
+        """
+        self.observed = {
+            position: torch.empty(*self._heads, position + 1, device=self._device)
+            for position in range(first, stop)
+            if (position - origin) % self._statistic.every == 0
+        }
+        if self.state.shape[2] < stop:
+            grown = self._new(max(room, stop))
             grown[:, :, : self.state.shape[2]] = self.state
             self.state = grown
 
     def end_step(self, position: int) -> None:
         """Updates the state with the query at a position, if it was observed."""
-        if self.observed is not None:
-            self._allocator.update_statistic(self.state, self.observed, position)
-            self.observed = None
+        observed = self.observed.pop(position, None)
+        if observed is not None:
+            self._allocator.update_statistic(self.state, observed, position)
 
-    def observer(self, layer: int, held: int) -> Observer | None:
-        """The observer of a layer's probabilities in this step, or None.
+    def crop(self, tokens: int) -> None:
+        """Keeps the state of the first `tokens` tokens, and forgets the queries behind them."""
+        self.observed = {position: seen for position, seen in self.observed.items() if position < tokens}
+        if self.state.shape[2] > tokens:
+            self.state = self.state[:, :, :tokens].clone()
 
-        Args:
-            held: tokens before those of the step.
-        """
+    def observer(self, layer: int, position: int) -> Observer | None:
+        """The observer of a layer's probabilities, of the prompt's queries from a position on or of the one there."""
         if (prompt := self.prompt) is not None:
-            return lambda probabilities, first: prompt(layer, probabilities, held + first)
-        if self.observed is None:
-            return None
-        return StepObserver(self._statistic.reduction, self.observed[layer])
+            return lambda probabilities, first: prompt(layer, probabilities, position + first)
+        observed = self.observed.get(position)
+        return None if observed is None else StepObserver(self._statistic.reduction, observed[layer])
 
     def copy(self) -> Importance:
         """A copy; between decode steps only."""
@@ -88,7 +97,7 @@ class Importance:
         return other
 
     def close(self) -> None:
-        self.state, self.prompt, self.observed = self._new(0), None, None
+        self.state, self.prompt, self.observed = self._new(0), None, {}
 
     def _new(self, tokens: int) -> torch.Tensor:
         dims = (*self._heads, tokens, self._statistic.bytes_per_token)

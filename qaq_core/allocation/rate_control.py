@@ -77,6 +77,10 @@ class RateControl:
         """Whether λ must be found, or found again, before tokens join the `packed` ones."""
         return self.own is None or (self.settling and packed < SETTLED)
 
+    def restart(self) -> None:
+        """No token is packed any more: λ will be found anew."""
+        self.own, self.settling, self.recovering = None, False, False
+
     def solve(self, state: TokenState, length: int, fixed_bytes: int) -> None:
         """Finds the λ that meets the target with those tokens.
 

@@ -8,7 +8,7 @@ applied between decode steps when they have arrived.
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,11 +49,13 @@ class PendingRequest:
     Attributes:
         held: uint8 [n], the width of each row when it was requested.
         parts: row indices and the future reply of each part.
+        stop: rows from this position on were cropped, and are others now.
     """
 
     request: RowRequest
     held: np.ndarray
     parts: list[tuple[np.ndarray, Future[RowReply]]]
+    stop: int = _NEVER
 
     @property
     def done(self) -> bool:
@@ -176,10 +178,10 @@ class Requantizer:
                 self.counts.requests_failed += 1
                 self._reviews_to_skip = RETRY_AFTER_REVIEWS
                 continue
-            self._widen(pending.request.select(index), pending.held[index], reply)
+            self._widen(pending.request.select(index), pending.held[index], reply, pending.stop)
 
-    def _widen(self, request: RowRequest, held: np.ndarray, reply: RowReply) -> None:
-        """Widens the rows whose planes have arrived."""
+    def _widen(self, request: RowRequest, held: np.ndarray, reply: RowReply, stop: int) -> None:
+        """Widens the rows before position `stop` whose planes have arrived."""
         packed = self.packed
         missing = len(request) - int(reply.found.sum())
         if missing:
@@ -193,7 +195,7 @@ class Requantizer:
         index, start = packed.flat_index(layer, head, position), size.cumsum(0) - size
         keep = torch.where(want == HALF, 0, have)
         for side in (KEY, VALUE):
-            rows = torch.from_numpy(np.flatnonzero(found.side == side)).to(packed.device)
+            rows = torch.from_numpy(np.flatnonzero((found.side == side) & (found.position < stop))).to(packed.device)
             # The planes no longer fit a row that was narrowed while the request was pending.
             rows = rows[packed.widths(side).reshape(-1)[index[rows]] == width[rows]]
             if not len(rows):
@@ -201,6 +203,13 @@ class Requantizer:
             packed.change(side, index[rows], want[rows], planes, start[rows], keep[rows])
             self.counts.rows_requantized += len(rows)
             self.counts.requantize_bytes += int(size[rows].sum())
+
+    def crop(self, stop: int) -> None:
+        """The tokens from position `stop` on are packed no more. Those that are packed there later were rounded."""
+        if self._pending is not None:
+            self._pending = replace(self._pending, stop=min(self._pending.stop, stop))
+        if self.rounded_from != _NEVER:
+            self.rounded_from = min(self.rounded_from, stop)
 
     def close(self, empty: PackedTokens) -> None:
         """Releases the packed tokens (`empty` takes their place) and the pending request; the counts stay."""

@@ -5,6 +5,7 @@ A page is the keys and values of `tokens` consecutive positions, of all layers, 
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,6 @@ def page_id(model_fingerprint: str, dtype: str, tenant_salt: bytes, parent: byte
 
 
 def unique_names() -> Callable[[int], bytes]:
-    """Page ids that no other sequence has."""
-    unique = uuid.uuid4().bytes
-    return lambda index: unique + index.to_bytes(16, "little")
+    """Page ids that no other page has, be it of this sequence or of another."""
+    unique, count = uuid.uuid4().bytes, itertools.count()
+    return lambda index: unique + next(count).to_bytes(16, "little")

@@ -1,8 +1,8 @@
-"""Decode steps: one token of each of several sequences, layer by layer.
+"""Decode steps: one token of each of several sequences, or the draft of one, layer by layer.
 
 `LayerwiseStep` does it with any attention. Where the C++ library can do all of it, `NativeStep` describes the
 sequences once, and then makes one call a layer: it takes the new tokens in, attends, and transforms outputs
-back.
+back. `NativeDraft` makes one call a layer for each token of the draft, as if they were decoded one by one.
 """
 
 from __future__ import annotations
@@ -36,12 +36,24 @@ class Step(Protocol):
 
 def begin_decode(method: Method, sequences: Sequence[SequenceCache]) -> Step:
     """A decode step of sequences of that method: in C++ where it can do all of it."""
-    attention, shape = method.attention, method.shape
+    attention = native_attention(method, sequences)
+    return LayerwiseStep(method, sequences) if attention is None else NativeStep(attention, method, sequences)
+
+
+def begin_draft(method: Method, sequence: SequenceCache, tokens: int) -> Step:
+    """The step of a draft that was announced to a sequence: in C++ where it can do all of it."""
+    attention = native_attention(method, [sequence])
+    return SequentialStep([sequence], [tokens]) if attention is None else NativeDraft(attention, sequence, tokens)
+
+
+def native_attention(method: Method, sequences: Sequence[SequenceCache]) -> CpuAttention | None:
+    """The method's attention if the C++ library can do all of the sequences' decode steps."""
+    attention = method.attention
     if isinstance(attention, CpuAttention) and attention.describer.looks_up and method.dtype in TYPES:
         plain = all(not s.prefilling and all(side.outliers is None for side in s.packed.sides) for s in sequences)
-        if plain and supports_head_dim(shape.head_dim):
-            return NativeStep(attention, method, sequences)
-    return LayerwiseStep(method, sequences)
+        if plain and supports_head_dim(method.shape.head_dim):
+            return attention
+    return None
 
 
 class SequentialStep:
@@ -79,15 +91,20 @@ class NativeStep:
     """The step in C++ (kernels/csrc/decode.h)."""
 
     def __init__(self, attention: CpuAttention, method: Method, sequences: Sequence[SequenceCache]) -> None:
+        for sequence in sequences:
+            sequence.begin()
+        self._begin(attention, method, [(sequence, 0) for sequence in sequences])
+
+    def _begin(self, attention: CpuAttention, method: Method, queries: Sequence[tuple[SequenceCache, int]]) -> None:
+        """Describes the sequences of a batch of queries; each is that many tokens behind its sequence's next one."""
         self._library = attention.library
-        shape, batch = method.shape, len(sequences)
+        shape, batch = method.shape, len(queries)
         self._dims = (batch, shape.query_heads, 1, shape.head_dim)
         self._records = np.empty((shape.layers, batch), LAYER)
         self._originals = np.zeros((shape.layers, batch), np.uintp)
-        self._lengths = np.array([sequence.length + 1 for sequence in sequences])
-        for i, sequence in enumerate(sequences):
-            sequence.begin()
-            self._describe(i, attention, sequence)
+        self._lengths = np.array([sequence.length + ahead + 1 for sequence, ahead in queries])
+        for i, (sequence, ahead) in enumerate(queries):
+            self._describe(i, attention, sequence, ahead)
         self._records["kv_heads"], self._records["group"] = shape.kv_heads, shape.query_heads // shape.kv_heads
         self._records["dim"] = shape.head_dim
         self._scratch = torch.empty(batch, shape.query_heads, 4 * shape.head_dim)
@@ -97,14 +114,14 @@ class NativeStep:
         maps = [addresses(part).tolist() for part in method.quantizer.transform.maps() or ()]
         self._maps_at = list(zip(*maps, strict=True))
         numbers = 2 * shape.kv_heads * shape.head_dim * int(self._lengths.sum())
-        self._batch, self._threads = c_int32(batch), c_int32(attention.threads(numbers))
+        self._threads = c_int32(attention.threads(numbers))
 
-    def _describe(self, i: int, attention: CpuAttention, sequence: SequenceCache) -> None:
-        """Fills in the records of the i-th sequence, and where its new token is written."""
+    def _describe(self, i: int, attention: CpuAttention, sequence: SequenceCache, ahead: int) -> None:
+        """Fills in the records of the i-th query, and where its token is written."""
         mine, describer = self._records[:, i], attention.describer
         has = len(sequence.packed) > 0
         mine[:] = describer.packed(sequence.packed).layers if has else describer.nothing(len(mine))
-        exact = sequence.residual.held + 1
+        exact = sequence.residual.held + ahead + 1
         mine["sinks"] = sinks = min(sequence.method.sinks, exact)
         mine["recent"] = exact - sinks
         room, originals = sequence.residual.places()
@@ -113,27 +130,59 @@ class NativeStep:
             mine[side]["residual"], mine[side]["residual_head_stride"] = addresses(room[:, index]), room.stride(2)
         if originals is not None:
             self._originals[:, i] = addresses(originals)
-        if (observed := sequence.importance.observed) is not None:
+        if (observed := sequence.importance.observed.get(sequence.length + ahead)) is not None:
             mine["reduction"] = REDUCTIONS[sequence.method.statistic.reduction]
             mine["observed"] = addresses(observed)
 
     def attend(self, given: LayerInput) -> torch.Tensor:
         """See `Step`."""
-        layer, scaling, sliding_window = given.layer, given.scaling, given.sliding_window
         query, keys, values = given.query.contiguous(), given.keys.contiguous(), given.values.contiguous()
         out = torch.empty(self._dims)
-        if sliding_window is not None:
-            self._records["first"][layer] = np.maximum(self._lengths - sliding_window, 0)
+        self._prepare(given)
         call = self._call
         call.query, call.key, call.value = query.data_ptr(), keys.data_ptr(), values.data_ptr()
-        call.scaling, call.out = scaling, out.data_ptr()
+        call.out = out.data_ptr()
+        self._run(self._records_at[given.layer], self._dims[0])
+        return out
+
+    def _prepare(self, given: LayerInput) -> None:
+        """Tells a layer's scaling, sliding window and tables."""
+        layer, call = given.layer, self._call
+        if given.sliding_window is not None:
+            self._records["first"][layer] = np.maximum(self._lengths - given.sliding_window, 0)
+        call.scaling = given.scaling
         if self._maps_at:
             call.query_map, call.output_map = self._maps_at[layer]
         if self._originals_at is not None:
             call.originals = self._originals_at[layer]
-        if self._library.qaq_decode(byref(call), c_void_p(self._records_at[layer]), self._batch, self._threads):
+
+    def _run(self, records: int, count: int) -> None:
+        if self._library.qaq_decode(byref(self._call), c_void_p(records), c_int32(count), self._threads):
             raise MemoryError("no memory for the attention kernel's scratch")
-        return out
+
+
+class NativeDraft(NativeStep):
+    """A draft in C++: each of its tokens in a call of its own, which sees those before it."""
+
+    def __init__(self, attention: CpuAttention, sequence: SequenceCache, tokens: int) -> None:
+        sequence.begin(tokens)
+        self._residual = sequence.residual
+        self._begin(attention, sequence.method, [(sequence, ahead) for ahead in range(tokens)])
+        self._originals_at = None  # `ResidualWindow.write` stores them
+        shape = sequence.method.shape
+        self._threads = c_int32(attention.threads(2 * shape.kv_heads * shape.head_dim * int(self._lengths[-1])))
+
+    def attend(self, given: LayerInput) -> torch.Tensor:
+        """See `Step`."""
+        self._residual.write(given.layer, given.keys[0], given.values[0])
+        query, keys, values = (part[0].transpose(0, 1).contiguous() for part in given[1:4])
+        out = torch.empty(self._dims)
+        self._prepare(given)
+        call, records = self._call, self._records_at[given.layer]
+        for i, (one, key, value, mine) in enumerate(zip(query, keys, values, out, strict=True)):
+            call.query, call.key, call.value, call.out = (part.data_ptr() for part in (one, key, value, mine))
+            self._run(records + i * self._records.strides[1], 1)
+        return out.transpose(0, 2).contiguous()
 
 
 def _rows_of(table: np.ndarray) -> list[int]:

@@ -3,6 +3,9 @@
 Tokens are ordered as [sinks | packed | recent]. The residual window holds sinks and recent tokens. During prefill it
 holds the whole prompt. When prefill ends, and in decode whenever the window is full, the oldest tokens are quantized
 and packed.
+
+Packing, reviews and observed queries come at positions, every so many tokens behind the sinks, so that what happens
+does not depend on how many tokens a pass computed or on what was cropped.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class SequenceCache:
     Args:
         method: what all sequences of a model share.
         originals: store of full-precision pages; this process's memory if not given.
-        page_name: returns the id of page i; called when its tokens are complete; random ids if not given.
+        page_name: returns the id of page i, see `Staging`; random ids if not given.
         wait: a decode step waits until re-quantized rows have arrived.
 
     Attributes:
@@ -43,10 +46,14 @@ class SequenceCache:
         importance: the attention that the tokens have had.
         exact_prefix: number of first tokens whose keys and values were computed over a full-precision cache: those
             of the first prompt. They depend on the token ids alone; later ones depend on what was quantized.
+        drafted: tokens of a draft that is computed and neither accepted nor refused, see `expect_draft`. They are not
+            part of `length`.
     """
 
     batched = True
     """Decode steps of sequences of one method are computed together."""
+    croppable = True
+    """Tokens can be taken off the end: `crop` and `expect_draft`."""
 
     def __init__(
         self,
@@ -68,17 +75,59 @@ class SequenceCache:
         self.requantizer = Requantizer(self.packed, self.staging, method.allocator, wait)
         room = method.sinks + 2 * method.pack_tokens
         self.residual = ResidualWindow(dims, room, method.dtype, method.residual_dtype, method.device)
-        self._expected = 0
-        self._steps = 0
+        self.drafted = 0
+        self._expected = self._draft = 0
         self._first_prompt = True
 
     # -- a forward pass, layer by layer ----------------------------------------------------------------
 
     def expect_prompt(self, tokens: int) -> None:
         """Announces a prompt, which may arrive in chunks. It stays in the residual window until its last token."""
-        if self._expected:
-            raise ConfigError("prefill has not ended")
+        self._check_settled("begin another")
         self._begin_prompt(tokens)
+
+    def expect_draft(self, tokens: int) -> None:
+        """Announces a draft: the next pass computes `tokens` tokens as that many decode steps, and then waits.
+
+        Every query sees what it would see in decode. `accept` says how many of the tokens count. Until then nothing
+        is staged, packed or reviewed, so refused tokens leave nothing behind. The result is that of decode if the
+        draft is at most `draft_room` long. In a longer one, tokens are packed and reviewed later than in decode.
+
+        Raises:
+            ConfigError: a prompt or another draft has not ended.
+        """
+        self._check_settled("draft")
+        if tokens < 1:
+            raise ConfigError(f"a draft has at least 1 token, not {tokens}")
+        self._draft = tokens
+
+    @property
+    def drafting(self) -> bool:
+        """Whether a draft is announced, and not computed yet."""
+        return self._draft > 0
+
+    @property
+    def draft_room(self) -> int:
+        """Tokens until the cache next packs or reviews tokens, which a draft may have and still be exactly decode."""
+        method = self.method
+        room = self.packed.stop + 2 * method.pack_tokens - self.length
+        if method.policy.exceptions:
+            room = min(room, method.policy.every - (self.length - method.sinks) % method.policy.every)
+        return room
+
+    def accept(self, tokens: int) -> None:
+        """Ends a draft: its first `tokens` tokens stay, the others were never there.
+
+        Raises:
+            ConfigError: no draft was computed, or it has fewer tokens.
+        """
+        if not 0 <= tokens <= self.drafted or not self.drafted:
+            raise ConfigError(f"{tokens} tokens cannot be accepted: the draft that was computed has {self.drafted}")
+        self.drafted = 0
+        self._end_steps(self.residual.end_step(tokens))
+        self.importance.observed.clear()
+        self.importance.crop(max(self.length, self._statistic_room))
+        self.residual.truncate(self.residual.held)
 
     def load(self, pages: Sequence[Page], shared: int, coming: int) -> None:
         """Begins a prompt with stored pages; the `coming` tokens after them are computed.
@@ -119,6 +168,8 @@ class SequenceCache:
         Returns:
             float32 [query_heads, n, head_dim].
         """
+        if self._draft:
+            return self._attend_draft(given)
         tokens, observer = self.take(given.layer, given.keys, given.values)
         return self.method.attention(given.query, tokens, given.scaling, given.sliding_window, observer)
 
@@ -127,18 +178,17 @@ class SequenceCache:
         """Whether a prompt is not complete yet."""
         return self._expected > 0
 
-    def begin(self) -> None:
-        """Begins a decode step: the keys and values of one token will be written to `residual`."""
-        self._begin_step(1)
+    def begin(self, tokens: int = 1) -> None:
+        """Begins a decode step, or a draft: the keys and values of its tokens will be written to `residual`."""
+        self._begin_step(tokens)
 
     def take(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[LayerTokens, Observer | None]:
         """Stores the keys and values of the next tokens in a layer; returns what to attend to, and the observer."""
         if layer == 0:
             self._begin_step(keys.shape[1])
-        residual_keys, residual_values = self.residual.write(layer, keys, values)
-        sinks, packed = min(self.method.sinks, residual_keys.shape[1]), self.packed if len(self.packed) else None
-        tokens = LayerTokens(layer, residual_keys, residual_values, sinks, packed)
-        return tokens, self.importance.observer(layer, self.length)
+        return self._tokens(layer, *self.residual.write(layer, keys, values)), self.importance.observer(
+            layer, self.length
+        )
 
     def load_prefill(self, originals: torch.Tensor, observer: PromptObserver) -> None:
         """Takes the keys and values of a prompt that was computed elsewhere, as if its forward pass had just ended.
@@ -156,24 +206,53 @@ class SequenceCache:
 
     def commit(self) -> None:
         """Ends a forward pass: stages originals, packs tokens, looks for attention-window exceptions."""
+        if self._draft:
+            self.drafted, self._draft = self._draft, 0
+            return
         fresh = self.residual.end_step()
-        if self._first_prompt and self._expected and self.exact_prefix == self.length:
+        if not self._expected:
+            self._end_steps(fresh)
+            return
+        if self._first_prompt and self.exact_prefix == self.length:
             self.exact_prefix += fresh.shape[3]
         self.staging.append(fresh)
         self.length += fresh.shape[3]
-        if self._expected:
-            self._expected -= fresh.shape[3]
-            if self._expected == 0:
-                self._end_prompt()
+        self._expected -= fresh.shape[3]
+        if self._expected == 0:
+            self._end_prompt()
+
+    def crop(self, length: int) -> None:
+        """Removes the tokens from position `length` on, those of a draft included.
+
+        The attention that they paid to others stays in the statistic; nothing else of them does. Packed tokens that
+        become recent again come back from their originals, so that at least `pack_tokens` are recent.
+
+        Raises:
+            ConfigError: prefill has not ended, or the length is negative.
+            OriginalsError: the store failed or has lost an original that is needed. Nothing has changed then.
+        """
+        if self._expected or self._draft or length < 0:
+            reason = f"a length of {length} is negative" if length < 0 else "a forward pass has not ended"
+            raise ConfigError(f"the sequence cannot be cropped: {reason}")
+        if self.drafted:
+            self.accept(min(self.drafted, max(0, length - self.length)))
+        if length >= self.length:
             return
-        self.requantizer.apply()
-        self.importance.end_step(self.length - 1)
-        if self.residual.held - self.method.sinks >= 2 * self.method.pack_tokens:
-            self._pack(self.method.pack_tokens)
-        self._steps += 1
-        policy = self.method.policy
-        if policy.exceptions and len(self.packed) and self._steps % policy.every == 0:
-            self._review(self._steps % policy.narrow_every == 0)
+        sinks, packed, group = self.method.sinks, self.packed, self.method.pack_tokens
+        stop = min(packed.stop, sinks + max(0, (length - sinks) // group - 1) * group)
+        recent_again = self.staging.read(stop, min(length, packed.stop))
+        self.staging.crop(length)
+        self.residual.truncate(min(length, sinks) + max(0, length - packed.stop))
+        self.residual.insert(sinks, recent_again)
+        if stop < packed.stop:
+            packed.crop(stop - packed.start)
+            self.requantizer.crop(stop)
+            if not len(packed):
+                packed.quantizer = self.method.quantizer
+                self.rate.restart()
+        self.importance.crop(length)
+        self.length, self.exact_prefix = length, min(self.exact_prefix, length)
+        self._first_prompt |= length == 0
 
     def fork(self, page_name: Callable[[int], bytes] | None = None) -> SequenceCache:
         """An independent sequence with the same tokens; its counters start at 0.
@@ -183,10 +262,9 @@ class SequenceCache:
         Args:
             page_name: as for a new sequence; called for pages that are not complete yet.
         Raises:
-            ConfigError: prefill has not ended.
+            ConfigError: a prompt or a draft has not ended.
         """
-        if self._expected:
-            raise ConfigError("prefill has not ended; fork when the prompt is complete")
+        self._check_settled("fork")
         other = SequenceCache(self.method, self.staging.originals, wait=self.requantizer.wait)
         other.length, other.rate, other.importance = self.length, self.rate.fork(), self.importance.copy()
         other.exact_prefix, other._first_prompt = self.exact_prefix, False
@@ -194,7 +272,6 @@ class SequenceCache:
         other.packed, other.residual = self.packed.copy(), self.residual.copy()
         other.requantizer = Requantizer(other.packed, other.staging, self.method.allocator, self.requantizer.wait)
         other.requantizer.rounded_from = self.requantizer.rounded_from
-        other._steps = self._steps
         return other
 
     # -- measures --------------------------------------------------------------------------------------
@@ -243,16 +320,63 @@ class SequenceCache:
 
     # -- inside ----------------------------------------------------------------------------------------
 
+    def _check_settled(self, what: str) -> None:
+        if self._expected:
+            raise ConfigError(f"prefill has not ended; {what} when the prompt is complete")
+        if self._draft or self.drafted:
+            raise ConfigError(f"a draft has not ended; {what} when its tokens are accepted or refused")
+
     def _begin_step(self, n: int) -> None:
-        if not self._expected and n > 1:
+        if self.drafted or self._draft not in (0, n):
+            raise ConfigError(
+                f"{n} tokens arrived, but a draft of {self.drafted or self._draft} tokens was "
+                + ("computed: say with `accept` how many of them count" if self.drafted else "announced")
+            )
+        if not self._expected and not self._draft and n > 1:
             self._begin_prompt(n)
         if self._expected and n > self._expected:
             raise ConfigError(f"a prompt of {self._expected} more tokens was announced, but {n} arrived")
         self.residual.begin_step(n, prompt=self._expected > 0)
         if self._expected:
             return
-        room = (self.packed.stop if len(self.packed) else self.length) + 2 * self.method.pack_tokens
-        self.importance.begin_step(self.length + n, room, self._steps % self.method.statistic.every == 0)
+        self.importance.begin_step(self.length, self.length + n, self._statistic_room, self.method.sinks)
+
+    @property
+    def _statistic_room(self) -> int:
+        """Tokens that the attention statistic has room for in decode."""
+        return (self.packed.stop if len(self.packed) else self.length) + 2 * self.method.pack_tokens
+
+    def _tokens(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> LayerTokens:
+        """What a query attends to: the residual window [kv_heads, n, head_dim], and the packed tokens."""
+        sinks = min(self.method.sinks, keys.shape[1])
+        return LayerTokens(layer, keys, values, sinks, self.packed if len(self.packed) else None)
+
+    def _attend_draft(self, given: LayerInput) -> torch.Tensor:
+        """Each query over the tokens up to its own, as if they had been decoded one by one."""
+        layer, n = given.layer, given.keys.shape[1]
+        if layer == 0:
+            self._begin_step(n)
+        keys, values = self.residual.write(layer, given.keys, given.values)
+        stops = range(keys.shape[1] - n + 1, keys.shape[1] + 1)
+        tokens = [self._tokens(layer, keys[:, :stop], values[:, :stop]) for stop in stops]
+        observers = [self.importance.observer(layer, self.length + i) for i in range(n)]
+        query = given.query.transpose(0, 1).unsqueeze(2)
+        out = self.method.attention.batch(query, tokens, given.scaling, given.sliding_window, observers)
+        return out.squeeze(2).transpose(0, 1)
+
+    def _end_steps(self, fresh: torch.Tensor) -> None:
+        """Takes in decoded tokens: originals [layers, 2, kv_heads, n, head_dim], which are in the window."""
+        method, policy = self.method, self.method.policy
+        self.staging.append(fresh)
+        for position in range(self.length, self.length + fresh.shape[3]):
+            self.length = position + 1
+            self.requantizer.apply()
+            self.importance.end_step(position)
+            if self.length - self.packed.stop >= 2 * method.pack_tokens:
+                self._pack(method.pack_tokens)
+            behind = self.length - method.sinks
+            if policy.exceptions and len(self.packed) and behind % policy.every == 0:
+                self._review(behind % policy.narrow_every == 0)
 
     def _begin_prompt(self, tokens: int) -> None:
         self._expected = tokens
@@ -282,7 +406,7 @@ class SequenceCache:
         if solve or self.rate.unsolved(len(packed)):
             everything = new.preceded(packed.start, packed.metas) if len(packed) else new
             self.rate.solve(everything, self.length, self._fixed_bytes(tokens, (*metas, *outliers)))
-            self.rate.settling = self._steps > 0 and not solve
+            self.rate.settling = not solve
         packed.append(self.rate.widths(new), rows, metas, outliers)
         self.residual.drop(sinks, sinks + tokens)
 

@@ -256,6 +256,20 @@ class PackedTokens:
         self.version += 1
         return sum(int(mine.count_nonzero()) for mine in falling)
 
+    def crop(self, tokens: int) -> None:
+        """Drops all but the first `tokens` tokens; their memory is freed."""
+        if tokens >= len(self):
+            return
+        for index, side in enumerate(self.sides):
+            del side.pools[-(-tokens // BLOCK_TOKENS) :]
+            if tokens % BLOCK_TOKENS:
+                first, last = self.block_range(len(side.pools) - 1)
+                side.pools[-1].crop(self.tags[:, :, first:last], tokens - first, index)
+            side.meta = side.meta[:, :, :tokens].clone()
+            side.outliers = side.outliers and side.outliers.narrow(0, tokens)
+        self.tags = self.tags[:, :, :tokens].clone()
+        self.version += 1
+
     def _from_halves(self, pool: Pool, tags: torch.Tensor, side: int, moves: Moves) -> Moves:
         """The same moves, with all bytes of the rows that become codes from half precision, which has no bit planes."""
         halves = torch.nonzero((moves.have == HALF) & (moves.keep > 0)).squeeze(1)

@@ -60,6 +60,15 @@ class Pool:
         self.rows = self._repacker.narrow(self.rows, self._half_bit, before, after, side)
         self._find_rows(after, side)
 
+    def crop(self, before: torch.Tensor, tokens: int, side: int) -> None:
+        """Drops the rows of all but the first `tokens` tokens of the block, whose tags were `before`."""
+        which = width_index(before, side)
+        stays = torch.zeros_like(which, dtype=torch.bool)
+        stays[:, :, :tokens] = True
+        kept = {width: rows[stays[which == WIDTHS.index(width)]] for width, rows in self.rows.items()}
+        self.rows = {width: rows for width, rows in kept.items() if len(rows)}
+        self._find_rows(before[:, :, :tokens], side)
+
     def _find_rows(self, tags: torch.Tensor, side: int) -> None:
         """Finds the first row of each layer and head."""
         counts = self._repacker.count(tags, side)

@@ -87,6 +87,10 @@ class ResidualWindow:
                 self._step[layer, side] = new
         return self._buffer[layer, KEY, :, :stop], self._buffer[layer, VALUE, :, :stop]
 
+    def tokens(self, layer: int, side: int) -> torch.Tensor:
+        """The keys or values of a layer [kv_heads, held, head_dim]."""
+        return self._buffer[layer, side, :, : self.held]
+
     def places(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Where the step's keys and values go, for a kernel that writes them itself.
 
@@ -96,12 +100,17 @@ class ResidualWindow:
         """
         return self._buffer, self._step
 
-    def end_step(self) -> torch.Tensor:
-        """The step's originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
-        fresh = self._step
-        if fresh is None:
-            fresh = self._buffer[:, :, :, self.held : self.held + self._incoming]
-        self.held += self._incoming
+    def end_step(self, keep: int | None = None) -> torch.Tensor:
+        """The originals [layers, 2, kv_heads, n, head_dim] of the step's first `keep` tokens, in the model's dtype.
+
+        Later tokens of the step are dropped. All are kept if `keep` is not given.
+        """
+        keep = self._incoming if keep is None else keep
+        if self._step is not None:
+            fresh = self._step[:, :, :, :keep]
+        else:
+            fresh = self._buffer[:, :, :, self.held : self.held + keep]
+        self.held += keep
         self._step, self._incoming = None, 0
         return fresh
 
@@ -119,6 +128,21 @@ class ResidualWindow:
         tail = self._buffer[:, :, :, last : self.held].clone()
         self.held -= last - first
         self._buffer[:, :, :, first : self.held] = tail
+
+    def truncate(self, tokens: int) -> None:
+        """Keeps the first `tokens` tokens in buffer order; gives back what a long step took beyond the capacity."""
+        self.held = min(self.held, tokens)
+        if self._buffer.shape[3] > max(self.capacity, self.held):
+            self._move(max(self.capacity, self.held), self.residual_dtype)
+
+    def insert(self, at: int, originals: torch.Tensor) -> None:
+        """Puts tokens [layers, 2, kv_heads, n, head_dim] before the one at `at`; later ones move back."""
+        n = originals.shape[3]
+        tail = self._buffer[:, :, :, at : self.held].clone()
+        self._move(max(self.capacity, self.held + n), self.residual_dtype)
+        self._buffer[:, :, :, at : at + n] = originals
+        self._buffer[:, :, :, at + n : self.held + n] = tail
+        self.held += n
 
     def copy(self) -> ResidualWindow:
         """A copy; between steps only."""

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 import numpy as np
 import torch
 
+from qaq_core.base.errors import OriginalsError
 from qaq_core.base.pages import Page, PageShape
 from qaq_core.base.rows import RowReply, RowRequest
 from qaq_core.quantization.quantizer import Quantizer
@@ -28,7 +29,8 @@ class Staging:
     """The pages of one sequence: the growing one, those sent but not acknowledged, and the names of those stored.
 
     Args:
-        page_name: gives the id of page i; called once its tokens are complete.
+        page_name: gives the id of page i; called once its tokens are complete, and again when a page that was cropped
+            is complete anew. Other content must get another id.
 
     Attributes:
         names: ids of the complete pages, in order.
@@ -124,6 +126,71 @@ class Staging:
             index = np.flatnonzero(~local)
             parts.append((index, self.originals.requantize(request.select(index), quantizer)))
         return parts
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Originals of positions first..last-1: [layers, 2, kv_heads, n, head_dim]. Waits for the store.
+
+        Raises:
+            OriginalsError: the store failed, or has lost a page.
+        """
+        size = self.shape.tokens
+        if first >= last:
+            layers, sides, heads, _, dim = self.shape.dims
+            return torch.empty(layers, sides, heads, 0, dim, dtype=self.shape.torch_dtype)
+        self.collect()
+        numbers = range(first // size, -(-last // size))
+        stored = [self.names[i] for i in numbers if i < len(self.names) and self.names[i] not in self._staged]
+        fetched = self._fetch(stored)
+        data = []
+        for i in numbers:
+            if i == len(self.names):
+                assert self._growing is not None
+                data.append(self._growing)
+            else:
+                page = fetched.get(self.names[i]) or self._staged[self.names[i]]
+                data.append(page.data)
+        begin = numbers.start * size
+        return torch.cat(data, 3)[:, :, :, first - begin : last - begin]
+
+    def _fetch(self, names: Sequence[bytes]) -> dict[bytes, Page]:
+        if not names:
+            return {}
+        pages = [page for page in self.originals.fetch(names, self.shape).result() if page is not None]
+        self.originals.forget([page.id for page in pages])  # the sequence holds them already
+        if len(pages) < len(names):
+            raise OriginalsError(
+                f"the store has lost {len(names) - len(pages)} of {len(names)} pages of originals that are needed: "
+                "compute the sequence again from its tokens"
+            )
+        return {page.id: page for page in pages}
+
+    def crop(self, tokens: int) -> None:
+        """Keeps the first `tokens` tokens. A complete page whose tail goes is open again.
+
+        Raises:
+            OriginalsError: that page cannot be read; then nothing has changed.
+        """
+        complete, rest = divmod(tokens, self.shape.tokens)
+        if complete < len(self.names):
+            head = self.read(tokens - rest, tokens)
+            self._growing = None
+            if rest:
+                self._growing = torch.empty(self.shape.dims, dtype=self.shape.torch_dtype)
+                self._growing[:, :, :, :rest] = head
+            self._drop_pages(complete)
+        elif not rest:
+            self._growing = None
+        self.tokens = tokens
+
+    def _drop_pages(self, kept: int) -> None:
+        """Releases the complete pages behind the first `kept`. Those under way still reach the store."""
+        gone = self.names[kept:]
+        del self.names[kept:]
+        self.originals.forget(gone)
+        for name in gone:
+            self._staged.pop(name, None)
+            self._under_way.pop(name, None)
+        self.stored = min(self.stored, kept)
 
     def fork(self, page_name: Callable[[int], bytes]) -> Staging:
         """Staging of a sequence that begins with the same tokens and shares the complete pages."""

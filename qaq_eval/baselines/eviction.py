@@ -69,7 +69,7 @@ class EvictingCache(SequenceCache):
         share, recent: see `preset`.
     """
 
-    batched = False
+    batched = croppable = False
 
     def __init__(
         self,
@@ -158,6 +158,13 @@ class EvictingCache(SequenceCache):
             self._score.update(self._state[:, :, : self._kept], self._probabilities, self.length - 1)
             self._probabilities = None
         self._evict(self.budget(self.length))
+
+    def expect_draft(self, tokens: int) -> None:
+        raise ConfigError("a cache that evicts tokens cannot refuse some again: those they drove out are lost")
+
+    def crop(self, length: int) -> None:
+        if length < self.length:
+            raise ConfigError("a cache that evicts tokens cannot be cropped: what the last ones drove out is lost")
 
     # -- figures ---------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from qaq_eval.cli.bench_elastic import elastic
+from qaq_eval.cli.bench_lookup import lookup
 from qaq_eval.cli.bench_prefix import prefix
 from qaq_eval.cli.bench_serve import serve
 from qaq_eval.cli.bench_weights import weights as bench_weights
@@ -40,6 +41,7 @@ def register(app: typer.Typer) -> None:
     bench.command()(serve)
     bench.command()(elastic)
     bench.command()(prefix)
+    bench.command()(lookup)
     app.add_typer(bench, name="bench")
 
 

@@ -39,6 +39,10 @@ prompt_tokens = Counter(
 )
 prefix_failures = Counter("qaq_prefix_failures_total", "Stored prefixes that could not be loaded completely")
 
+# Worker: prompt lookup.
+drafted_tokens = Counter("qaq_drafted_tokens_total", "Tokens that prompt lookup drafted")
+accepted_tokens = Counter("qaq_accepted_tokens_total", "Drafted tokens that were the tokens sampled")
+
 # Requests.
 time_to_first_token_seconds = Histogram(
     "qaq_time_to_first_token_seconds",

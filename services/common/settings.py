@@ -77,6 +77,8 @@ class WorkerSettings(CommonSettings):
         page_tokens: tokens in a page of originals.
         prefill_chunk: prompt tokens computed in one step.
         decode_threads: threads of a decode step on a CPU; None leaves one of torch's threads to other processes.
+        speculative_tokens: tokens that prompt lookup drafts for a sequence that decodes alone, to be verified in one
+            pass; 0 decodes one by one. What the cache packs or reviews ends a pass, so `balanced` verifies 3 at most.
         max_sequences: sequences that decode in one step.
         max_waiting: generations in the queue.
         max_idle_sessions: idle sessions whose caches are kept for their next turn.
@@ -105,6 +107,7 @@ class WorkerSettings(CommonSettings):
     page_tokens: int = Field(default=32, ge=1, le=1024)
     prefill_chunk: int = Field(default=512, ge=1)
     decode_threads: int | None = Field(default=None, ge=1)
+    speculative_tokens: int = Field(default=0, ge=0)
     max_sequences: int = Field(default=8, ge=1)
     max_waiting: int = Field(default=64, ge=0)
     max_idle_sessions: int = Field(default=32, ge=0)

@@ -12,6 +12,7 @@ from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import CacheStatistics
 from services.worker.logprobs import Logprobs
+from services.worker.lookup import PromptLookup
 from services.worker.sampling import Sampler
 from services.worker.session import Session
 from services.worker.text import TextStream
@@ -62,6 +63,7 @@ class Generation:
         arrived: seconds of the monotonic clock.
         loaded: tokens of the prompt that came from the store.
         was_preempted: its prompt has been computed and reported once.
+        lookup: drafts its next tokens.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Generation:
         self.slots = len(decoders)
         self.reason: common_pb2.FinishReason = UNFINISHED
         self.loaded, self.was_preempted = 0, False
+        self.lookup = PromptLookup()
         self.call = call or Call()
         self._decoders, self._eos, self._context = decoders, eos, context
         self.sampler, self._text = decoders[0].sampler, decoders[0].text

@@ -183,6 +183,12 @@ class Session:
         self._prefill_left = max(0, self._prefill_left - len(chunk))
         return chunk
 
+    def next_draft(self, draft: Sequence[int]) -> list[int]:
+        """The next token to compute and a draft of those behind it, which is announced to the cache."""
+        chunk = [*self.next_chunk(1), *draft]
+        self.sequence.expect_draft(len(chunk))
+        return chunk
+
     def fork(self) -> Session:
         """A session with the same log and a copy of the cache. The session must not be in prefill."""
         other = copy.copy(self)

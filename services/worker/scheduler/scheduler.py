@@ -55,7 +55,9 @@ class Scheduler:
         self._validator = RequestValidator(loaded, settings)
         self.sessions = Sessions(loaded, originals, settings)
         self._queue, self._replies = RequestQueue(originals, settings), Replies(loop)
-        self.batch = RunningBatch(loaded, self.sessions, self._replies, settings.decode_threads)
+        self.batch = RunningBatch(
+            loaded, self.sessions, self._replies, settings.decode_threads, settings.speculative_tokens
+        )
         self._preemption = Preemption(self.batch, self.sessions)
         self._state = WorkerState()
         self._stopped = False

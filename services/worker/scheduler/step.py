@@ -29,14 +29,23 @@ class RunningBatch:
 
     Args:
         decode_threads: threads of a decode step; all but one if not given.
+        speculative_tokens: most tokens that are drafted for a sequence which decodes alone.
 
     Attributes:
         running: generations in prefill, in order of arrival, and in decode.
         preempted: generations that decoded and have no cache now, in order of arrival.
     """
 
-    def __init__(self, loaded: LoadedModel, sessions: Sessions, replies: Replies, decode_threads: int | None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        sessions: Sessions,
+        replies: Replies,
+        decode_threads: int | None,
+        speculative_tokens: int = 0,
+    ) -> None:
         self._loaded, self._sessions, self._replies = loaded, sessions, replies
+        self._speculative_tokens = speculative_tokens
         self._device = next(loaded.model.parameters()).device
         self._threads = torch.get_num_threads()
         # A step is many small operations, and each waits for its slowest thread: leave a core to other processes.
@@ -149,11 +158,17 @@ class RunningBatch:
             return len(chunk)
         self.running += others
         for choice in (generation, *others):
-            self._advance(choice, logits[-1])
+            self._advance(choice, logits[-1:])
         return len(chunk)
 
     def decode(self, generations: Sequence[Generation]) -> None:
-        """Decodes one token of each. If the pass fails, retries each alone so that only the faulty one ends."""
+        """Decodes one token of each, or several of one that is alone.
+
+        If the pass fails, retries each alone so that only the faulty one ends.
+        """
+        if len(generations) == 1 and (draft := self._draft(generations[0])):
+            self._verify(generations[0], draft)
+            return
         sessions = [session_of(g) for g in generations]
         torch.set_num_threads(self._decode_threads)
         try:
@@ -170,7 +185,28 @@ class RunningBatch:
                     session.reset()  # its step was done, but its logits are lost
             return
         for generation, row in zip(generations, logits, strict=True):
-            self._advance(generation, row[-1])
+            self._advance(generation, row)
+
+    def _draft(self, generation: Generation) -> list[int]:
+        """What prompt lookup expects next, as far as one pass can verify it."""
+        sequence = session_of(generation).sequence
+        if not self._speculative_tokens or not sequence.croppable:
+            return []
+        limit = min(self._speculative_tokens, sequence.draft_room - 1, generation.tokens_left - 1)
+        return generation.lookup.draft(session_of(generation).tokens, limit)
+
+    def _verify(self, generation: Generation, draft: Sequence[int]) -> None:
+        """Decodes as many tokens as the draft has right, and one more, in one pass."""
+        session = session_of(generation)
+        torch.set_num_threads(self._decode_threads)
+        try:
+            chunk = session.next_draft(draft)
+            logits = self._forward([session], [chunk], len(chunk))[0]
+        except Exception as error:
+            self.fail(generation, error)
+            return
+        metrics.drafted_tokens.inc(len(draft))
+        self._advance(generation, logits, draft)
 
     def _forward(self, sessions: Sequence[Session], chunks: Sequence[list[int]], keep: int = 1) -> torch.Tensor:
         """Computes a chunk of each session. All chunks have the same length.
@@ -192,20 +228,39 @@ class RunningBatch:
         logits: torch.Tensor = output.logits
         return logits
 
-    def _advance(self, generation: Generation, logits: torch.Tensor) -> None:
-        """Samples the next token. Finishes the generation if it was the last."""
+    def _advance(self, generation: Generation, logits: torch.Tensor, draft: Sequence[int] = ()) -> None:
+        """Samples the next token, or several if the draft has them right. Finishes the generation if one is the last.
+
+        Args:
+            logits: float [1 + drafted, vocabulary], after the log's last token and after each of the draft.
+        """
         session = session_of(generation)
-        self._report_pages(generation)
         try:
             if generation.reason == UNFINISHED:  # a resumed generation may have ended on the worker before
-                token = generation.sampler.sample(logits, session.tokens)
-                session.tokens.append(token)
-                self._replies.put(generation, generation.accept(token, logits))
+                sampled = self._sample(generation, logits, draft)
+                if draft:
+                    session.sequence.accept(sampled)
+            self._report_pages(generation)
             if generation.reason != UNFINISHED:
                 self._replies.put(generation, generation.done(session.sequence.stats()))
                 self.finish(generation)
         except Exception as error:
             self.fail(generation, error)
+
+    def _sample(self, generation: Generation, logits: torch.Tensor, draft: Sequence[int]) -> int:
+        """Samples tokens until one is not the drafted one, or is the last. Returns how many.
+
+        The sampler's random numbers depend on the position alone, so these are the tokens of decode.
+        """
+        tokens = session_of(generation).tokens
+        for sampled, row in enumerate(logits, 1):
+            token = generation.sampler.sample(row, tokens)
+            tokens.append(token)
+            self._replies.put(generation, generation.accept(token, row))
+            if generation.reason != UNFINISHED or draft[sampled - 1 : sampled] != [token]:
+                break
+            metrics.accepted_tokens.inc()
+        return sampled
 
     def _report_pages(self, generation: Generation) -> None:
         """Sends the ids of pages that the store has acknowledged since the last report."""

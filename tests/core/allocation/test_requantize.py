@@ -299,7 +299,6 @@ def test_tokens_packed_while_an_answer_is_under_way_do_not_move_its_rows() -> No
     before = subject.widths(VALUE)
     subject.review(attention=1.0)
     packed = len(sequence.packed)
-    sequence._steps = 1  # no look at the tokens in between
     policy = sequence.method.policy
     every, type(policy).every = type(policy).every, 10**6
     try:

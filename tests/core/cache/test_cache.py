@@ -177,16 +177,6 @@ def test_another_batch_size_is_refused() -> None:
         model(token_ids(2).view(2, 1), past_key_values=cache)
 
 
-def test_beams_and_cropping_are_refused() -> None:
-    model = tiny("llama-gqa")
-    cache = QAQCache.for_model(model, preset="fp16")
-    with pytest.raises(ConfigError, match="cropped"):
-        cache.crop(3)
-    inputs = {"input_ids": token_ids(5), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
-    with pytest.raises(ConfigError, match="beam search"):
-        generated(model, inputs, cache, num_beams=2)
-
-
 def test_a_reset_cache_is_empty_and_usable() -> None:
     model = tiny("llama-gqa")
     cache = QAQCache.for_model(model, preset="fp16")

@@ -77,6 +77,10 @@ class Subject:
         assert self.packed.narrow((most[KEY], most[VALUE])) == int((most < self.widths).sum())
         self.widths = torch.minimum(self.widths, most)
 
+    def crop(self, tokens: int) -> None:
+        self.packed.crop(tokens)
+        self.originals, self.widths = self.originals[:, :, :, :tokens], self.widths[..., :tokens].clone()
+
     def agrees(self) -> None:
         """Every row is bit for bit what the quantizer makes of its original at the width it should have."""
         packed = self.packed
@@ -112,14 +116,16 @@ def test_rows_are_the_originals_quantized_through_appends_and_moves(
         patch.setattr(packed_module, "BLOCK_TOKENS", 8)  # several blocks with few tokens
         subject = Subject(name, dim, seed)
         subject.append(data.draw(st.integers(1, 20)))
-        for _ in range(data.draw(st.integers(1, 3))):
-            match data.draw(st.sampled_from(("append", "change", "narrow"))):
+        for _ in range(data.draw(st.integers(1, 4))):
+            match data.draw(st.sampled_from(("append", "change", "narrow", "crop"))):
                 case "append":
                     subject.append(data.draw(st.integers(1, 10)))
                 case "change":
                     subject.change(data.draw(st.sampled_from((KEY, VALUE))), data.draw(st.integers(1, 30)))
                 case "narrow":
                     subject.narrow()
+                case "crop":
+                    subject.crop(data.draw(st.integers(0, len(subject.packed))))
         subject.agrees()
         assert subject.packed.nbytes == subject.counts()
 
@@ -229,3 +235,18 @@ def test_the_address_of_a_row_stays_when_tokens_are_appended() -> None:
     narrow = [part.to(dtype) for part, dtype in zip(address, (torch.int16, torch.int16, torch.int32), strict=True)]
     moved = np.ravel_multi_index((layer, head, token), (LAYERS, HEADS, 12))
     assert subject.packed.flat_index(*narrow).tolist() == moved.tolist()
+
+
+def test_outliers_of_cropped_tokens_go() -> None:
+    subject = Subject("uniform-layer", 64, 0)
+    original = normal(0, 2, LAYERS, HEADS, 6, 64)
+    rows = [subject.quantizer.rows(side, original[side], START) for side in (KEY, VALUE)]
+    split = [split_outliers(row, 0.1, "layer") for row in rows]
+    metas = [subject.quantizer.codec.meta(row, mask) for row, (_, mask) in zip(rows, split, strict=True)]
+    widths = torch.full((LAYERS, HEADS, 6), 2, dtype=torch.uint8)
+    subject.packed.append((widths, widths), (rows[0], rows[1]), (metas[0], metas[1]), (split[0][0], split[1][0]))
+    subject.packed.crop(2)
+    held = subject.packed.sides[VALUE].outliers
+    assert held is not None
+    assert torch.equal(held.value, split[VALUE][0].value[:, :, :2])
+    assert held.nbytes == split[VALUE][0].nbytes // 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qaq_core.base.errors import OriginalsError
-from qaq_core.base.pages import Page, PageShape
+from qaq_core.base.pages import Page, PageShape, unique_names
 from qaq_core.storage.originals import InProcessOriginals
 from qaq_core.storage.staging import Staging
 from tests.core.rows import normal
@@ -42,6 +42,11 @@ class SlowOriginals(InProcessOriginals):
 
 def staging(originals: InProcessOriginals) -> Staging:
     return Staging(SHAPE, originals, lambda index: bytes([index]) * 32)
+
+
+def named(originals: InProcessOriginals) -> Staging:
+    """With ids that no two pages share."""
+    return Staging(SHAPE, originals, unique_names())
 
 
 def tokens(n: int, seed: int = 0) -> torch.Tensor:
@@ -114,3 +119,40 @@ def test_a_page_that_another_sequence_holds_is_not_forgotten() -> None:
     assert store.match(second.names).result(0) == 1
     second.close()
     assert store.nbytes == 0
+
+
+@pytest.mark.parametrize("store", [InProcessOriginals(), SlowOriginals()], ids=["stored", "under way"])
+@pytest.mark.parametrize("kept", range(0, 29, 3))
+def test_what_is_read_and_what_is_kept_are_the_originals(store: InProcessOriginals, kept: int) -> None:
+    subject, whole, other = named(store), tokens(28), tokens(20, seed=1)
+    subject.append(whole)
+    before = list(subject.names)
+    for first in range(0, 28, 5):
+        assert torch.equal(subject.read(first, 28), whole[:, :, :, first:])
+    subject.crop(kept)
+    assert subject.tokens == kept
+    assert subject.names == before[: kept // 8]
+    subject.append(other)
+    expected = torch.cat([whole[:, :, :, :kept], other], 3)
+    assert torch.equal(subject.read(0, kept + 20), expected)
+    assert subject.names[: kept // 8] == before[: kept // 8]
+    assert not set(subject.names[kept // 8 :]) & set(before), "a page of other content needs another id"
+    subject.close()
+    if isinstance(store, SlowOriginals):
+        store.acknowledge()
+        store.forget(before + subject.names)
+    assert store.nbytes == 0
+
+
+def test_a_crop_that_lacks_an_original_changes_nothing() -> None:
+    store = InProcessOriginals()
+    subject, whole = named(store), tokens(20)
+    subject.append(whole)
+    names = list(subject.names)
+    store.forget(names[1:])
+    with pytest.raises(OriginalsError, match="lost 1 of 1 pages"):
+        subject.crop(11)
+    assert (subject.names, subject.tokens) == (names, 20)
+    subject.crop(8)  # needs no original
+    assert (subject.names, subject.nbytes) == (names[:1], 0)
+    assert torch.equal(subject.read(0, 8), whole[:, :, :, :8])

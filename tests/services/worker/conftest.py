@@ -33,8 +33,12 @@ class Outcome:
     pages: list[bytes] = field(default_factory=list)
 
 
-async def outcome(generation: Generation) -> Outcome:
-    """Reads a generation to its end. Raises the error it ends with."""
+async def outcome(generation: Generation, sent: list[common_pb2.Token] | None = None) -> Outcome:
+    """Reads a generation to its end. Raises the error it ends with.
+
+    Args:
+        sent: list to which every token's message is appended.
+    """
     result = Outcome()
     while result.done is None:
         reply = await generation.replies.get()
@@ -46,6 +50,8 @@ async def outcome(generation: Generation) -> Outcome:
             case "token":
                 result.tokens.append(reply.token.token_id)
                 result.text += reply.token.text
+                if sent is not None:
+                    sent.append(reply.token)
             case "pages":
                 result.pages[reply.pages.first :] = reply.pages.ids
             case "finished":
