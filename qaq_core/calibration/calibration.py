@@ -124,7 +124,7 @@ def calibrate(
     """
     named = fingerprint or left_fingerprint(model)
     calibration = known(named) if named else None
-    if calibration is None:
+    if named is None or calibration is None:
         weights = weights_fingerprint(model, shape)
         calibration = known(weights)
         if named is None:
