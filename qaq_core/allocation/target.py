@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qaq_core.base.errors import ConfigError
+from qaq_core.base.checks import number
 
 LEAST_BITS = 0.5
 """Code bits an element that a compression never goes below."""
@@ -25,12 +25,12 @@ class Target:
     error: float | None = None
 
     def __post_init__(self) -> None:
-        if self.bits is not None and not 0 < self.bits <= 16:
-            raise ConfigError(f"target_bits must be over 0 and at most 16, not {self.bits}")
-        if self.compression is not None and not 1 <= self.compression <= 32:
-            raise ConfigError(f"target_compression must be from 1 to 32, not {self.compression}")
-        if self.error is not None and not 0 < self.error <= 10:
-            raise ConfigError(f"target_error must be over 0 and at most 10 nats, not {self.error}")
+        if self.bits is not None:
+            number("target_bits", self.bits, 0, 16, above=True)
+        if self.compression is not None:
+            number("target_compression", self.compression, 1, 32)
+        if self.error is not None:
+            number("target_error", self.error, 0, 10, above=True, unit=" nats")
 
     @property
     def given(self) -> bool:

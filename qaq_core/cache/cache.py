@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +9,17 @@ import torch
 from transformers import Cache
 
 from qaq_core.attention.base import LayerInput
-from qaq_core.attention.interface import attended, mark
+from qaq_core.attention.interface import attended, check_attended, hand_out
+from qaq_core.attention.masks import MaskCheck, MaskColumns
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 from qaq_core.base.statistics import CacheStatistics
+from qaq_core.cache.columns import NEW_PROMPT, History, check_positions, fresh_by_positions, fresh_tokens, tokens_of
 from qaq_core.cache.decode_step import SequentialStep, Step, begin_decode, begin_draft
 from qaq_core.cache.layers import LayerView
 from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
+from qaq_core.models.shape import layers_of
 from qaq_core.storage.originals import Originals
 
 LONGEST_DRAFT = 64
@@ -46,8 +48,14 @@ class QAQCache(Cache):
         self.method = method or sequences[0].method
         self._originals = originals
         self._columns = max((sequence.length for sequence in sequences), default=0)
+        self._view = bool(sequences)
+        self._uneven = any(sequence.length != self._columns for sequence in sequences)
+        self._tokens: torch.Tensor | None = None
+        self._announced: tuple[torch.Tensor | None] | None = None
         self._step: Step | None = None
         self._recording = self._prompt_next = False
+        self._check_mask: MaskCheck | None = None
+        self._layer = 0
 
     @classmethod
     def for_model(
@@ -57,7 +65,18 @@ class QAQCache(Cache):
         originals: Originals | None = None,
         **settings: Any,
     ) -> QAQCache:
-        """An empty cache for a transformers causal LM; see `make_method` for the settings."""
+        """An empty cache for a transformers causal LM; see `make_method` for the settings.
+
+        A model that was never calibrated is calibrated now, which takes minutes, unless the preset needs none.
+
+        Args:
+            originals: where full-precision originals go; this process's memory if not given.
+        Raises:
+            UnsupportedModelError: the model cannot be served, and why.
+            ConfigError: it is no model, or a setting is unknown or out of range.
+        """
+        if originals is not None and not (hasattr(originals, "put") and hasattr(originals, "requantize")):
+            raise ConfigError(f"originals must be a store such as InProcessOriginals(), or None, not {originals!r:.80}")
         return cls([], make_method(model, preset=preset, **settings), originals)
 
     # -- transformers' protocol ------------------------------------------------------------------------
@@ -65,19 +84,21 @@ class QAQCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Marks the new keys [batch, kv_heads, n, head_dim]; attention stores them.
+        """Hands out the new keys [batch, kv_heads, n, head_dim]; attention stores them.
 
         Raises:
-            UnsupportedModelError: the keys are not those of the model that the cache was made for, or attention did
-                not reach the cache after the update before.
+            UnsupportedModelError: keys or values are not those of the model that the cache was made for, or attention
+                did not reach the cache after the update before.
         """
         shape = self.method.shape
-        if layer_idx >= shape.layers or key_states.shape[1::2] != (shape.kv_heads, shape.head_dim):
+        heads = (shape.kv_heads, shape.head_dim)
+        if layer_idx >= shape.layers or key_states.shape[1::2] != heads or value_states.shape[1::2] != heads:
             raise UnsupportedModelError(
                 f"this cache was made for {shape.layers} layers of {shape.kv_heads} KV heads with head_dim "
-                f"{shape.head_dim}, not for layer {layer_idx} with keys {list(key_states.shape)}"
+                f"{shape.head_dim}, not for layer {layer_idx} with keys {list(key_states.shape)} and values "
+                f"{list(value_states.shape)}"
             )
-        return mark(key_states, self, layer_idx), value_states
+        return hand_out(key_states, value_states, self, layer_idx), value_states
 
     @property
     def layers(self) -> list[LayerView]:
@@ -89,7 +110,24 @@ class QAQCache(Cache):
         return self._columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._columns + query_length, 0
+        """How many columns a mask has, and how many come before them.
+
+        Raises:
+            ConfigError: the forward pass has no tokens, which is what `generate` makes of a prompt that is no longer
+                than what the cache holds.
+            UnsupportedModelError: attention did not reach the cache after the last update of the pass before.
+        """
+        check_attended(self)
+        if not query_length:
+            raise ConfigError(
+                f"the cache holds {self._columns} tokens already, and the prompt has nothing beyond them: give the "
+                f"whole text, of which they are the beginning, or, {NEW_PROMPT}"
+            )
+        return MaskColumns.of(self._columns + query_length, self), 0
+
+    def announce(self, attention_mask: torch.Tensor | None) -> None:
+        """The next forward pass has this 2-D mask, bool [batch, columns]; False is padding."""
+        self._announced = (attention_mask,)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no limit."""
@@ -129,7 +167,8 @@ class QAQCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> QAQCache:
         """A cache with the same tokens; the method and the store are shared."""
         self.settle()
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other.sequences = [sequence.fork() for sequence in self.sequences]
         return other
 
@@ -139,6 +178,8 @@ class QAQCache(Cache):
             sequence.close()
         self.sequences, self._columns = [], 0
         self._recording = self._prompt_next = False
+        self._uneven, self._tokens, self._announced, self._step = False, None, None, None
+        attended(self)
 
     # -- tokens off the end ----------------------------------------------------------------------------
 
@@ -191,7 +232,10 @@ class QAQCache(Cache):
         self.settle()
         taken: set[int] = set()
         chosen = []
-        for i in torch.arange(len(self.sequences))[indices].tolist():
+        selected = torch.arange(len(self.sequences))[indices.cpu()].tolist()
+        if self._tokens is not None:
+            self._tokens = self._tokens[selected]
+        for i in selected:
             chosen.append(self.sequences[i].fork() if i in taken else self.sequences[i])
             taken.add(i)
         for i, sequence in enumerate(self.sequences):
@@ -199,27 +243,95 @@ class QAQCache(Cache):
                 sequence.close()
         self.sequences = chosen
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            "a QAQCache cannot be pickled or saved: its packed rows belong to a method in this process; keep the "
+            "token ids and compute the prompt again, or let a store keep the originals (originals=)"
+        )
+
     # -- attention -------------------------------------------------------------------------------------
 
-    def attend(self, given: LayerInput, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """[batch, query_heads, n, head_dim], each sequence over its own tokens; padding gives zeros."""
+    def check_model(self, config: Any) -> None:
+        """Refuses the layers of another model.
+
+        Args:
+            config: transformers' configuration of the layers that attend; None if they do not say.
+        """
+        shape = self.method.shape
+        layers, kind = (shape.layers, shape.model_type) if config is None else (layers_of(config), config.model_type)
+        if (layers, kind) != (shape.layers, shape.model_type):
+            raise UnsupportedModelError(
+                f"this cache was made for a {shape.model_type} model of {shape.layers} layers, and a {kind} model of "
+                f"{layers} layers uses it: make one for that model with QAQCache.for_model"
+            )
+
+    def attend(
+        self, given: LayerInput, position_ids: torch.Tensor | None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[batch, query_heads, n, head_dim], each sequence over its own tokens; padding gives zeros.
+
+        Args:
+            mask: [batch or 1, heads or 1, n, columns], bool or additive; None for causal attention.
+        Raises:
+            ConfigError: the batch, mask or positions do not continue what the cache holds.
+            UnsupportedModelError: the mask hides other tokens than the cache does, or layers do not attend in order.
+        """
+        if not self._view and torch.is_inference_mode_enabled():
+            # What a pass makes there, no later one outside could change.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.attend(given, position_ids, mask)
         attended(self)
         batch, _, n, _ = given.query.shape
         if given.layer == 0:
-            self._step = self.begin_step(batch, n, position_ids)
-        assert self._step is not None, "layers attend in order"
+            self._check_begin(given)
+            self._step = self.begin_step(batch, n, position_ids, mask, given.sliding_window)
+            self._layer = 0
+        if self._step is None or given.layer != self._layer:
+            raise UnsupportedModelError(
+                f"layer {given.layer} attends where layer {self._layer} should: a QAQ cache takes every layer once, in "
+                "order; call reset() if a forward pass was broken off"
+            )
+        if mask is not None and given.layer and self._check_mask is not None:
+            self._check_mask(mask, given.sliding_window)
         out = self._step.attend(given)
-        if given.layer == self.method.shape.layers - 1:
-            self._step = None
+        self._layer += 1
+        if self._layer == self.method.shape.layers:
+            self._step = self._check_mask = None
             for sequence in self.sequences:
                 sequence.commit()
             self._columns += n
         return out
 
-    def begin_step(self, batch: int, n: int, position_ids: torch.Tensor | None) -> Step:
-        """The step that attends for a forward pass over n columns, which are checked against the sequences' lengths."""
+    def _check_begin(self, given: LayerInput) -> None:
+        """Checks what a forward pass begins with: the pass before has ended, and numbers are of the method's type."""
+        layers, dtype = self.method.shape.layers, self.method.dtype
+        if self._step is not None:
+            raise UnsupportedModelError(
+                f"the forward pass before ended after {self._layer} of {layers} layers: it was broken off, or the "
+                "model is not the one that this cache was made for; call reset() or make a new cache"
+            )
+        for part in (given.query, given.keys, given.values):
+            if part.dtype != dtype:
+                raise ConfigError(
+                    f"this cache was made for a model in {dtype}, and the model computes in {part.dtype} now (moved by "
+                    "to(), or autocast); make the cache after that"
+                )
+
+    def begin_step(
+        self,
+        batch: int,
+        n: int,
+        position_ids: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
+        sliding_window: int | None = None,
+    ) -> Step:
+        """The step that attends for a forward pass over n columns, which are checked against what the cache holds.
+
+        Args:
+            mask, sliding_window: the first layer's.
+        """
         self.settle()
-        fresh = self._new_tokens(batch, n, position_ids)
+        fresh = self._new_tokens(batch, n, position_ids, mask, sliding_window)
         if self._recording and not self._prompt_next and 1 < n <= LONGEST_DRAFT:
             for sequence, tokens in zip(self.sequences, fresh, strict=True):
                 sequence.expect_draft(tokens)
@@ -231,24 +343,37 @@ class QAQCache(Cache):
             return begin_draft(self.method, first, n)
         return SequentialStep(self.sequences, fresh)
 
-    def _new_tokens(self, batch: int, n: int, position_ids: torch.Tensor | None) -> list[int]:
-        """How many of the n columns are real tokens of each sequence: the last ones."""
-        if not self.sequences:
-            self.sequences = [self.method.sequence(self._originals) for _ in range(batch)]
-        if batch != len(self.sequences):
-            raise ConfigError(f"the cache holds {len(self.sequences)} sequences, the batch has {batch}")
-        if position_ids is None:
-            return [n] * batch
-        rows = position_ids.expand(batch, -1).tolist()
-        counts = []
-        for sequence, row in zip(self.sequences, rows, strict=True):
-            fresh = row[-1] + 1 - sequence.length
-            padding, tokens = row[: n - fresh], row[n - fresh :]
-            known = tokens == list(range(sequence.length, sequence.length + fresh)) and len(set(padding)) <= 1
-            if not 1 <= fresh <= n or not known:
-                raise ConfigError("positions do not continue the sequence: pad on the left and pass an attention mask")
-            counts.append(fresh)
-        return counts
+    def _new_tokens(
+        self,
+        batch: int,
+        n: int,
+        position_ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        sliding_window: int | None,
+    ) -> list[int]:
+        """How many of the n columns are tokens of each sequence: the last ones."""
+        announced, self._announced = self._announced, None
+        if self.sequences and batch != len(self.sequences):
+            raise ConfigError(
+                f"the cache holds {len(self.sequences)} sequences, the batch has {batch}; for another batch, call "
+                "reset() or make a new cache"
+            )
+        lengths = [sequence.length for sequence in self.sequences] or [0] * batch
+        history = History(lengths, self._columns, self._uneven, self._tokens)
+        tokens = tokens_of(history, n, announced, mask)
+        fresh = fresh_tokens(tokens, batch, n)
+        if position_ids is not None:
+            rows = (position_ids[0] if position_ids.dim() == 3 else position_ids).expand(batch, -1).tolist()
+            if announced is None and mask is None:
+                fresh = fresh_by_positions(rows, history, n)
+            else:
+                check_positions(rows, history, n, fresh)
+        self._check_mask = MaskCheck(self._columns + n, n, tokens, self._uneven)
+        if mask is not None:
+            self._check_mask(mask, sliding_window)
+        self._tokens = self._tokens if tokens is None else tokens
+        self.sequences = self.sequences or [self.method.sequence(self._originals) for _ in range(batch)]
+        return fresh
 
     # -- measures --------------------------------------------------------------------------------------
 

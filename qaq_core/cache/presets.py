@@ -10,7 +10,9 @@ What others do has names too, see `baselines`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,11 +27,13 @@ from qaq_core.allocation import (
     Target,
 )
 from qaq_core.attention import use_qaq_attention
+from qaq_core.base.checks import flag, number, one_of, whole
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import PAGE_TOKENS
+from qaq_core.cache.backends import KERNELS
 from qaq_core.cache.method import Method
 from qaq_core.cache.sequence import SequenceCache
-from qaq_core.calibration import Calibration, calibrate
+from qaq_core.calibration import Calibration, Progress, calibrate, shown
 from qaq_core.models import ModelShape
 from qaq_core.quantization import (
     Adaptation,
@@ -41,20 +45,32 @@ from qaq_core.quantization import (
     Quantizer,
     make_codec,
 )
+from qaq_core.quantization.codecs.grouped import GRANULARITIES
 from qaq_core.quantization.codecs.progressive import greedy_order
 
 BALANCED_BITS = 2.2
+MOST_PAGE_TOKENS = 1024
+MOST_STEPS = 128
+"""Of an attention window: a byte a token, layer and head each."""
 
 
 Parts = dict[str, Any]
 """What a preset gives: arguments of `Method`, and under "kind" a subclass of it."""
 
 
-def make_method(model: Any, fingerprint: str | None = None, preset: str = "balanced", **settings: Any) -> Method:
+def make_method(
+    model: Any,
+    fingerprint: str | None = None,
+    preset: str = "balanced",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Method:
     """The method of a preset for a transformers causal LM, which is switched to QAQ's attention.
 
     Args:
-        fingerprint: of the model's weights; finds its calibration without hashing them.
+        fingerprint: of the model's weights, which finds its calibration; if not given, the one that `load_model` left
+            on the model, or a hash of the weights.
+        progress: called with a stage and how much of it is done, 0 to 1, if the model has to be calibrated.
         settings: keyword arguments of the preset's function; and target_bits, target_compression, target_error,
             page_tokens, kernel.
     Raises:
@@ -62,22 +78,45 @@ def make_method(model: Any, fingerprint: str | None = None, preset: str = "balan
     """
     make = find_preset(preset)
     shape = ModelShape.of(model)
+    if fingerprint is not None and not (isinstance(fingerprint, str) and re.fullmatch(r"[\w.-]{1,128}", fingerprint)):
+        raise ConfigError(f"a fingerprint is what load_model gives, or None; it is not {fingerprint!r}")
     target = Target(**{name: settings.pop(f"target_{name}", None) for name in ("bits", "compression", "error")})
-    common = {"page_tokens": settings.pop("page_tokens", PAGE_TOKENS), "kernel": settings.pop("kernel", None)}
+    page_tokens = whole("page_tokens", settings.pop("page_tokens", PAGE_TOKENS), 1, MOST_PAGE_TOKENS)
+    kernel = settings.pop("kernel", None)
+    if kernel is not None:
+        one_of("kernel", kernel, KERNELS)
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress must be a function of a stage and a share, or None, not {progress!r}")
     arguments = (model, shape, fingerprint, target)
     try:
         inspect.signature(make).bind(*arguments, **settings)
     except TypeError as error:
         raise ConfigError(f"preset {preset!r} does not take these settings: {error}") from error
-    parts = make(*arguments, **settings)
+    with shown(progress) if progress else nullcontext():
+        parts = make(*arguments, **settings)
     if target.error is not None and not isinstance(parts["policy"], ErrorPolicy):
         raise ConfigError(f"{preset} does not predict its error: give it target_bits or target_compression")
     weight = next(model.parameters())
     kind: type[Method] = parts.pop("kind", Method)
-    parts = {"new_sequence": SequenceCache, **common, **parts}
+    parts = {"new_sequence": SequenceCache, "page_tokens": page_tokens, "kernel": kernel, **parts}
     method = kind(preset=preset, shape=shape, dtype=model.dtype, device=weight.device, **parts)
     use_qaq_attention(model)
     return method
+
+
+def calibration_of(
+    model: Any, shape: ModelShape, fingerprint: str | None, given: Calibration | None = None
+) -> Calibration:
+    """The calibration that a preset was given, or the model's, on the model's device.
+
+    Raises:
+        ConfigError: it is none, or another model's.
+    """
+    if given is not None and not isinstance(given, Calibration):
+        raise ConfigError(f"calibration must be a qaq_core.calibration.Calibration or None, not {given!r:.80}")
+    if given is not None:
+        given.check(shape)
+    return (given or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
 
 
 def balanced(
@@ -90,7 +129,8 @@ def balanced(
     rotation: bool = True,
 ) -> dict[str, Any]:
     """The default. Without a target it holds 2.2 code bits per element after prefill."""
-    known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
+    flag("exceptions", exceptions), flag("rotation", rotation)
+    known = calibration_of(model, shape, fingerprint, calibration)
     device = known.key_mean.device
     costs = (known.key_costs, known.value_costs)
     transform = LinearTransform(
@@ -128,11 +168,14 @@ def paper(
     exceptions: bool = True,
 ) -> dict[str, Any]:
     """QAQ as published (arXiv 2403.04643). A target scales both tolerated errors by one factor."""
-    if codec not in ("uniform", "normal"):
-        raise ConfigError(f"the paper preset takes the codecs uniform and normal, not {codec!r}")
-    if not 0 <= outlier_ratio < 1:
-        raise ConfigError(f"outlier_ratio must be at least 0 and below 1, not {outlier_ratio}")
-    known = (calibration or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
+    one_of("codec", codec, ("uniform", "normal"))
+    one_of("granularity", granularity, GRANULARITIES)
+    number("outlier_ratio", outlier_ratio, 0, 0.99)
+    whole("attention_window", attention_window, 1, MOST_STEPS)
+    number("sigma_x", sigma_x, 0, 1000, above=True)
+    number("sigma_s", sigma_s, 0, 1000, above=True)
+    flag("exceptions", exceptions)
+    known = calibration_of(model, shape, fingerprint, calibration)
     made = make_codec(codec, granularity=granularity)
     assert isinstance(made, GroupedCodec)
     policy = PaperPolicy(
@@ -190,11 +233,12 @@ def find_preset(name: str) -> Preset:
     Raises:
         ConfigError: there is none; the message names those there are.
     """
-    if name in PRESETS:
-        return PRESETS[name]
-    for _, find in _FAMILIES:
-        found = find(name)
-        if found is not None:
-            return found
+    if isinstance(name, str):
+        if name in PRESETS:
+            return PRESETS[name]
+        for _, find in _FAMILIES:
+            found = find(name)
+            if found is not None:
+                return found
     known = ", ".join([*PRESETS, *(family for family, _ in _FAMILIES)])
     raise ConfigError(f"no preset is called {name!r}; there are {known}")

@@ -4,6 +4,7 @@ from qaq_core.calibration.calibration import (
     GRADIENTS,
     PERTURBATION,
     Calibration,
+    Progress,
     cached_at,
     calibrate,
     known,
@@ -11,4 +12,14 @@ from qaq_core.calibration.calibration import (
     shown,
 )
 
-__all__ = ["GRADIENTS", "PERTURBATION", "Calibration", "cached_at", "calibrate", "known", "measure", "shown"]
+__all__ = [
+    "GRADIENTS",
+    "PERTURBATION",
+    "Calibration",
+    "Progress",
+    "cached_at",
+    "calibrate",
+    "known",
+    "measure",
+    "shown",
+]

@@ -16,23 +16,28 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
-from blake3 import blake3
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qaq_core.base.errors import ConfigError
 from qaq_core.base.paths import cache_dir
 from qaq_core.calibration import sensitivities
 from qaq_core.calibration.moments import QueryNorms, moments
 from qaq_core.calibration.sampled_text import sample
+from qaq_core.calibration.shipped import FILES
+from qaq_core.models.fingerprint import leave_fingerprint, left_fingerprint, weights_fingerprint
 from qaq_core.models.shape import ModelShape
 from qaq_core.quantization.transforms.whitening import whitened
 
 SEQUENCES, TOKENS = 6, 1024
 PERTURBATION_TOKENS = 256
+_PASSES = 1.2
+"""Time of a calibration, in passes over 32 tokens for each of its TOKENS."""
 
 GRADIENTS, PERTURBATION = "gradients", "perturbation"
 Progress = Callable[[str, float], None]
@@ -66,6 +71,15 @@ class Calibration:
     def tables(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
+    def check(self, shape: ModelShape) -> None:
+        """Raises ConfigError if this was measured of a model of another shape."""
+        dims = (shape.layers, shape.kv_heads, shape.head_dim)
+        if tuple(self.key_mean.shape) != dims:
+            raise ConfigError(
+                f"the calibration is of a model with [layers, KV heads, head_dim] {list(self.key_mean.shape)}, and "
+                f"this one has {list(dims)}: give this model's own fingerprint or calibration, or neither"
+            )
+
     def to(self, device: torch.device) -> Calibration:
         return Calibration(**{name: table.to(device) for name, table in self.tables.items()}, source=self.source)
 
@@ -94,14 +108,31 @@ def shown(progress: Progress) -> Iterator[None]:
         _shown.reset(token)
 
 
-def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> Calibration:
+def calibrate(
+    model: Any, shape: ModelShape, fingerprint: str | None = None, progress: Progress | None = None
+) -> Calibration:
     """The model's calibration: shipped, cached from before, or measured now and cached.
 
-    Cached under $QAQ_CACHE_DIR (default ~/.cache/qaq), by the fingerprint of the weights.
+    Cached under $QAQ_CACHE_DIR (default ~/.cache/qaq), by the fingerprint of the file that the model came from, or of
+    its weights in memory.
+
+    Args:
+        fingerprint: of the model; if not given, the one that `load_model` left on it, or that of the weights.
+        progress: called with a stage and how much of it is done, 0 to 1, while something is measured.
+    Raises:
+        ConfigError: the fingerprint is another model's.
     """
-    fingerprint = fingerprint or weights_fingerprint(model)
-    cached = cached_at(fingerprint)
-    calibration = known(fingerprint) or _measured_once(model, shape, cached)
+    named = fingerprint or left_fingerprint(model)
+    calibration = known(named) if named else None
+    if named is None or calibration is None:
+        weights = weights_fingerprint(model, shape)
+        calibration = known(weights)
+        if named is None:
+            leave_fingerprint(model, weights)
+        named = named or weights
+    cached = cached_at(named)
+    calibration = calibration or _measured_once(model, shape, cached, progress)
+    calibration.check(shape)
     if calibration.source != GRADIENTS:
         log.warning(
             "the calibration of %s was measured by %s, for want of memory for gradients; "
@@ -116,7 +147,8 @@ def calibrate(model: Any, shape: ModelShape, fingerprint: str | None = None) -> 
 def known(fingerprint: str) -> Calibration | None:
     """A model's calibration, if it is shipped or was measured before."""
     cached = cached_at(fingerprint)
-    with resources.as_file(resources.files("qaq_core.calibration") / "tables" / cached.name) as path:
+    shipped = cached_at(FILES.get(fingerprint, fingerprint)).name
+    with resources.as_file(resources.files("qaq_core.calibration") / "tables" / shipped) as path:
         return _kept(path) or _kept(cached)
 
 
@@ -134,30 +166,62 @@ def _kept(path: Path) -> Calibration | None:
         return None
 
 
-def _measured_once(model: Any, shape: ModelShape, path: Path) -> Calibration:
+def _measured_once(model: Any, shape: ModelShape, path: Path, progress: Progress | None) -> Calibration:
     """Measured by this process, or by another that was at it already."""
+    calibration = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            kept = _kept(path)
-            if kept is not None:
-                return kept
-            log.info("calibrating %s once, on text it samples itself", type(model).__name__)
-            calibration = measure(model, shape)
-            calibration.save(path)
-            return calibration
+        with _alone(path.with_suffix(".lock"), type(model).__name__):
+            calibration = _kept(path)
+            if calibration is None:
+                _say_what_comes(model, f"it is kept in {path} and read from there the next time", progress)
+                calibration = measure(model, shape, progress=progress)
+                calibration.save(path)
     except OSError as error:
         log.warning("calibrating without keeping it: %s cannot be written (%s)", path, error)
-        return measure(model, shape)
+        if calibration is None:
+            _say_what_comes(model, "it is not kept", progress)
+            calibration = measure(model, shape, progress=progress)
+    return calibration
 
 
-def weights_fingerprint(model: Any) -> str:
-    """BLAKE3 of configuration and weights, for models that came from no file."""
-    digest = blake3(model.config.to_json_string(use_diff=True).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest(16)
+@contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    """Holds a lock, and says so if that takes a wait."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("waiting for another process, which calibrates %s", name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _say_what_comes(model: Any, kept: str, progress: Progress | None) -> None:
+    """One sentence before minutes of silence; where progress is shown, the log alone has it."""
+    log.log(
+        logging.INFO if progress or _shown.get() else logging.WARNING,
+        "calibrating %s once, on text that it samples itself, which takes about %s here; %s. Without the wait: "
+        "preset='fp16', or a table that was measured before (docs/calibration.md); progress= shows how far it is",
+        type(model).__name__,
+        _duration(model),
+        kept,
+    )
+
+
+def _duration(model: Any) -> str:
+    """How long `measure` takes, by the time of a pass over a few tokens."""
+    n = min(32, model.config.get_text_config(decoder=True).max_position_embeddings)
+    ids = torch.zeros(1, n, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+        begun = perf_counter()
+        model(input_ids=ids, use_cache=False)
+    seconds = (perf_counter() - begun) * TOKENS * _PASSES
+    return f"{seconds / 60:.0f} minutes" if seconds > 90 else "a minute" if seconds > 30 else "half a minute at most"
 
 
 def measure(

@@ -36,6 +36,7 @@ class _Place(threading.local):
     cache: Attendable | None = None
     layer: int = 0
     position_ids: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 _place = _Place()
@@ -57,11 +58,12 @@ def compile_layers(model: Any, report: Report | None = None) -> None:
         raise ConfigError(f"compiling layers needs a C++ compiler; there is no {compiler}")
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
-    if len(layers) != model.config.get_text_config().num_hidden_layers:
+    config = model.config.get_text_config(decoder=True)
+    if len(layers) != config.num_hidden_layers:
         raise UnsupportedModelError(f"{type(model).__name__} does not tell which modules are its layers")
     use_qaq_attention(model)
     for index, layer in enumerate(layers):
-        layer.forward = _dispatched(layer.forward, index)
+        layer.forward = _dispatched(layer.forward, index, config)
     # What is made is for a number of threads; workers decode with one fewer than they have.
     threads = torch.get_num_threads()
     kinds = [(count, batch) for count in {threads, max(1, threads - 1)} for batch in (1, 2)]
@@ -86,7 +88,7 @@ def _run(model: Any, batch: int) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be compiled: {message}") from error
 
 
-def _dispatched(eager: Callable[..., Any], index: int) -> Callable[..., Any]:
+def _dispatched(eager: Callable[..., Any], index: int, config: Any) -> Callable[..., Any]:
     """The forward of one layer: compiled where it can be."""
     compile_: Any = torch.compile  # its overloads do not know all of its parameters
     compiled = compile_(eager, fullgraph=True, recompile_limit=_FORMS)
@@ -94,8 +96,11 @@ def _dispatched(eager: Callable[..., Any], index: int) -> Callable[..., Any]:
     def forward(hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if args or hidden_states.shape[1] != 1 or not hasattr(past_key_values, "attend"):
             return eager(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+        if index == 0:
+            past_key_values.check_model(config)
         _place.cache, _place.layer, _place.position_ids = past_key_values, index, kwargs.get("position_ids")
-        # Attention in the cache does without a mask.
+        # Compiled for none: the cache looks at the mask, and attends without it.
+        _place.mask = kwargs.get("attention_mask")
         out = compiled(hidden_states, **{**kwargs, "attention_mask": None, "qaq_step": True})
         if _place.cache is not None:
             raise UnsupportedModelError("this model's layers do not hand on what attention is to be told")
@@ -107,8 +112,13 @@ def _dispatched(eager: Callable[..., Any], index: int) -> Callable[..., Any]:
 class _Nothing(DynamicCache):
     """Attends to nothing: what layers are compiled with."""
 
-    def attend(self, given: LayerInput, position_ids: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        self, given: LayerInput, position_ids: torch.Tensor | None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return torch.zeros(given.query.shape)
+
+    def check_model(self, config: Any) -> None:
+        """It is nobody's."""
 
 
 _library = torch.library.Library("qaq", "FRAGMENT")
@@ -121,7 +131,8 @@ def _attend(
     cache, _place.cache = _place.cache, None
     if cache is None:
         raise UnsupportedModelError("a layer attends more than once a step; it cannot be compiled")
-    out = cache.attend(LayerInput(_place.layer, query, keys, values, scaling, sliding_window), _place.position_ids)
+    given = LayerInput(_place.layer, query, keys, values, scaling, sliding_window)
+    out = cache.attend(given, _place.position_ids, _place.mask)
     return out.contiguous()
 
 

@@ -11,6 +11,7 @@ import torch
 
 from qaq_core.base.errors import ConfigError, ModelLoadError
 from qaq_core.models.checkpoint import Checkpoint, first_line, locate
+from qaq_core.models.fingerprint import leave_fingerprint
 from qaq_core.models.gguf import Progress, converted_model, quiet, silent
 from qaq_core.models.linear import LOSSLESS, pack
 from qaq_core.models.tokenizer import tokenizer_of
@@ -59,7 +60,7 @@ def load_model(
     progress: Progress | None = None,
     weights: str = "plain",
 ) -> LoadedModel:
-    """A causal language model with its tokenizer.
+    """A causal language model with its tokenizer. The model knows its fingerprint from then on.
 
     Args:
         source: a local directory, a .gguf file or a hub id.
@@ -85,6 +86,7 @@ def load_model(
     progress("loading weights", 0.0)
     model = _weights(directory, resolved, place, source)
     weights = pack(model, weights)
+    leave_fingerprint(model, fingerprint)
     progress("loading weights", 1.0)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context:

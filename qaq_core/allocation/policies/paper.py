@@ -42,8 +42,9 @@ class PaperPolicy:
         normal: bool = False,
         exceptions: bool = True,
     ) -> None:
-        if not 1 <= bits[0] <= bits[1] <= 8:
-            raise ConfigError(f"the paper preset takes 1 <= min <= max <= 8 bits, not {bits}")
+        pair = isinstance(bits, tuple | list) and len(bits) == 2 and all(type(limit) is int for limit in bits)
+        if not pair or not 1 <= bits[0] <= bits[1] <= 8:
+            raise ConfigError(f"the paper preset takes 1 <= min <= max <= 8 bits, both whole, not {bits!r}")
         self.query_norm, self.bits, self.exceptions = query_norm, bits, exceptions
         self.sigma_x, self.sigma_s = sigma_x, sigma_s
         self.dims = tuple(dim + 4 for dim in dims if dim != -1)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import DynamicCache
 
-from qaq_core.base.errors import UnsupportedModelError
+from qaq_core import QAQCache
+from qaq_core.base.errors import ConfigError, UnsupportedModelError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.calibration import calibration as room
-from qaq_core.calibration.calibration import calibrate, measure, weights_fingerprint
-from qaq_core.models import LoadedModel
+from qaq_core.calibration.calibration import cached_at, calibrate, known, measure, weights_fingerprint
+from qaq_core.models import LoadedModel, load_model
+from qaq_core.models.fingerprint import left_fingerprint
 from qaq_core.models.shape import ModelShape
 from qaq_core.quantization.transforms import LinearTransform
 from tests.core.tiny_models import KINDS, calibration, tiny, token_ids
@@ -102,6 +108,124 @@ def test_the_demo_models_calibration_is_shipped(
     known = calibrate(smollm2.model, ModelShape.of(smollm2.model), smollm2.fingerprint)
     assert known.key_mean.shape == (30, 3, 64)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Calibrations are of one short text, and kept in an empty directory."""
+    monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(measure, "__defaults__", (1, 8, None, 0, None))
+    return tmp_path
+
+
+def test_the_readmes_line_finds_the_shipped_table(
+    smollm2: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what `load_model` left on the model; nothing is hashed."""
+    monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(room, "measure", None)
+    monkeypatch.setattr(room, "weights_fingerprint", None)
+    cache = QAQCache.for_model(smollm2.model)
+    assert cache.method.shape.layers == 30
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_transformers_loaded_finds_the_shipped_table(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its weights: they are those of `from_pretrained(…, gguf_file=…)`, which made the copy that is read here."""
+    model = load_model(str(model_path)).model
+    del model._qaq_fingerprint
+    monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(room, "measure", None)
+    assert QAQCache.for_model(model).method.shape.layers == 30
+    assert not list(tmp_path.iterdir())
+    assert left_fingerprint(model) is not None  # hashed once
+
+
+def test_weights_that_changed_are_another_model() -> None:
+    model = tiny("llama-gqa")
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    first = weights_fingerprint(model)
+    assert left_fingerprint(model) is None
+    room.leave_fingerprint(model, "abc")
+    assert left_fingerprint(model) == "abc"
+    model.set_attn_implementation("eager")
+    assert left_fingerprint(model) == "abc"
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    assert left_fingerprint(model) is None
+    assert weights_fingerprint(model) != first
+
+
+def test_what_attention_does_with_the_weights_is_in_the_fingerprint() -> None:
+    model, other = tiny("llama-gqa"), tiny("llama-gqa")
+    other.config._name_or_path = "elsewhere"
+    assert weights_fingerprint(model) == weights_fingerprint(other)
+    other.model.rotary_emb.inv_freq *= 2
+    assert weights_fingerprint(model) != weights_fingerprint(other)
+
+
+@pytest.mark.usefixtures("quick")
+def test_minutes_of_silence_are_announced(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("llama-gqa")
+    with caplog.at_level(logging.WARNING):
+        QAQCache.for_model(model)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    kept = cached_at(weights_fingerprint(model))
+    for part in ("calibrating LlamaForCausalLM once", "takes about", str(kept), "preset='fp16'", "docs/calibration.md"):
+        assert part in said[0]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        QAQCache.for_model(tiny("llama-gqa"))
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("quick")
+def test_progress_is_shown_in_place_of_the_announcement(caplog: pytest.LogCaptureFixture) -> None:
+    stages: list[tuple[str, float]] = []
+    with caplog.at_level(logging.WARNING):
+        QAQCache.for_model(tiny("qwen2"), progress=lambda stage, share: stages.append((stage, share)))
+    assert [record for record in caplog.records if "calibrating" in record.getMessage()] == []
+    assert {stage for stage, _ in stages} == {"sampling text to calibrate on", "calibrating"}
+    assert stages[-1][1] == 1.0
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_wait_for_another_process_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("llama-gqa")
+    path = cached_at(weights_fingerprint(model))
+    path.parent.mkdir(parents=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    lock.acquire()
+    waiting = threading.Thread(target=calibrate, args=(model, ModelShape.of(model)))
+    with caplog.at_level(logging.WARNING):
+        waiting.start()
+        while not caplog.records:
+            waiting.join(0.01)
+        calibration("llama-gqa").save(path)
+        lock.release()
+        waiting.join()
+    assert [record.getMessage() for record in caplog.records] == [
+        "waiting for another process, which calibrates LlamaForCausalLM"
+    ]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_fingerprint_of_another_model_is_refused() -> None:
+    calibration("llama-mqa-80").save(cached_at("anothermodel"))
+    assert known("anothermodel") is not None
+    with pytest.raises(ConfigError, match="this model's own fingerprint"):
+        QAQCache.for_model(tiny("llama-gqa"), fingerprint="anothermodel")
+
+
+def test_a_copy_of_a_model_finds_the_same_table(quick: Path) -> None:
+    model = tiny("llama-gqa")
+    QAQCache.for_model(model)
+    QAQCache.for_model(copy.deepcopy(model))
+    assert len(list(quick.rglob("*.safetensors"))) == 1
 
 
 def test_fingerprints_tell_weights_apart() -> None:

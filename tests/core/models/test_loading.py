@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qaq_core.base.errors import ConfigError, ModelLoadError
 from qaq_core.models import LoadedModel, gguf, load_model, load_tokenizer
+from qaq_core.models.fingerprint import left_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,12 @@ def test_demo_model(smollm2: LoadedModel) -> None:
     )
     answer = weights.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert "Paris" in smollm2.tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_the_model_knows_its_fingerprint(smollm2: LoadedModel, saved: Path) -> None:
+    assert left_fingerprint(smollm2.model) == smollm2.fingerprint
+    loaded = load_model(str(saved))
+    assert left_fingerprint(loaded.model) == loaded.fingerprint
 
 
 def test_converted_weights_are_those_of_the_file(smollm2: LoadedModel, model_path: Path) -> None:
