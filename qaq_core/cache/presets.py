@@ -30,10 +30,10 @@ from qaq_core.attention import use_qaq_attention
 from qaq_core.base.checks import flag, number, one_of, whole
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import PAGE_TOKENS
-from qaq_core.cache.backends import KERNELS
 from qaq_core.cache.method import Method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.calibration import Calibration, Progress, calibrate, shown
+from qaq_core.kernels import KERNELS
 from qaq_core.models import ModelShape
 from qaq_core.quantization import (
     Adaptation,
