@@ -25,6 +25,7 @@ class LookupSpeed:
     """Medians over `repeats` alternating runs of one greedy generation.
 
     Attributes:
+        plain_runs, lookup_runs: tokens a second of each run.
         drafted, accepted: tokens that one run drafted, and those of them that were right.
         equal: both ways gave the same tokens in every run.
     """
@@ -40,6 +41,8 @@ class LookupSpeed:
     plain_tokens_per_second: float
     lookup_tokens_per_second: float
     ratio: float
+    plain_runs: list[float]
+    lookup_runs: list[float]
     equal: bool
 
 
@@ -138,6 +141,8 @@ async def _run(
         plain_tokens_per_second=plain,
         lookup_tokens_per_second=looked_up,
         ratio=looked_up / plain,
+        plain_runs=speeds["one by one"],
+        lookup_runs=speeds["prompt lookup"],
         equal=all(answer == answers[0] for answer in answers),
     )
 
