@@ -89,8 +89,18 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.TokenizeReply:
         validation.tokenize(request, self._limits(request.model))
-        ids = await self._prompts.text(request.text, special_tokens=not request.no_special_tokens)
-        return generate_pb2.TokenizeReply(token_ids=ids)
+        if request.messages:
+            messages = [{"role": message.role, "content": message.content} for message in request.messages]
+            ids = await self._prompts.chat(messages, [], answer=not request.no_generation_prompt)
+        else:
+            ids = await self._prompts.text(request.text, special_tokens=not request.no_special_tokens)
+        return generate_pb2.TokenizeReply(token_ids=ids, tokens=await self._prompts.written(ids))
+
+    async def Detokenize(
+        self, request: generate_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.DetokenizeReply:
+        validation.detokenize(request, self._limits(request.model))
+        return generate_pb2.DetokenizeReply(text=await self._prompts.decode(list(request.token_ids)))
 
     async def GetModel(
         self, request: generate_pb2.GetModelRequest, context: grpc.aio.ServicerContext
