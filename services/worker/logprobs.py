@@ -38,7 +38,7 @@ class Logprobs:
         return common_pb2.TokenInfo(token_id=token, text=text, bytes=raw, special=special, logprob=logprob)
 
     def generated(self, token: int, logits: torch.Tensor) -> common_pb2.TokenInfo:
-        """A generated token; `logits`, float [vocabulary], are those that it was sampled from, before any processing."""
+        """A generated token; `logits`, float [vocabulary], are the model's own at its position."""
         return next(self._of([token], logits[None], self._top, ranked=False))
 
     def prompt(self, tokens: Sequence[int], logits: torch.Tensor) -> Iterator[common_pb2.TokenInfo]:
