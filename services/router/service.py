@@ -82,7 +82,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         validation.session_id(request.session_id)
         async with self._last_turn(request, context) as replies:
             async for reply in replies:
-                if not (reply.HasField("token") and reply.token.index < request.received):
+                known = reply.HasField("token") and reply.token.index < request.received
+                if not known and not (reply.HasField("prompt") and request.received):
                     yield reply
 
     async def Tokenize(
