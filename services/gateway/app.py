@@ -25,10 +25,9 @@ CLIENT_CLOSED_REQUEST = 499  # for the access log: the client does not read it
 
 def make_app(routers: Routers, settings: GatewaySettings) -> FastAPI:
     """The FastAPI application."""
-    limit = settings.max_body_bytes
-    app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None, max_body_size=limit)
+    app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None)
     errors.install(app)
-    app.add_middleware(Wire, max_body_bytes=limit)
+    app.add_middleware(Wire, max_body_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         app.add_middleware(

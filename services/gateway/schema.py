@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services.common.errors import InvalidArgument
 from services.common.limits import (
@@ -31,7 +31,7 @@ MAX_NAME = 256
 
 Int32 = Annotated[int, Field(ge=0, lt=2**31)]
 Top = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS, strict=True)]
-TokenIds = Annotated[list[Int32], FailFast(), Field(min_length=1, max_length=1 << 20)]
+TokenIds = Annotated[list[Int32], Field(fail_fast=True, min_length=1, max_length=1 << 20)]
 Stop = Annotated[str, Field(max_length=MAX_STOP_BYTES)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 SessionId = Annotated[str, Field(max_length=MAX_SESSION_ID_BYTES)]
@@ -98,7 +98,7 @@ class Request(WithoutEffect):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    stop: Stop | Annotated[list[Stop], FailFast(), Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: (
@@ -111,7 +111,7 @@ class Request(WithoutEffect):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     min_tokens: Int32 = 0
-    stop_token_ids: Annotated[list[Int32], FailFast(), Field(max_length=MAX_STOP_TOKENS)] = []
+    stop_token_ids: Annotated[list[Int32], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     prompt_logprobs: Top | None = None
@@ -140,7 +140,9 @@ class Request(WithoutEffect):
 class CompletionRequest(Request):
     """`/v1/completions`. max_tokens is 16 by default, as in OpenAI's API."""
 
-    prompt: str | TokenIds | Annotated[list[str | TokenIds], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: (
+        str | TokenIds | Annotated[list[str | TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+    )
     max_tokens: Int32 = 16
     logprobs: Top | None = None
     echo: bool = False
@@ -176,7 +178,7 @@ class Message(Object):
     """A message, also as an answer of this API or of another one has it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], FailFast(), Field(max_length=MAX_MESSAGES)] = ""
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_MESSAGES)] = ""
     refusal: str = ""
     name: Name | None = None
     annotations: Any = None
@@ -202,7 +204,7 @@ class Message(Object):
         return "".join(part.text for part in self.content)
 
 
-Messages = Annotated[list[Message], FailFast(), Field(max_length=MAX_MESSAGES)]
+Messages = Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
 
 
 class TextFormat(Object):

@@ -52,7 +52,7 @@ class Wire:
             await send(message)
 
         try:
-            await self._limited(headers)(scope, receive, identified)
+            await self._limited(headers)(scope, self._bounded(receive), identified)
         except Exception as error:
             log.error("unexpected error", request=request_id, path=scope["path"], exc_info=error)
             if status:
@@ -62,6 +62,20 @@ class Wire:
             path = getattr(scope.get("route"), "path", "other")
             metrics.http_requests.labels(path, status).inc()
             metrics.http_seconds.labels(path).observe(time.perf_counter() - begun)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Reads a body until it has become too long."""
+        left = self._max_body_bytes
+
+        async def received() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"the body is too long; send at most {self._max_body_bytes:,} bytes")
+            return message
+
+        return received
 
     def _limited(self, headers: Headers) -> ASGIApp:
         """The app, or a refusal of a body that is too long."""
