@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from qaq.v1 import common_pb2, generate_pb2, worker_pb2
 
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -291,6 +292,7 @@ def _range(
     if not params.HasField(field):
         return
     value = getattr(params, field)
+    low, high = (float(np.float32(bound)) for bound in (low, high))  # as the message holds them
     if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
         return
     above = f"above {low:g}" if open_low else f"at least {low:g}"

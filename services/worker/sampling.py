@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from qaq.v1 import common_pb2
 from transformers import (
@@ -68,7 +69,8 @@ class Sampler:
         if temperature < 0:
             raise InvalidArgument(f"sampling.temperature is {temperature}; send 0 for greedy sampling, or more")
         penalty = chosen["repetition_penalty"]
-        if penalty is not None and not MIN_REPETITION_PENALTY <= penalty <= MAX_REPETITION_PENALTY:
+        least = float(np.float32(MIN_REPETITION_PENALTY))  # as the message holds it
+        if penalty is not None and not least <= penalty <= MAX_REPETITION_PENALTY:
             raise InvalidArgument(
                 f"sampling.repetition_penalty is {penalty:g}; send a number from {MIN_REPETITION_PENALTY:g} to "
                 f"{MAX_REPETITION_PENALTY:g}"

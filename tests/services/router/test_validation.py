@@ -22,7 +22,7 @@ def request(**changes: object) -> generate_pb2.GenerateRequest:
     [
         {},
         {"stop": {"max_new_tokens": 50, "stop": ["x" * 256] * 16}},
-        {"sampling": {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 0.1}},
+        {"sampling": {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 0.01}},
         {"cache": {"preset": "paper", "target_bits": 16, "target_compression": 1}},
         {"prompt": "é" * 50},
         {"prompt": "", "prompt_token_ids": [0, 999]},
