@@ -41,34 +41,43 @@ class Prompts:
         """Ids of a text; `special_tokens` adds those that the model's prompts begin with."""
         return await self._in_thread(lambda: self._encode(text, special=special_tokens))
 
-    async def chat(self, messages: Sequence[Message], history: Sequence[int]) -> list[int]:
+    async def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return await self._in_thread(lambda: str(self._tokenizer.decode(ids, skip_special_tokens=False)))
+
+    async def written(self, ids: Sequence[int]) -> list[str]:
+        """Ids as the vocabulary writes them."""
+        return await self._in_thread(lambda: [str(token) for token in self._tokenizer.convert_ids_to_tokens(ids)])
+
+    async def chat(self, messages: Sequence[Message], history: Sequence[int], *, answer: bool = True) -> list[int]:
         """Ids of messages and of the beginning of the answer.
 
         Args:
             history: the session's token log, which these ids continue.
+            answer: add the beginning of the answer; without a history only.
         Raises:
             FailedPrecondition: the model has no chat template, or its template changes earlier messages.
             InvalidArgument: the template rejects the messages.
         """
         if not self._tokenizer.chat_template:
             raise FailedPrecondition("this model has no chat template; use Generate")
-        return await self._in_thread(lambda: self._chat(list(messages), history))
+        return await self._in_thread(lambda: self._chat(list(messages), history, answer))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _chat(self, messages: list[Message], history: Sequence[int]) -> list[int]:
+    def _chat(self, messages: list[Message], history: Sequence[int], answer: bool) -> list[int]:
         if not history:
-            return self._encode(self._render(messages), special=False)
+            return self._encode(self._render(messages, answer=answer), special=False)
         # After an answer, the template adds the end of the assistant's turn and then the new messages. The history
         # already has the end-of-turn token if the model generated it.
-        before, answer, _ = self._render(_EXCHANGE, answer=False).rpartition(_EXCHANGE[1]["content"])
+        before, answered, _ = self._render(_EXCHANGE, answer=False).rpartition(_EXCHANGE[1]["content"])
         after = self._render([*_EXCHANGE, *messages])
-        if not answer or not after.startswith(before + answer):
+        if not answered or not after.startswith(before + answered):
             raise FailedPrecondition(
                 "this model's chat template rewrites earlier messages; send all of them, without a session"
             )
-        ids = self._encode(after.removeprefix(before + answer), special=False)
+        ids = self._encode(after.removeprefix(before + answered), special=False)
         ended = bool(ids) and ids[0] == history[-1] and ids[0] in self._tokenizer.all_special_ids
         return ids[1:] if ended else ids
 

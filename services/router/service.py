@@ -84,15 +84,26 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         validation.session_id(request.session_id)
         async with self._last_turn(request, context) as replies:
             async for reply in replies:
-                if not (reply.HasField("token") and reply.token.index < request.received):
+                known = reply.HasField("token") and reply.token.index < request.received
+                if not known and not (reply.HasField("prompt") and request.received):
                     yield reply
 
     async def Tokenize(
         self, request: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.TokenizeReply:
         validation.tokenize(request, self._limits(request.model))
-        ids = await self._prompts.text(request.text, special_tokens=not request.no_special_tokens)
-        return generate_pb2.TokenizeReply(token_ids=ids)
+        if request.messages:
+            messages = [{"role": message.role, "content": message.content} for message in request.messages]
+            ids = await self._prompts.chat(messages, [], answer=not request.no_generation_prompt)
+        else:
+            ids = await self._prompts.text(request.text, special_tokens=not request.no_special_tokens)
+        return generate_pb2.TokenizeReply(token_ids=ids, tokens=await self._prompts.written(ids))
+
+    async def Detokenize(
+        self, request: generate_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.DetokenizeReply:
+        validation.detokenize(request, self._limits(request.model))
+        return generate_pb2.DetokenizeReply(text=await self._prompts.decode(list(request.token_ids)))
 
     async def GetModel(
         self, request: generate_pb2.GetModelRequest, context: grpc.aio.ServicerContext

@@ -11,6 +11,7 @@ from services.worker.generation import ChoiceDecoder, Generation
 from services.worker.logprobs import Logprobs
 from services.worker.sampling import Sampler
 from services.worker.text import TextStream, tokenizer_backend
+from services.worker.vocabulary import Vocabulary
 
 
 class RequestValidator:
@@ -23,6 +24,7 @@ class RequestValidator:
     def __init__(self, loaded: LoadedModel, settings: WorkerSettings) -> None:
         self._loaded, self._settings = loaded, settings
         self._backend = tokenizer_backend(loaded.tokenizer)
+        self._tokens = Vocabulary(self._backend)
         self._vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
         self._device = next(loaded.model.parameters()).device
 
@@ -37,13 +39,13 @@ class RequestValidator:
             raise InvalidArgument("token_ids is empty; send at least one token")
         if min(tokens) < 0 or max(tokens) >= self._vocabulary:
             raise InvalidArgument(f"token_ids must be from 0 to {self._vocabulary - 1}, the model's vocabulary")
-        if len(tokens) >= context:
+        scored_only = self._check_length(request)
+        room = context if scored_only else context - 1
+        if len(tokens) > room:
             raise InvalidArgument(
                 f"token_ids has {len(tokens)} tokens and the model's context of {context} has room for "
-                f"{context - 1}; shorten the prompt"
+                f"{room}; shorten the prompt"
             )
-        if request.stop.HasField("max_new_tokens") and request.stop.max_new_tokens < 1:
-            raise InvalidArgument(f"stop.max_new_tokens is {request.stop.max_new_tokens}; send at least 1")
         if not all(request.stop.stop):
             raise InvalidArgument("stop.stop has an empty string; remove it")
         self._check_choices(request)
@@ -53,16 +55,30 @@ class RequestValidator:
         for name, ids in (("stop.stop_token_ids", request.stop.stop_token_ids), ("sampling.logit_bias", bias)):
             if ids and (min(ids) < 0 or max(ids) >= self._vocabulary):
                 raise InvalidArgument(f"{name} must have token ids from 0 to {self._vocabulary - 1}")
-        defaults, prompt = self._loaded.model.generation_config, len(tokens) - request.generated_tokens
+        stop, prompt = request.stop, len(tokens) - request.generated_tokens
+        ends = {*stop.stop_token_ids, *(() if stop.ignore_eos else self._loaded.eos_token_ids)}
+        defaults = self._loaded.model.generation_config
         decoders = [
             ChoiceDecoder(
-                Sampler(request.sampling, defaults, self._device, choice, prompt),
-                TextStream(self._backend, tokens[:prompt], request.stop.stop),
+                Sampler(request.sampling, defaults, self._device, choice, prompt, stop.min_new_tokens, ends),
+                TextStream(self._backend, tokens[:prompt], stop.stop, include_stop=stop.include_stop_string),
             )
             for choice in range(max(1, request.choices))
         ]
-        logprobs = Logprobs(request.output, self._backend)
+        logprobs = Logprobs(request.output, self._tokens)
         return Generation(request, decoders, logprobs, self._loaded.eos_token_ids, context)
+
+    def _check_length(self, request: worker_pb2.RunRequest) -> bool:
+        """Checks how many tokens are to be generated; returns whether none is."""
+        stop, output = request.stop, request.output
+        none = stop.HasField("max_new_tokens") and stop.max_new_tokens == 0
+        if stop.max_new_tokens < 0:
+            raise InvalidArgument(f"stop.max_new_tokens is {stop.max_new_tokens}; send at least 0")
+        if none and not (output.echo or output.HasField("prompt_logprobs")):
+            raise InvalidArgument("stop.max_new_tokens is 0; send at least 1, or set output.echo")
+        if stop.min_new_tokens < 0 or (stop.HasField("max_new_tokens") and stop.min_new_tokens > stop.max_new_tokens):
+            raise InvalidArgument(f"stop.min_new_tokens is {stop.min_new_tokens}; send 0 to stop.max_new_tokens")
+        return none
 
     def _check_choices(self, request: worker_pb2.RunRequest) -> None:
         if not 0 <= request.choices <= self._settings.max_sequences:
@@ -72,5 +88,6 @@ class RequestValidator:
             )
         if request.choices > 1 and (request.keep or request.generated_tokens):
             raise InvalidArgument("a session that is kept continues with one choice; send choices 1")
-        if request.output.top_logprobs < 0:
-            raise InvalidArgument(f"output.top_logprobs is {request.output.top_logprobs}; send at least 0")
+        for name in ("top_logprobs", "prompt_logprobs"):
+            if not 0 <= getattr(request.output, name) <= self._vocabulary:
+                raise InvalidArgument(f"output.{name} is {getattr(request.output, name)}; send at least 0")

@@ -10,6 +10,7 @@ from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from qaq_core.base.pages import dtype_name
 from qaq_core.models import LoadedModel, ModelShape
+from services.worker.sampling import model_defaults
 from services.worker.scheduler.scheduler import Scheduler
 
 
@@ -80,4 +81,5 @@ def model_info(loaded: LoadedModel) -> common_pb2.ModelInfo:
         eos_token_ids=loaded.eos_token_ids,
         has_chat_template=bool(loaded.tokenizer.chat_template),
         source=loaded.source,
+        sampling=model_defaults(loaded.model.generation_config),
     )

@@ -66,7 +66,7 @@ class RunningBatch:
 
     @property
     def decoding(self) -> list[Generation]:
-        return [g for g in self.running if not session_of(g).prefilling]
+        return [g for g in self.running if not g.prefilling]
 
     def start(self, generation: Generation) -> None:
         """Opens the session of a generation and adds it to the running ones.
@@ -78,6 +78,7 @@ class RunningBatch:
         history = max(1, generation.request.history_tokens)
         if generation.scores_prompt and (session.loading is not None or session.sequence.length >= history):
             session.reset()
+        generation.kept = session.sequence.length
         self._replies.extend(generation, generation.echo())
         self.running.append(generation)
 
@@ -103,7 +104,7 @@ class RunningBatch:
         Prompts are computed one at a time, and pages of the first `PREFILL_LOOKAHEAD` are loaded, because full
         precision takes much memory.
         """
-        prompts = (g for g in self.running if session_of(g).prefilling)
+        prompts = (g for g in self.running if g.prefilling)
         first = list(itertools.islice(prompts, PREFILL_LOOKAHEAD))
         ready = [generation for generation in first if self._prefix_loaded(generation)]
         return next((g for g in ready if session_of(g).prefill_started), ready[0] if ready else None)

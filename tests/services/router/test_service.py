@@ -270,7 +270,7 @@ async def test_without_a_worker_a_request_is_told_to_come_back(router_settings: 
     ("bad", "code", "sentence"),
     [
         (request(""), Code.INVALID_ARGUMENT, "prompt is empty"),
-        (request("word " * CONTEXT), Code.INVALID_ARGUMENT, f"context of {CONTEXT} has room for {CONTEXT - 1}"),
+        (request("word " * CONTEXT), Code.INVALID_ARGUMENT, f"{CONTEXT} tokens and has room for {CONTEXT - 1}"),
         (request(new=-5), Code.INVALID_ARGUMENT, "max_new_tokens is -5"),
         (request(new=2**31 - 1), Code.INVALID_ARGUMENT, "send less"),
         (request(new=CONTEXT), Code.INVALID_ARGUMENT, "allows"),
