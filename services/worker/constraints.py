@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,11 +16,14 @@ from transformers import LogitsProcessor
 
 from qaq_core.models import LoadedModel
 from services.common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from services.worker.json_schema import not_enforced, schemas
 
 CACHE_BYTES = 64 << 20
 """Compiled grammars that are kept. The least recently used ones are dropped."""
 
-COMPILE_TIMEOUT_S = 10.0
+COMPILE_THREADS = 2
+
+COMPILE_TIMEOUT_S = 30.0
 """How long a call waits for its grammar."""
 
 MAX_WHITESPACE = 32
@@ -33,7 +37,7 @@ Grammar = Any
 
 
 class Grammars:
-    """Compiles constraints for one model, in a thread of its own: a grammar may take seconds, and running generations
+    """Compiles constraints for one model, in threads of their own: a grammar may take seconds, and running generations
     must not wait for it. Compiled grammars are cached.
 
     Args:
@@ -42,8 +46,9 @@ class Grammars:
 
     def __init__(self, loaded: LoadedModel, vocabulary: int) -> None:
         self._loaded, self._vocabulary = loaded, vocabulary
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._threads = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="grammar")
         self._compilers: dict[bool, Any] = {}
+        self._making = threading.Lock()
 
     async def get(self, constraint: common_pb2.Constraint) -> Grammar | None:
         """The grammar of a constraint; None if it has no kind.
@@ -57,7 +62,7 @@ class Grammars:
             return None
         if not self._loaded.eos_token_ids:
             raise FailedPrecondition("this model has no end-of-sequence token, which a constraint needs; send none")
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._compile, constraint)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, self._compile, constraint)
         try:
             return await asyncio.wait_for(work, COMPILE_TIMEOUT_S)
         except TimeoutError as error:
@@ -66,10 +71,11 @@ class Grammars:
             ) from error
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, constraint: common_pb2.Constraint) -> Grammar:
         kind = constraint.WhichOneof("kind")
+        _check_schemas(constraint)
         compiler = self._compiler(special_tokens=kind == "structural_tag")
         try:
             match kind:
@@ -92,13 +98,14 @@ class Grammars:
 
     def _compiler(self, special_tokens: bool) -> Any:
         """The compiler of grammars in which special tokens stand for their text, or occur nowhere."""
-        if special_tokens not in self._compilers:
-            xgrammar = _xgrammar()
-            tokenizer = _tokenizer_info(xgrammar, self._loaded, self._vocabulary, special_tokens)
-            self._compilers[special_tokens] = xgrammar.GrammarCompiler(
-                tokenizer, max_threads=1, cache_limit_bytes=CACHE_BYTES
-            )
-        return self._compilers[special_tokens]
+        with self._making:
+            if special_tokens not in self._compilers:
+                xgrammar = _xgrammar()
+                tokenizer = _tokenizer_info(xgrammar, self._loaded, self._vocabulary, special_tokens)
+                self._compilers[special_tokens] = xgrammar.GrammarCompiler(
+                    tokenizer, max_threads=1, cache_limit_bytes=CACHE_BYTES
+                )
+            return self._compilers[special_tokens]
 
 
 class GrammarMask(LogitsProcessor):
@@ -196,6 +203,24 @@ def _tokenizer_info(xgrammar: Any, loaded: LoadedModel, vocabulary: int, special
     return xgrammar.TokenizerInfo(
         texts, found.vocab_type, vocab_size=vocabulary, stop_token_ids=eos, add_prefix_space=found.add_prefix_space
     )
+
+
+def _check_schemas(constraint: common_pb2.Constraint) -> None:
+    """Raises:
+    InvalidArgument: a JSON schema has a part that would not be enforced.
+    """
+    kind = constraint.WhichOneof("kind")
+    try:
+        if kind == "json_schema":
+            found = not_enforced(json.loads(constraint.json_schema))
+        elif kind == "structural_tag":
+            found = not_enforced(schemas(json.loads(constraint.structural_tag)))
+        else:
+            return
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"constraint.{kind} is not JSON, or nested too deeply: {error}") from error
+    if found is not None:
+        raise InvalidArgument(f"constraint.{kind}: {found}")
 
 
 def _choice(texts: Sequence[str]) -> str:
