@@ -76,9 +76,6 @@ def template_kwargs(request: generate_pb2.ChatRequest) -> dict[str, Any]:
     variables = parsed("chat_template_kwargs", request.chat_template_kwargs)
     if not isinstance(variables, dict):
         raise InvalidArgument("chat_template_kwargs is not a JSON object; send one, or leave it unset")
-    taken = variables.keys() & {"messages", "conversation", "tools", "tokenize", "add_generation_prompt"}
-    if taken:
-        raise InvalidArgument(f"chat_template_kwargs has {min(taken)}, which the server sets; leave it out")
     return variables
 
 
