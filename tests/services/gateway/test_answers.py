@@ -54,7 +54,7 @@ def called(parts: Parts) -> list[tuple[str, Any]]:
     "message",
     [
         {"content": "It is < 20 degrees, <b>I think</b>."},
-        {"content": "I look.", "tool_calls": [call("Bern"), call("Zürich \"city\" <x>")]},
+        {"content": "I look.", "tool_calls": [call("Bern"), call('Zürich "city" <x>')]},
         {"content": "", "tool_calls": [call("Bern")]},
         {"content": "Fine.", "reasoning_content": "The user asks.\nI answer."},
         {"content": "", "reasoning_content": "I call.", "tool_calls": [call("Bern")]},

@@ -97,9 +97,7 @@ async def test_a_hot_sample_is_what_was_asked_for(make_scheduler: MakeScheduler,
         assert fits(each.text), each.text
 
 
-async def test_eight_schemas_at_once_and_one_text_without(
-    make_scheduler: MakeScheduler, ids: Ids, gate: Gate
-) -> None:
+async def test_eight_schemas_at_once_and_one_text_without(make_scheduler: MakeScheduler, ids: Ids, gate: Gate) -> None:
     async with make_scheduler(max_sequences=9) as scheduler:
         running = []
         for place in range(8):
@@ -119,7 +117,9 @@ async def test_eight_schemas_at_once_and_one_text_without(
 async def test_choices_differ_and_all_fit(make_scheduler: MakeScheduler, ids: Ids) -> None:
     async with make_scheduler() as scheduler:
         constraint = schema(PERSON)
-        asked = request(ids(ASK), choices=3, constraint=constraint, sampling=hot(5), stop=StopParams(max_new_tokens=120))
+        asked = request(
+            ids(ASK), choices=3, constraint=constraint, sampling=hot(5), stop=StopParams(max_new_tokens=120)
+        )
         generation = scheduler.submit(asked, await scheduler.grammars.get(constraint))
         texts, ends = [""] * 3, 0
         while ends < 3:
@@ -198,7 +198,10 @@ async def test_likelihoods_are_the_models_own(make_scheduler: MakeScheduler, ids
 async def test_stop_strings_end_a_constrained_text(make_scheduler: MakeScheduler, ids: Ids) -> None:
     async with make_scheduler() as scheduler:
         done = await answer(
-            scheduler, ids(ASK), Constraint(regex="[a-c]{4}xyz[a-c]{9}"), stop=StopParams(max_new_tokens=60, stop=["xy"])
+            scheduler,
+            ids(ASK),
+            Constraint(regex="[a-c]{4}xyz[a-c]{9}"),
+            stop=StopParams(max_new_tokens=60, stop=["xy"]),
         )
     assert re.fullmatch("[a-c]{4}", done.text)
     assert done.done is not None
@@ -219,7 +222,9 @@ async def test_special_tokens_do_not_occur_in_strings(smollm2: LoadedModel, make
     assert masked[smollm2.tokenizer.encode("b")[0]] == 0
 
 
-async def test_a_complete_text_ends_whatever_else_forbids_it(smollm2: LoadedModel, make_scheduler: MakeScheduler) -> None:
+async def test_a_complete_text_ends_whatever_else_forbids_it(
+    smollm2: LoadedModel, make_scheduler: MakeScheduler
+) -> None:
     eos = smollm2.eos_token_ids[0]
     async with make_scheduler() as scheduler:
         grammar = await scheduler.grammars.get(Constraint(regex="a"))
