@@ -46,9 +46,11 @@ async def tooled(
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     loaded = dataclasses.replace(smollm2, tokenizer=tokenizer)
-    async with running_stack(redis_server, loaded, tmp_path) as stack:
-        async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-            yield client
+    async with (
+        running_stack(redis_server, loaded, tmp_path) as stack,
+        AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0, timeout=300) as client,
+    ):
+        yield client
 
 
 async def ask(client: AsyncOpenAI, **fields: Any) -> Any:
@@ -142,5 +144,5 @@ async def test_formats_and_extensions(openai: AsyncOpenAI, served: Served) -> No
         await ask(openai, response_format={"type": "json_object"}, extra_body={"guided_regex": "a"})
     with pytest.raises(api.BadRequestError, match="cannot be compiled: Unsupported type"):
         await ask(openai, extra_body={"guided_json": {"type": "strange"}}, stream=True)
-    with pytest.raises(api.BadRequestError, match="not known how .* writes tool calls"):
+    with pytest.raises(api.BadRequestError, match=r"not known how .* writes tool calls"):
         await ask(openai, tools=[WEATHER])
