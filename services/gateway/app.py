@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
@@ -12,11 +13,13 @@ from fastapi.responses import JSONResponse, Response
 from services.common.routers import Routers
 from services.common.settings import GatewaySettings
 from services.common.streams import Asked, Stream
-from services.gateway import errors, models, requests, sessions, texts
+from services.gateway import errors, models, requests, sessions, texts, tools
+from services.gateway.answers import load_parser
 from services.gateway.calls import ClientGone, Tagged, events, merged, while_connected
-from services.gateway.replies import Answer, Chat, Completion, Json
+from services.gateway.replies import Answer, Json
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.schema import Request as Body
+from services.gateway.shapes import Chat, Completion
 from services.gateway.tenant import tenant
 from services.gateway.wire import EXPOSED_HEADERS, JsonRoute, Wire
 
@@ -61,9 +64,11 @@ def _generations(routers: Routers, timeout_s: float) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         model = await models.served(routers, body.model)
-        return await respond(
-            body, request, [requests.chat(body, model)], Answer(Chat(body.prompt_logprobs), model, body.n)
-        )
+        asked = requests.chat(body, model)
+        readers = tools.prepare(body, asked, model)
+        if readers is not None:
+            await asyncio.to_thread(load_parser)
+        return await respond(body, request, [asked], Answer(Chat(body.prompt_logprobs), model, body.n, readers=readers))
 
     async def respond(body: Body, request: Request, asked: Sequence[Asked], answer: Answer) -> Response:
         """Asks the router, and responds with one object or with a stream of chunks."""

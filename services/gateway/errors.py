@@ -54,7 +54,8 @@ _FIELDS = {
     *_NAMES,
     *("model", "prompt", "messages", "session_id", "cache", "stop", "stop_token_ids", "logit_bias", "constraint"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
-    *("logprobs", "top_logprobs", "prompt_logprobs", "stream_options", "best_of", "n", "tools"),
+    *("logprobs", "top_logprobs", "prompt_logprobs", "stream_options", "best_of", "n"),
+    *("tools", "tool_choice", "chat_template_kwargs", "response_format", "structured_outputs", "guided_json"),
 }
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from qaq.v1 import common_pb2, generate_pb2
 
 from services.gateway import logprobs
-from services.gateway.logprobs import CompletionLogprobs
+from services.gateway.answers import AnswerReader
+from services.gateway.shapes import Piece, Shape
+from services.gateway.tools import Readers
 from services.gateway.usage import UsageCounter
 
 _REASONS = {
@@ -24,52 +26,6 @@ Json = dict[str, Any]
 Replies = AsyncIterator[tuple[int, generate_pb2.GenerateReply]]
 
 
-@dataclass
-class Piece:
-    """The addition of one message to one choice.
-
-    Attributes:
-        begins: it is the choice's first.
-        tokens: with log-probabilities, if they are requested.
-        prompt: tokens of the prompt that came before the first piece, and `echo`, their text in the answer.
-    """
-
-    text: str = ""
-    tokens: list[common_pb2.TokenInfo] = field(default_factory=list)
-    reason: str | None = None
-    begins: bool = False
-    prompt: list[common_pb2.TokenInfo] = field(default_factory=list)
-    echo: str = ""
-
-    @property
-    def empty(self) -> bool:
-        return not (self.text or self.tokens or self.reason or self.prompt)
-
-
-class Shape(Protocol):
-    """The format of completions or of chat completions."""
-
-    prefix: str
-    whole: str
-    part: str
-
-    def choice(self, index: int, piece: Piece) -> Json:
-        """A choice of a whole answer."""
-        ...
-
-    def delta(self, index: int, piece: Piece) -> Json:
-        """A choice of a chunk."""
-        ...
-
-    def openings(self, choices: int) -> Iterable[Json]:
-        """The choices of the chunks before the first piece."""
-        ...
-
-    def more(self, whole: Sequence[Piece]) -> Json:
-        """Fields of a whole answer beside its choices."""
-        ...
-
-
 class Answer:
     """One answer with all its choices.
 
@@ -77,10 +33,16 @@ class Answer:
         choices: number of choices of each prompt. Those of prompt i begin at index i · choices.
         echo: for each prompt, the text that its choices begin with (None: the text of the echoed tokens). None: no
             echo.
+        readers: makes the readers of the choices' texts, if these are not plain.
     """
 
     def __init__(
-        self, shape: Shape, model: common_pb2.ModelInfo, choices: int, echo: Sequence[str | None] | None = None
+        self,
+        shape: Shape,
+        model: common_pb2.ModelInfo,
+        choices: int,
+        echo: Sequence[str | None] | None = None,
+        readers: Readers | None = None,
     ) -> None:
         self._shape, self._choices, self._echo = shape, choices, echo
         self._facts = {
@@ -92,6 +54,9 @@ class Answer:
         self._begun: set[int] = set()
         self._prompts: dict[int, list[common_pb2.TokenInfo]] = {}
         self._usage = UsageCounter()
+        self._make_reader, self._opening = readers, ""
+        self._readers: dict[int, AnswerReader] = {}
+        self._calls: Counter[int] = Counter()  # tool calls of each choice
 
     async def collect(self, replies: Replies, prompts: int) -> Json:
         """The whole answer."""
@@ -101,6 +66,8 @@ class Answer:
                 whole[index].text += piece.text
                 whole[index].tokens += piece.tokens
                 whole[index].reason = piece.reason
+                whole[index].reasoning += piece.reasoning
+                whole[index].calls += piece.calls
                 if piece.begins:
                     whole[index].prompt, whole[index].echo = piece.prompt, piece.echo
         choices = [self._shape.choice(index, piece) for index, piece in enumerate(whole)]
@@ -130,6 +97,9 @@ class Answer:
         """The pieces of a message of the prompt at index `place`."""
         self._usage.add(place, reply)
         match reply.WhichOneof("event"):
+            case "opening":
+                self._opening = reply.opening.text
+                self._reader(place * self._choices)  # it may refuse
             case "prompt":
                 self._prompts.setdefault(place, []).extend(reply.prompt.tokens)
             case "token":
@@ -150,88 +120,27 @@ class Answer:
                 text = self._echo[place]
                 piece.echo = logprobs.text_of(piece.prompt) if text is None else text
                 piece.text = piece.echo + piece.text
+        if self._make_reader is not None:
+            self._read(index, piece)
         return index, piece
+
+    def _read(self, index: int, piece: Piece) -> None:
+        """Splits the text of a piece into content, reasoning and tool calls."""
+        reader = self._reader(index)
+        parts = [reader.feed(piece.text)] + ([reader.finish()] if piece.reason else [])
+        piece.text = "".join(part.content for part in parts)
+        piece.reasoning = "".join(part.reasoning for part in parts)
+        for call in (call for part in parts for call in part.calls):
+            piece.calls.append({"index": self._calls[index], **call})
+            self._calls[index] += 1
+        if piece.reason == "stop" and self._calls[index]:
+            piece.reason = "tool_calls"
+
+    def _reader(self, index: int) -> AnswerReader:
+        assert self._make_reader is not None
+        if index not in self._readers:
+            self._readers[index] = self._make_reader(self._opening)
+        return self._readers[index]
 
     def _object(self, kind: str, choices: list[Json]) -> Json:
         return self._facts | {"object": kind, "choices": choices}
-
-
-class Completion:
-    """The format of `/v1/completions`.
-
-    Args:
-        top: alternatives of each token, None without log-probabilities.
-        echo: the text and the log-probabilities begin with the prompt.
-        prompt_top: alternatives of each token of the prompt in `prompt_logprobs`; None leaves it out.
-    """
-
-    prefix, whole, part = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, top: int | None = None, echo: bool = False, prompt_top: int | None = None) -> None:
-        self._top, self._echo, self._prompt_top = top, echo, prompt_top
-        self._logprobs: dict[int, CompletionLogprobs] = {}
-
-    def choice(self, index: int, piece: Piece) -> Json:
-        more: Json = {}
-        if self._prompt_top is not None:
-            more["prompt_logprobs"] = logprobs.prompt(piece.prompt, self._prompt_top)
-        return self._choice(index, piece, len(piece.text)) | more
-
-    def delta(self, index: int, piece: Piece) -> Json:
-        return self._choice(index, piece)
-
-    def openings(self, choices: int) -> Iterable[Json]:
-        return ()
-
-    def more(self, whole: Sequence[Piece]) -> Json:
-        return {}
-
-    def _choice(self, index: int, piece: Piece, length: int | None = None) -> Json:
-        told = None
-        if self._top is not None:
-            if index not in self._logprobs:
-                echoed = piece.prompt if self._echo else []
-                self._logprobs[index] = CompletionLogprobs(echoed, piece.echo, self._top)
-            told = self._logprobs[index].of(piece.tokens, length)
-        return {"index": index, "text": piece.text, "logprobs": told, "finish_reason": piece.reason}
-
-
-class Chat:
-    """The format of `/v1/chat/completions`.
-
-    Args:
-        prompt_top: as for `Completion`.
-    """
-
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, prompt_top: int | None = None) -> None:
-        self._prompt_top = prompt_top
-
-    def choice(self, index: int, piece: Piece) -> Json:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": logprobs.chat(piece.tokens),
-            "finish_reason": piece.reason,
-        }
-
-    def delta(self, index: int, piece: Piece) -> Json:
-        change = {"content": piece.text} if piece.text else {}
-        return {
-            "index": index,
-            "delta": change,
-            "logprobs": logprobs.chat(piece.tokens),
-            "finish_reason": piece.reason,
-        }
-
-    def openings(self, choices: int) -> Iterable[Json]:
-        for index in range(choices):
-            delta = {"role": "assistant", "content": ""}
-            yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def more(self, whole: Sequence[Piece]) -> Json:
-        return (
-            {} if self._prompt_top is None else {"prompt_logprobs": logprobs.prompt(whole[0].prompt, self._prompt_top)}
-        )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from qaq.v1 import common_pb2, generate_pb2
 
 from services.common.errors import InvalidArgument
-from services.gateway.schema import CacheOptions, ChatRequest, CompletionRequest, Message, Request
+from services.gateway.constraints import constraint
+from services.gateway.messages import Message, ToolCall
+from services.gateway.schema import CacheOptions, ChatRequest, CompletionRequest, Request
 
 DEFAULT_TEMPERATURE = 1.0
 """OpenAI's default, for models whose own default is greedy."""
@@ -20,7 +23,7 @@ def completions(body: CompletionRequest, model: common_pb2.ModelInfo) -> list[ge
     """One request for each prompt.
 
     Raises:
-        InvalidArgument: several prompts for one session.
+        InvalidArgument: several prompts for one session, or several constraints.
     """
     if body.session_id and len(body.prompts) > 1:
         raise InvalidArgument("session_id is for one text; send one prompt")
@@ -42,7 +45,11 @@ def completions(body: CompletionRequest, model: common_pb2.ModelInfo) -> list[ge
 
 
 def chat(body: ChatRequest, model: common_pb2.ModelInfo) -> generate_pb2.ChatRequest:
-    """The request for a conversation."""
+    """The request for a conversation. `tools.prepare` completes it.
+
+    Raises:
+        InvalidArgument: several constraints.
+    """
     output = common_pb2.OutputParams(
         logprobs=body.logprobs, top_logprobs=body.top_logprobs or 0, prompt_logprobs=body.prompt_logprobs
     )
@@ -50,9 +57,19 @@ def chat(body: ChatRequest, model: common_pb2.ModelInfo) -> generate_pb2.ChatReq
     return generate_pb2.ChatRequest(**_shared(body, limit, model), output=output, messages=messages(body.messages))
 
 
-def messages(given: list[Message]) -> list[dict[str, str]]:
-    """Messages as fields of ChatMessage."""
-    return [{"role": _ROLES.get(each.role, each.role), "content": each.text} for each in given]
+def messages(given: list[Message]) -> list[generate_pb2.ChatMessage]:
+    """Messages as the router takes them."""
+    return [
+        generate_pb2.ChatMessage(
+            role=_ROLES.get(each.role, each.role),
+            content=each.text,
+            name=each.name,
+            tool_calls_json=_json(each.tool_calls),
+            tool_call_id=each.tool_call_id,
+            reasoning_content=each.reasoning_content,
+        )
+        for each in given
+    ]
 
 
 def cache(options: CacheOptions | None) -> common_pb2.CacheParams | None:
@@ -95,7 +112,12 @@ def _shared(body: Request, limit: int | None, model: common_pb2.ModelInfo) -> di
         "cache": cache(body.cache),
         "session_id": body.session_id,
         "choices": body.n,
+        "constraint": constraint(body),
     }
+
+
+def _json(calls: list[ToolCall]) -> str:
+    return json.dumps([call.model_dump() for call in calls], ensure_ascii=False) if calls else ""
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any]:

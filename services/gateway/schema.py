@@ -7,50 +7,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from services.common.errors import InvalidArgument
 from services.common.limits import (
     MAX_BIASED_TOKENS,
     MAX_CHOICES,
-    MAX_MESSAGES,
     MAX_REPETITION_PENALTY,
-    MAX_SESSION_ID_BYTES,
-    MAX_STOP_BYTES,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
     MAX_TEMPERATURE,
-    MAX_TOP_LOGPROBS,
     MIN_REPETITION_PENALTY,
 )
+from services.gateway.constraints import Constrained
+from services.gateway.messages import Messages
+from services.gateway.objects import Int32, Name, Object, Penalty, SessionId, Stop, TokenIds, Top
+from services.gateway.tools import Tooled
 
 MAX_PROMPTS = 64
 MAX_ANSWERS = 256
-MAX_FIELDS = 128
-MAX_NAME = 256
-
-Int32 = Annotated[int, Field(ge=0, lt=2**31)]
-Top = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS, strict=True)]
-TokenIds = Annotated[list[Int32], Field(fail_fast=True, min_length=1, max_length=1 << 20)]
-Stop = Annotated[str, Field(max_length=MAX_STOP_BYTES)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-SessionId = Annotated[str, Field(max_length=MAX_SESSION_ID_BYTES)]
-Name = Annotated[str, Field(max_length=MAX_NAME)]
-
-
-class Object(BaseModel):
-    """A JSON object of a request."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        if len(given) > MAX_FIELDS:
-            raise ValueError(f"an object has {len(given)} fields; send at most {MAX_FIELDS}")
-        return {name: value for name, value in given.items() if value is not None}
 
 
 class CacheOptions(Object):
@@ -86,7 +61,7 @@ class WithoutEffect(Object):
     spaces_between_special_tokens: Literal[True] | None = None
 
 
-class Request(WithoutEffect):
+class Request(WithoutEffect, Constrained):
     """Fields of completions and of chat completions.
 
     Attributes:
@@ -111,7 +86,9 @@ class Request(WithoutEffect):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     min_tokens: Int32 = 0
-    stop_token_ids: Annotated[list[Int32], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] = []
+    stop_token_ids: Annotated[list[Int32], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] = Field(
+        default_factory=list
+    )
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     prompt_logprobs: Top | None = None
@@ -169,52 +146,9 @@ class CompletionRequest(Request):
         return self
 
 
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Object):
-    """A message, also as an answer of this API or of another one has it."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_MESSAGES)] = ""
-    refusal: str = ""
-    name: Name | None = None
-    annotations: Any = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty_lists(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {name: value for name, value in given.items() if name == "content" or value not in ([], {})}
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.role != "assistant" and "content" not in self.model_fields_set:
-            raise ValueError("content is missing; send a text")
-        return self
-
-    @property
-    def text(self) -> str:
-        """The content; of an assistant that refused, its refusal."""
-        if isinstance(self.content, str):
-            return self.content or self.refusal
-        return "".join(part.text for part in self.content)
-
-
-Messages = Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
-
-
-class TextFormat(Object):
-    type: Literal["text"]
-
-
 class ChatWithoutEffect(WithoutEffect):
     """As `WithoutEffect`, of chat completions alone."""
 
-    parallel_tool_calls: bool | None = None
     reasoning_effort: Any = None
     verbosity: Literal["medium"] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -227,7 +161,7 @@ class ChatWithoutEffect(WithoutEffect):
     add_special_tokens: Literal[False] | None = None
 
 
-class ChatRequest(Request, ChatWithoutEffect):
+class ChatRequest(Request, Tooled, ChatWithoutEffect):
     """`/v1/chat/completions`. Without a limit, an answer may fill the model's context."""
 
     messages: Messages
@@ -235,6 +169,3 @@ class ChatRequest(Request, ChatWithoutEffect):
     max_completion_tokens: Int32 | None = None
     logprobs: bool = False
     top_logprobs: Top | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    response_format: TextFormat | None = None

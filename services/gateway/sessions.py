@@ -13,8 +13,9 @@ from services.common.errors import InvalidArgument
 from services.common.routers import Routers
 from services.gateway import requests
 from services.gateway.models import SHORT_DEADLINE_S
+from services.gateway.objects import Name, Object, SessionId
 from services.gateway.replies import Json
-from services.gateway.schema import CacheOptions, Name, Object, SessionId
+from services.gateway.schema import CacheOptions
 from services.gateway.tenant import tenant
 from services.gateway.wire import JsonRoute
 

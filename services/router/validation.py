@@ -26,6 +26,7 @@ from services.common.limits import (
     PRESETS,
     ROLES,
 )
+from services.router import formats
 
 MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED = "model_not_found", "context_length_exceeded"
 """Reasons of errors, as OpenAI's API names them."""
@@ -183,10 +184,15 @@ def _messages(messages: Sequence[generate_pb2.ChatMessage], limits: Limits) -> N
         if message.role not in ROLES:
             role = f'"{message.role[:50]}"' if message.role else "empty"
             raise InvalidArgument(f"messages[{place}].role is {role}; use one of {', '.join(ROLES)}")
-    if not any(message.content for message in messages):
+    if not any(message.content or message.tool_calls_json for message in messages):
         raise InvalidArgument("every message is empty; send at least one character of content")
-    size = sum(len(message.role.encode()) + len(message.content.encode()) for message in messages)
-    _text_size("messages", size, limits)
+    _text_size("messages", sum(_message_size(message) for message in messages), limits)
+
+
+def _message_size(message: generate_pb2.ChatMessage) -> int:
+    """Bytes of all texts of a message."""
+    texts = (value for field, value in message.ListFields())
+    return sum(len(text.encode()) for text in texts)
 
 
 def _text_size(field: str, size: int, limits: Limits) -> None:
@@ -213,6 +219,9 @@ def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest
     _output(request.output)
     if _scored_only(request.stop) and not (request.output.echo or request.output.HasField("prompt_logprobs")):
         raise InvalidArgument("stop.max_new_tokens is 0; send at least 1, or leave it unset")
+    formats.constraint(request.constraint)
+    if request.stop.ignore_eos and request.constraint.WhichOneof("kind"):
+        raise InvalidArgument("a text with a constraint ends where the constraint says; leave ignore_eos unset")
     cache(request.cache)
 
 

@@ -42,8 +42,9 @@ class Sampler:
         defaults: the model's generation config.
         choice: index among the choices of one prompt.
         prompt_tokens: tokens before the generated ones, which frequency and presence penalties do not count.
-        min_new_tokens: none of the `ends` is sampled before this many tokens.
+        min_new_tokens: none of the `ends` is sampled before this many tokens, except where a mask allows nothing else.
         ends: tokens that would end the generation.
+        mask: rules tokens out after penalties and bias, before temperature and filters.
     Raises:
         InvalidArgument: a parameter is out of range.
     """
@@ -57,6 +58,7 @@ class Sampler:
         prompt_tokens: int = 0,
         min_new_tokens: int = 0,
         ends: Collection[int] = (),
+        mask: LogitsProcessor | None = None,
     ) -> None:
         def setting(name: str) -> Any:
             return getattr(params, name) if params.HasField(name) else getattr(defaults, name, None)
@@ -84,6 +86,8 @@ class Sampler:
                     MinNewTokensLengthLogitsProcessor(prompt_tokens, min_new_tokens, sorted(ends), device=str(device))
                 )
             self._needs_history = len(self._processors) > 0
+            if mask is not None:
+                self._processors.append(mask)
             if not self.greedy:
                 self._add_warpers(temperature, chosen["top_k"], chosen["top_p"], chosen["min_p"])
         except ValueError as error:

@@ -33,16 +33,23 @@ class TextStream:
         prompt: tokens before the generation.
         stop: strings that end the text; what follows is not returned.
         include_stop: the string that ends the text is returned.
+        special_tokens: keep the text of special tokens.
 
     Attributes:
         stop_found: the stop string that ended the text, or None.
     """
 
     def __init__(
-        self, backend: Any, prompt: Sequence[int], stop: Sequence[str] = (), *, include_stop: bool = False
+        self,
+        backend: Any,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        special_tokens: bool = False,
     ) -> None:
-        self._backend = backend
-        self._decoder = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
+        self._backend, self._skip = backend, not special_tokens
+        self._decoder = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=self._skip)
         self._undecoded: list[int] = []
         self._held = ""
         self._stop, self._include_stop = tuple(stop), include_stop
@@ -69,7 +76,7 @@ class TextStream:
         """The text that was held back until the end."""
         if self.stop_found is not None:
             return ""
-        rest = self._backend.decode(self._undecoded, skip_special_tokens=True)
+        rest = self._backend.decode(self._undecoded, skip_special_tokens=self._skip)
         text = self._filter(rest)
         text, self._held = text + self._held, ""
         return text

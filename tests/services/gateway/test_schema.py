@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletionMessage
 from pydantic import ValidationError
-from qaq.v1 import common_pb2
+from qaq.v1 import common_pb2, generate_pb2
 
 from services.common.errors import InvalidArgument
 from services.gateway import requests
@@ -27,14 +27,14 @@ def test_an_answer_is_sent_back_as_it_came() -> None:
     litellm = {"content": "Hi.", "role": "assistant", "tool_calls": None, "function_call": None, "annotations": None}
     for back in (answer, litellm, answer | {"audio": None, "refusal": None, "function_call": None}):
         told = requests.messages(chat(ASK, back, ASK).messages)
-        assert told[1] == {"role": "assistant", "content": "Hi."}
+        assert told[1] == generate_pb2.ChatMessage(role="assistant", content="Hi.")
 
 
 def test_an_assistants_content_may_be_null() -> None:
     told = requests.messages(chat(ASK, {"role": "assistant", "content": None}).messages)
-    assert told[1] == {"role": "assistant", "content": ""}
+    assert told[1] == generate_pb2.ChatMessage(role="assistant")
     refused = requests.messages(chat(ASK, {"role": "assistant", "content": None, "refusal": "No."}).messages)
-    assert refused[1]["content"] == "No."
+    assert refused[1].content == "No."
     for role in ("user", "system", "tool"):
         with pytest.raises(ValidationError, match="content is missing"):
             chat({"role": role, "content": None})
