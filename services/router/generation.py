@@ -165,7 +165,7 @@ class GenerationStream:
                 return None  # the client has them from the worker before
             case "prompt":
                 tokens = self._echo.fresh(message.prompt)
-                return tokens and generate_pb2.GenerateReply(session_id=self._session.id, prompt=tokens)
+                return generate_pb2.GenerateReply(session_id=self._session.id, prompt=tokens) if tokens else None
             case "token":
                 self._record(message.token)
         return generate_pb2.GenerateReply(session_id=self._session.id, **{event: getattr(message, event)})
