@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from qaq.v1 import common_pb2
 from transformers import LogitsProcessor
@@ -31,6 +32,10 @@ MAX_WHITESPACE = 32
 
 # What xgrammar puts before a message: time, file and line of its own source.
 _PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: |Check failed: \(.*?\) is false: ")
+
+# For each byte of a bit mask, what is added to the logits of its eight tokens. Adding is the fastest way to mask.
+_PENALTIES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf)
+_PENALTIES = _PENALTIES.astype(np.float32)
 
 Grammar = Any
 """A compiled grammar: xgrammar.CompiledGrammar. It is shared by all generations with its constraint."""
@@ -119,10 +124,11 @@ class GrammarMask(LogitsProcessor):
 
     def __init__(self, grammar: Grammar, eos: Sequence[int], vocabulary: int) -> None:
         xgrammar = _xgrammar()
-        self._apply = xgrammar.apply_token_bitmask_inplace
         self._matcher = xgrammar.GrammarMatcher(grammar, override_stop_tokens=list(eos))
-        self._bits = xgrammar.allocate_token_bitmask(1, vocabulary)
-        self._vocabulary = vocabulary
+        self._bits = xgrammar.allocate_token_bitmask(1, vocabulary).numpy()
+        self._bytes = self._bits.view(np.uint8)[0]
+        self._penalties = np.zeros((len(self._bytes), 8), np.float32)  # 0 for allowed tokens, -inf for the others
+        self._penalty = torch.from_numpy(self._penalties).view(-1)[:vocabulary]
         self._filled: Future[None] | None = None
 
     def accept(self, token: int) -> None:
@@ -137,6 +143,7 @@ class GrammarMask(LogitsProcessor):
     def prepare(self) -> None:
         """Computes the mask of the next token. Takes microseconds for most grammars, and milliseconds for some."""
         self._matcher.fill_next_token_bitmask(self._bits)
+        np.take(_PENALTIES, self._bytes, axis=0, out=self._penalties, mode="clip")
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores: float32 [1, vocabulary]; returns new ones, in which all other tokens have -inf."""
@@ -145,13 +152,11 @@ class GrammarMask(LogitsProcessor):
         else:
             self._filled.result()
             self._filled = None
-        masked = scores.clone()
-        self._apply(masked, self._bits.to(scores.device), vocab_size=self._vocabulary)
-        if bool(masked.max() == -torch.inf):
-            # What is allowed was ruled out before, such as the end of the text by a minimum length: the grammar wins.
-            masked = torch.zeros_like(scores)
-            self._apply(masked, self._bits.to(scores.device), vocab_size=self._vocabulary)
-        return masked
+        penalty = self._penalty.to(scores.device)
+        masked = scores + penalty
+        # What is allowed may have been ruled out before, such as the end of the text by a minimum length: the grammar
+        # wins.
+        return penalty[None] if bool(masked.max() == -torch.inf) else masked
 
 
 class MaskThread:
