@@ -163,3 +163,19 @@ async def test_tokens_and_texts(served: Served, smollm2: LoadedModel) -> None:
             ("/detokenize", {"tokens": [-1]}),
         ):
             assert (await http.post(path, json=body)).status_code == 400
+
+
+async def test_what_lm_eval_reads(served: Served, smollm2: LoadedModel) -> None:
+    """Its likelihoods of an answer after a question, by its own request and its own reading."""
+    api = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
+    question, right, wrong = (smollm2.tokenizer.encode(text) for text in (PROMPT, " Paris", " London"))
+    asked = {"prompt": [question + right, question + wrong], "temperature": 0, "max_tokens": 1, "logprobs": 1}
+    async with httpx2.AsyncClient(base_url=served.url, timeout=60) as http:
+        answer = (await http.post("/v1/completions", json=asked | {"seed": 1234, "echo": True})).json()
+    read = api.parse_logprobs(answer, tokens=asked["prompt"], ctxlens=[len(question)] * 2)
+    for (logprob, greedy), answered in zip(read, (right, wrong), strict=True):
+        (token,) = answered
+        scores = likelihoods(smollm2, question)[-1]
+        assert logprob == pytest.approx(float(scores[token]), abs=2e-2)
+        assert greedy == (int(scores.argmax()) == token)
+    assert read[0][0] > read[1][0]

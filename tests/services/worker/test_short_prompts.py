@@ -156,3 +156,10 @@ async def test_logits_stay_finite(make_scheduler: MakeScheduler, ids: Ids) -> No
         for penalty in (1e-38, 0, 1e38, -1):
             with pytest.raises(InvalidArgument, match="repetition_penalty is"):
                 scheduler.submit(request([1, 2], sampling=SamplingParams(repetition_penalty=penalty)))
+
+
+@pytest.mark.parametrize("target", ["target_bits", "target_error"])
+async def test_targets_near_zero(make_scheduler: MakeScheduler, ids: Ids, target: str) -> None:
+    cache = common_pb2.CacheParams(preset="balanced", **{target: 1e-38})
+    async with make_scheduler() as scheduler:
+        assert len((await outcome(scheduler.submit(request(ids(STORY * 3), 12, cache=cache)))).tokens) == 12
