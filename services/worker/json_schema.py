@@ -31,8 +31,8 @@ def not_enforced(schema: Any, place: str = "#") -> str | None:
     `oneOf` is enforced as `anyOf`: a text may fit several of its schemas.
     """
     if isinstance(schema, list):
-        parts = ((f"{place}/{index}", part) for index, part in enumerate(schema))
-        return next(filter(None, (not_enforced(part, where) for where, part in parts)), None)
+        faults = (not_enforced(part, f"{place}/{index}") for index, part in enumerate(schema))
+        return next((fault for fault in faults if fault is not None), None)
     if not isinstance(schema, dict):
         return None
     found = _fault(schema)
@@ -41,12 +41,10 @@ def not_enforced(schema: Any, place: str = "#") -> str | None:
     for key, value in schema.items():
         if key in _DATA:
             continue
-        if key in _MAPS and isinstance(value, dict):
-            parts = ((f"{place}/{key}/{name}", part) for name, part in value.items())
-        else:
-            parts = iter([(f"{place}/{key}", value)])
-        for where, part in parts:
-            if (found := not_enforced(part, where)) is not None:
+        named = value if key in _MAPS and isinstance(value, dict) else {"": value}
+        for name, part in named.items():
+            found = not_enforced(part, f"{place}/{key}/{name}".rstrip("/"))
+            if found is not None:
                 return found
     return None
 

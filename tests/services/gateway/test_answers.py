@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -122,3 +124,12 @@ def test_the_tokenizers_own_template_comes_first() -> None:
     own = common_pb2.ModelInfo(model_type="qwen3", response_template=json.dumps(GEMMA))
     assert families.template(own) == GEMMA
     assert families.template(common_pb2.ModelInfo(model_type="llama")) is None
+
+
+def test_reading_needs_no_torch() -> None:
+    program = (
+        "import sys; from services.gateway.answers import AnswerReader, load_parser; load_parser();"
+        f"print(AnswerReader({HERMES!r}, '', []).feed('hello').content, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["hello", "False"]

@@ -305,3 +305,21 @@ async def test_invalid_utf8_is_an_invalid_argument(router_settings: RouterSettin
     await router.stop()
     assert caught.value.code() is Code.INVALID_ARGUMENT
     assert "UTF-8" in caught.value.details()
+
+
+async def test_a_chat_with_an_opening_and_a_constraint(client: Stub, worker: CountingWorker) -> None:
+    message = generate_pb2.ChatMessage(role="user", content="Name a colour.")
+    asked = generate_pb2.ChatRequest(messages=[message], stop={"max_new_tokens": 2}, opening=True)
+    asked.constraint.regex = "[a-z]+"
+    got = await replies(client.Chat(asked))
+    assert [reply.WhichOneof("event") for reply in got] == ["opening", "prefill", "token", "token", "finished"]
+    assert got[0].opening.text == "<|im_start|>assistant\n"
+    assert got[0].session_id == got[1].session_id
+    assert worker.asked[-1].constraint.regex == "[a-z]+"
+    asked.tools.append('{"type": "function", "function": {"name": "f"}}')
+    with pytest.raises(grpc.aio.AioRpcError, match="knows no tools") as caught:
+        await replies(client.Chat(asked))
+    assert caught.value.code() is Code.FAILED_PRECONDITION
+    asked.constraint.regex = "a{5000}"
+    with pytest.raises(grpc.aio.AioRpcError, match="repeats something 5000 times"):
+        await replies(client.Chat(asked))
