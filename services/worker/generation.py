@@ -11,6 +11,7 @@ import torch
 from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import CacheStatistics
+from services.worker.constraints import GrammarMask
 from services.worker.logprobs import Logprobs
 from services.worker.sampling import Sampler
 from services.worker.session import Session
@@ -40,10 +41,15 @@ class Call:
 
 @dataclass(frozen=True)
 class ChoiceDecoder:
-    """How one choice samples tokens and turns them into text."""
+    """How one choice samples tokens and turns them into text.
+
+    Attributes:
+        mask: of the request's constraint; the sampler applies it.
+    """
 
     sampler: Sampler
     text: TextStream
+    mask: GrammarMask | None = None
 
 
 class Generation:
@@ -82,7 +88,7 @@ class Generation:
         self.loaded, self.was_preempted = 0, False
         self.call = call or Call()
         self._decoders, self._eos, self._context = decoders, eos, context
-        self.sampler, self._text = decoders[0].sampler, decoders[0].text
+        self.sampler, self._text, self.mask = decoders[0].sampler, decoders[0].text, decoders[0].mask
         self._logprobs = logprobs
         self._stop_tokens = frozenset(request.stop.stop_token_ids)
         self._prompt_tokens = len(self.tokens) - request.generated_tokens
@@ -173,13 +179,16 @@ class Generation:
     def _count(self, token: int) -> str:
         """Adds a token, returns the text that became final, and sets `reason` if the token was the last."""
         self._generated += 1
+        if self.mask is not None:
+            self.mask.accept(token)
         if token in self._stop_tokens:
             self.reason, self._final_token = common_pb2.FINISH_REASON_STOP, token
             return ""
-        text = self._text.push(token)
         if token in self._eos and not self.request.stop.ignore_eos:
             self.reason, self._final_token = common_pb2.FINISH_REASON_EOS, token
-        elif self._text.stop_found is not None:
+            return ""
+        text = self._text.push(token)
+        if self._text.stop_found is not None:
             self.reason = common_pb2.FINISH_REASON_STOP
         elif self._generated >= self._max_new_tokens:
             self.reason = common_pb2.FINISH_REASON_LENGTH

@@ -36,6 +36,7 @@ class Sampler:
         defaults: the model's generation config.
         choice: index among the choices of one prompt.
         prompt_tokens: tokens before the generated ones, which frequency and presence penalties do not count.
+        mask: rules tokens out after penalties and bias, before temperature and filters.
     Raises:
         InvalidArgument: a parameter is out of range.
     """
@@ -47,6 +48,7 @@ class Sampler:
         device: torch.device,
         choice: int = 0,
         prompt_tokens: int = 0,
+        mask: LogitsProcessor | None = None,
     ) -> None:
         def setting(name: str) -> Any:
             return getattr(params, name) if params.HasField(name) else getattr(defaults, name, None)
@@ -64,6 +66,8 @@ class Sampler:
         try:
             self._add_penalties(params, chosen, prompt_tokens)
             self._needs_history = len(self._processors) > 0
+            if mask is not None:
+                self._processors.append(mask)
             if not self.greedy:
                 self._add_warpers(temperature, chosen["top_k"], chosen["top_p"], chosen["min_p"])
         except ValueError as error:

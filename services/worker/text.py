@@ -32,14 +32,17 @@ class TextStream:
         backend: from `tokenizer_backend`.
         prompt: tokens before the generation.
         stop: strings that end the text; neither they nor what follows is returned.
+        special_tokens: keep the text of special tokens.
 
     Attributes:
         stop_found: the stop string that ended the text, or None.
     """
 
-    def __init__(self, backend: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._backend = backend
-        self._decoder = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
+    def __init__(
+        self, backend: Any, prompt: Sequence[int], stop: Sequence[str] = (), *, special_tokens: bool = False
+    ) -> None:
+        self._backend, self._skip = backend, not special_tokens
+        self._decoder = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=self._skip)
         self._undecoded: list[int] = []
         self._held = ""
         self._stop = tuple(stop)
@@ -60,7 +63,7 @@ class TextStream:
         """The text that was held back until the end."""
         if self.stop_found is not None:
             return ""
-        rest = self._backend.decode(self._undecoded, skip_special_tokens=True)
+        rest = self._backend.decode(self._undecoded, skip_special_tokens=self._skip)
         text = self._filter(rest)
         text, self._held = text + self._held, ""
         return text

@@ -12,6 +12,7 @@ from qaq_core import QAQCache
 from qaq_core.models import LoadedModel
 from services.common import metrics
 from services.common.errors import ResourceExhausted
+from services.worker.constraints import MaskThread
 from services.worker.generation import UNFINISHED, Generation, Reply, arrival_order, session_of
 from services.worker.replies import Replies
 from services.worker.session import Session
@@ -41,6 +42,7 @@ class RunningBatch:
         self._threads = torch.get_num_threads()
         # A step is many small operations, and each waits for its slowest thread: leave a core to other processes.
         self._decode_threads = decode_threads or max(1, self._threads - 1)
+        self._masks = MaskThread()
         self.running: list[Generation] = []
         self.preempted: list[Generation] = []
 
@@ -156,6 +158,7 @@ class RunningBatch:
         """Decodes one token of each. If the pass fails, retries each alone so that only the faulty one ends."""
         sessions = [session_of(g) for g in generations]
         torch.set_num_threads(self._decode_threads)
+        self._masks.prepare([g.mask for g in generations if g.mask is not None])
         try:
             logits = self._forward(sessions, [session.next_chunk(1) for session in sessions])
         except Exception as error:
