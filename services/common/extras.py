@@ -52,6 +52,7 @@ EXTRAS = {
     ),
     "eval": Extra("multiple choice and plots of qaq eval", ("lm_eval", "matplotlib")),
     "llamacpp": Extra("llama.cpp as a baseline of qaq bench decode", ("llama_cpp",)),
+    "smg": Extra("the protocol of SMG in the router", ("smg_grpc_proto",)),
     "triton": Extra("attention kernels for CUDA devices", ("triton",)),
 }
 
