@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -12,7 +12,7 @@ from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
 from services.common.errors import InvalidArgument
 from services.common.routers import Routers
 from services.common.streams import Asked, Stream
-from services.gateway import errors, requests
+from services.gateway import errors, requests, tools
 from services.gateway.calls import ClientGone, events, merged, while_connected
 from services.gateway.replies import Answer, Chat, Completion, Json, Replies
 from services.gateway.schema import ChatRequest, CompletionRequest
@@ -56,7 +56,8 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await respond(body, request, [requests.chat(body)], Chat())
+        asked = requests.chat(body)
+        return await respond(body, request, [asked], Chat(), prepare=lambda model: tools.prepare(body, asked, model))
 
     async def respond(
         body: Body,
@@ -64,14 +65,19 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
         asked: Sequence[Asked],
         shape: Completion | Chat,
         echo: Sequence[str | None] | None = None,
+        prepare: Callable[[common_pb2.ModelInfo], tools.Readers | None] = lambda model: None,
     ) -> Response:
-        """Asks the router, and responds with one object or with a stream of chunks."""
+        """Asks the router, and responds with one object or with a stream of chunks.
+
+        Args:
+            prepare: completes the requests for the model that is served, and says how its answers are read.
+        """
 
         @contextlib.asynccontextmanager
         async def running() -> AsyncIterator[tuple[Answer, Replies]]:
             async with routers.stub() as stub:
-                name = (await _model(stub, body.model)).name
-            answer = Answer(shape, name, asked[0].choices, echo)
+                model = await _model(stub, body.model)
+            answer = Answer(shape, model.name, asked[0].choices, echo, prepare(model))
             streams = [Stream(routers, each, timeout_s, metadata) for each in asked]
             async with contextlib.aclosing(merged(streams)) as replies:
                 yield answer, replies

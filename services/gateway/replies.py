@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 from qaq.v1 import common_pb2, generate_pb2
 
+from services.gateway.answers import AnswerReader
+from services.gateway.tools import Readers
+
 _LEAST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI's API uses this value
 _REASONS = {
     common_pb2.FINISH_REASON_EOS: "stop",
@@ -23,11 +26,17 @@ Replies = AsyncIterator[tuple[int, generate_pb2.GenerateReply]]
 
 @dataclass
 class Piece:
-    """The addition of one message to one choice."""
+    """The addition of one message to one choice.
+
+    Attributes:
+        calls: tool calls in OpenAI's format, each with its index.
+    """
 
     text: str = ""
     tokens: list[common_pb2.TokenInfo] = field(default_factory=list)
     reason: str | None = None
+    reasoning: str = ""
+    calls: list[Json] = field(default_factory=list)
 
 
 class Shape(Protocol):
@@ -57,9 +66,20 @@ class Answer:
         choices: number of choices of each prompt. Those of prompt i begin at index i · choices.
         echo: for each prompt, the text that its choices begin with (None: the text of the echoed tokens). None: no
             echo.
+        readers: makes the readers of the choices' texts, if these are not plain.
     """
 
-    def __init__(self, shape: Shape, model: str, choices: int, echo: Sequence[str | None] | None = None) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        model: str,
+        choices: int,
+        echo: Sequence[str | None] | None = None,
+        readers: Readers | None = None,
+    ) -> None:
+        self._make_reader, self._opening = readers, ""
+        self._readers: dict[int, AnswerReader] = {}
+        self._calls: dict[int, int] = {}  # tool calls of each choice
         self._shape, self._choices = shape, choices
         self._id, self._created, self._model = f"{shape.prefix}-{uuid.uuid4().hex}", int(time.time()), model
         self._echo = echo
@@ -75,6 +95,8 @@ class Answer:
                 whole[index].text += piece.text
                 whole[index].tokens += piece.tokens
                 whole[index].reason = piece.reason
+                whole[index].reasoning += piece.reasoning
+                whole[index].calls += piece.calls
         choices = [self._shape.choice(index, piece) for index, piece in enumerate(whole)]
         return self._object(self._shape.whole, choices) | {"usage": self._usage()}
 
@@ -83,11 +105,12 @@ class Answer:
         more: Json = {"usage": None} if usage else {}
         opened = False
         async for place, reply in replies:
+            pieces = list(self._pieces(place, reply))
             if not opened:  # only when the router has accepted the request: an error before is no stream
                 for choice in self._shape.openings(prompts * self._choices):
                     yield self._object(self._shape.part, [choice]) | more
                 opened = True
-            for index, piece in self._pieces(place, reply):
+            for index, piece in pieces:
                 if piece != Piece():
                     yield self._object(self._shape.part, [self._shape.delta(index, piece)]) | more
         if usage:
@@ -96,6 +119,9 @@ class Answer:
     def _pieces(self, place: int, reply: generate_pb2.GenerateReply) -> Iterable[tuple[int, Piece]]:
         """The pieces of a message of the prompt at index `place`."""
         match reply.WhichOneof("event"):
+            case "opening":
+                self._opening = reply.opening.text
+                self._reader(place * self._choices)  # it may refuse
             case "prompt":
                 self._echoed.setdefault(place, []).extend(reply.prompt.tokens)
             case "token":
@@ -115,7 +141,27 @@ class Answer:
             piece.text = ("".join(info.text for info in echoed) if text is None else text) + piece.text
             piece.tokens = [*echoed, *piece.tokens] if piece.tokens else []
         self._begun.add(index)
+        if self._make_reader is not None:
+            self._read(index, piece)
         return index, piece
+
+    def _read(self, index: int, piece: Piece) -> None:
+        """Splits the text of a piece into content, reasoning and tool calls."""
+        reader = self._reader(index)
+        parts = [reader.feed(piece.text)] + ([reader.finish()] if piece.reason else [])
+        piece.text = "".join(part.content for part in parts)
+        piece.reasoning = "".join(part.reasoning for part in parts)
+        for call in (call for part in parts for call in part.calls):
+            piece.calls.append({"index": self._calls.get(index, 0), **call})
+            self._calls[index] = self._calls.get(index, 0) + 1
+        if piece.reason == "stop" and self._calls.get(index):
+            piece.reason = "tool_calls"
+
+    def _reader(self, index: int) -> AnswerReader:
+        assert self._make_reader is not None
+        if index not in self._readers:
+            self._readers[index] = self._make_reader(self._opening)
+        return self._readers[index]
 
     def _object(self, kind: str, choices: list[Json]) -> Json:
         return {
@@ -185,7 +231,12 @@ class Chat:
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, index: int, piece: Piece) -> Json:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        content = piece.text if piece.text or not piece.calls else None
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if piece.reasoning:
+            message["reasoning_content"] = piece.reasoning
+        if piece.calls:
+            message["tool_calls"] = [{key: value for key, value in c.items() if key != "index"} for c in piece.calls]
         return {
             "index": index,
             "message": message,
@@ -194,7 +245,11 @@ class Chat:
         }
 
     def delta(self, index: int, piece: Piece) -> Json:
-        change = {"content": piece.text} if piece.text else {}
+        change: Json = {"content": piece.text} if piece.text else {}
+        if piece.reasoning:
+            change["reasoning_content"] = piece.reasoning
+        if piece.calls:
+            change["tool_calls"] = piece.calls
         return {
             "index": index,
             "delta": change,

@@ -7,7 +7,9 @@ from typing import Any
 from qaq.v1 import common_pb2, generate_pb2
 
 from services.common.errors import InvalidArgument
-from services.gateway.schema import ChatRequest, CompletionRequest, Request
+from services.gateway.constraints import constraint
+from services.gateway.schema import ChatRequest, CompletionRequest, Message, Request
+from services.gateway.tools import calls_json
 
 # OpenAI's name of the role; chat templates use the older one.
 _ROLES = {"developer": "system"}
@@ -42,8 +44,19 @@ def chat(body: ChatRequest) -> generate_pb2.ChatRequest:
     if body.top_logprobs:
         output.top_logprobs = _int32("top_logprobs", body.top_logprobs)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    messages = [{"role": _ROLES.get(each.role, each.role), "content": each.text} for each in body.messages]
+    messages = [_message(each) for each in body.messages]
     return generate_pb2.ChatRequest(**_shared(body, limit), output=output, messages=messages)
+
+
+def _message(message: Message) -> generate_pb2.ChatMessage:
+    return generate_pb2.ChatMessage(
+        role=_ROLES.get(message.role, message.role),
+        content=message.text,
+        name=message.name,
+        tool_calls_json=calls_json(message.tool_calls or []),
+        tool_call_id=message.tool_call_id,
+        reasoning_content=message.reasoning_content,
+    )
 
 
 def _shared(body: Request, limit: int | None) -> dict[str, Any]:
@@ -73,6 +86,7 @@ def _shared(body: Request, limit: int | None) -> dict[str, Any]:
         "cache": common_pb2.CacheParams(**_given(body.cache.model_dump())) if body.cache else None,
         "session_id": body.session_id,
         "choices": _int32("n", 1 if body.n is None else body.n),
+        "constraint": constraint(body),
     }
 
 

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from services.gateway.constraints import Constrained
+from services.gateway.tools import ToolCall, Tooled
+
 TokenIds = Annotated[list[int], Field(min_length=1)]
 MAX_PROMPTS = 64
 
@@ -26,7 +29,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Request(BaseModel):
+class Request(Constrained):
     """Fields of completions and of chat completions. The router checks their ranges.
 
     Attributes:
@@ -98,24 +101,21 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: str
-    content: str | list[TextPart]
-    name: None = None
+    content: str | list[TextPart] | None = None
+    name: str | None = None
     refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
 
 
-class TextFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-
-
-class ChatRequest(Request):
+class ChatRequest(Request, Tooled):
     """`/v1/chat/completions`. Without a limit, an answer may fill the model's context."""
 
     messages: list[Message]
@@ -123,6 +123,3 @@ class ChatRequest(Request):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none"] | None = None
-    response_format: TextFormat | None = None

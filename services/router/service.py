@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -16,7 +17,7 @@ from services.router import validation
 from services.router.admission import Admission
 from services.router.generation import GenerationStream
 from services.router.metrics import RelayLatency
-from services.router.prompts import Prompts
+from services.router.prompts import Conversation, Prompts
 from services.router.sessions import RUN_TTL_S, Session, SessionDirectory
 from services.router.workers import WorkerPool
 
@@ -72,13 +73,20 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: generate_pb2.ChatRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generate_pb2.GenerateReply]:
         validation.chat(request, self._limits(request.model))
-        messages = [{"role": message.role, "content": message.content} for message in request.messages]
+        conversation = await asyncio.to_thread(Conversation.of, request)
+        opening = ""
 
         async def encode(history: list[int]) -> list[int]:
-            return await self._prompts.chat(messages, history)
+            nonlocal opening
+            if request.opening:
+                opening = await self._prompts.opening(conversation)
+            return await self._prompts.chat(conversation, history)
 
         async with self._turn(request, encode, context) as replies:
             async for reply in replies:
+                if opening:
+                    text, opening = generate_pb2.ChatOpening(text=opening), ""
+                    yield generate_pb2.GenerateReply(session_id=reply.session_id, opening=text)
                 yield reply
 
     async def Rejoin(
@@ -161,6 +169,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 keep=session.kept,
                 choices=request.choices,
                 output=request.output,
+                constraint=request.constraint,
                 history_tokens=len(history),
                 branch_of=session.branch_of,
                 tenant=tenant,

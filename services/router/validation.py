@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qaq.v1 import common_pb2, generate_pb2, worker_pb2
 
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.router import formats
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
@@ -62,10 +63,9 @@ def chat(request: generate_pb2.ChatRequest, limits: Limits) -> None:
     for place, message in enumerate(request.messages):
         if not message.role:
             raise InvalidArgument(f'messages[{place}].role is empty; send "system", "user" or "assistant"')
-    if not any(message.content for message in request.messages):
+    if not any(message.content or message.tool_calls_json for message in request.messages):
         raise InvalidArgument("every message is empty; send at least one character of content")
-    size = sum(len(message.role.encode()) + len(message.content.encode()) for message in request.messages)
-    _text_size("messages", size, limits)
+    _text_size("messages", sum(_message_size(message) for message in request.messages), limits)
     _parameters(request, limits)
 
 
@@ -163,6 +163,12 @@ def cache(params: common_pb2.CacheParams) -> None:
     _range(params, "cache", "target_error", 0, 10, open_low=True)
 
 
+def _message_size(message: generate_pb2.ChatMessage) -> int:
+    """Bytes of all texts of a message."""
+    texts = (value for field, value in message.ListFields())
+    return sum(len(text.encode()) for text in texts)
+
+
 def _text_size(field: str, size: int, limits: Limits) -> None:
     if size > limits.prompt_bytes:
         raise InvalidArgument(
@@ -185,6 +191,9 @@ def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest
     _sampling(request.sampling, limits)
     _stop(request.stop, limits)
     _output(request.output)
+    formats.constraint(request.constraint)
+    if request.stop.ignore_eos and request.constraint.WhichOneof("kind"):
+        raise InvalidArgument("a text with a constraint ends where the constraint says; leave ignore_eos unset")
     cache(request.cache)
 
 
