@@ -55,9 +55,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         """Generations in the queue."""
         return self._admission.waiting
 
-    async def Generate(
-        self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> Replies:
+    async def Generate(self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> Replies:
         validation.generate(request, self._limits(request.model))
 
         async def encode(history: list[int]) -> list[int]:

@@ -66,10 +66,9 @@ class Answer:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=len(choice.token_ids),
             output_logprobs=_output_logprobs([token.info] if token.HasField("info") else []),
+            input_logprobs=self._input_logprobs() if len(choice.token_ids) == 1 else None,
             index=token.choice,
         )
-        if len(choice.token_ids) == 1:
-            chunk.input_logprobs.MergeFrom(self._input_logprobs())
         yield Response(chunk=chunk)
 
     def _finished(self, finished: common_pb2.Finished) -> Response:

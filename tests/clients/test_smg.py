@@ -24,7 +24,11 @@ WEATHER: Any = {
     "function": {
         "name": "weather",
         "description": "The weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 12}},
+            "required": ["city"],
+        },
     },
 }
 
@@ -83,7 +87,13 @@ def test_a_stream(client: OpenAI, stack: Stack) -> None:
 
 def test_choices_stop_strings_and_log_probabilities(client: OpenAI, stack: Stack) -> None:
     said = client.chat.completions.create(
-        model=stack.model, messages=QUESTION, max_tokens=20, temperature=0, n=2, stop=["Paris"], logprobs=True,
+        model=stack.model,
+        messages=QUESTION,
+        max_tokens=20,
+        temperature=0,
+        n=2,
+        stop=["Paris"],
+        logprobs=True,
         top_logprobs=2,
     )
     assert [choice.finish_reason for choice in said.choices] == ["stop", "stop"]
@@ -120,7 +130,10 @@ def test_tokenize(smg: Smg, stack: Stack, tokenizer_dir: Path) -> None:
 
 def test_a_json_schema(client: OpenAI, stack: Stack) -> None:
     said = client.chat.completions.create(
-        model=stack.model, messages=QUESTION, max_tokens=40, temperature=0,
+        model=stack.model,
+        messages=QUESTION,
+        max_tokens=40,
+        temperature=0,
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": CITY}},
     )
     assert json.loads(said.choices[0].message.content or "") in ({"city": "Paris"}, {"city": "Rome"})
@@ -128,8 +141,12 @@ def test_a_json_schema(client: OpenAI, stack: Stack) -> None:
 
 def test_a_tool_that_must_be_called(client: OpenAI, stack: Stack) -> None:
     said = client.chat.completions.create(
-        model=stack.model, messages=[{"role": "user", "content": "What is the weather in Rome?"}], max_tokens=80,
-        temperature=0, tools=[WEATHER], tool_choice="required",
+        model=stack.model,
+        messages=[{"role": "user", "content": "What is the weather in Rome?"}],
+        max_tokens=80,
+        temperature=0,
+        tools=[WEATHER],
+        tool_choice="required",
     )
     (call,) = said.choices[0].message.tool_calls or ()
     assert call.type == "function"

@@ -32,7 +32,7 @@ from services.router.server import RouterServer
 from services.router.vllm_engine import PIECE_BYTES, SERVICE_NAME
 from services.worker.server import WorkerServer
 
-from .conftest import CONTEXT, CountingWorker, router_channel, running_worker
+from .conftest import CONTEXT, CountingWorker, router_channel
 from .test_generation import mortal
 from .test_service import until
 
@@ -237,8 +237,8 @@ async def test_a_tenant_is_named_as_for_other_calls(engine: Stub, worker: Counti
 
 async def test_an_abort_ends_the_answer_and_frees_the_sequence(engine: Stub, worker: CountingWorker) -> None:
     worker.gate.clear()
-    call = engine.Generate(request())
-    assert (await call.read()).chunk.token_ids == [3]
+    call = aiter(engine.Generate(request()))
+    assert (await anext(call)).chunk.token_ids == [3]
     await engine.Abort(vllm.AbortRequest(request_ids=["other", "one"]))
     (complete,) = await responses(call)
     assert (complete.finish_reason, complete.prompt_tokens, list(complete.output_ids)) == ("abort", 3, [3])
@@ -250,8 +250,8 @@ async def test_an_abort_reaches_a_request_that_waits(engine: Stub, worker: Count
     worker.gate.clear()
     worker.max_sequences = 1
     await until(lambda: _runs_at_most(engine, 1), "the router learns of it")
-    first = engine.Generate(request(name="first"))
-    await first.read()
+    first = aiter(engine.Generate(request(name="first")))
+    await anext(first)
     second = engine.Generate(request(name="second", n=1))
     await until(lambda: _waits(engine), "the second waits")
     await engine.Abort(vllm.AbortRequest(request_ids=["second"]))
@@ -272,8 +272,8 @@ async def test_a_client_that_leaves_frees_the_sequence(engine: Stub, worker: Cou
 
 async def test_an_id_is_of_one_request_at_a_time(engine: Stub, worker: CountingWorker) -> None:
     worker.gate.clear()
-    call = engine.Generate(request())
-    await call.read()
+    call = aiter(engine.Generate(request()))
+    await anext(call)
     error = await refusal(engine.Generate(request()))
     assert error.code() is Code.INVALID_ARGUMENT
     assert 'request_id "one" is running' in error.details()
@@ -313,7 +313,10 @@ async def test_server_and_load(engine: Stub, worker: CountingWorker) -> None:
     (load,) = loads.loads
     assert (load.max_running_requests, load.num_total_reqs, loads.dp_rank_count) == (8, 0, 1)
     error = await refusal(engine.GetLoads(vllm.GetLoadsRequest(dp_rank=1)))
-    assert (error.code(), error.details()) == (Code.INVALID_ARGUMENT, "dp_rank is 1, and this engine has one rank; send 0")
+    assert (error.code(), error.details()) == (
+        Code.INVALID_ARGUMENT,
+        "dp_rank is 1, and this engine has one rank; send 0",
+    )
 
 
 async def test_health(engine: Stub, channel: grpc.aio.Channel) -> None:
@@ -459,14 +462,10 @@ async def test_what_ends_an_answer(real: Stub, smollm2: LoadedModel, prompt: lis
     )
     assert (by_token.finish_reason, by_token.matched_token_id) == ("stop", token)
     assert by_token.output_ids == free.output_ids[: list(free.output_ids).index(token) + 1]
-    (by_text,) = await responses(
-        real.Generate(request(prompt, stream=False, max_tokens=8, temperature=0, stop=[text]))
-    )
+    (by_text,) = await responses(real.Generate(request(prompt, stream=False, max_tokens=8, temperature=0, stop=[text])))
     assert (by_text.finish_reason, by_text.matched_stop_str) == ("stop", text)
     (later,) = await responses(
-        real.Generate(
-            request(prompt, stream=False, max_tokens=8, temperature=0, stop_token_ids=[token], min_tokens=7)
-        )
+        real.Generate(request(prompt, stream=False, max_tokens=8, temperature=0, stop_token_ids=[token], min_tokens=7))
     )
     assert later.completion_tokens >= 7
 
