@@ -1,4 +1,8 @@
-"""Converts requests of vLLM's engine protocol to those of the public API."""
+"""Converts requests of vLLM's engine protocol to those of the public API.
+
+Two fields have no effect: spaces_between_special_tokens, as no text is returned, and grammar_from_first_token, as a
+constraint holds from the first token on anyway.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +94,7 @@ def _output(params: vllm_engine_pb2.SamplingParams) -> common_pb2.OutputParams:
 
 
 def _constraint(params: vllm_engine_pb2.SamplingParams) -> common_pb2.Constraint | None:
-    """The kinds have the same names and meanings. It holds from the first token on, whatever the model thinks first."""
+    """The kinds have the same names and meanings."""
     kind = params.WhichOneof("constraint")
     if kind is None:
         return None
