@@ -71,7 +71,7 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: vllm.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> vllm.HealthCheckResponse:
         ready = len(self._pool.ready)
-        return vllm.HealthCheckResponse(healthy=ready > 0, message=f"{ready} workers are ready")
+        return vllm.HealthCheckResponse(healthy=ready > 0, message=f"ready workers: {ready}")
 
     async def GetModelInfo(
         self, request: vllm.GetModelInfoRequest, context: grpc.aio.ServicerContext
@@ -114,8 +114,8 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
         facts = [link.facts for link in self._pool.ready if link.facts]
         running = sum(each.running for each in facts)
         waiting = sum(each.waiting for each in facts) + self._inference.waiting
-        budget = sum(each.kv_budget_bytes for each in facts)
-        used = sum(each.kv_bytes for each in facts) / budget if all(each.kv_budget_bytes for each in facts) else 0.0
+        budgets = [each.kv_budget_bytes for each in facts]
+        used = sum(each.kv_bytes for each in facts) / sum(budgets) if budgets and all(budgets) else 0.0
         load = vllm.SchedulerLoad(
             num_running_reqs=running,
             num_waiting_reqs=waiting,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -65,7 +65,7 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running(loaded: LoadedModel, source: str) -> Any:
+def running(loaded: LoadedModel, source: str) -> Iterator[Stack]:
     with EmbeddedRedis() as redis:
         stack = Stack()
         try:

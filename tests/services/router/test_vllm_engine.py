@@ -328,7 +328,9 @@ async def test_health(engine: Stub, channel: grpc.aio.Channel) -> None:
 async def test_health_without_workers(redis: Redis, smg_settings: RouterSettings) -> None:
     async with router_channel(smg_settings) as channel:
         health = await Stub(channel).HealthCheck(vllm.HealthCheckRequest())
-        assert (health.healthy, health.message) == (False, "0 workers are ready")
+        assert (health.healthy, health.message) == (False, "ready workers: 0")
+        (load,) = (await Stub(channel).GetLoads(vllm.GetLoadsRequest())).loads
+        assert (load.max_running_requests, load.token_usage) == (0, 0)
         assert (await refusal(Stub(channel).GetModelInfo(vllm.GetModelInfoRequest()))).code() is Code.UNAVAILABLE
 
 
