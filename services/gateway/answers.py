@@ -7,10 +7,17 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from qaq_core.models import avoid_torch
 from services.gateway.families import Template
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALLS = "tool_calls"
+
+
+def load_parser() -> None:
+    """Imports the parser, which takes a second at the first call."""
+    avoid_torch()
+    import transformers.utils.chat_parsing  # noqa: F401
 
 
 @dataclass
@@ -31,6 +38,8 @@ class AnswerReader:
 
     A call that the parser cannot read stays in the content, and so does all that follows.
 
+    Call `load_parser` before, in a thread.
+
     Args:
         opening: what the chat template puts before the answer.
         tools: as the template got them; arguments are converted to the types that they declare.
@@ -40,7 +49,6 @@ class AnswerReader:
     """
 
     def __init__(self, template: Template, opening: str, tools: list[dict[str, Any]]) -> None:
-        # Only an answer that is read needs it: importing it takes a second.
         from transformers.utils.chat_parsing import ResponseParser
 
         self._parser: Any = ResponseParser(template, prefix=opening, tools=tools)
@@ -76,6 +84,9 @@ class AnswerReader:
     def _taken(self, events: list[dict[str, Any]]) -> Parts:
         parts = Parts()
         self._take(events, parts)
+        for event in events if self._region == _CALLS else []:  # a call has begun after this text
+            if event["type"] == "region_chunk" and event["field"] != _CALLS:
+                self._unread = self._unread.partition(event["text"])[2]
         if events and self._region != _CALLS:
             self._unread = ""
         return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
@@ -13,6 +14,7 @@ from services.common.errors import InvalidArgument
 from services.common.routers import Routers
 from services.common.streams import Asked, Stream
 from services.gateway import errors, requests, tools
+from services.gateway.answers import load_parser
 from services.gateway.calls import ClientGone, events, merged, while_connected
 from services.gateway.replies import Answer, Chat, Completion, Json, Replies
 from services.gateway.schema import ChatRequest, CompletionRequest
@@ -77,7 +79,10 @@ def make_app(routers: Routers, timeout_s: float) -> FastAPI:
         async def running() -> AsyncIterator[tuple[Answer, Replies]]:
             async with routers.stub() as stub:
                 model = await _model(stub, body.model)
-            answer = Answer(shape, model.name, asked[0].choices, echo, prepare(model))
+            readers = prepare(model)
+            if readers is not None:
+                await asyncio.to_thread(load_parser)
+            answer = Answer(shape, model.name, asked[0].choices, echo, readers)
             streams = [Stream(routers, each, timeout_s, metadata) for each in asked]
             async with contextlib.aclosing(merged(streams)) as replies:
                 yield answer, replies

@@ -22,10 +22,12 @@ MAX_TOOLS_BYTES = 256 * KIB
 MAX_TOOL_CALLS = 128
 MAX_TEMPLATE_KWARGS_BYTES = 16 * KIB
 MAX_DEPTH = 64
+MAX_REPEATS = 1000
 
 # Strings of a JSON text, whose brackets do not count as nesting.
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BRACKET = re.compile(r"[\[{}\]]")
+_REPEATS = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
 def constraint(request: common_pb2.Constraint) -> None:
@@ -35,18 +37,20 @@ def constraint(request: common_pb2.Constraint) -> None:
     match request.WhichOneof("kind"):
         case "json_schema":
             _size("constraint.json_schema", request.json_schema, MAX_SCHEMA_BYTES)
-            parsed("constraint.json_schema", request.json_schema)
+            _patterns("constraint.json_schema", parsed("constraint.json_schema", request.json_schema))
         case "json_object" if not request.json_object:
             raise InvalidArgument("constraint.json_object is false; send true, or no constraint")
         case "regex":
             _size("constraint.regex", request.regex, MAX_REGEX_BYTES)
+            _repeats("constraint.regex", request.regex)
         case "grammar":
             _size("constraint.grammar", request.grammar, MAX_GRAMMAR_BYTES)
+            _repeats("constraint.grammar", request.grammar)
         case "choice":
             _choice(request.choice)
         case "structural_tag":
             _size("constraint.structural_tag", request.structural_tag, MAX_STRUCTURAL_TAG_BYTES)
-            parsed("constraint.structural_tag", request.structural_tag)
+            _patterns("constraint.structural_tag", parsed("constraint.structural_tag", request.structural_tag))
 
 
 def tools(request: generate_pb2.ChatRequest) -> list[dict[str, Any]]:
@@ -72,9 +76,6 @@ def template_kwargs(request: generate_pb2.ChatRequest) -> dict[str, Any]:
     variables = parsed("chat_template_kwargs", request.chat_template_kwargs)
     if not isinstance(variables, dict):
         raise InvalidArgument("chat_template_kwargs is not a JSON object; send one, or leave it unset")
-    taken = variables.keys() & {"messages", "conversation", "tools", "tokenize", "add_generation_prompt"}
-    if taken:
-        raise InvalidArgument(f"chat_template_kwargs has {min(taken)}, which the server sets; leave it out")
     return variables
 
 
@@ -131,6 +132,28 @@ def _choice(choice: common_pb2.Constraint.Choice) -> None:
         raise InvalidArgument(f"constraint.choice is {size} bytes of UTF-8; send at most {MAX_CHOICE_BYTES}")
     if len(set(texts)) < len(texts):
         raise InvalidArgument("constraint.choice has the same text twice; send it once")
+
+
+def _patterns(field: str, value: Any) -> None:
+    """Checks the regular expressions and grammars in a schema or a structural tag."""
+    if isinstance(value, list):
+        for part in value:
+            _patterns(field, part)
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key in ("pattern", "grammar") and isinstance(part, str):
+                _repeats(field, part)
+            elif key == "patternProperties" and isinstance(part, dict):
+                for pattern in part:
+                    _repeats(field, pattern)
+            _patterns(field, part)
+
+
+def _repeats(field: str, text: str) -> None:
+    """A large count, as in [a-z]{1,100000}, takes minutes to compile."""
+    largest = max((int(count) for found in _REPEATS.findall(text) for count in found if count), default=0)
+    if largest > MAX_REPEATS:
+        raise InvalidArgument(f"{field} repeats something {largest} times; write at most {MAX_REPEATS}, or * or +")
 
 
 def _size(field: str, text: str, limit: int) -> None:

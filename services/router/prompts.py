@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         self._knows_tools: bool | None = None
 
@@ -131,6 +133,9 @@ class Prompts:
             raise FailedPrecondition("this model's chat template knows no tools; send none, or serve another model")
 
     def _render(self, conversation: Conversation, *, answer: bool = True) -> str:
+        taken = conversation.variables.keys() & self._taken
+        if taken:
+            raise InvalidArgument(f"chat_template_kwargs has {min(taken)}, which the server sets; leave it out")
         more: dict[str, Any] = {"tools": conversation.tools} if conversation.tools else {}
         try:
             text = self._tokenizer.apply_chat_template(
