@@ -6,16 +6,21 @@ constraint holds from the first token on anyway.
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from qaq.v1 import common_pb2, generate_pb2
 from smg_grpc_proto import vllm_engine_pb2
 
 from services.common.errors import InvalidArgument
+from services.router import formats
 
 MAX_INT32 = 2**31 - 1
 
 # Of other engines: images, caches that one engine sends to another, a prompt that the engine cuts.
 _UNSUPPORTED = ("mm_inputs", "extra_mm_inputs", "media_refs", "kv_transfer_params", "kv_transfer_params_json")
 _UNSUPPORTED_PARAMS = ("truncate_prompt_tokens",)
+_DATA = ("const", "default", "enum", "examples")  # keywords of a JSON schema whose values are no schemas
 
 
 def generation(request: vllm_engine_pb2.GenerateRequest) -> generate_pb2.GenerateRequest:
@@ -100,7 +105,40 @@ def _constraint(params: vllm_engine_pb2.SamplingParams) -> common_pb2.Constraint
         return None
     if kind == "choice":
         return common_pb2.Constraint(choice=common_pb2.Constraint.Choice(texts=params.choice.choices))
+    if kind == "json_schema":
+        return common_pb2.Constraint(json_schema=_schema(params.json_schema))
     return common_pb2.Constraint(**{kind: getattr(params, kind)})
+
+
+def _schema(text: str) -> str:
+    """The same JSON schema as workers take it.
+
+    SMG demands tool calls with a type beside anyOf, whose siblings a worker refuses, as it would not enforce them. In
+    each of the schemas of anyOf the type means the same.
+    """
+    if len(text) > formats.MAX_SCHEMA_BYTES:
+        return text  # refused with all other constraints that break a limit
+    try:
+        return json.dumps(_with_types_inside(json.loads(text)), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _with_types_inside(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_types_inside(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: part if key in _DATA else _with_types_inside(part) for key, part in schema.items()}
+    kind, parts = schema.get("type"), schema.get("anyOf")
+    if (
+        isinstance(kind, str)
+        and isinstance(parts, list)
+        and all(isinstance(part, dict) and part.get("type", kind) == kind for part in parts)
+    ):
+        del schema["type"]
+        schema["anyOf"] = [{"type": kind, **part} for part in parts]
+    return schema
 
 
 def _int32(field: str, value: int) -> int:

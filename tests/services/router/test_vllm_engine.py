@@ -160,6 +160,14 @@ async def test_what_proto3_leaves_out_changes_nothing(engine: Stub, worker: Coun
     ("given", "asked"),
     [
         ({"json_schema": '{"type": "object"}'}, {"json_schema": '{"type": "object"}'}),
+        (
+            {"json_schema": '{"type": "object", "anyOf": [{"required": ["a"]}, {"type": "object"}]}'},
+            {"json_schema": '{"anyOf": [{"type": "object", "required": ["a"]}, {"type": "object"}]}'},
+        ),
+        (  # not the same types, and data that looks like a schema
+            {"json_schema": '{"type": "object", "anyOf": [{"type": "string"}], "const": {"type": "a", "anyOf": [{}]}}'},
+            {"json_schema": '{"type": "object", "anyOf": [{"type": "string"}], "const": {"type": "a", "anyOf": [{}]}}'},
+        ),
         ({"json_object": True}, {"json_object": True}),
         ({"regex": "[0-9]+"}, {"regex": "[0-9]+"}),
         ({"grammar": 'root ::= "a"'}, {"grammar": 'root ::= "a"'}),
@@ -196,7 +204,12 @@ async def test_constraints_reach_the_worker(
         ({"sampling_params": {"stop_token_ids": [2**31]}}, "stop_token_ids has 2147483648"),
         ({"sampling_params": {"stop": ["x"] * 17}}, "stop.stop has 17 strings"),
         ({"sampling_params": {"logit_bias": {-1: 1.0}}}, "logit_bias names token -1"),
-        ({"sampling_params": {"regex": "a" * 4097}}, "regex"),
+        ({"sampling_params": {"regex": "a" * 4097}}, "constraint.regex"),
+        ({"sampling_params": {"json_schema": "{"}}, "constraint.json_schema"),
+        ({"sampling_params": {"json_schema": " " * 65537}}, "constraint.json_schema"),
+        ({"sampling_params": {"json_schema": "[" * 5000}}, "constraint.json_schema"),
+        ({"sampling_params": {"json_object": False}}, "json_object is false"),
+        ({"sampling_params": {"choice": {}}}, "constraint.choice"),
         ({"tokenized": {"input_ids": [2**31]}}, "input_ids has 2147483648"),
         ({"tokenized": {"input_ids": [50_000]}}, "prompt_token_ids names token 50000"),
         ({"tokenized": {"input_ids": []}}, "prompt is empty"),
