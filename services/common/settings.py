@@ -42,6 +42,7 @@ class RouterSettings(CommonSettings):
         placement: names of the placement policies, in order, see services/router/placement.
         resume_timeout_s: how long a stream whose worker went away waits for another worker.
         session_ttl_s: seconds after which an unused session expires.
+        smg: also serve vLLM's engine protocol, for SMG in front; needs the extra smg.
     """
 
     port: int = Field(default=7700, ge=0, le=65535)
@@ -52,6 +53,7 @@ class RouterSettings(CommonSettings):
     placement: str = "affinity,prefix,load"
     resume_timeout_s: float = Field(default=60.0, ge=0)
     session_ttl_s: int = Field(default=3600, ge=1)
+    smg: bool = False
 
 
 class GatewaySettings(CommonSettings):

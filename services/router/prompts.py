@@ -66,6 +66,11 @@ class Prompts:
         """
         return cls(await asyncio.to_thread(load_tokenizer, source))
 
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        return self._tokenizer
+
     async def text(self, text: str, *, special_tokens: bool) -> list[int]:
         """Ids of a text; `special_tokens` adds those that the model's prompts begin with."""
         return await self._in_thread(lambda: self._encode(text, special=special_tokens))

@@ -52,9 +52,12 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self._admission = Admission(settings.max_queue, lambda: pool.capacity)
         pool.refreshed = self._admission.wake
 
-    async def Generate(
-        self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[generate_pb2.GenerateReply]:
+    @property
+    def waiting(self) -> int:
+        """Generations in the queue."""
+        return self._admission.waiting
+
+    async def Generate(self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> Replies:
         validation.generate(request, self._limits(request.model))
 
         async def encode(history: list[int]) -> list[int]:
