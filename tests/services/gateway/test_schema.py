@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from pydantic import ValidationError
 from qaq.v1 import common_pb2, generate_pb2
 
 from services.common.errors import InvalidArgument
-from services.gateway import requests
+from services.gateway import requests, tools
 from services.gateway.schema import ChatRequest, CompletionRequest
 
 ASK = {"role": "user", "content": "Hello"}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "weather", "strict": None, "parameters": None}}
 MODEL = common_pb2.ModelInfo(name="small")
 
 
@@ -28,6 +30,29 @@ def test_an_answer_is_sent_back_as_it_came() -> None:
     for back in (answer, litellm, answer | {"audio": None, "refusal": None, "function_call": None}):
         told = requests.messages(chat(ASK, back, ASK).messages)
         assert told[1] == generate_pb2.ChatMessage(role="assistant", content="Hi.")
+
+
+def test_calls_are_sent_back_as_they_came() -> None:
+    """With nulls and fields of other clients."""
+    call = {"id": "call_1", "index": 0, "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    answer = {"role": "assistant", "content": None, "refusal": None, "audio": None, "function_call": None}
+    back = answer | {"tool_calls": [call], "reasoning_content": "Well."}
+    told = requests.messages(chat(ASK, back, {"role": "tool", "tool_call_id": "call_1", "content": "12"}).messages)
+    assert json.loads(told[1].tool_calls_json) == [{key: call[key] for key in ("id", "type", "function")}]
+    assert (told[1].content, told[1].reasoning_content) == ("", "Well.")
+    assert (told[2].role, told[2].tool_call_id, told[2].content) == ("tool", "call_1", "12")
+
+
+def test_tools_reach_the_router_as_they_are() -> None:
+    """Nulls within a schema mean something, those of a tool's fields do not."""
+    parameters = {"type": "object", "properties": {"unit": {"enum": ["C", None], "default": None}}, "required": []}
+    body = chat(ASK, tools=[TOOL, {"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    first, second = (json.loads(tool) for tool in tools.as_sent(body.tools or []))
+    assert first == {"type": "function", "function": {"name": "weather"}}
+    assert second["function"]["parameters"] == parameters
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": parameters, "strict": None}}
+    asked = requests.chat(chat(ASK, response_format=named), MODEL)
+    assert json.loads(asked.constraint.json_schema) == parameters
 
 
 def test_an_assistants_content_may_be_null() -> None:
@@ -86,6 +111,23 @@ def test_what_changes_nothing_is_accepted(fields: dict[str, Any]) -> None:
         ({"messages": [ASK | {"role": "wizard"}]}, "role"),
         ({"messages": [ASK | {"audio": {"id": "x"}}]}, "audio"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "content"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [TOOL | {"type": "custom"}]}, "tools"),
+        ({"tools": [TOOL | {"other": 1}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x" * 257}}}, "tool_choice"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"functions": [TOOL["function"]]}, "functions"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema"),
+        ({"guided_regex": "x" * 4097}, "guided_regex"),
+        ({"guided_grammar": "x" * 65537}, "guided_grammar"),
+        ({"guided_json": "x" * 65537}, "guided_json"),
+        ({"guided_choice": ["x"] * 1025}, "guided_choice"),
+        ({"structured_outputs": {"choice": ["x"] * 1025}}, "choice"),
+        ({"structured_outputs": {"json": {}, "disable_fallback": True}}, "disable_fallback"),
+        ({"messages": [ASK | {"tool_calls": [{"function": {"name": "f"}}] * 129}]}, "tool_calls"),
+        ({"messages": [ASK | {"tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}]}, "tool_calls"),
         ({f"field{place}": 1 for place in range(200)}, ""),
     ],
 )

@@ -87,6 +87,31 @@ async def test_calls_that_are_required(tooled: AsyncOpenAI) -> None:
     assert answer.choices[0].message.content
 
 
+async def test_tokens_of_a_chat_with_tools(tooled: AsyncOpenAI) -> None:
+    """/tokenize gives the prompt that a chat computes."""
+    variables = {"chat_template_kwargs": {"enable_thinking": False}}
+    answer = await ask(tooled, tools=[WEATHER, TIME], max_tokens=1, extra_body=variables)
+    path, more = f"{str(tooled.base_url).removesuffix('/v1/')}/tokenize", {"tools": [WEATHER, TIME], **variables}
+    counts = {}
+    for name, fields in (("plain", {}), ("whole", more)):
+        reply: Any = await tooled.post(path, cast_to=object, body={"messages": ASK, **fields})
+        counts[name] = reply["count"]
+    assert counts["plain"] < counts["whole"] == answer.usage.prompt_tokens
+    with pytest.raises(api.BadRequestError, match="are for messages"):
+        await tooled.post(path, cast_to=object, body={"prompt": "x", **more})
+
+
+async def test_log_probabilities_of_calls(tooled: AsyncOpenAI) -> None:
+    """They are of all tokens, whatever the text becomes."""
+    named = {"type": "function", "function": {"name": "weather"}}
+    answer = await ask(tooled, tools=[WEATHER], tool_choice=named, logprobs=True, top_logprobs=1)
+    (found,) = answer.choices
+    assert found.message.tool_calls
+    text = b"".join(bytes(token.bytes) for token in found.logprobs.content).decode()
+    assert text.startswith('<tool_call>\n{"name": "weather"')
+    assert len(found.logprobs.content) == answer.usage.completion_tokens
+
+
 async def test_reasoning_and_constraints(tooled: AsyncOpenAI) -> None:
     thinking = {"chat_template_kwargs": {"always_thinking": True}}
     answer = await ask(tooled, max_tokens=6, extra_body=thinking)

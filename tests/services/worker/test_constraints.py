@@ -179,6 +179,25 @@ async def test_with_penalties_bias_and_filters(make_scheduler: MakeScheduler, id
             assert (await answer(scheduler, ids(ASK), words, sampling=narrow)).text in ("yes", "no")
 
 
+async def test_with_lengths(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    """A text that is complete ends before its minimum length; a scored prompt needs no text at all."""
+    word = Constraint(choice=Constraint.Choice(texts=["yes"]))
+    async with make_scheduler() as scheduler:
+        done = await answer(scheduler, ids(ASK), word, stop=StopParams(max_new_tokens=40, min_new_tokens=30))
+        assert done.done is not None
+        assert (done.text, done.done.reason) == ("yes", common_pb2.FINISH_REASON_EOS)
+        longer = Constraint(regex="[a-z]+")
+        done = await answer(
+            scheduler, ids(ASK), longer, sampling=hot(2), stop=StopParams(max_new_tokens=40, min_new_tokens=30)
+        )
+        assert len(done.tokens) >= 30
+        scored = await answer(
+            scheduler, ids(ASK), word, stop=StopParams(max_new_tokens=0), output=OutputParams(echo=True, logprobs=True)
+        )
+        assert scored.done is not None
+        assert (scored.tokens, scored.text, scored.done.reason) == ([], "", common_pb2.FINISH_REASON_LENGTH)
+
+
 async def test_likelihoods_are_the_models_own(make_scheduler: MakeScheduler, ids: Ids, smollm2: LoadedModel) -> None:
     tokens = ids(ASK)
     async with make_scheduler() as scheduler:
