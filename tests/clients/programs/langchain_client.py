@@ -30,9 +30,7 @@ got = {
     "structured": chat.with_structured_output(Answer, method="json_schema").invoke(question).city,
 }
 if tools:  # a tool that is to be called
-    asked = ("user", "What is the weather in Rome?")
-    called = chat.bind_tools([weather], tool_choice=tools[0]).invoke([asked])
+    called = chat.bind_tools([weather], tool_choice=tools[0]).invoke("What is the weather in Rome?")
     got["called"] = [[call["name"], call["args"]] for call in called.tool_calls]
-    answers = [weather.invoke(call) for call in called.tool_calls]
-    got["after"] = chat.invoke([asked, called, *answers]).content
+    got["weather"] = [weather.invoke(call).content for call in called.tool_calls]
 print(json.dumps(got))
