@@ -32,7 +32,7 @@ test-fast: $(DEVELOPED)
 coverage: $(DEVELOPED)
 	$(PYTEST) --cov=qaq_core --cov=qaq_eval --cov=services --cov-report=term:skip-covered
 
-# Clients of other projects, and SMG in front, against a stack: about 1 GB to install, so not part of `make test`. With
+# Clients of other projects, and SMG in front, against a stack: 1.9 GB installed, so not part of `make test`. With
 # a checkout of transformers at the version of constraints.txt, its own tests of generation too:
 # make clients TRANSFORMERS=path.
 CLIENTS := .venv-clients

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from qaq.v1 import common_pb2, generate_pb2
 from smg_grpc_proto import vllm_engine_pb2
 
-Response = vllm_engine_pb2.GenerateResponse
+Response: TypeAlias = vllm_engine_pb2.GenerateResponse
 
 
 @dataclass

@@ -46,7 +46,7 @@ def clients() -> Path:
 def run(clients: Path, tmp_path: Path) -> Run:
     """Runs a program of the clients' environment, or a script of `programs` with its Python. Gives what it prints."""
 
-    def command(name: str, *arguments: object, timeout_s: float = 300) -> str:
+    def command(name: str, *arguments: object, timeout_s: float = 300, **environment: str) -> str:
         program: list[object] = [clients / name]
         if name.endswith(".py"):
             program = [clients / "python", PROGRAMS / name]
@@ -56,7 +56,7 @@ def run(clients: Path, tmp_path: Path) -> Run:
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
         done = subprocess.run(
             [*map(str, program), *map(str, arguments)],
-            env=os.environ | quiet,
+            env=os.environ | quiet | environment,
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -18,6 +18,7 @@ def test_aiperf(run: Run, stack: Stack, tokenizer_dir: Path, tmp_path: Path) -> 
         *("--isl", PROMPT, "--isl-stddev", 0, "--osl", ANSWER, "--osl-stddev", 0),
         *("--extra-inputs", "ignore_eos:true", "--ui", "none", "--no-gpu-telemetry", "--no-server-metrics"),
         *("--artifact-dir", tmp_path),
+        HF_HUB_OFFLINE="",  # with it, aiperf takes a path for the name of a model on the hub
     )
     report = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
     assert report["request_count"]["avg"] == REQUESTS

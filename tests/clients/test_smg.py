@@ -14,6 +14,7 @@ from openai import OpenAI
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc
 
+from .conftest import Run
 from .smg import Smg, in_front_of
 from .stack import Stack
 
@@ -140,18 +141,34 @@ def test_a_json_schema(client: OpenAI, stack: Stack) -> None:
 
 
 def test_a_tool_that_must_be_called(client: OpenAI, stack: Stack) -> None:
+    """Any number of times, which a model this small goes on with until the penalty ends the array."""
     said = client.chat.completions.create(
         model=stack.model,
         messages=[{"role": "user", "content": "What is the weather in Rome?"}],
-        max_tokens=80,
+        max_tokens=400,
         temperature=0,
+        frequency_penalty=2,
         tools=[WEATHER],
         tool_choice="required",
     )
-    (call,) = said.choices[0].message.tool_calls or ()
-    assert call.type == "function"
-    assert call.function.name == "weather"
-    assert set(json.loads(call.function.arguments)) == {"city"}
+    calls = said.choices[0].message.tool_calls
+    assert calls, said.model_dump_json()
+    assert said.choices[0].finish_reason == "tool_calls"
+    for call in calls:
+        assert call.type == "function"
+        assert call.function.name == "weather"
+        assert set(json.loads(call.function.arguments)) == {"city"}
+
+
+def test_langchain_calls_a_tool(run: Run, smg: Smg, stack: Stack) -> None:
+    got = json.loads(run("langchain_client.py", smg.url, stack.model, "weather").splitlines()[-1])
+    assert "Paris" in got["answer"]
+    assert "".join(got["streamed"]) == got["answer"]
+    assert got["structured"] in ("Paris", "Rome")
+    ((name, arguments),) = got["called"]
+    assert name == "weather"
+    assert arguments["city"] in ("Paris", "Rome")
+    assert got["weather"] == [f"It rains in {arguments['city']}."]
 
 
 def test_a_tool_that_may_be_called(client: OpenAI, stack: Stack) -> None:

@@ -1,4 +1,4 @@
-"""What LangChain gets from an address and a model: JSON on standard output."""
+"""What LangChain gets from an address, a model and perhaps a tool: JSON on standard output."""
 
 import json
 import sys
@@ -21,24 +21,16 @@ def weather(city: Literal["Paris", "Rome"]) -> str:
     return f"It rains in {city}."
 
 
-url, model = sys.argv[1:]
+url, model, *tools = sys.argv[1:]
 chat = ChatOpenAI(model=model, base_url=f"{url}/v1", api_key="none", max_retries=0, temperature=0, max_tokens=60)
 question = "Name the capital of France."
-called = chat.bind_tools([weather], tool_choice="required").invoke("What is the weather in Rome?")
-print(
-    json.dumps(
-        {
-            "answer": chat.invoke(question).content,
-            "streamed": [part.content for part in chat.stream(question)],
-            "structured": chat.with_structured_output(Answer, method="json_schema").invoke(question).city,
-            "called": [[call["name"], sorted(call["args"])] for call in called.tool_calls],
-            "after": chat.invoke(
-                [
-                    ("user", "What is the weather in Rome?"),
-                    called,
-                    *(weather.invoke(call) for call in called.tool_calls),
-                ]
-            ).content,
-        }
-    )
-)
+got = {
+    "answer": chat.invoke(question).content,
+    "streamed": [part.content for part in chat.stream(question)],
+    "structured": chat.with_structured_output(Answer, method="json_schema").invoke(question).city,
+}
+if tools:  # a tool that is to be called
+    called = chat.bind_tools([weather], tool_choice=tools[0]).invoke("What is the weather in Rome?")
+    got["called"] = [[call["name"], call["args"]] for call in called.tool_calls]
+    got["weather"] = [weather.invoke(call).content for call in called.tool_calls]
+print(json.dumps(got))
