@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
+import grpc
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
@@ -13,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from services.common.routers import Routers
 from services.common.settings import GatewaySettings
 from services.common.streams import Asked, Stream
-from services.gateway import errors, models, requests, sessions, texts, tools
+from services.gateway import constraints, errors, models, requests, sessions, texts, tools
 from services.gateway.answers import load_parser
 from services.gateway.calls import ClientGone, Tagged, events, merged, while_connected
 from services.gateway.replies import Answer, Json
@@ -90,6 +91,8 @@ def _generations(routers: Routers, timeout_s: float) -> APIRouter:
             if body.stream:
                 return await while_connected(request, events(parts()))
             return JSONResponse(await while_connected(request, whole()))
+        except grpc.aio.AioRpcError as error:
+            raise constraints.retold(error, body) from None
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 

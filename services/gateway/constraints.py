@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from qaq.v1 import common_pb2
 
-from services.common.errors import InvalidArgument
+from services.common.errors import InvalidArgument, StatusError, to_status
 from services.common.limits import (
     MAX_CHOICE_TEXTS,
     MAX_GRAMMAR_BYTES,
@@ -19,6 +20,10 @@ from services.common.limits import (
 from services.gateway.objects import Name, Object
 
 Constraint = common_pb2.Constraint
+
+# How messages of the router name a constraint: "constraint", and a kind.
+_NAME = re.compile(r"constraint(\.\w+)?(?=[ :])")
+
 Schema = dict[str, Any] | bool
 SchemaText = Annotated[str, Field(max_length=MAX_SCHEMA_BYTES)]
 Regex = Annotated[str, Field(max_length=MAX_REGEX_BYTES)]
@@ -84,7 +89,7 @@ def constraint(body: Constrained) -> Constraint | None:
     Raises:
         InvalidArgument: there are several.
     """
-    found = [*_of_format(body.response_format), *_guided(body), *_structured(body.structured_outputs)]
+    found = _found(body)
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)
         raise InvalidArgument(f"an answer has one constraint, and {names} are set; send one of them")
@@ -105,7 +110,21 @@ def dumped(field: str, value: Any) -> str:
         raise InvalidArgument(f"{field} is nested too deeply; send a flatter one") from error
 
 
+def retold(error: Exception, body: Constrained) -> Exception:
+    """An error of the router about a request's constraint, by the field that the client has sent. Others stay."""
+    status = to_status(error)
+    named = _NAME.match(status.message) if status else None
+    if status is None or named is None:
+        return error
+    field = next((name for name, _ in _found(body)), "tools")
+    return StatusError(field + status.message[named.end() :], code=status.code, retry_after_ms=status.retry_after_ms)
+
+
 Named = tuple[str, Constraint]
+
+
+def _found(body: Constrained) -> list[Named]:
+    return [*_of_format(body.response_format), *_guided(body), *_structured(body.structured_outputs)]
 
 
 def _of_format(asked: ResponseFormat | None) -> list[Named]:

@@ -41,7 +41,7 @@ _KINDS = ("str", "int", "float", "bool", "TextPart")  # pydantic's names of the 
 _PATHS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 # The router's messages begin with a field of the gRPC API; HTTP has other names for some.
-_FIELD = re.compile(r"(?:(?:sampling|stop|output)\.)?([a-z_]+)(?=[\[. ])")
+_FIELD = re.compile(r"(?:(?:sampling|stop|output)\.)?([a-z_]+)(?=[\[.: ])")
 _NAMES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -52,10 +52,11 @@ _NAMES = {
 }
 _FIELDS = {
     *_NAMES,
-    *("model", "prompt", "messages", "session_id", "cache", "stop", "stop_token_ids", "logit_bias", "constraint"),
+    *("model", "prompt", "messages", "session_id", "cache", "stop", "stop_token_ids", "logit_bias"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
     *("logprobs", "top_logprobs", "prompt_logprobs", "stream_options", "best_of", "n"),
-    *("tools", "tool_choice", "chat_template_kwargs", "response_format", "structured_outputs", "guided_json"),
+    *("tools", "tool_choice", "chat_template_kwargs", "response_format", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 }
 
 

@@ -167,7 +167,19 @@ async def test_formats_and_extensions(openai: AsyncOpenAI, served: Served) -> No
         assert re.fullmatch(fits, answer.choices[0].message.content), body
     with pytest.raises(api.BadRequestError, match="response_format, guided_regex are set; send one"):
         await ask(openai, response_format={"type": "json_object"}, extra_body={"guided_regex": "a"})
-    with pytest.raises(api.BadRequestError, match="cannot be compiled: Unsupported type"):
-        await ask(openai, extra_body={"guided_json": {"type": "strange"}}, stream=True)
+    strange = {"type": "strange"}
+    unique = named | {"json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}}}
+    for fields, param, sentence in (
+        (
+            {"extra_body": {"guided_json": strange}, "stream": True},
+            "guided_json",
+            "guided_json cannot be compiled: Uns",
+        ),
+        ({"response_format": unique}, "response_format", "response_format: .*uniqueItems"),
+        ({"extra_body": {"structured_outputs": {"regex": "a{5000}"}}}, "structured_outputs", "outputs.regex repeats"),
+    ):
+        with pytest.raises(api.BadRequestError, match=sentence) as caught:
+            await ask(openai, **fields)
+        assert caught.value.param == param
     with pytest.raises(api.BadRequestError, match=r"not known how .* writes tool calls"):
         await ask(openai, tools=[WEATHER])
