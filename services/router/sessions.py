@@ -22,6 +22,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.common.errors import FailedPrecondition, NotFound
+from services.common.tasks import ended
 
 RUN_TTL_S = 15
 RUN_REFRESH_S = 2.0
@@ -248,7 +249,7 @@ class SessionDirectory:
         try:
             yield
         finally:
-            keeper.cancel()
+            await ended(keeper)  # before the lock is released: it would take that for the session's end
             with contextlib.suppress(RedisError):  # it expires by itself
                 await self._release(keys=[_run_key(identifier)], args=[holder])
 
