@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import threading
@@ -55,6 +56,13 @@ class Grammars:
         self._compilers: dict[bool, Any] = {}
         self._making = threading.Lock()
 
+    def prepare(self) -> None:
+        """Reads the vocabulary, which holds the interpreter's lock for a moment, so that no call has to. Does nothing
+        if constraints cannot be served."""
+        with contextlib.suppress(FailedPrecondition):
+            for special_tokens in (False, True):
+                self._compiler(special_tokens)
+
     async def get(self, constraint: common_pb2.Constraint) -> Grammar | None:
         """The grammar of a constraint; None if it has no kind.
 
@@ -65,8 +73,6 @@ class Grammars:
         """
         if constraint.WhichOneof("kind") is None:
             return None
-        if not self._loaded.eos_token_ids:
-            raise FailedPrecondition("this model has no end-of-sequence token, which a constraint needs; send none")
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._compile, constraint)
         try:
             return await asyncio.wait_for(work, COMPILE_TIMEOUT_S)
@@ -103,6 +109,8 @@ class Grammars:
 
     def _compiler(self, special_tokens: bool) -> Any:
         """The compiler of grammars in which special tokens stand for their text, or occur nowhere."""
+        if not self._loaded.eos_token_ids:
+            raise FailedPrecondition("this model has no end-of-sequence token, which a constraint needs; send none")
         with self._making:
             if special_tokens not in self._compilers:
                 xgrammar = _xgrammar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from typing import Any
 
 import jsonschema
@@ -14,8 +15,9 @@ from qaq.v1 import common_pb2
 from qaq.v1.common_pb2 import Constraint, OutputParams, SamplingParams, StopParams
 
 from qaq_core.models import LoadedModel
-from services.common.errors import InvalidArgument
-from services.worker.constraints import GrammarMask
+from services.common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from services.worker import constraints
+from services.worker.constraints import GrammarMask, Grammars
 from services.worker.scheduler.scheduler import Scheduler
 from tests.services.worker.conftest import EXACT, Gate, Ids, MakeScheduler, Outcome, outcome, request
 
@@ -280,3 +282,25 @@ async def test_ignore_eos_is_refused(make_scheduler: MakeScheduler, ids: Ids) ->
     async with make_scheduler() as scheduler:
         with pytest.raises(InvalidArgument, match="leave ignore_eos unset"):
             await answer(scheduler, ids(ASK), Constraint(regex="a"), stop=StopParams(ignore_eos=True, max_new_tokens=4))
+
+
+async def test_without_xgrammar_it_says_what_to_install(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xgrammar", None)  # type: ignore[arg-type]  # Python's mark of a missing module
+    grammars = Grammars(smollm2, 49152)
+    grammars.prepare()
+    with pytest.raises(FailedPrecondition, match=re.escape("pip install 'qaq-kv[constraints]'")):
+        await grammars.get(Constraint(json_object=True))
+    assert await grammars.get(Constraint()) is None
+    grammars.close()
+
+
+async def test_a_model_without_an_end_is_refused(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoadedModel, "eos_token_ids", ())
+    with pytest.raises(FailedPrecondition, match="no end-of-sequence token"):
+        await Grammars(smollm2, 49152).get(Constraint(json_object=True))
+
+
+async def test_a_grammar_that_takes_too_long_is_given_up(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraints, "COMPILE_TIMEOUT_S", 0.0)
+    with pytest.raises(ResourceExhausted, match="was not compiled within"):
+        await Grammars(smollm2, 49152).get(Constraint(json_object=True))
