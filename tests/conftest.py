@@ -22,7 +22,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A test is marked by the fixtures that it asks for, directly or through others, and by its folder.
 MARKS_OF_FIXTURES = {"smollm2": ["model"], "model_path": ["model"], "redis_server": ["redis"]}
-MARKS_OF_FOLDERS = {"e2e": ["model", "redis", "slow"], "faults": ["model", "redis", "slow"]}
+MARKS_OF_FOLDERS = {
+    "e2e": ["model", "redis", "slow"],
+    "faults": ["model", "redis", "slow"],
+    "clients": ["model", "redis", "slow"],
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

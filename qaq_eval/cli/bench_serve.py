@@ -42,6 +42,9 @@ def serve(
     ] = None,
     streams: Annotated[int, typer.Option(min=0, help="Equal concurrent streams; 0 skips this phase.")] = 16,
     stream_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 48,
+    regex: Annotated[
+        str, typer.Option(help="Constraint of the equal streams, such as '[a-z ]{1000}'; empty for none.")
+    ] = "",
     memory_sessions: Annotated[
         int, typer.Option(min=0, help="Sessions to open and close while memory is measured; 0 skips this phase.")
     ] = 100,
@@ -76,6 +79,7 @@ def serve(
         memory_sessions=memory_sessions,
         cache=cache,
         seed=seed,
+        regex=regex,
     )
     with contextlib.ExitStack() as stack:
         if router is None:

@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import grpc
-from qaq.v1 import generate_pb2, generate_pb2_grpc
+from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
 
 from qaq_eval.serving.arrivals import Arrival, Script
 
@@ -69,6 +69,7 @@ class Load:
 
     Args:
         cache: CacheParams of every session and request.
+        regex: constraint of every request; empty for none.
 
     Attributes:
         records: all requests, in the order they were sent.
@@ -76,8 +77,13 @@ class Load:
     """
 
     def __init__(
-        self, stub: generate_pb2_grpc.InferenceStub, prompts: Prompts, cache: dict[str, Any] | None = None
+        self,
+        stub: generate_pb2_grpc.InferenceStub,
+        prompts: Prompts,
+        cache: dict[str, Any] | None = None,
+        regex: str = "",
     ) -> None:
+        self._constraint = common_pb2.Constraint(regex=regex) if regex else None
         self._stub, self._prompts, self._cache = stub, prompts, cache
         self.records: list[Record] = []
         self.sessions = 0
@@ -119,7 +125,8 @@ class Load:
             prompt=arrival.prompt,
             prompt_token_ids=[] if arrival.prompt else self._tokens(arrival, first_turn),
             sampling={"temperature": 0.0},
-            stop={"max_new_tokens": arrival.new_tokens, "ignore_eos": True},
+            stop={"max_new_tokens": arrival.new_tokens, "ignore_eos": self._constraint is None},
+            constraint=self._constraint,
             cache=None if session else self._cache,
             session_id=session,
         )

@@ -97,6 +97,7 @@ class Plan:
         streams: number of equal concurrent streams; 0 skips the phase.
         memory_sessions: number of sessions to open and close; 0 skips the phase.
         cache: CacheParams.
+        regex: a constraint of the equal streams. Their text must not be able to end before `stream_tokens`.
     """
 
     scripts: Sequence[Script]
@@ -106,6 +107,7 @@ class Plan:
     memory_sessions: int
     cache: dict[str, Any]
     seed: int
+    regex: str = ""
 
 
 async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: Report) -> ServeResult:
@@ -158,7 +160,7 @@ class _Bench:
 
     async def streams(self, count: int) -> list[Record]:
         """`count` equal concurrent requests."""
-        load = Load(self._stub, self._prompts, self._plan.cache)
+        load = Load(self._stub, self._prompts, self._plan.cache, self._plan.regex)
         arrival = Arrival(prompt_tokens=64, new_tokens=self._plan.stream_tokens)
         await load.closed_loop([[arrival]] * count, count)
         return load.records

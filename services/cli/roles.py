@@ -36,6 +36,9 @@ def router(
     port: Port = None,
     advertise_host: AdvertiseHost = None,
     model: Model = None,
+    smg: Annotated[
+        bool, typer.Option("--smg", envvar="QAQ_SMG", help="Also serve vLLM's engine protocol, for SMG in front.")
+    ] = False,
     metrics_port: MetricsPort = None,
     log_level: LogLevel = None,
 ) -> None:
@@ -44,7 +47,7 @@ def router(
     from services.router.server import serve
 
     common = _common(host, port, advertise_host, metrics_port, log_level)
-    asyncio.run(serve(RouterSettings(**common, model=model_or_default(model))))
+    asyncio.run(serve(RouterSettings(**common, model=model_or_default(model), smg=smg)))
 
 
 def worker(

@@ -16,15 +16,23 @@ class StatusError(Exception):
 
     Args:
         retry_after_ms: sent to the caller as trailing metadata `retry-after-ms`.
+        reason: a name for programs that tell errors of one status apart; sent as trailing metadata `qaq-reason`.
     """
 
     code: grpc.StatusCode = Code.INTERNAL
 
-    def __init__(self, message: str, *, code: grpc.StatusCode | None = None, retry_after_ms: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        retry_after_ms: int | None = None,
+        reason: str = "",
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or type(self).code
-        self.retry_after_ms = retry_after_ms
+        self.retry_after_ms, self.reason = retry_after_ms, reason
 
 
 class InvalidArgument(StatusError):
@@ -81,7 +89,10 @@ def to_status(error: Exception) -> StatusError | None:
     if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError):
         return Unavailable("Redis does not answer; check that it runs and that QAQ_REDIS_URL is right")
     if isinstance(error, grpc.aio.AioRpcError):
-        return StatusError(error.details() or "a call to another server failed", code=error.code())
+        metadata = dict(error.trailing_metadata() or ())
+        retry, reason = metadata.get("retry-after-ms"), str(metadata.get("qaq-reason", ""))
+        message = error.details() or "a call to another server failed"
+        return StatusError(message, code=error.code(), retry_after_ms=int(retry) if retry else None, reason=reason)
     if isinstance(error, TimeoutError):
         return StatusError("the deadline passed before the answer was ready", code=Code.DEADLINE_EXCEEDED)
     return None

@@ -50,8 +50,10 @@ EXTRAS = {
             "uvicorn",
         ),
     ),
+    "constraints": Extra("JSON schemas, other constraints, and tools that must be called", ("xgrammar",)),
     "eval": Extra("multiple choice and plots of qaq eval", ("lm_eval", "matplotlib")),
     "llamacpp": Extra("llama.cpp as a baseline of qaq bench decode", ("llama_cpp",)),
+    "smg": Extra("the protocol of SMG in the router", ("smg_grpc_proto",)),
     "triton": Extra("attention kernels for CUDA devices", ("triton",)),
 }
 

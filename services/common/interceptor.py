@@ -92,7 +92,9 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: st
         log.error("unexpected error", method=method, exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
         return
-    trailing: tuple[tuple[str, str], ...] = ()
+    trailing: list[tuple[str, str]] = []
     if status.retry_after_ms is not None:
-        trailing = (("retry-after-ms", str(status.retry_after_ms)),)
-    await context.abort(status.code, status.message, trailing)
+        trailing.append(("retry-after-ms", str(status.retry_after_ms)))
+    if status.reason:
+        trailing.append(("qaq-reason", status.reason))
+    await context.abort(status.code, status.message, tuple(trailing))

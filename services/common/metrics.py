@@ -61,6 +61,12 @@ queue_depth = Gauge("qaq_queue_depth", "Requests in the queue")
 registry_failures = Counter("qaq_registry_failures_total", "Heartbeats and member listings that Redis did not answer")
 
 
+http_requests = Counter("qaq_http_requests_total", "Requests to the gateway", ["path", "status"])
+http_seconds = Histogram(
+    "qaq_http_seconds", "From a request to the end of its response", ["path"], buckets=(*SECONDS, 60.0, 300.0)
+)
+
+
 def serve(port: int | None, host: str = "127.0.0.1") -> None:
     """Serves /metrics on `port` from a daemon thread; None serves nothing."""
     if port is not None:

@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 
 from services.common import metrics
 from services.common.log import once
+from services.common.tasks import ended
 
 Kind = Literal["router", "worker", "originals", "gateway"]
 Info = Mapping[str, Any]
@@ -70,9 +71,7 @@ class Registry:
         try:
             yield
         finally:
-            heart.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await heart
+            await ended(heart)
             with contextlib.suppress(RedisError):
                 await self._forget(kind, [address])
 

@@ -42,6 +42,7 @@ class RouterSettings(CommonSettings):
         placement: names of the placement policies, in order, see services/router/placement.
         resume_timeout_s: how long a stream whose worker went away waits for another worker.
         session_ttl_s: seconds after which an unused session expires.
+        smg: also serve vLLM's engine protocol, for SMG in front; needs the extra smg.
     """
 
     port: int = Field(default=7700, ge=0, le=65535)
@@ -52,6 +53,7 @@ class RouterSettings(CommonSettings):
     placement: str = "affinity,prefix,load"
     resume_timeout_s: float = Field(default=60.0, ge=0)
     session_ttl_s: int = Field(default=3600, ge=1)
+    smg: bool = False
 
 
 class GatewaySettings(CommonSettings):
@@ -59,11 +61,15 @@ class GatewaySettings(CommonSettings):
 
     Attributes:
         router: host:port of the routers, separated by commas, in order of preference. None takes the registered ones.
+        max_body_bytes: of a request.
+        cors_origins: origins whose pages may call the gateway, separated by commas; "*" is any. None if empty.
     """
 
     port: int = Field(default=8000, ge=0, le=65535)
     router: str | None = None
     request_timeout_s: float = Field(default=600.0, gt=0)
+    max_body_bytes: int = Field(default=16 * MIB, ge=1)
+    cors_origins: str = ""
 
 
 class WorkerSettings(CommonSettings):

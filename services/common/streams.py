@@ -11,6 +11,7 @@ import grpc
 import structlog
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
+from services.common.echoes import EchoOnce
 from services.common.errors import Unavailable
 from services.common.routers import Routers
 
@@ -38,6 +39,7 @@ class Stream:
         self._deadline_s, self._metadata = deadline_s, tuple(metadata)
         self._call: Any = None
         self._session, self._received = "", 0
+        self._echo = EchoOnce()
 
     def cancel(self) -> None:
         if self._call is not None:
@@ -53,9 +55,15 @@ class Stream:
             try:
                 async with self._routers.stub() as stub:
                     self._call = self._ask(stub, ends - time.monotonic())
+                    self._echo.restart()
                     async for reply in self._call:
                         self._session, lost = reply.session_id, None
                         self._received += reply.HasField("token")
+                        if reply.HasField("prompt"):
+                            tokens = self._echo.fresh(reply.prompt)
+                            if tokens is None:
+                                continue
+                            reply.prompt.CopyFrom(tokens)
                         yield reply
                     return
             except (grpc.aio.AioRpcError, Unavailable) as error:

@@ -2,127 +2,98 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
-from fastapi import FastAPI, Request
+import grpc
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
-from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
 
-from services.common.errors import InvalidArgument
 from services.common.routers import Routers
+from services.common.settings import GatewaySettings
 from services.common.streams import Asked, Stream
-from services.gateway import errors, requests
-from services.gateway.calls import ClientGone, events, merged, while_connected
-from services.gateway.replies import Answer, Chat, Completion, Json, Replies
+from services.gateway import constraints, errors, models, requests, sessions, texts, tools
+from services.gateway.answers import load_parser
+from services.gateway.calls import ClientGone, Tagged, events, merged, while_connected
+from services.gateway.replies import Answer, Json
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.schema import Request as Body
+from services.gateway.shapes import Chat, Completion
+from services.gateway.tenant import tenant
+from services.gateway.wire import EXPOSED_HEADERS, JsonRoute, Wire
 
-SHORT_DEADLINE_S = 30.0
-TENANT_HEADER = "x-qaq-tenant"
-MAX_TENANT = 128
 CLIENT_CLOSED_REQUEST = 499  # for the access log: the client does not read it
 
 
-def make_app(routers: Routers, timeout_s: float) -> FastAPI:
-    """The FastAPI application.
+def make_app(routers: Routers, settings: GatewaySettings) -> FastAPI:
+    """The FastAPI application."""
+    app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None)
+    errors.install(app)
+    app.add_middleware(Wire, max_body_bytes=settings.max_body_bytes)
+    if settings.cors_origins:
+        origins = [origin.strip() for origin in settings.cors_origins.split(",")]
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    for part in (models.routes(routers), texts.routes(routers), sessions.routes(routers)):
+        app.include_router(part)
+    app.include_router(_generations(routers, settings.request_timeout_s))
+    return app
+
+
+def _generations(routers: Routers, timeout_s: float) -> APIRouter:
+    """Completions and chat completions.
 
     Args:
         timeout_s: longest time for a generation.
     """
-    app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None)
-    errors.install(app)
+    router = APIRouter(route_class=JsonRoute)
 
-    @app.get("/health")
-    async def health() -> Json:
-        async with routers.stub() as stub:
-            await _model(stub)
-        return {"status": "ok"}
-
-    @app.get("/v1/models")
-    async def models() -> Json:
-        async with routers.stub() as stub:
-            return {"object": "list", "data": [_described(await _model(stub))]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Json:
-        async with routers.stub() as stub:
-            return _described(await _model(stub, name))
-
-    @app.post("/v1/completions", response_model=None)
+    @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        model = await models.served(routers, body.model)
         echo = [prompt if isinstance(prompt, str) else None for prompt in body.prompts] if body.echo else None
-        return await respond(body, request, requests.completions(body), Completion(), echo)
+        answer = Answer(Completion(body.logprobs, body.echo, body.prompt_logprobs), model, body.n, echo)
+        return await respond(body, request, requests.completions(body, model), answer)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await respond(body, request, [requests.chat(body)], Chat())
+        model = await models.served(routers, body.model)
+        asked = requests.chat(body, model)
+        readers = tools.prepare(body, asked, model)
+        if readers is not None:
+            await asyncio.to_thread(load_parser)
+        return await respond(body, request, [asked], Answer(Chat(body.prompt_logprobs), model, body.n, readers=readers))
 
-    async def respond(
-        body: Body,
-        request: Request,
-        asked: Sequence[Asked],
-        shape: Completion | Chat,
-        echo: Sequence[str | None] | None = None,
-    ) -> Response:
+    async def respond(body: Body, request: Request, asked: Sequence[Asked], answer: Answer) -> Response:
         """Asks the router, and responds with one object or with a stream of chunks."""
 
-        @contextlib.asynccontextmanager
-        async def running() -> AsyncIterator[tuple[Answer, Replies]]:
-            async with routers.stub() as stub:
-                name = (await _model(stub, body.model)).name
-            answer = Answer(shape, name, asked[0].choices, echo)
-            streams = [Stream(routers, each, timeout_s, metadata) for each in asked]
-            async with contextlib.aclosing(merged(streams)) as replies:
-                yield answer, replies
+        def running() -> contextlib.aclosing[AsyncGenerator[Tagged, None]]:
+            return contextlib.aclosing(merged([Stream(routers, each, timeout_s, metadata) for each in asked]))
 
         async def whole() -> Json:
-            async with running() as (answer, replies):
+            async with running() as replies:
                 return await answer.collect(replies, len(asked))
 
         async def parts() -> AsyncGenerator[Json, None]:
-            async with running() as (answer, replies):
-                async for chunk in answer.chunks(replies, len(asked), body.usage_wanted):
+            async with running() as replies:
+                async for chunk in answer.chunks(replies, len(asked), body.usage_wanted, body.usage_in_chunks):
                     yield chunk
 
-        metadata = _tenant(request)
+        metadata = tenant(request)
         try:
             if body.stream:
                 return await while_connected(request, events(parts()))
             return JSONResponse(await while_connected(request, whole()))
+        except grpc.aio.AioRpcError as error:
+            raise constraints.retold(error, body) from None
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    return app
-
-
-def _tenant(request: Request) -> tuple[tuple[str, str], ...]:
-    """The header `x-qaq-tenant` as gRPC metadata.
-
-    Raises:
-        InvalidArgument: it is too long, or has characters other than printable ASCII.
-    """
-    name = request.headers.get(TENANT_HEADER, "")
-    if not name:
-        return ()
-    if len(name) > MAX_TENANT or not (name.isascii() and name.isprintable()):
-        raise InvalidArgument(f"{TENANT_HEADER} is invalid; send at most {MAX_TENANT} printable ASCII characters")
-    return (("qaq-tenant", name),)
-
-
-async def _model(stub: generate_pb2_grpc.InferenceStub, name: str = "") -> common_pb2.ModelInfo:
-    """Raises:
-    grpc.aio.AioRpcError: NOT_FOUND if another model is served.
-    """
-    reply = await stub.GetModel(generate_pb2.GetModelRequest(model=name), timeout=SHORT_DEADLINE_S)
-    return reply.model
-
-
-def _described(model: common_pb2.ModelInfo) -> Json:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "qaq",
-        "context_length": model.context_length,
-    }
+    return router

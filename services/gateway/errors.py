@@ -1,7 +1,8 @@
-"""Errors in OpenAI's format."""
+"""Errors in OpenAI's format. `param` and `code` are what clients of OpenAI's API look at."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
@@ -24,11 +25,38 @@ _HTTP = {
     Code.UNAVAILABLE: 503,
     Code.DEADLINE_EXCEEDED: 504,
 }
-_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CODES = {
+    Code.INVALID_ARGUMENT: "invalid_value",
+    Code.FAILED_PRECONDITION: "failed_precondition",
+    Code.NOT_FOUND: "not_found",
+    Code.ABORTED: "aborted",
+    Code.RESOURCE_EXHAUSTED: "rate_limit_exceeded",
+    Code.UNAVAILABLE: "unavailable",
+    Code.DEADLINE_EXCEEDED: "deadline_exceeded",
+}
+_INVALID = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
+
+_KINDS = ("str", "int", "float", "bool", "TextPart")  # pydantic's names of the types that a field may have
+_PATHS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+# The router's messages begin with a field of the gRPC API; HTTP has other names for some.
+_FIELD = re.compile(r"(?:(?:sampling|stop|output)\.)?([a-z_]+)(?=[\[.: ])")
+_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "choices": "n",
+    "prompt_token_ids": "prompt",
+    "text": "prompt",
+    "token_ids": "tokens",
+}
+_FIELDS = {
+    *_NAMES,
+    *("model", "prompt", "messages", "session_id", "cache", "stop", "stop_token_ids", "logit_bias"),
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("logprobs", "top_logprobs", "prompt_logprobs", "stream_options", "best_of", "n"),
+    *("tools", "tool_choice", "chat_template_kwargs", "response_format", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 }
 
 
@@ -49,41 +77,57 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(_object(str(error.detail), error.status_code), error.status_code)
+        told = described(str(error.detail), error.status_code, _PATHS.get(error.status_code))
+        return JSONResponse(told, error.status_code, headers=error.headers)
 
 
 def response(error: Exception) -> JSONResponse:
     """An error as the response."""
-    status = _http(error)
-    headers = {}
-    for key, value in (error.trailing_metadata() or ()) if isinstance(error, grpc.aio.AioRpcError) else ():
-        if key == "retry-after-ms":
-            headers = {"retry-after-ms": str(value), "retry-after": str(-(-int(value) // 1000))}
-    return JSONResponse(body(error), status, headers=headers)
+    status, headers = to_status(error), {}
+    if status is not None and status.retry_after_ms is not None:
+        headers = {
+            "retry-after-ms": str(status.retry_after_ms),
+            "retry-after": str(-(-status.retry_after_ms // 1000)),
+        }
+    return JSONResponse(body(error), _http(status), headers=headers)
 
 
 def body(error: Exception) -> dict[str, Any]:
     """An error as JSON, for a response or for a stream that has begun."""
     status = to_status(error)
-    message = status.message if status else "internal error; see the gateway's log"
-    return _object(message, _http(error), status.code.name.lower() if status else None)
+    if status is None:
+        return described("internal error; see the gateway's log", 500, "internal_error")
+    code = status.reason or _CODES.get(status.code, "internal_error")
+    message, field = _named(status.message)
+    return described(message, _http(status), code, "model" if code == "model_not_found" else field)
 
 
-def _http(error: Exception) -> int:
-    status = to_status(error)
+def described(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's format; `status` is that of HTTP."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _http(status: StatusError | None) -> int:
     return _HTTP.get(status.code, 500) if status else 500
 
 
+def _named(message: str) -> tuple[str, str | None]:
+    """A message of the router with HTTP's name of the field that it begins with, and that name."""
+    match = _FIELD.match(message)
+    if match is None or match[1] not in _FIELDS:
+        return message, None
+    name = _NAMES.get(match[1], match[1])
+    return name + message[match.end() :], name
+
+
 def _malformed(error: RequestValidationError) -> dict[str, Any]:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    if first["type"] == "extra_forbidden":
+    # Of the errors of a field that may have several types, that of the type which fits best is the deepest one.
+    wrong = max(error.errors(), key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
+    parts = [str(part) for part in wrong["loc"][1:]]
+    place = ".".join(part for part in parts if part.isdecimal() or (part.isidentifier() and part not in _KINDS))[:200]
+    if wrong["type"] == "extra_forbidden":
         message = f"{place} is not supported here; leave it out"
     else:
-        message = f"{place or 'the body'}: {first['msg']}"
-    return _object(message, 400, "invalid_argument", place or None)
-
-
-def _object(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        message = f"{place or 'the body'}: {str(wrong['msg']).removeprefix('Value error, ')}"
+    return described(message, 400, _INVALID.get(wrong["type"], "invalid_value"), place or None)

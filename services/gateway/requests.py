@@ -2,55 +2,94 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from qaq.v1 import common_pb2, generate_pb2
 
 from services.common.errors import InvalidArgument
-from services.gateway.schema import ChatRequest, CompletionRequest, Request
+from services.gateway.constraints import constraint
+from services.gateway.messages import Message, ToolCall
+from services.gateway.schema import CacheOptions, ChatRequest, CompletionRequest, Request
+
+DEFAULT_TEMPERATURE = 1.0
+"""OpenAI's default, for models whose own default is greedy."""
 
 # OpenAI's name of the role; chat templates use the older one.
 _ROLES = {"developer": "system"}
 
 
-def completions(body: CompletionRequest) -> list[generate_pb2.GenerateRequest]:
+def completions(body: CompletionRequest, model: common_pb2.ModelInfo) -> list[generate_pb2.GenerateRequest]:
     """One request for each prompt.
 
     Raises:
-        InvalidArgument: a number is out of the range of its field.
+        InvalidArgument: several prompts for one session, or several constraints.
     """
     if body.session_id and len(body.prompts) > 1:
-        raise InvalidArgument("a session has one text; send one prompt")
+        raise InvalidArgument("session_id is for one text; send one prompt")
     scored = body.logprobs is not None
-    output = common_pb2.OutputParams(logprobs=scored, top_logprobs=_int32("logprobs", body.logprobs or 0))
+    output = common_pb2.OutputParams(
+        logprobs=scored, top_logprobs=body.logprobs or 0, prompt_logprobs=body.prompt_logprobs
+    )
     requests = []
     for prompt in body.prompts:
-        request = generate_pb2.GenerateRequest(**_shared(body, body.max_tokens), output=output)
+        request = generate_pb2.GenerateRequest(**_shared(body, body.max_tokens, model), output=output)
         if isinstance(prompt, str):
             request.prompt = prompt
         else:
-            request.prompt_token_ids.extend(_int32("prompt", token) for token in prompt)
+            request.prompt_token_ids.extend(prompt)
         # A prompt that was sent as text needs no echo from the router, except for its log-probabilities.
-        request.output.echo = bool(body.echo) and (scored or not isinstance(prompt, str))
+        request.output.echo = body.echo and (scored or body.max_tokens == 0 or not isinstance(prompt, str))
         requests.append(request)
     return requests
 
 
-def chat(body: ChatRequest) -> generate_pb2.ChatRequest:
-    """The request for a conversation; raises as `completions`."""
-    output = common_pb2.OutputParams(logprobs=bool(body.logprobs))
-    if body.top_logprobs:
-        output.top_logprobs = _int32("top_logprobs", body.top_logprobs)
+def chat(body: ChatRequest, model: common_pb2.ModelInfo) -> generate_pb2.ChatRequest:
+    """The request for a conversation. `tools.prepare` completes it.
+
+    Raises:
+        InvalidArgument: several constraints.
+    """
+    output = common_pb2.OutputParams(
+        logprobs=body.logprobs, top_logprobs=body.top_logprobs or 0, prompt_logprobs=body.prompt_logprobs
+    )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    messages = [{"role": _ROLES.get(each.role, each.role), "content": each.text} for each in body.messages]
-    return generate_pb2.ChatRequest(**_shared(body, limit), output=output, messages=messages)
+    return generate_pb2.ChatRequest(**_shared(body, limit, model), output=output, messages=messages(body.messages))
 
 
-def _shared(body: Request, limit: int | None) -> dict[str, Any]:
-    bias = {_int32("logit_bias", token): value for token, value in (body.logit_bias or {}).items()}
+def messages(given: list[Message]) -> list[generate_pb2.ChatMessage]:
+    """Messages as the router takes them."""
+    return [
+        generate_pb2.ChatMessage(
+            role=_ROLES.get(each.role, each.role),
+            content=each.text,
+            name=each.name,
+            tool_calls_json=_json(each.tool_calls),
+            tool_call_id=each.tool_call_id,
+            reasoning_content=each.reasoning_content,
+        )
+        for each in given
+    ]
+
+
+def cache(options: CacheOptions | None) -> common_pb2.CacheParams | None:
+    return common_pb2.CacheParams(**_given(options.model_dump())) if options else None
+
+
+def default_sampling(model: common_pb2.ModelInfo) -> common_pb2.SamplingParams:
+    """What sampling parameters are that a client leaves out: the model's own, at OpenAI's temperature if the model's
+    default is greedy. Otherwise the choices of one prompt would all be the same."""
+    params = common_pb2.SamplingParams()
+    params.CopyFrom(model.sampling)
+    params.temperature = model.sampling.temperature or DEFAULT_TEMPERATURE
+    return params
+
+
+def _shared(body: Request, limit: int | None, model: common_pb2.ModelInfo) -> dict[str, Any]:
+    temperature = default_sampling(model).temperature if body.temperature is None else body.temperature
     sampling = {
-        "temperature": body.temperature,
-        "top_k": _int32("top_k", body.top_k),
+        "temperature": temperature,
+        "top_k": None if body.top_k is None else max(0, body.top_k),
         "top_p": body.top_p,
         "min_p": body.min_p,
         "repetition_penalty": body.repetition_penalty,
@@ -58,29 +97,28 @@ def _shared(body: Request, limit: int | None) -> dict[str, Any]:
         "presence_penalty": body.presence_penalty,
         "seed": None if body.seed is None else body.seed % 2**64,
     }
-    strings = [body.stop] if isinstance(body.stop, str) else body.stop or []
     stop = common_pb2.StopParams(
-        stop=strings,
+        max_new_tokens=limit,
+        stop=[body.stop] if isinstance(body.stop, str) else body.stop,
         ignore_eos=body.ignore_eos,
-        stop_token_ids=[_int32("stop_token_ids", token) for token in body.stop_token_ids or []],
+        stop_token_ids=body.stop_token_ids,
+        min_new_tokens=body.min_tokens,
+        include_stop_string=body.include_stop_str_in_output,
     )
-    if limit is not None:
-        stop.max_new_tokens = _int32("max_tokens", limit)
     return {
         "model": body.model,
-        "sampling": common_pb2.SamplingParams(**_given(sampling), logit_bias=bias),
+        "sampling": common_pb2.SamplingParams(**_given(sampling), logit_bias=body.logit_bias),
         "stop": stop,
-        "cache": common_pb2.CacheParams(**_given(body.cache.model_dump())) if body.cache else None,
+        "cache": cache(body.cache),
         "session_id": body.session_id,
-        "choices": _int32("n", 1 if body.n is None else body.n),
+        "choices": body.n,
+        "constraint": constraint(body),
     }
+
+
+def _json(calls: list[ToolCall]) -> str:
+    return json.dumps([call.model_dump() for call in calls], ensure_ascii=False) if calls else ""
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _int32(field: str, value: Any) -> Any:
-    if value is not None and not -(2**31) <= value < 2**31:
-        raise InvalidArgument(f"{field} is {value}, which is out of range")
-    return value

@@ -51,7 +51,7 @@ class GatewayServer:
             stack.callback(bound.close)
             server = _Server(
                 uvicorn.Config(
-                    make_app(routers, settings.request_timeout_s),
+                    make_app(routers, settings),
                     lifespan="off",
                     log_config=None,
                     access_log=False,

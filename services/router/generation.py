@@ -18,6 +18,7 @@ from qaq.v1 import common_pb2, generate_pb2, worker_pb2
 from redis.exceptions import RedisError
 
 from services.common import metrics
+from services.common.echoes import EchoOnce
 from services.common.errors import StatusError
 from services.router.hold import Hold, Lost
 from services.router.metrics import RelayLatency, TokenTimes
@@ -65,6 +66,7 @@ class GenerationStream:
         self._pool, self._session, self._hold = pool, session, hold
         self._request, self._patience_s = request, patience_s
         self._latency, self._times = latency, TokenTimes(request.choices)
+        self._echo = EchoOnce()
         history = request.history_tokens
         self._log = LogWriter(hold, history, request.token_ids[history:], lambda: self.abort(hold.lost))
         self._pages = SessionPages(hold, page_ids)
@@ -93,6 +95,7 @@ class GenerationStream:
         try:
             while True:
                 link, received = await self._place(), False
+                self._echo.restart()
                 try:
                     async with self._run(link, ends - time.monotonic()) as messages:
                         async for message in messages:
@@ -160,6 +163,9 @@ class GenerationStream:
                 return None
             case "prefill" | "prompt" if self._request.generated_tokens:
                 return None  # the client has them from the worker before
+            case "prompt":
+                tokens = self._echo.fresh(message.prompt)
+                return generate_pb2.GenerateReply(session_id=self._session.id, prompt=tokens) if tokens else None
             case "token":
                 self._record(message.token)
         return generate_pb2.GenerateReply(session_id=self._session.id, **{event: getattr(message, event)})

@@ -18,6 +18,7 @@ from qaq.v1 import worker_pb2
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from services.common.tasks import ended
 from services.router import session_keys
 
 HOLD_TTL_S = 15
@@ -146,7 +147,7 @@ class Hold:
         try:
             yield
         finally:
-            keeper.cancel()
+            await ended(keeper)  # before the release: it would take that for the session's end
             with contextlib.suppress(RedisError):  # it expires by itself
                 await self._run(self._scripts.release, (session_keys.hold,))
 

@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
+from qaq.v1 import generate_pb2
 
 from qaq_core.models import load_tokenizer
 from services.common.errors import FailedPrecondition, InvalidArgument
+from services.router import formats
 
 T = TypeVar("T")
-Message = dict[str, str]
+Message = dict[str, Any]
 
 # A conversation with unique texts, which shows what a template puts around messages.
 _EXCHANGE = [{"role": "user", "content": "<qaq:asked>"}, {"role": "assistant", "content": "<qaq:answered>"}]
+# A tool that shows whether a template knows tools.
+_TOOL = {"type": "function", "function": {"name": "qaq_tool", "description": "", "parameters": {"type": "object"}}}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template gets.
+
+    Attributes:
+        variables: more variables of the template.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request: generate_pb2.ChatRequest | generate_pb2.TokenizeRequest) -> Conversation:
+        """Raises:
+        InvalidArgument: a field is too large, or not JSON.
+        """
+        messages = [formats.message(place, sent) for place, sent in enumerate(request.messages)]
+        return cls(messages, formats.tools(request), formats.template_kwargs(request))
 
 
 class Prompts:
@@ -28,7 +55,9 @@ class Prompts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._knows_tools: bool | None = None
 
     @classmethod
     async def load(cls, source: str) -> Prompts:
@@ -37,46 +66,93 @@ class Prompts:
         """
         return cls(await asyncio.to_thread(load_tokenizer, source))
 
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        return self._tokenizer
+
     async def text(self, text: str, *, special_tokens: bool) -> list[int]:
         """Ids of a text; `special_tokens` adds those that the model's prompts begin with."""
         return await self._in_thread(lambda: self._encode(text, special=special_tokens))
 
-    async def chat(self, messages: Sequence[Message], history: Sequence[int]) -> list[int]:
+    async def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return await self._in_thread(lambda: str(self._tokenizer.decode(ids, skip_special_tokens=False)))
+
+    async def written(self, ids: Sequence[int]) -> list[str]:
+        """Ids as the vocabulary writes them."""
+        return await self._in_thread(lambda: [str(token) for token in self._tokenizer.convert_ids_to_tokens(ids)])
+
+    async def chat(self, conversation: Conversation, history: Sequence[int], *, answer: bool = True) -> list[int]:
         """Ids of messages and of the beginning of the answer.
 
         Args:
             history: the session's token log, which these ids continue.
+            answer: add the beginning of the answer; without a history only.
         Raises:
-            FailedPrecondition: the model has no chat template, or its template changes earlier messages.
+            FailedPrecondition: the model has no chat template, or its template knows no tools or changes earlier
+                messages.
             InvalidArgument: the template rejects the messages.
         """
         if not self._tokenizer.chat_template:
             raise FailedPrecondition("this model has no chat template; use Generate")
-        return await self._in_thread(lambda: self._chat(list(messages), history))
+        return await self._in_thread(lambda: self._chat(conversation, history, answer))
+
+    async def opening(self, conversation: Conversation) -> str:
+        """What the template puts before the answer, after all messages; raises as `chat`."""
+        if not self._tokenizer.chat_template:
+            raise FailedPrecondition("this model has no chat template; use Generate")
+        return await self._in_thread(lambda: self._opening(conversation))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _chat(self, messages: list[Message], history: Sequence[int]) -> list[int]:
+    def _opening(self, conversation: Conversation) -> str:
+        whole, messages = self._render(conversation), self._render(conversation, answer=False)
+        if not whole.startswith(messages):
+            raise FailedPrecondition("this model's chat template does not end with the beginning of the answer")
+        return whole.removeprefix(messages)
+
+    def _chat(self, conversation: Conversation, history: Sequence[int], answer: bool) -> list[int]:
+        if conversation.tools:
+            self._check_tools()
         if not history:
-            return self._encode(self._render(messages), special=False)
+            return self._encode(self._render(conversation, answer=answer), special=False)
         # After an answer, the template adds the end of the assistant's turn and then the new messages. The history
         # already has the end-of-turn token if the model generated it.
-        before, answer, _ = self._render(_EXCHANGE, answer=False).rpartition(_EXCHANGE[1]["content"])
-        after = self._render([*_EXCHANGE, *messages])
-        if not answer or not after.startswith(before + answer):
+        exchange, more = replace(conversation, messages=_EXCHANGE), [*_EXCHANGE, *conversation.messages]
+        before, answered, _ = self._render(exchange, answer=False).rpartition(_EXCHANGE[1]["content"])
+        after = self._render(replace(conversation, messages=more))
+        if not answered or not after.startswith(before + answered):
             raise FailedPrecondition(
                 "this model's chat template rewrites earlier messages; send all of them, without a session"
             )
-        ids = self._encode(after.removeprefix(before + answer), special=False)
+        ids = self._encode(after.removeprefix(before + answered), special=False)
         ended = bool(ids) and ids[0] == history[-1] and ids[0] in self._tokenizer.all_special_ids
         return ids[1:] if ended else ids
 
-    def _render(self, messages: list[Message], *, answer: bool = True) -> str:
+    def _check_tools(self) -> None:
+        """Raises:
+        FailedPrecondition: the chat template renders the same text with a tool and without.
+        """
+        if self._knows_tools is None:
+            asked = Conversation(_EXCHANGE[:1])
+            self._knows_tools = self._render(replace(asked, tools=[_TOOL])) != self._render(asked)
+        if not self._knows_tools:
+            raise FailedPrecondition("this model's chat template knows no tools; send none, or serve another model")
+
+    def _render(self, conversation: Conversation, *, answer: bool = True) -> str:
+        taken = conversation.variables.keys() & self._taken
+        if taken:
+            raise InvalidArgument(f"chat_template_kwargs has {min(taken)}, which the server sets; leave it out")
+        more: dict[str, Any] = {"tools": conversation.tools} if conversation.tools else {}
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
-        except TemplateError as error:
+            text = self._tokenizer.apply_chat_template(
+                conversation.messages, tokenize=False, add_generation_prompt=answer, **more, **conversation.variables
+            )
+        except (TemplateError, TypeError, ValueError) as error:
             raise InvalidArgument(f"the model's chat template rejects these messages: {error}") from error
+        return str(text)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

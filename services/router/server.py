@@ -7,6 +7,7 @@ from typing import Any
 
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
+from qaq_core.base.errors import ConfigError
 from qaq_core.models import avoid_torch
 from services.common import log, metrics
 from services.common.redis import check, connect
@@ -34,7 +35,7 @@ class RouterServer:
         """Serves, and registers the router. Returns its address, host:port.
 
         Raises:
-            ConfigError: a placement policy does not exist.
+            ConfigError: a placement policy does not exist, or SMG's protocol is not installed.
             ModelLoadError: there is no tokenizer for the model.
             PortTakenError: the port is taken.
             RedisUnreachableError: Redis does not answer.
@@ -63,6 +64,8 @@ class RouterServer:
                 generate_pb2_grpc.add_InferenceServicer_to_server,
                 service,
             )
+            if settings.smg:
+                server.add(*_vllm_engine(service, pool, prompts))
             address = await server.start()
             stack.push_async_callback(server.stop)
 
@@ -76,6 +79,26 @@ class RouterServer:
     async def stop(self) -> None:
         """Leaves the registry, gives running calls a moment to end, and closes everything."""
         await self._stack.aclose()
+
+
+def _vllm_engine(inference: InferenceService, pool: WorkerPool, prompts: Prompts) -> tuple[str, Any, Any]:
+    """The service that SMG calls, as `GrpcServer.add` takes it.
+
+    Raises:
+        ConfigError: its protocol is not installed.
+    """
+    try:
+        from smg_grpc_proto import vllm_engine_pb2_grpc
+
+        from services.router.vllm_engine import SERVICE_NAME, VllmEngine
+    except ModuleNotFoundError as error:
+        if error.name != "smg_grpc_proto":
+            raise
+        raise ConfigError(
+            "the setting smg needs smg-grpc-proto, which is not installed: pip install 'qaq-kv[smg]'"
+        ) from error
+    add_to_server = vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server
+    return SERVICE_NAME, add_to_server, VllmEngine(inference, pool, prompts)
 
 
 async def serve(settings: RouterSettings) -> None:

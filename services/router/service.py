@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -18,7 +19,7 @@ from services.router.admission import Admission
 from services.router.generation import GenerationStream
 from services.router.hold import HOLD_TTL_S, Hold, Lost
 from services.router.metrics import RelayLatency
-from services.router.prompts import Prompts
+from services.router.prompts import Conversation, Prompts
 from services.router.sessions import Session, SessionDirectory
 from services.router.workers import WorkerPool
 
@@ -51,9 +52,12 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self._admission = Admission(settings.max_queue, lambda: pool.capacity)
         pool.refreshed = self._admission.wake
 
-    async def Generate(
-        self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[generate_pb2.GenerateReply]:
+    @property
+    def waiting(self) -> int:
+        """Generations in the queue."""
+        return self._admission.waiting
+
+    async def Generate(self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> Replies:
         validation.generate(request, self._limits(request.model))
 
         async def encode(history: list[int]) -> list[int]:
@@ -69,13 +73,20 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: generate_pb2.ChatRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generate_pb2.GenerateReply]:
         validation.chat(request, self._limits(request.model))
-        messages = [{"role": message.role, "content": message.content} for message in request.messages]
+        conversation = await asyncio.to_thread(Conversation.of, request)
+        opening = ""
 
         async def encode(history: list[int]) -> list[int]:
-            return await self._prompts.chat(messages, history)
+            nonlocal opening
+            if request.opening:
+                opening = await self._prompts.opening(conversation)
+            return await self._prompts.chat(conversation, history)
 
         async with self._turn(request, encode, context) as replies:
             async for reply in replies:
+                if opening:
+                    text, opening = generate_pb2.ChatOpening(text=opening), ""
+                    yield generate_pb2.GenerateReply(session_id=reply.session_id, opening=text)
                 yield reply
 
     async def Rejoin(
@@ -84,15 +95,26 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         validation.session_id(request.session_id)
         async with self._last_turn(request, context) as replies:
             async for reply in replies:
-                if not (reply.HasField("token") and reply.token.index < request.received):
+                known = reply.HasField("token") and reply.token.index < request.received
+                if not known and not (reply.HasField("prompt") and request.received):
                     yield reply
 
     async def Tokenize(
         self, request: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.TokenizeReply:
         validation.tokenize(request, self._limits(request.model))
-        ids = await self._prompts.text(request.text, special_tokens=not request.no_special_tokens)
-        return generate_pb2.TokenizeReply(token_ids=ids)
+        if request.messages:
+            conversation = await asyncio.to_thread(Conversation.of, request)
+            ids = await self._prompts.chat(conversation, [], answer=not request.no_generation_prompt)
+        else:
+            ids = await self._prompts.text(request.text, special_tokens=not request.no_special_tokens)
+        return generate_pb2.TokenizeReply(token_ids=ids, tokens=await self._prompts.written(ids))
+
+    async def Detokenize(
+        self, request: generate_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.DetokenizeReply:
+        validation.detokenize(request, self._limits(request.model))
+        return generate_pb2.DetokenizeReply(text=await self._prompts.decode(list(request.token_ids)))
 
     async def GetModel(
         self, request: generate_pb2.GetModelRequest, context: grpc.aio.ServicerContext
@@ -156,6 +178,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 keep=session.kept,
                 choices=request.choices,
                 output=request.output,
+                constraint=request.constraint,
                 history_tokens=len(history),
                 branch_of=session.branch_of,
                 tenant=tenant,

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from qaq.v1 import common_pb2, generate_pb2, worker_pb2
 
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.common.limits import (
+    MAX_BIASED_TOKENS,
+    MAX_CHOICES,
+    MAX_MESSAGES,
+    MAX_REPETITION_PENALTY,
+    MAX_SESSION_ID_BYTES,
+    MAX_STOP_BYTES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    MAX_TEMPERATURE,
+    MAX_TENANT,
+    MAX_TOP_LOGPROBS,
+    MIN_REPETITION_PENALTY,
+    PRESETS,
+    ROLES,
+)
+from services.router import formats
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_BYTES = 256
-MAX_STOP_TOKENS = 64
-MAX_BIASED_TOKENS = 1024
-MAX_CHOICES = 16
-MAX_TOP_LOGPROBS = 20
-MAX_SESSION_ID_BYTES = 128
-MAX_MESSAGES = 4096
-MAX_TENANT = 128
-MAX_TEMPERATURE = 100.0
-PRESETS = ("balanced", "paper", "fp16")
+MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED = "model_not_found", "context_length_exceeded"
+"""Reasons of errors, as OpenAI's API names them."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +64,22 @@ def generate(request: generate_pb2.GenerateRequest, limits: Limits) -> None:
 
 def chat(request: generate_pb2.ChatRequest, limits: Limits) -> None:
     """As `generate`, for a list of messages."""
-    if not request.messages:
-        raise InvalidArgument("messages is empty; send at least one")
-    if len(request.messages) > MAX_MESSAGES:
-        raise InvalidArgument(f"messages has {len(request.messages)} entries; send at most {MAX_MESSAGES}")
-    for place, message in enumerate(request.messages):
-        if not message.role:
-            raise InvalidArgument(f'messages[{place}].role is empty; send "system", "user" or "assistant"')
-    if not any(message.content for message in request.messages):
-        raise InvalidArgument("every message is empty; send at least one character of content")
-    size = sum(len(message.role.encode()) + len(message.content.encode()) for message in request.messages)
-    _text_size("messages", size, limits)
+    _messages(request.messages, limits)
     _parameters(request, limits)
 
 
 def tokenize(request: generate_pb2.TokenizeRequest, limits: Limits) -> None:
+    if request.messages:
+        if request.text:
+            raise InvalidArgument("both text and messages are set; send one of them")
+        _messages(request.messages, limits)
     _text_size("text", len(request.text.encode()), limits)
+
+
+def detokenize(request: generate_pb2.DetokenizeRequest, limits: Limits) -> None:
+    if len(request.token_ids) > limits.context:
+        raise InvalidArgument(f"token_ids has {len(request.token_ids)} tokens; send at most {limits.context}")
+    _token_ids("token_ids", request.token_ids, limits)
 
 
 def model(name: str, served: common_pb2.ModelInfo) -> None:
@@ -78,7 +87,8 @@ def model(name: str, served: common_pb2.ModelInfo) -> None:
     NotFound: another model is served.
     """
     if name and name not in (served.name, served.source):
-        raise NotFound(f'model "{name[:100]}" is not served here; use "{served.name}" or leave model empty')
+        message = f'model "{name[:100]}" is not served here; use "{served.name}" or leave model empty'
+        raise NotFound(message, reason=MODEL_NOT_FOUND)
 
 
 def tenant(name: str) -> None:
@@ -128,18 +138,20 @@ def fits(history: int, prompt: int, stop: common_pb2.StopParams, context: int) -
     if prompt == 0:
         raise InvalidArgument("prompt has no tokens; send some text")
     earlier = f" after the {history} tokens of the session" if history else ""
-    # The context must have room for at least one new token.
-    room = context - 1 - history
+    # The context must have room for at least one new token, unless none is to be generated.
+    room = context - history - (not _scored_only(stop))
     if prompt > room:
         raise InvalidArgument(
-            f"prompt is {prompt} tokens{earlier}, but the model's context of {context} has room for "
-            f"{max(room, 0)}; shorten it" + (" or open a new session" if history else "")
+            f"prompt is {prompt} tokens{earlier}, but this model's maximum context length is {context} tokens and "
+            f"has room for {max(room, 0)}; shorten it" + (" or open a new session" if history else ""),
+            reason=CONTEXT_LENGTH_EXCEEDED,
         )
     allowed = context - history - prompt
     if stop.max_new_tokens > allowed:
         raise InvalidArgument(
-            f"max_new_tokens is {stop.max_new_tokens}, but with a prompt of {prompt} tokens{earlier} the model's "
-            f"context of {context} allows {allowed}; lower it or shorten the prompt"
+            f"stop.max_new_tokens is {stop.max_new_tokens}, but with a prompt of {prompt} tokens{earlier} this model's "
+            f"maximum context length is {context} tokens and allows {allowed}; lower it or shorten the prompt",
+            reason=CONTEXT_LENGTH_EXCEEDED,
         )
 
 
@@ -161,6 +173,26 @@ def cache(params: common_pb2.CacheParams) -> None:
     _range(params, "cache", "target_bits", 0, 16, open_low=True)
     _range(params, "cache", "target_compression", 1, 32)
     _range(params, "cache", "target_error", 0, 10, open_low=True)
+
+
+def _messages(messages: Sequence[generate_pb2.ChatMessage], limits: Limits) -> None:
+    if not messages:
+        raise InvalidArgument("messages is empty; send at least one")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidArgument(f"messages has {len(messages)} entries; send at most {MAX_MESSAGES}")
+    for place, message in enumerate(messages):
+        if message.role not in ROLES:
+            role = f'"{message.role[:50]}"' if message.role else "empty"
+            raise InvalidArgument(f"messages[{place}].role is {role}; use one of {', '.join(ROLES)}")
+    if not any(message.content or message.tool_calls_json for message in messages):
+        raise InvalidArgument("every message is empty; send at least one character of content")
+    _text_size("messages", sum(_message_size(message) for message in messages), limits)
+
+
+def _message_size(message: generate_pb2.ChatMessage) -> int:
+    """Bytes of all texts of a message."""
+    texts = (value for field, value in message.ListFields())
+    return sum(len(text.encode()) for text in texts)
 
 
 def _text_size(field: str, size: int, limits: Limits) -> None:
@@ -185,14 +217,19 @@ def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest
     _sampling(request.sampling, limits)
     _stop(request.stop, limits)
     _output(request.output)
+    if _scored_only(request.stop) and not (request.output.echo or request.output.HasField("prompt_logprobs")):
+        raise InvalidArgument("stop.max_new_tokens is 0; send at least 1, or leave it unset")
+    formats.constraint(request.constraint)
+    if request.stop.ignore_eos and request.constraint.WhichOneof("kind"):
+        raise InvalidArgument("a text with a constraint ends where the constraint says; leave ignore_eos unset")
     cache(request.cache)
 
 
 def _sampling(params: common_pb2.SamplingParams, limits: Limits) -> None:
     _range(params, "sampling", "temperature", 0, MAX_TEMPERATURE)
-    _range(params, "sampling", "top_p", 0, 1, open_low=True)
+    _range(params, "sampling", "top_p", 0, 1)
     _range(params, "sampling", "min_p", 0, 1)
-    _range(params, "sampling", "repetition_penalty", 0, math.inf, open_low=True)
+    _range(params, "sampling", "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
     if params.HasField("top_k") and params.top_k < 0:
         raise InvalidArgument(f"sampling.top_k is {params.top_k}; send 0 to keep all tokens, or more")
     _range(params, "sampling", "frequency_penalty", -2, 2)
@@ -207,8 +244,9 @@ def _sampling(params: common_pb2.SamplingParams, limits: Limits) -> None:
 
 
 def _output(params: common_pb2.OutputParams) -> None:
-    if not 0 <= params.top_logprobs <= MAX_TOP_LOGPROBS:
-        raise InvalidArgument(f"output.top_logprobs is {params.top_logprobs}; send 0 to {MAX_TOP_LOGPROBS}")
+    for field in ("top_logprobs", "prompt_logprobs"):
+        if not 0 <= getattr(params, field) <= MAX_TOP_LOGPROBS:
+            raise InvalidArgument(f"output.{field} is {getattr(params, field)}; send 0 to {MAX_TOP_LOGPROBS}")
     if params.top_logprobs and not params.logprobs:
         raise InvalidArgument("output.top_logprobs needs output.logprobs; set it, or send 0")
 
@@ -219,14 +257,22 @@ def _token_ids(field: str, ids: Iterable[int], limits: Limits) -> None:
         raise InvalidArgument(f"{field} names token {wrong}; the model's tokens are 0 to {limits.vocabulary - 1}")
 
 
+def _scored_only(stop: common_pb2.StopParams) -> bool:
+    """Whether no token is to be generated."""
+    return stop.HasField("max_new_tokens") and stop.max_new_tokens == 0
+
+
 def _stop(stop: common_pb2.StopParams, limits: Limits) -> None:
     new, strings = stop.max_new_tokens, stop.stop
-    if stop.HasField("max_new_tokens") and new < 1:
+    if new < 0:
         raise InvalidArgument(f"stop.max_new_tokens is {new}; send at least 1, or leave it unset")
     if new > limits.context:
         raise InvalidArgument(
             f"stop.max_new_tokens is {new}; the model's context is {limits.context} tokens, send less"
         )
+    most = new if stop.HasField("max_new_tokens") else limits.context
+    if not 0 <= stop.min_new_tokens <= most:
+        raise InvalidArgument(f"stop.min_new_tokens is {stop.min_new_tokens}; send 0 to {most}")
     if len(stop.stop_token_ids) > MAX_STOP_TOKENS:
         raise InvalidArgument(
             f"stop.stop_token_ids has {len(stop.stop_token_ids)} tokens; send at most {MAX_STOP_TOKENS}"
@@ -255,8 +301,8 @@ def _range(
     if not params.HasField(field):
         return
     value = getattr(params, field)
+    low, high = (float(np.float32(bound)) for bound in (low, high))  # as the message holds them
     if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
         return
     above = f"above {low:g}" if open_low else f"at least {low:g}"
-    below = "" if high == math.inf else f" and at most {high:g}"
-    raise InvalidArgument(f"{group}.{field} is {value:g}; send a number {above}{below}")
+    raise InvalidArgument(f"{group}.{field} is {value:g}; send a number {above} and at most {high:g}")

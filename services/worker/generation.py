@@ -11,6 +11,7 @@ import torch
 from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import CacheStatistics
+from services.worker.constraints import GrammarMask
 from services.worker.logprobs import Logprobs
 from services.worker.lookup import PromptLookup
 from services.worker.sampling import Sampler
@@ -41,10 +42,15 @@ class Call:
 
 @dataclass(frozen=True)
 class ChoiceDecoder:
-    """How one choice samples tokens and turns them into text."""
+    """How one choice samples tokens and turns them into text.
+
+    Attributes:
+        mask: of the request's constraint; the sampler applies it.
+    """
 
     sampler: Sampler
     text: TextStream
+    mask: GrammarMask | None = None
 
 
 class Generation:
@@ -62,7 +68,9 @@ class Generation:
         reason: why it finished; `UNFINISHED` while it runs.
         arrived: seconds of the monotonic clock.
         loaded: tokens of the prompt that came from the store.
+        kept: tokens of the prompt that its session's cache had.
         was_preempted: its prompt has been computed and reported once.
+        branched: its prompt is computed, and its other choices have begun.
         lookup: drafts its next tokens.
     """
 
@@ -81,11 +89,12 @@ class Generation:
         self.session: Session | None = None
         self.slots = len(decoders)
         self.reason: common_pb2.FinishReason = UNFINISHED
-        self.loaded, self.was_preempted = 0, False
+        self.loaded = self.kept = 0
+        self.was_preempted = self.branched = False
         self.lookup = PromptLookup()
         self.call = call or Call()
         self._decoders, self._eos, self._context = decoders, eos, context
-        self.sampler, self._text = decoders[0].sampler, decoders[0].text
+        self.sampler, self._text, self.mask = decoders[0].sampler, decoders[0].text, decoders[0].mask
         self._logprobs = logprobs
         self._stop_tokens = frozenset(request.stop.stop_token_ids)
         self._prompt_tokens = len(self.tokens) - request.generated_tokens
@@ -94,6 +103,8 @@ class Generation:
             self._max_new_tokens = min(self._max_new_tokens, request.stop.max_new_tokens)
         self._generated = 0
         self._final_token: int | None = None
+        if request.stop.HasField("max_new_tokens") and request.stop.max_new_tokens == 0:
+            self.reason = common_pb2.FINISH_REASON_LENGTH
         self.arrived = self._first_token_at = self._last_token_at = time.monotonic()
         for token in self.tokens[self._prompt_tokens :]:
             self._count(token)
@@ -112,9 +123,14 @@ class Generation:
         return self._max_new_tokens - self._generated
 
     @property
+    def prefilling(self) -> bool:
+        """The next forward pass is a chunk of its prompt. A prompt of one token is a prompt, too."""
+        return not self.branched or session_of(self).prefilling
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of prompt tokens are requested; then the whole prompt is computed here."""
-        return self.request.output.echo and self._logprobs.requested and not self.was_preempted
+        return self._logprobs.scores_prompt and not self.was_preempted
 
     def chunk(self, limit: int) -> int:
         """The number of prompt tokens to compute at a time, at most `limit`."""
@@ -127,7 +143,7 @@ class Generation:
 
     def echo(self) -> Iterator[Reply]:
         """The prompt's tokens, if they are requested without log-probabilities."""
-        if self.request.output.echo and not self._logprobs.requested:
+        if self._logprobs.echoed and not self._logprobs.scores_prompt:
             new = self.tokens[self.request.history_tokens :]
             yield _prompt_message([self._logprobs.token_info(token) for token in new])
 
@@ -145,15 +161,17 @@ class Generation:
         last = min(start + len(logits) + 1, len(self.tokens))
         if first < last:
             rows = logits[first - 1 - start : last - 1 - start]
-            yield _prompt_message(list(self._logprobs.of(self.tokens[first:last], rows)))
+            yield _prompt_message(list(self._logprobs.prompt(self.tokens[first:last], rows)))
 
     def other_choices(self) -> Iterator[Generation]:
         """The other choices, each with a copy of this one's cache. Call it once, when the prompt is computed."""
         assert self.session is not None
         others, self._decoders, self.slots = self._decoders[1:], self._decoders[:1], 1
+        self.branched = True
         for choice, decoder in enumerate(others, start=1):
             other = Generation(self.request, [decoder], self._logprobs, self._eos, self._context, choice, self.call)
-            other.arrived, other.loaded = self.arrived, self.loaded
+            other.arrived, other.loaded, other.kept = self.arrived, self.loaded, self.kept
+            other.branched = True
             other.session = self.session.fork()
             yield other
 
@@ -167,7 +185,7 @@ class Generation:
         if self._generated == 0:
             self._first_token_at = self._last_token_at
         index, text = self._generated, self._count(token)
-        info = next(self._logprobs.of([token], logits[None])) if self._logprobs.requested else None
+        info = self._logprobs.generated(token, logits) if self._logprobs.requested else None
         message = common_pb2.Token(
             token_id=token, text=text, index=index, choice=self.choice, info=info, chosen_at=time.time()
         )
@@ -176,13 +194,16 @@ class Generation:
     def _count(self, token: int) -> str:
         """Adds a token, returns the text that became final, and sets `reason` if the token was the last."""
         self._generated += 1
+        if self.mask is not None:
+            self.mask.accept(token)
         if token in self._stop_tokens:
             self.reason, self._final_token = common_pb2.FINISH_REASON_STOP, token
             return ""
-        text = self._text.push(token)
         if token in self._eos and not self.request.stop.ignore_eos:
             self.reason, self._final_token = common_pb2.FINISH_REASON_EOS, token
-        elif self._text.stop_found is not None:
+            return ""
+        text = self._text.push(token, may_stop=self._generated >= self.request.stop.min_new_tokens)
+        if self._text.stop_found is not None:
             self.reason = common_pb2.FINISH_REASON_STOP
         elif self._generated >= self._max_new_tokens:
             self.reason = common_pb2.FINISH_REASON_LENGTH
@@ -200,6 +221,7 @@ class Generation:
             decode_ms=(self._last_token_at - self._first_token_at) * 1e3,
             cache=cache_stats(statistics),
             loaded_tokens=self.loaded,
+            kept_tokens=self.kept,
         )
         finished = common_pb2.Finished(reason=self.reason, usage=usage, text=text, choice=self.choice)
         if self._text.stop_found is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from qaq.v1 import common_pb2
+
+from services.worker.vocabulary import Vocabulary
 
 # Positions whose log-probabilities are computed at a time: each takes one float32 per vocabulary entry.
 _CHUNK_POSITIONS = 32
@@ -15,35 +16,48 @@ _CHUNK_POSITIONS = 32
 class Logprobs:
     """Describes tokens as a request asks for.
 
-    Args:
-        backend: see `text.tokenizer_backend`.
-
     Attributes:
-        requested: whether tokens carry log-probabilities.
+        requested: whether generated tokens carry log-probabilities.
+        echoed: whether the prompt's tokens are returned. scores_prompt: with log-probabilities.
     """
 
-    def __init__(self, params: common_pb2.OutputParams, backend: Any) -> None:
+    def __init__(self, params: common_pb2.OutputParams, vocabulary: Vocabulary) -> None:
+        ranked = params.HasField("prompt_logprobs")
         self.requested = params.logprobs
-        self._top = params.top_logprobs
-        self._backend = backend
+        self.echoed = params.echo or ranked
+        self.scores_prompt = ranked or (params.echo and params.logprobs)
+        self._top, self._ranked = params.top_logprobs, ranked
+        self._prompt_top = max(params.prompt_logprobs, params.top_logprobs if params.echo else 0)
+        self._vocabulary = vocabulary
 
     def token_info(self, token: int, logprob: float | None = None) -> common_pb2.TokenInfo:
         """A token with its text, and its log-probability if given."""
-        text = self._backend.decode([token], skip_special_tokens=False)
-        return common_pb2.TokenInfo(token_id=token, text=text, logprob=logprob)
+        raw = self._vocabulary.bytes_of(token)
+        special = self._vocabulary.is_special(token)
+        text = raw.decode(errors="replace")
+        return common_pb2.TokenInfo(token_id=token, text=text, bytes=raw, special=special, logprob=logprob)
 
-    def of(self, tokens: Sequence[int], logits: torch.Tensor) -> Iterator[common_pb2.TokenInfo]:
-        """Tokens with their log-probabilities and the most likely alternatives.
+    def generated(self, token: int, logits: torch.Tensor) -> common_pb2.TokenInfo:
+        """A generated token; `logits`, float [vocabulary], are the model's own at its position."""
+        return next(self._of([token], logits[None], self._top, ranked=False))
 
-        Args:
-            logits: float [tokens, vocabulary], before any processing; row i predicts token i.
-        """
+    def prompt(self, tokens: Sequence[int], logits: torch.Tensor) -> Iterator[common_pb2.TokenInfo]:
+        """Tokens of a prompt; row i of `logits`, float [tokens, vocabulary], predicts token i."""
+        return self._of(tokens, logits, self._prompt_top, self._ranked)
+
+    def _of(
+        self, tokens: Sequence[int], logits: torch.Tensor, top: int, ranked: bool
+    ) -> Iterator[common_pb2.TokenInfo]:
+        """Tokens with their log-probabilities, the `top` most likely alternatives, and their ranks if `ranked`."""
         for start in range(0, len(tokens), _CHUNK_POSITIONS):
             part = tokens[start : start + _CHUNK_POSITIONS]
             scores = logits[start : start + _CHUNK_POSITIONS].float().log_softmax(-1)
-            logprobs = scores.gather(1, torch.tensor(part, device=logits.device)[:, None])[:, 0].tolist()
-            top_logprobs, top_ids = (top.tolist() for top in scores.topk(self._top, -1))
-            for token, logprob, *top in zip(part, logprobs, top_ids, top_logprobs, strict=True):
+            own = scores.gather(1, torch.tensor(part, device=logits.device)[:, None])
+            ranks = ((scores > own).sum(-1) + 1).tolist() if ranked else [0] * len(part)
+            top_logprobs, top_ids = (best.tolist() for best in scores.topk(top, -1))
+            rows = zip(part, own[:, 0].tolist(), ranks, top_ids, top_logprobs, strict=True)
+            for token, logprob, rank, ids, logprobs in rows:
                 info = self.token_info(token, logprob)
-                info.top.extend(self.token_info(*pair) for pair in zip(*top, strict=True))
+                info.rank = rank
+                info.top.extend(self.token_info(*pair) for pair in zip(ids, logprobs, strict=True))
                 yield info

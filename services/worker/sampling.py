@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from qaq.v1 import common_pb2
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
@@ -21,6 +23,10 @@ from transformers import (
 )
 
 from services.common.errors import InvalidArgument
+from services.common.limits import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
+
+MIN_TEMPERATURE = 1e-5
+"""A lower temperature is greedy decoding. Logits over it would leave float32's range."""
 
 _FLOATS = ("top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
@@ -36,6 +42,9 @@ class Sampler:
         defaults: the model's generation config.
         choice: index among the choices of one prompt.
         prompt_tokens: tokens before the generated ones, which frequency and presence penalties do not count.
+        min_new_tokens: none of the `ends` is sampled before this many tokens, except where a mask allows nothing else.
+        ends: tokens that would end the generation.
+        mask: rules tokens out after penalties and bias, before temperature and filters.
     Raises:
         InvalidArgument: a parameter is out of range.
     """
@@ -47,23 +56,38 @@ class Sampler:
         device: torch.device,
         choice: int = 0,
         prompt_tokens: int = 0,
+        min_new_tokens: int = 0,
+        ends: Collection[int] = (),
+        mask: LogitsProcessor | None = None,
     ) -> None:
         def setting(name: str) -> Any:
             return getattr(params, name) if params.HasField(name) else getattr(defaults, name, None)
 
-        default_temperature = (defaults.temperature or 1.0) if defaults.do_sample else 0.0
-        temperature = params.temperature if params.HasField("temperature") else default_temperature
+        temperature = params.temperature if params.HasField("temperature") else _temperature(defaults)
         chosen = {name: setting(name) for name in ("top_k", *_FLOATS)}
         for name, value in {"temperature": temperature, **chosen}.items():
             if value is not None and not math.isfinite(value):
                 raise InvalidArgument(f"sampling.{name} is {value}; send a finite number")
         if temperature < 0:
             raise InvalidArgument(f"sampling.temperature is {temperature}; send 0 for greedy sampling, or more")
-        self.greedy = temperature == 0
+        penalty = chosen["repetition_penalty"]
+        least = float(np.float32(MIN_REPETITION_PENALTY))  # as the message holds it
+        if penalty is not None and not least <= penalty <= MAX_REPETITION_PENALTY:
+            raise InvalidArgument(
+                f"sampling.repetition_penalty is {penalty:g}; send a number from {MIN_REPETITION_PENALTY:g} to "
+                f"{MAX_REPETITION_PENALTY:g}"
+            )
+        self.greedy = temperature < MIN_TEMPERATURE or chosen["top_p"] == 0
         self._processors = LogitsProcessorList()
         try:
             self._add_penalties(params, chosen, prompt_tokens)
+            if min_new_tokens and ends:
+                self._processors.append(
+                    MinNewTokensLengthLogitsProcessor(prompt_tokens, min_new_tokens, sorted(ends), device=str(device))
+                )
             self._needs_history = len(self._processors) > 0
+            if mask is not None:
+                self._processors.append(mask)
             if not self.greedy:
                 self._add_warpers(temperature, chosen["top_k"], chosen["top_p"], chosen["min_p"])
         except ValueError as error:
@@ -136,6 +160,18 @@ class CountPenalty(LogitsProcessor):
         scores = scores.clone()
         scores[0, tokens] -= self._frequency * counts + self._presence
         return scores
+
+
+def model_defaults(config: Any) -> common_pb2.SamplingParams:
+    """What unset parameters are, by the model's generation config."""
+    found = {name: getattr(config, name, None) for name in ("top_k", *_FLOATS)}
+    given = {name: value for name, value in found.items() if value is not None}
+    return common_pb2.SamplingParams(temperature=_temperature(config), **given)
+
+
+def _temperature(config: Any) -> float:
+    """The default temperature: 0, greedy, if the model's generation config does not sample."""
+    return float(config.temperature or 1.0) if config.do_sample else 0.0
 
 
 def _hash(*numbers: int) -> int:

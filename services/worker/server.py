@@ -97,6 +97,7 @@ class WorkerServer:
         self._report("preparing the cache", 0.0)
         with calibration.shown(self._report):
             scheduler = Scheduler(loaded, originals, settings, loop)
+        scheduler.grammars.prepare()
         self._report("ready", 1.0)
         return loaded, scheduler
 

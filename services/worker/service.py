@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc
 from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from qaq_core.base.pages import dtype_name
 from qaq_core.models import LoadedModel, ModelShape
+from services.worker.sampling import model_defaults
 from services.worker.scheduler.scheduler import Scheduler
 
 
@@ -30,7 +33,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.RunReply]:
-        generation = self._scheduler.submit(request)
+        grammar = await self._scheduler.grammars.get(request.constraint)
+        generation = self._scheduler.submit(request, grammar)
         unfinished = max(1, request.choices)
         try:
             while unfinished:
@@ -80,4 +84,12 @@ def model_info(loaded: LoadedModel) -> common_pb2.ModelInfo:
         eos_token_ids=loaded.eos_token_ids,
         has_chat_template=bool(loaded.tokenizer.chat_template),
         source=loaded.source,
+        sampling=model_defaults(loaded.model.generation_config),
+        response_template=_response_template(loaded.tokenizer),
+        model_type=loaded.model.config.model_type,
     )
+
+
+def _response_template(tokenizer: Any) -> str:
+    template = getattr(tokenizer, "response_template", None)
+    return json.dumps(template) if template else ""

@@ -123,7 +123,7 @@ class Session:
     @property
     def prefilling(self) -> bool:
         """The next forward pass is a chunk of a prompt, not one decoded token."""
-        return self._prefill_left > 0 or self.uncached > 1
+        return self._prefill_left > 0 or self.uncached > 1 or self.sequence.length == 0
 
     @property
     def stored(self) -> bool:
@@ -175,7 +175,7 @@ class Session:
     def next_chunk(self, limit: int) -> list[int]:
         """The next tokens to compute, at most `limit`. Announces a prompt to the cache when it begins."""
         self._release_pages()
-        if self._prefill_left == 0 and self.uncached > 1:
+        if self._prefill_left == 0 and self.prefilling:
             self._prefill_left = self.uncached
             self.sequence.expect_prompt(self.uncached)
         cached = self.sequence.length

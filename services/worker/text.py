@@ -31,24 +31,40 @@ class TextStream:
     Args:
         backend: from `tokenizer_backend`.
         prompt: tokens before the generation.
-        stop: strings that end the text; neither they nor what follows is returned.
+        stop: strings that end the text; what follows is not returned.
+        include_stop: the string that ends the text is returned.
+        special_tokens: keep the text of special tokens.
 
     Attributes:
         stop_found: the stop string that ended the text, or None.
     """
 
-    def __init__(self, backend: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._backend = backend
-        self._decoder = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
+    def __init__(
+        self,
+        backend: Any,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        special_tokens: bool = False,
+    ) -> None:
+        self._backend, self._skip = backend, not special_tokens
+        self._decoder = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=self._skip)
         self._undecoded: list[int] = []
         self._held = ""
-        self._stop = tuple(stop)
+        self._stop, self._include_stop = tuple(stop), include_stop
+        self._may_stop = True
         self.stop_found: str | None = None
 
-    def push(self, token: int) -> str:
-        """The text that became final with this token; may be empty."""
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """The text that became final with this token; may be empty.
+
+        Args:
+            may_stop: stop strings are looked for in this token's text, and in later text.
+        """
         if self.stop_found is not None:
             return ""
+        self._may_stop = may_stop
         text = self._decoder.step(self._backend, token)
         if text is None:
             self._undecoded.append(token)
@@ -60,7 +76,7 @@ class TextStream:
         """The text that was held back until the end."""
         if self.stop_found is not None:
             return ""
-        rest = self._backend.decode(self._undecoded, skip_special_tokens=True)
+        rest = self._backend.decode(self._undecoded, skip_special_tokens=self._skip)
         text = self._filter(rest)
         text, self._held = text + self._held, ""
         return text
@@ -68,11 +84,13 @@ class TextStream:
     def _filter(self, text: str) -> str:
         """Appends text to the held-back text and returns the part that cannot belong to a stop string."""
         text = self._held + text
+        if not self._may_stop:
+            return text
         matches = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if matches:
             at, self.stop_found = min(matches)
             self._held = ""
-            return text[:at]
+            return text[: at + len(self.stop_found)] if self._include_stop else text[:at]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -18,8 +18,9 @@ PAGES = sorted(
 )
 SOURCES = ("qaq_core", "qaq_eval", "services", "examples", "proto")
 
-# Names of others: a variable of OpenMP and of Triton, one of the paper's code, a pattern of names.
-ELSEWHERE = {"OMP_WAIT_POLICY", "TORCH_INDEX", "TRITON_INTERPRET", "q_norm", "kAvB"}
+# Names of others: a variable of OpenMP and of Triton, one of the paper's code, a pattern of names, OpenAI's fields that
+# are refused.
+ELSEWHERE = {"web_search_options", "OMP_WAIT_POLICY", "TORCH_INDEX", "TRITON_INTERPRET", "q_norm", "kAvB"}
 
 
 def names(pages: list[Path]) -> list[str]:

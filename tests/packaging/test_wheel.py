@@ -65,7 +65,7 @@ def test_the_library_requires_no_server() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("extra", ["serve", "eval", "triton"])
+@pytest.mark.parametrize("extra", ["serve", "constraints", "eval", "triton"])
 def test_a_missing_module_is_told_by_its_extra(extra: str) -> None:
     """`EXTRAS` lists the modules of what pyproject.toml lists."""
     modules: dict[str, set[str]] = {}

@@ -54,6 +54,11 @@ class InferenceStub:
                 request_serializer=qaq_dot_v1_dot_generate__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=qaq_dot_v1_dot_generate__pb2.TokenizeReply.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/qaq.v1.Inference/Detokenize',
+                request_serializer=qaq_dot_v1_dot_generate__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=qaq_dot_v1_dot_generate__pb2.DetokenizeReply.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/qaq.v1.Inference/GetModel',
                 request_serializer=qaq_dot_v1_dot_generate__pb2.GetModelRequest.SerializeToString,
@@ -101,7 +106,14 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Returns the token ids of a text.
+        """Returns the token ids of a text, or of chat messages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Returns the text of token ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +168,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=qaq_dot_v1_dot_generate__pb2.TokenizeRequest.FromString,
                     response_serializer=qaq_dot_v1_dot_generate__pb2.TokenizeReply.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=qaq_dot_v1_dot_generate__pb2.DetokenizeRequest.FromString,
+                    response_serializer=qaq_dot_v1_dot_generate__pb2.DetokenizeReply.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -286,6 +303,33 @@ class Inference:
             '/qaq.v1.Inference/Tokenize',
             qaq_dot_v1_dot_generate__pb2.TokenizeRequest.SerializeToString,
             qaq_dot_v1_dot_generate__pb2.TokenizeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qaq.v1.Inference/Detokenize',
+            qaq_dot_v1_dot_generate__pb2.DetokenizeRequest.SerializeToString,
+            qaq_dot_v1_dot_generate__pb2.DetokenizeReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,7 @@ from qaq_core import Originals
 from qaq_core.models import LoadedModel
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.settings import WorkerSettings
+from services.worker.constraints import Grammar, Grammars
 from services.worker.generation import Generation
 from services.worker.replies import Replies
 from services.worker.request import RequestValidator
@@ -40,6 +41,10 @@ class Scheduler:
 
     Args:
         loop: the event loop that reads the generations' replies.
+
+    Attributes:
+        grammars: compiles constraints for `submit`. Used by the event loop.
+
     Raises:
         UnsupportedModelError, ConfigError: the default method does not fit the model.
     """
@@ -53,6 +58,7 @@ class Scheduler:
     ) -> None:
         self._originals, self._settings = originals, settings
         self._validator = RequestValidator(loaded, settings)
+        self.grammars = Grammars(loaded, self._validator.vocabulary)
         self.sessions = Sessions(loaded, originals, settings)
         self._queue, self._replies = RequestQueue(originals, settings), Replies(loop)
         self.batch = RunningBatch(
@@ -76,6 +82,7 @@ class Scheduler:
         if self._stopped:
             return
         self._stopped = True
+        self.grammars.close()
         self._queue.stop()
         self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():
@@ -95,15 +102,17 @@ class Scheduler:
         self.stop()
         return moved
 
-    def submit(self, request: worker_pb2.RunRequest) -> Generation:
+    def submit(self, request: worker_pb2.RunRequest, grammar: Grammar | None = None) -> Generation:
         """Queues a generation. Its messages arrive in `Generation.replies`.
 
+        Args:
+            grammar: of the request's constraint, from `grammars`.
         Raises:
             InvalidArgument: names the field to change.
             Unavailable: the worker is draining or stopping.
             ResourceExhausted: the queue is full, or too many originals are pending.
         """
-        generation = self._validator.generation(request)
+        generation = self._validator.generation(request, grammar)
         self._queue.put(generation, lambda: self._free_slots - len(self.batch.preempted))
         return generation
 

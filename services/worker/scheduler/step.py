@@ -12,6 +12,7 @@ from qaq_core import QAQCache
 from qaq_core.models import LoadedModel
 from services.common import metrics
 from services.common.errors import ResourceExhausted
+from services.worker.constraints import MaskThread
 from services.worker.generation import UNFINISHED, Generation, Reply, arrival_order, session_of
 from services.worker.replies import Replies
 from services.worker.session import Session
@@ -50,6 +51,7 @@ class RunningBatch:
         self._threads = torch.get_num_threads()
         # A step is many small operations, and each waits for its slowest thread: leave a core to other processes.
         self._decode_threads = decode_threads or max(1, self._threads - 1)
+        self._masks = MaskThread()
         self.running: list[Generation] = []
         self.preempted: list[Generation] = []
 
@@ -75,7 +77,7 @@ class RunningBatch:
 
     @property
     def decoding(self) -> list[Generation]:
-        return [g for g in self.running if not session_of(g).prefilling]
+        return [g for g in self.running if not g.prefilling]
 
     def start(self, generation: Generation) -> None:
         """Opens the session of a generation and adds it to the running ones.
@@ -87,6 +89,7 @@ class RunningBatch:
         history = max(1, generation.request.history_tokens)
         if generation.scores_prompt and (session.loading is not None or session.sequence.length >= history):
             session.reset()
+        generation.kept = session.sequence.length
         self._replies.extend(generation, generation.echo())
         self.running.append(generation)
 
@@ -112,7 +115,7 @@ class RunningBatch:
         Prompts are computed one at a time, and pages of the first `PREFILL_LOOKAHEAD` are loaded, because full
         precision takes much memory.
         """
-        prompts = (g for g in self.running if session_of(g).prefilling)
+        prompts = (g for g in self.running if g.prefilling)
         first = list(itertools.islice(prompts, PREFILL_LOOKAHEAD))
         ready = [generation for generation in first if self._prefix_loaded(generation)]
         return next((g for g in ready if session_of(g).prefill_started), ready[0] if ready else None)
@@ -171,6 +174,7 @@ class RunningBatch:
             return
         sessions = [session_of(g) for g in generations]
         torch.set_num_threads(self._decode_threads)
+        self._masks.prepare([g.mask for g in generations if g.mask is not None])
         try:
             logits = self._forward(sessions, [session.next_chunk(1) for session in sessions])
         except Exception as error:

@@ -22,6 +22,7 @@ class Foreseen(generate_pb2_grpc.InferenceServicer):
     Attributes:
         breaks_at: the stream breaks before this token, as if the connection did; so many times.
         refuses: it breaks as a router's own refusal.
+        echo: tokens of the prompt, each in a message; the stream breaks once before the last of them.
         received: what each `Rejoin` said.
     """
 
@@ -29,6 +30,7 @@ class Foreseen(generate_pb2_grpc.InferenceServicer):
     breaks_at: int | None = None
     times: int = 1000
     refuses: bool = False
+    echo: int = 0
     generated: int = 0
     received: list[tuple[str, int]] = field(default_factory=list)
 
@@ -52,6 +54,12 @@ class Foreseen(generate_pb2_grpc.InferenceServicer):
             yield reply
 
     async def _tokens(self, first: int, context: grpc.aio.ServicerContext) -> AsyncIterator[generate_pb2.GenerateReply]:
+        for place in range(self.echo):
+            if place == self.echo - 1 and self.times:
+                self.times -= 1
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+            tokens = common_pb2.PromptTokens(tokens=[common_pb2.TokenInfo(token_id=place)])
+            yield generate_pb2.GenerateReply(session_id="s", prompt=tokens)
         for index in range(first, NEW):
             if index == self.breaks_at and self.times:
                 self.times -= 1

@@ -87,3 +87,12 @@ async def test_heartbeats_survive_a_redis_that_fails(redis: Redis, monkeypatch: 
         await until(failed)
         await redis.delete("qaq:members:worker")
         await until(listed)
+
+
+async def test_a_member_leaves_in_the_middle_of_a_heartbeat(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.0003)
+    registry = Registry(redis)
+    for wait in range(40):
+        async with registry.announce("worker", "127.0.0.1:1", {}):
+            await asyncio.sleep(wait * 0.0001)
+    assert await registry.members("worker") == []

@@ -67,3 +67,12 @@ async def test_what_is_not_taken_up(at: int, refuses: bool, choices: int) -> Non
         with pytest.raises(grpc.aio.AioRpcError, match="gone"):
             await text([one, other], choices)
         assert (other.generated, other.received) == (0, [])
+
+
+async def test_an_echoed_prompt_comes_once() -> None:
+    async with serving(Foreseen(echo=4, times=1)) as one, serving(Foreseen(echo=4, times=1)) as other:
+        reached = Routers(named(f"{one.address},{other.address}"))
+        replies = [reply async for reply in Stream(reached, generate_pb2.GenerateRequest(prompt="x"), 60.0, ())]
+        await reached.close()
+    assert [info.token_id for reply in replies for info in reply.prompt.tokens] == [0, 1, 2, 3]
+    assert [reply.token.index for reply in replies if reply.HasField("token")] == list(range(NEW))

@@ -29,12 +29,15 @@ class Served:
     model: str
 
 
-@pytest.fixture
-async def served(
-    redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel, model_path: Path
-) -> AsyncIterator[Served]:
+@contextlib.asynccontextmanager
+async def running_stack(redis_server: EmbeddedRedis, loaded: LoadedModel, model_path: Path) -> AsyncIterator[Served]:
+    """One server of each kind.
+
+    Args:
+        model_path: where the router finds the tokenizer.
+    """
     common = {"redis_url": redis_server.url, "port": 0}
-    worker = WorkerServer(WorkerSettings(model="smollm2", preset="fp16", **common), smollm2)
+    worker = WorkerServer(WorkerSettings(model="smollm2", preset="fp16", **common), loaded)
     gateway = GatewayServer(GatewaySettings(**common))
     # A worker that stops waits some seconds for a store to take its originals, so there is one.
     originals = OriginalsServer(OriginalsSettings(**common))
@@ -44,7 +47,15 @@ async def served(
         for server in (originals, worker, router, gateway):
             addresses.append(await server.start())
             stack.push_async_callback(server.stop)
-        yield Served(f"http://{addresses[-1]}", addresses[1], smollm2.name)
+        yield Served(f"http://{addresses[-1]}", addresses[1], loaded.name)
+
+
+@pytest.fixture
+async def served(
+    redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel, model_path: Path
+) -> AsyncIterator[Served]:
+    async with running_stack(redis_server, smollm2, model_path) as stack:
+        yield stack
 
 
 @pytest.fixture

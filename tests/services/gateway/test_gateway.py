@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import httpx2
 import openai as api
@@ -26,9 +27,12 @@ PROMPT = "The capital of France is"
 async def test_models(openai: AsyncOpenAI, served: Served) -> None:
     (listed,) = (await openai.models.list()).data
     assert listed.id == served.model
+    assert listed.max_model_len == 8192
+    assert listed.default_sampling_params["temperature"] == 1
     assert (await openai.models.retrieve(served.model)).id == served.model
-    with pytest.raises(api.NotFoundError, match="is not served here"):
+    with pytest.raises(api.NotFoundError, match="is not served here") as caught:
         await openai.models.retrieve("gpt-9")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
 async def test_a_completion_whole_and_in_parts(openai: AsyncOpenAI, served: Served) -> None:
@@ -40,6 +44,8 @@ async def test_a_completion_whole_and_in_parts(openai: AsyncOpenAI, served: Serv
     assert whole.usage is not None
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (5, 12, 17)
     assert whole.usage.cache["kv_bytes"] > 0
+    assert whole.usage.prompt_tokens_details.cached_tokens == 0
+    assert whole.system_fingerprint.startswith("fp_")
     stream = await openai.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
@@ -48,6 +54,12 @@ async def test_a_completion_whole_and_in_parts(openai: AsyncOpenAI, served: Serv
     assert [chunk.choices[0].finish_reason for chunk in chunks[-2:-1]] == ["length"]
     assert chunks[-1].choices == []
     assert chunks[-1].usage.total_tokens == 17
+    told = await openai.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}
+    )
+    counts = [(chunk.usage.prompt_tokens, chunk.usage.completion_tokens) async for chunk in told]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == ((5, 1), (5, 12))
 
 
 async def test_a_chat_whole_and_in_parts(openai: AsyncOpenAI, served: Served) -> None:
@@ -102,7 +114,8 @@ async def test_likelihoods(openai: AsyncOpenAI, served: Served, smollm2: LoadedM
     assert listed.token_logprobs is not None
     assert listed.token_logprobs[0] is None
     assert all(value < 0 for value in listed.token_logprobs[1:])
-    assert [len(top) for top in (listed.top_logprobs or [])[1:]] == [2] * 8
+    assert [2 <= len(top) <= 3 for top in (listed.top_logprobs or [])[1:]] == [True] * 8
+    assert all(token in top for token, top in list(zip(listed.tokens, listed.top_logprobs, strict=True))[1:])
     assert listed.text_offset == [len("".join(listed.tokens[:at])) for at in range(9)]
     chat = await openai.chat.completions.create(
         model=served.model,
@@ -135,17 +148,20 @@ async def test_what_is_not_of_openais_api(openai: AsyncOpenAI, served: Served, s
     ("changes", "status", "sentence"),
     [
         ({"model": "gpt-9"}, 404, "is not served here"),
-        ({"temperature": -1}, 400, "sampling.temperature is -1"),
-        ({"max_tokens": 0}, 400, "max_new_tokens is 0"),
-        ({"max_tokens": 2**40}, 400, "out of range"),
-        ({"n": 99}, 400, "choices is 99"),
+        ({"temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"),
+        ({"max_tokens": 0}, 400, "max_tokens is 0"),
+        ({"max_tokens": 2**40}, 400, "max_tokens: Input should be less than"),
+        ({"max_tokens": 9000}, 400, "max_tokens is 9000"),
+        ({"n": 99}, 400, "n: Input should be less than or equal to 16"),
+        ({"stop": [""]}, 400, r"stop\[0\] is empty"),
+        ({"logit_bias": {"99999": 1}}, 400, "logit_bias names token 99999"),
         ({"prompt": ""}, 400, "prompt is empty"),
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": "word " * 9000}, 400, "has room for"),
         ({"extra_body": {"suffix": "x"}}, 400, "suffix"),
         ({"extra_body": {"grammar": "x"}}, 400, "grammar is not supported here"),
         ({"extra_body": {"session_id": "nobody"}}, 404, "does not exist"),
-        ({"temperature": -1, "stream": True}, 400, "sampling.temperature is -1"),
+        ({"max_tokens": 9000, "stream": True}, 400, "max_tokens is 9000"),
     ],
 )
 async def test_errors(openai: AsyncOpenAI, served: Served, changes: dict, status: int, sentence: str) -> None:
@@ -154,6 +170,18 @@ async def test_errors(openai: AsyncOpenAI, served: Served, changes: dict, status
         await openai.completions.create(**asked)
     assert caught.value.status_code == status
     assert set(caught.value.body) == {"message", "type", "param", "code"}
+    if status == 400 and "suffix" not in sentence:
+        assert caught.value.param == re.match(r"[a-z_]+", str(caught.value.body["message"]))[0]  # type: ignore[index]
+
+
+async def test_a_context_that_is_too_short(openai: AsyncOpenAI, served: Served) -> None:
+    """Clients recognize it by the code or by OpenAI's own words."""
+    with pytest.raises(api.BadRequestError, match="this model's maximum context length is 8192 tokens") as caught:
+        await openai.completions.create(model=served.model, prompt="word " * 9000)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(api.BadRequestError) as caught:
+        await openai.chat.completions.create(model=served.model, messages=[{"role": "user", "content": "word " * 9000}])
+    assert (caught.value.code, caught.value.type) == ("context_length_exceeded", "invalid_request_error")
 
 
 async def test_errors_without_a_client(served: Served) -> None:

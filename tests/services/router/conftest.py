@@ -93,15 +93,22 @@ def router_settings(redis_server: EmbeddedRedis, model_path: Path) -> RouterSett
 
 
 @contextlib.asynccontextmanager
-async def running_router(settings: RouterSettings) -> AsyncIterator[generate_pb2_grpc.InferenceStub]:
-    """A router and a client of it."""
+async def router_channel(settings: RouterSettings) -> AsyncIterator[grpc.aio.Channel]:
+    """A router, and a channel to it."""
     router = RouterServer(settings)
     address = await router.start()
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            yield generate_pb2_grpc.InferenceStub(channel)
+            yield channel
     finally:
         await router.stop()
+
+
+@contextlib.asynccontextmanager
+async def running_router(settings: RouterSettings) -> AsyncIterator[generate_pb2_grpc.InferenceStub]:
+    """A router and a client of it."""
+    async with router_channel(settings) as channel:
+        yield generate_pb2_grpc.InferenceStub(channel)
 
 
 @pytest.fixture

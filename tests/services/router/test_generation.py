@@ -30,6 +30,8 @@ class MortalWorker(CountingWorker):
 
     lives: int | None = None
     """Tokens until it goes away."""
+    echoes: int | None = None
+    """Tokens of an echoed prompt until it goes away once."""
 
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
@@ -39,6 +41,12 @@ class MortalWorker(CountingWorker):
         self.asked.append(request)
         total, left = len(request.token_ids), request.stop.max_new_tokens - request.generated_tokens
         yield worker_pb2.RunReply(prefill=common_pb2.PrefillProgress(tokens_done=total, tokens_total=total))
+        for place in range(total) if request.output.echo else ():
+            if place == self.echoes:
+                self.echoes = None
+                await context.abort(Code.UNAVAILABLE, "gone")
+            tokens = common_pb2.PromptTokens(tokens=[common_pb2.TokenInfo(token_id=request.token_ids[place])])
+            yield worker_pb2.RunReply(prompt=tokens)
         for index in range(left):
             if index == self.lives:
                 await context.abort(Code.UNAVAILABLE, "gone")
@@ -125,3 +133,14 @@ async def test_a_stream_that_nobody_takes_over_ends(router_settings: RouterSetti
             await call.read()
         assert caught.value.code() is Code.UNAVAILABLE
         assert "no other worker could resume" in caught.value.details()
+
+
+async def test_an_echoed_prompt_comes_once(router_settings: RouterSettings, redis: Redis) -> None:
+    asked = generate_pb2.GenerateRequest(
+        prompt_token_ids=range(5, 11), stop={"max_new_tokens": 0}, output={"echo": True, "logprobs": True}
+    )
+    async with mortal(redis) as one, mortal(redis) as other, running_router(router_settings) as client:
+        one.echoes, other.echoes = 2, 4
+        got = await replies(client.Generate(asked))
+    assert [info.token_id for reply in got for info in reply.prompt.tokens] == list(range(5, 11))
+    assert len(one.asked + other.asked) == 3

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
+from qaq.v1 import generate_pb2
 from transformers import PreTrainedTokenizerBase
 
 from qaq_core.models import load_tokenizer
 from services.common.errors import FailedPrecondition, InvalidArgument
-from services.router.prompts import Prompts
+from services.router.prompts import Conversation, Prompts
+from tests.services.common.templates import CHAT_TEMPLATE
 
-ASK = [{"role": "user", "content": "Name a colour."}]
-AGAIN = [{"role": "user", "content": "Another?"}]
+ASK = Conversation([{"role": "user", "content": "Name a colour."}])
+AGAIN = Conversation([{"role": "user", "content": "Another?"}])
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ async def test_turns_of_a_chat_are_the_whole_conversation(
     if model_ended_its_turn:
         history.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
     turn = await prompts.chat(AGAIN, history)
-    whole = [*ASK, {"role": "assistant", "content": "Blue."}, *AGAIN]
+    whole = [*ASK.messages, {"role": "assistant", "content": "Blue."}, *AGAIN.messages]
     assert tokenizer.decode([*history, *turn]) == tokenizer.apply_chat_template(
         whole, tokenize=False, add_generation_prompt=True
     )
@@ -72,3 +77,44 @@ async def test_refuses_with_what_to_change(
 ) -> None:
     with pytest.raises(error, match=sentence):
         await Prompts(Template(template)).chat(ASK, history)
+
+
+@pytest.fixture
+def tooled(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with a template that knows tools and reasoning."""
+    made = copy.copy(tokenizer)
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+async def test_tools_and_their_history_reach_the_template(tooled: PreTrainedTokenizerBase) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    request = generate_pb2.ChatRequest(
+        messages=[
+            generate_pb2.ChatMessage(role="user", content="How is it in Bern?"),
+            generate_pb2.ChatMessage(role="assistant", tool_calls_json=json.dumps([call]), reasoning_content="Look."),
+            generate_pb2.ChatMessage(role="tool", content="12 degrees", tool_call_id="c1", name="weather"),
+        ],
+        tools=[json.dumps(WEATHER)],
+        chat_template_kwargs='{"enable_thinking": false}',
+    )
+    conversation = Conversation.of(request)
+    text = tooled.decode(await Prompts(tooled).chat(conversation, []))
+    assert json.dumps(WEATHER) in text
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>' in text
+    assert "<think>\nLook.\n</think>" in text
+    assert "12 degrees (c1)" in text
+    opening = await Prompts(tooled).opening(conversation)
+    assert opening == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert text.endswith(opening)
+
+
+async def test_a_template_without_tools_refuses_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(FailedPrecondition, match="knows no tools"):
+        await Prompts(tokenizer).chat(Conversation(ASK.messages, tools=[WEATHER]), [])
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "messages", "sanitize_control_tokens"])
+async def test_variables_of_the_server_are_not_for_clients(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"chat_template_kwargs has {name}"):
+        await Prompts(tokenizer).chat(Conversation(ASK.messages, variables={name: "x"}), [])

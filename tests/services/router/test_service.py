@@ -126,10 +126,11 @@ async def test_cancelling_ends_the_workers_call_and_keeps_the_session(client: St
     call.cancel()
 
     async def free() -> bool:
-        return not (await client.ListSessions(generate_pb2.ListSessionsRequest())).sessions[0].running
+        # The router and the worker notice it independently.
+        (listed,) = (await client.ListSessions(generate_pb2.ListSessionsRequest())).sessions
+        return not listed.running and worker.ended == [session]
 
-    await until(free, "the session was freed")
-    assert worker.ended == [session]
+    await until(free, "the session and the worker were freed")
     worker.gate.set()
     await replies(client.Generate(request(" more", session_id=session)))
     n = len(worker.asked[0].token_ids)
@@ -270,7 +271,7 @@ async def test_without_a_worker_a_request_is_told_to_come_back(router_settings: 
     ("bad", "code", "sentence"),
     [
         (request(""), Code.INVALID_ARGUMENT, "prompt is empty"),
-        (request("word " * CONTEXT), Code.INVALID_ARGUMENT, f"context of {CONTEXT} has room for {CONTEXT - 1}"),
+        (request("word " * CONTEXT), Code.INVALID_ARGUMENT, f"{CONTEXT} tokens and has room for {CONTEXT - 1}"),
         (request(new=-5), Code.INVALID_ARGUMENT, "max_new_tokens is -5"),
         (request(new=2**31 - 1), Code.INVALID_ARGUMENT, "send less"),
         (request(new=CONTEXT), Code.INVALID_ARGUMENT, "allows"),
@@ -305,3 +306,21 @@ async def test_invalid_utf8_is_an_invalid_argument(router_settings: RouterSettin
     await router.stop()
     assert caught.value.code() is Code.INVALID_ARGUMENT
     assert "UTF-8" in caught.value.details()
+
+
+async def test_a_chat_with_an_opening_and_a_constraint(client: Stub, worker: CountingWorker) -> None:
+    message = generate_pb2.ChatMessage(role="user", content="Name a colour.")
+    asked = generate_pb2.ChatRequest(messages=[message], stop={"max_new_tokens": 2}, opening=True)
+    asked.constraint.regex = "[a-z]+"
+    got = await replies(client.Chat(asked))
+    assert [reply.WhichOneof("event") for reply in got] == ["opening", "prefill", "token", "token", "finished"]
+    assert got[0].opening.text == "<|im_start|>assistant\n"
+    assert got[0].session_id == got[1].session_id
+    assert worker.asked[-1].constraint.regex == "[a-z]+"
+    asked.tools.append('{"type": "function", "function": {"name": "f"}}')
+    with pytest.raises(grpc.aio.AioRpcError, match="knows no tools") as caught:
+        await replies(client.Chat(asked))
+    assert caught.value.code() is Code.FAILED_PRECONDITION
+    asked.constraint.regex = "a{5000}"
+    with pytest.raises(grpc.aio.AioRpcError, match="repeats something 5000 times"):
+        await replies(client.Chat(asked))

@@ -22,7 +22,7 @@ def request(**changes: object) -> generate_pb2.GenerateRequest:
     [
         {},
         {"stop": {"max_new_tokens": 50, "stop": ["x" * 256] * 16}},
-        {"sampling": {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 0.1}},
+        {"sampling": {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 0.01}},
         {"cache": {"preset": "paper", "target_bits": 16, "target_compression": 1}},
         {"prompt": "é" * 50},
         {"prompt": "", "prompt_token_ids": [0, 999]},
@@ -30,6 +30,9 @@ def request(**changes: object) -> generate_pb2.GenerateRequest:
         {"stop": {"stop_token_ids": [0, 999]}},
         {"sampling": {"frequency_penalty": -2, "presence_penalty": 2, "logit_bias": {0: -100, 999: 100}}},
         {"output": {"logprobs": True, "top_logprobs": 20, "echo": True}, "choices": 16},
+        {"output": {"echo": True}, "stop": {"max_new_tokens": 0}},
+        {"output": {"prompt_logprobs": 0}, "stop": {"max_new_tokens": 0}},
+        {"sampling": {"top_p": 0}, "stop": {"max_new_tokens": 5, "min_new_tokens": 5}},
     ],
 )
 def test_accepts_the_edges(changes: dict) -> None:
@@ -50,11 +53,11 @@ def test_accepts_the_edges(changes: dict) -> None:
         ({"sampling": {"temperature": -0.1}}, "temperature is -0.1; send a number at least 0 and at most 100"),
         ({"sampling": {"temperature": 101}}, "temperature is 101"),
         ({"sampling": {"temperature": math.nan}}, "temperature is nan"),
-        ({"sampling": {"top_p": 0}}, "top_p is 0; send a number above 0 and at most 1"),
+        ({"sampling": {"top_p": -0.1}}, "top_p is -0.1; send a number at least 0 and at most 1"),
         ({"sampling": {"top_p": 1.5}}, "top_p is 1.5"),
         ({"sampling": {"min_p": -1}}, "min_p is -1"),
         ({"sampling": {"top_k": -1}}, "top_k is -1; send 0"),
-        ({"sampling": {"repetition_penalty": 0}}, "repetition_penalty is 0; send a number above 0"),
+        ({"sampling": {"repetition_penalty": 1e-38}}, "repetition_penalty is 1e-38; send a number at least 0.01"),
         ({"sampling": {"repetition_penalty": math.inf}}, "repetition_penalty is inf"),
         ({"cache": {"preset": "best"}}, 'preset "best" is unknown; use one of balanced, paper, fp16'),
         ({"cache": {"target_bits": 0}}, "target_bits is 0"),
@@ -71,6 +74,8 @@ def test_accepts_the_edges(changes: dict) -> None:
         ({"sampling": {"logit_bias": dict.fromkeys(range(1025), 0)}}, "has 1025 tokens; send at most 1024"),
         ({"stop": {"stop_token_ids": [-1]}}, "stop.stop_token_ids names token -1"),
         ({"stop": {"stop_token_ids": [1] * 65}}, "has 65 tokens; send at most 64"),
+        ({"output": {"prompt_logprobs": 21}}, "output.prompt_logprobs is 21; send 0 to 20"),
+        ({"stop": {"max_new_tokens": 4, "min_new_tokens": 5}}, "stop.min_new_tokens is 5; send 0 to 4"),
         ({"output": {"top_logprobs": 2}}, "output.top_logprobs needs output.logprobs"),
         ({"output": {"logprobs": True, "top_logprobs": 21}}, "output.top_logprobs is 21; send 0 to 20"),
         ({"choices": 17}, "choices is 17; send 1 to 16"),
@@ -93,6 +98,10 @@ def test_refuses_with_what_to_change(changes: dict, sentence: str) -> None:
     [
         ([], "messages is empty"),
         ([{"role": "", "content": "x"}], "messages[0].role is empty"),
+        (
+            [{"role": "wizard", "content": "x"}],
+            'messages[0].role is "wizard"; use one of system, user, assistant, tool',
+        ),
         ([{"role": "user", "content": ""}], "every message is empty"),
         ([{"role": "user", "content": "x" * 60}] * 2, "messages is 128 bytes"),
     ],
@@ -107,27 +116,31 @@ def test_refuses_a_chat_with_what_to_change(messages: list, sentence: str) -> No
     ("held", "prompt", "new", "sentence"),
     [
         (0, 0, 1, "prompt has no tokens"),
-        (0, 50, 1, "prompt is 50 tokens, but the model's context of 50 has room for 49; shorten it"),
+        (0, 50, 1, "prompt is 50 tokens, but this model's maximum context length is 50 tokens and has room for 49;"),
+        (0, 51, 0, "has room for 50"),
         (30, 20, 1, "after the 30 tokens of the session"),
         (50, 1, 1, "has room for 0"),
-        (10, 20, 21, "context of 50 allows 20; lower it"),
+        (10, 20, 21, "maximum context length is 50 tokens and allows 20; lower it"),
     ],
 )
 def test_prompt_and_answer_share_the_context(held: int, prompt: int, new: int, sentence: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         validation.fits(held, prompt, StopParams(max_new_tokens=new), context=50)
     assert sentence in caught.value.message
+    assert caught.value.reason == ("context_length_exceeded" if prompt else "")
 
 
 def test_a_prompt_may_fill_the_context_but_for_its_answer() -> None:
     validation.fits(10, 20, StopParams(max_new_tokens=20), context=50)
     validation.fits(0, 49, StopParams(max_new_tokens=1), context=50)
     validation.fits(0, 49, StopParams(), context=50)
+    validation.fits(0, 50, StopParams(max_new_tokens=0), context=50)
 
 
 def test_a_model_has_its_name_and_its_source() -> None:
     served = common_pb2.ModelInfo(name="small", source="/models/small")
     for name in ("", "small", "/models/small"):
         validation.model(name, served)
-    with pytest.raises(NotFound, match='"large" is not served here; use "small"'):
+    with pytest.raises(NotFound, match='"large" is not served here; use "small"') as caught:
         validation.model("large", served)
+    assert caught.value.reason == "model_not_found"

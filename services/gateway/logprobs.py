@@ -1,0 +1,121 @@
+"""Log-probabilities of tokens in the formats of completions, of chats, and of prompts."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qaq.v1.common_pb2 import TokenInfo
+
+_LEAST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI's API uses this value
+
+Json = dict[str, Any]
+
+
+def text_of(tokens: Iterable[TokenInfo]) -> str:
+    """The text of tokens that follow each other, special ones included."""
+    return b"".join(info.bytes for info in tokens).decode(errors="replace")
+
+
+def chat(tokens: Sequence[TokenInfo]) -> Json | None:
+    """Of `/v1/chat/completions`."""
+    if not tokens:
+        return None
+    listed = [_told(info) | {"top_logprobs": [_told(near) for near in info.top]} for info in tokens]
+    return {"content": listed, "refusal": None}
+
+
+def prompt(tokens: Sequence[TokenInfo], top: int) -> list[Json | None]:
+    """`prompt_logprobs` as vLLM has it: for each token of a prompt, itself and the `top` most likely ones by their ids.
+
+    The first token of a text has none.
+    """
+    return [_ranked(info, top) if info.HasField("logprob") else None for info in tokens]
+
+
+class CompletionLogprobs:
+    """Of `/v1/completions`, for one choice whose tokens arrive in order.
+
+    `text_offset` is where a token's first whole character begins in the choice's text. A special token has no text.
+
+    Args:
+        echoed: tokens that the text begins with.
+        text: what they are in the choice's text: without special tokens that the tokenizer has added.
+        top: the number of alternatives.
+    """
+
+    def __init__(self, echoed: Sequence[TokenInfo], text: str, top: int) -> None:
+        self._echoed, self._top = list(echoed), top
+        self._before = _offsets_within(self._echoed, text)
+        self._length = len(text)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of(self, generated: Sequence[TokenInfo], length: int | None = None) -> Json | None:
+        """The next tokens, after the echoed ones at the first call; None if there are none.
+
+        Args:
+            length: of the whole text if it is known; tokens of a stop string are behind its end.
+        """
+        tokens, offsets = [*self._echoed, *generated], list(self._before)
+        self._echoed, self._before = [], []
+        if not tokens:
+            return None
+        for info in generated:
+            offsets.append(self._length)
+            self._length += 0 if info.special else len(self._decoder.decode(info.bytes))
+        if length is not None:
+            offsets = [min(offset, length) for offset in offsets]
+        return {
+            "tokens": [_name(info) for info in tokens],
+            "token_logprobs": [_logprob(info) for info in tokens],
+            "top_logprobs": [self._alternatives(info) if info.HasField("logprob") else None for info in tokens],
+            "text_offset": offsets,
+        }
+
+    def _alternatives(self, info: TokenInfo) -> dict[str, float | None]:
+        """The most likely tokens and the sampled one. Of several tokens with one text, others go by their ids."""
+        named = {}
+        top = list(info.top[: self._top])
+        if all(near.token_id != info.token_id for near in top):
+            top.append(info)
+        for near in top:
+            name = _name(near)
+            taken = name in named or (name == _name(info) and near.token_id != info.token_id)
+            named[f"token_id:{near.token_id}" if taken else name] = _logprob(near)
+        return named
+
+
+def _offsets_within(tokens: Sequence[TokenInfo], text: str) -> list[int]:
+    """Where the tokens of a prompt begin in its text. Their own text may have more around it."""
+    decoder, offsets, at = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
+    for info in tokens:
+        offsets.append(at)
+        at += len(decoder.decode(info.bytes))
+    added = max(0, text_of(tokens).find(text))
+    return [min(max(0, offset - added), len(text)) for offset in offsets]
+
+
+def _ranked(info: TokenInfo, top: int) -> Json:
+    listed = {str(near.token_id): _entry(near, rank) for rank, near in enumerate(info.top[:top], start=1)}
+    return {str(info.token_id): _entry(info, info.rank)} | listed
+
+
+def _entry(info: TokenInfo, rank: int) -> Json:
+    return {"logprob": _logprob(info), "rank": rank, "decoded_token": info.text}
+
+
+def _told(info: TokenInfo) -> Json:
+    return {"token": info.text, "logprob": _logprob(info), "bytes": list(info.bytes)}
+
+
+def _name(info: TokenInfo) -> str:
+    """A token's text; the bytes of a part of a character, as OpenAI's API writes them."""
+    try:
+        return info.bytes.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in info.bytes)
+
+
+def _logprob(info: TokenInfo) -> float | None:
+    return max(info.logprob, _LEAST_LOGPROB) if info.HasField("logprob") else None

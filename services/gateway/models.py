@@ -1,0 +1,67 @@
+"""The served model, and the gateway itself: health, version, metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from google.protobuf.json_format import MessageToDict
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from qaq.v1 import common_pb2, generate_pb2
+
+from services.common.routers import Routers
+from services.gateway.replies import Json
+from services.gateway.requests import default_sampling
+
+SHORT_DEADLINE_S = 30.0
+
+
+async def served(routers: Routers, name: str = "") -> common_pb2.ModelInfo:
+    """Raises:
+    grpc.aio.AioRpcError: NOT_FOUND if another model is served.
+    """
+    async with routers.stub() as stub:
+        reply = await stub.GetModel(generate_pb2.GetModelRequest(model=name), timeout=SHORT_DEADLINE_S)
+    return reply.model
+
+
+def routes(routers: Routers) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Json:
+        await served(routers)
+        return {"status": "ok"}
+
+    @router.get("/version")
+    async def release() -> Json:
+        return {"version": version("qaq-kv")}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/v1/models")
+    async def models() -> Json:
+        return {"object": "list", "data": [_described(await served(routers))]}
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        return _described(await served(routers, name))
+
+    return router
+
+
+def _described(model: common_pb2.ModelInfo) -> Json:
+    defaults = MessageToDict(default_sampling(model), preserving_proto_field_name=True)
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "qaq",
+        "root": model.source,
+        "max_model_len": model.context_length,
+        "context_length": model.context_length,
+        "default_sampling_params": defaults,
+    }

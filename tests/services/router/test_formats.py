@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from qaq.v1 import generate_pb2
+from qaq.v1.common_pb2 import Constraint
+
+from services.common.errors import InvalidArgument
+from services.router import formats
+from services.router.prompts import Conversation
+
+KIB = 1024
+
+
+def nested(levels: int) -> str:
+    return '{"items": ' * levels + "{}" + "}" * levels
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Constraint(),
+        Constraint(json_object=True),
+        Constraint(json_schema=nested(63)),
+        Constraint(json_schema=json.dumps({"const": "[" * 1000})),
+        Constraint(regex="x" * 4 * KIB),
+        Constraint(regex="[a-z]{1,1000}"),
+        Constraint(grammar="x" * 64 * KIB),
+        Constraint(choice=Constraint.Choice(texts=[str(i) for i in range(1024)])),
+    ],
+)
+def test_accepts_the_edges(constraint: Constraint) -> None:
+    formats.constraint(constraint)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "sentence"),
+    [
+        (Constraint(json_object=False), "json_object is false"),
+        (Constraint(json_schema=""), "json_schema is empty"),
+        (Constraint(json_schema=" " * (64 * KIB + 1)), "json_schema is 65537 bytes of UTF-8; send at most 65536"),
+        (Constraint(json_schema=nested(64)), "65 levels deep; send at most 64"),
+        (Constraint(json_schema="[" * 60_000), "60000 levels deep"),
+        (Constraint(json_schema="{"), "json_schema is not JSON"),
+        (Constraint(json_schema='{"pattern": "a{1,100000}"}'), "repeats something 100000 times"),
+        (Constraint(json_schema='{"patternProperties": {"a{1001}": {}}}'), "repeats something 1001 times"),
+        (Constraint(regex="x" * (4 * KIB + 1)), "regex is 4097 bytes"),
+        (Constraint(regex=".{1,100000}"), "regex repeats something 100000 times; write at most 1000"),
+        (Constraint(regex=".{5000,}"), "regex repeats something 5000 times"),
+        (Constraint(grammar="root ::= [a-z]{1, 100000}"), "grammar repeats"),
+        (Constraint(grammar="x" * (64 * KIB + 1)), "grammar is 65537 bytes"),
+        (Constraint(choice=Constraint.Choice()), "choice has 0 texts; send 1 to 1024"),
+        (Constraint(choice=Constraint.Choice(texts=["x"] * 1025)), "choice has 1025 texts"),
+        (Constraint(choice=Constraint.Choice(texts=["a", ""])), "an empty text"),
+        (Constraint(choice=Constraint.Choice(texts=["a", "a"])), "the same text twice"),
+        (Constraint(choice=Constraint.Choice(texts=["x" * 64 * KIB, "y"])), "choice is 65537 bytes"),
+        (Constraint(structural_tag="{" * 100), "100 levels deep"),
+        (Constraint(structural_tag=" " * (256 * KIB + 1)), "structural_tag is 262145 bytes"),
+    ],
+)
+def test_refuses_with_what_to_change(constraint: Constraint, sentence: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        formats.constraint(constraint)
+    assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"tools": ["{}"] * 129}, "tools has 129 entries; send at most 128"),
+        ({"tools": ["x" * (256 * KIB + 1)]}, "tools is 262145 bytes"),
+        ({"tools": ["{"]}, "tools[0] is not JSON"),
+        ({"tools": ['{"type": "function"}']}, "tools[0] is not"),
+        ({"tools": ["[" * 100]}, "100 levels deep"),
+        ({"chat_template_kwargs": "[]"}, "not a JSON object"),
+        ({"chat_template_kwargs": " " * (16 * KIB + 1)}, "chat_template_kwargs is 16385 bytes"),
+        ({"calls": "{}"}, "messages[0].tool_calls_json is not a JSON array of at most 128 calls"),
+        ({"calls": "[1]"}, "messages[0].tool_calls_json[0] is not"),
+        ({"calls": '[{"function": {"name": "f", "arguments": "["}}]'}, "arguments is not JSON"),
+        ({"calls": '[{"function": {"name": "f", "arguments": "[]"}}]'}, "arguments is not a JSON object"),
+    ],
+)
+def test_refuses_a_conversation_with_what_to_change(fields: dict[str, Any], sentence: str) -> None:
+    calls = fields.pop("calls", "")
+    message = generate_pb2.ChatMessage(role="assistant", tool_calls_json=calls)
+    with pytest.raises(InvalidArgument) as caught:
+        Conversation.of(generate_pb2.ChatRequest(messages=[message], **fields))
+    assert sentence in caught.value.message
