@@ -171,7 +171,8 @@ def _cache(model: Any, fingerprint: str | None, name: str) -> Any:
 
 def _method(model: Any, fingerprint: str | None, name: str) -> Method:
     preset, _, kernel = name.partition("/")
-    return make_method(model, fingerprint, preset, **({"kernel": kernel} if kernel else {}))
+    settings: dict[str, Any] = {"kernel": kernel} if kernel else {}
+    return make_method(model, fingerprint, preset, **settings)
 
 
 def _bytes(cache: Any) -> int:
