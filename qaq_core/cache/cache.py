@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from qaq_core.attention.interface import attended, check_attended, hand_out
 from qaq_core.attention.masks import MaskCheck, MaskColumns
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 from qaq_core.base.statistics import CacheStatistics
-from qaq_core.cache.columns import NEW_PROMPT, History, check_positions, fresh_by_positions, fresh_tokens, tokens_of
+from qaq_core.cache.columns import NEW_PROMPT, Columns
 from qaq_core.cache.decode_step import SequentialStep, Step, begin_decode, begin_draft
 from qaq_core.cache.layers import LayerView
 from qaq_core.cache.method import Method
@@ -47,11 +48,8 @@ class QAQCache(Cache):
         self.sequences = list(sequences)
         self.method = method or sequences[0].method
         self._originals = originals
-        self._columns = max((sequence.length for sequence in sequences), default=0)
+        self._columns = Columns([sequence.length for sequence in sequences])
         self._view = bool(sequences)
-        self._uneven = any(sequence.length != self._columns for sequence in sequences)
-        self._tokens: torch.Tensor | None = None
-        self._announced: tuple[torch.Tensor | None] | None = None
         self._step: Step | None = None
         self._recording = self._prompt_next = False
         self._check_mask: MaskCheck | None = None
@@ -107,7 +105,7 @@ class QAQCache(Cache):
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Columns seen, padding included."""
-        return self._columns
+        return self._columns.count
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """How many columns a mask has, and how many come before them.
@@ -120,14 +118,14 @@ class QAQCache(Cache):
         check_attended(self)
         if not query_length:
             raise ConfigError(
-                f"the cache holds {self._columns} tokens already, and the prompt has nothing beyond them: give the "
-                f"whole text, of which they are the beginning, or, {NEW_PROMPT}"
+                f"the cache holds {self._columns.count} tokens already, and the prompt has nothing beyond them: give "
+                f"the whole text, of which they are the beginning, or, {NEW_PROMPT}"
             )
-        return MaskColumns.of(self._columns + query_length, self), 0
+        return MaskColumns.of(self._columns.count + query_length, self), 0
 
     def announce(self, attention_mask: torch.Tensor | None) -> None:
         """The next forward pass has this 2-D mask, bool [batch, columns]; False is padding."""
-        self._announced = (attention_mask,)
+        self._columns.announce(attention_mask)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no limit."""
@@ -161,7 +159,7 @@ class QAQCache(Cache):
     is_linear = is_dummy = is_sliding
 
     def __repr__(self) -> str:
-        size = f"batch_size={self.batch_size}, tokens={self._columns}, nbytes={self.nbytes}"
+        size = f"batch_size={self.batch_size}, tokens={self._columns.count}, nbytes={self.nbytes}"
         return f"QAQCache(preset={self.method.preset!r}, layers={len(self)}, {size})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QAQCache:
@@ -169,6 +167,7 @@ class QAQCache(Cache):
         self.settle()
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
+        other._columns = copy.copy(self._columns)
         other.sequences = [sequence.fork() for sequence in self.sequences]
         return other
 
@@ -176,9 +175,8 @@ class QAQCache(Cache):
         """Forgets every sequence."""
         for sequence in self.sequences:
             sequence.close()
-        self.sequences, self._columns = [], 0
+        self.sequences, self._columns, self._step = [], Columns([]), None
         self._recording = self._prompt_next = False
-        self._uneven, self._tokens, self._announced, self._step = False, None, None, None
         attended(self)
 
     # -- tokens off the end ----------------------------------------------------------------------------
@@ -194,11 +192,11 @@ class QAQCache(Cache):
             max_length: columns to keep if it is above 0. Otherwise minus the number of columns to remove, as
                 transformers' `generate` counts; 0 removes none.
         """
-        gone = -max_length if max_length <= 0 else self._columns - max_length
-        gone = max(0, min(gone, self._columns))
+        gone = -max_length if max_length <= 0 else self._columns.count - max_length
+        gone = max(0, min(gone, self._columns.count))
         for sequence in self.sequences:
             sequence.crop(max(0, sequence.length + sequence.drafted - gone))
-        self._columns -= gone
+        self._columns.count -= gone
 
     def activate_past_recording(self) -> None:
         """After the next forward pass, one over 2 to `LONGEST_DRAFT` columns is a draft whose end `crop` may refuse.
@@ -233,8 +231,7 @@ class QAQCache(Cache):
         taken: set[int] = set()
         chosen = []
         selected = torch.arange(len(self.sequences))[indices.cpu()].tolist()
-        if self._tokens is not None:
-            self._tokens = self._tokens[selected]
+        self._columns.select(selected)
         for i in selected:
             chosen.append(self.sequences[i].fork() if i in taken else self.sequences[i])
             taken.add(i)
@@ -299,7 +296,7 @@ class QAQCache(Cache):
             self._step = self._check_mask = None
             for sequence in self.sequences:
                 sequence.commit()
-            self._columns += n
+            self._columns.count += n
         return out
 
     def _check_begin(self, given: LayerInput) -> None:
@@ -331,7 +328,14 @@ class QAQCache(Cache):
             mask, sliding_window: the first layer's.
         """
         self.settle()
-        fresh = self._new_tokens(batch, n, position_ids, mask, sliding_window)
+        if self.sequences and batch != len(self.sequences):
+            raise ConfigError(
+                f"the cache holds {len(self.sequences)} sequences, the batch has {batch}; for another batch, call "
+                "reset() or make a new cache"
+            )
+        lengths = [sequence.length for sequence in self.sequences] or [0] * batch
+        fresh, self._check_mask = self._columns.begin_pass(lengths, n, position_ids, mask, sliding_window)
+        self.sequences = self.sequences or [self.method.sequence(self._originals) for _ in range(batch)]
         if self._recording and not self._prompt_next and 1 < n <= LONGEST_DRAFT:
             for sequence, tokens in zip(self.sequences, fresh, strict=True):
                 sequence.expect_draft(tokens)
@@ -342,38 +346,6 @@ class QAQCache(Cache):
         if fresh == [n] and first.batched and first.drafting and first.method is self.method:
             return begin_draft(self.method, first, n)
         return SequentialStep(self.sequences, fresh)
-
-    def _new_tokens(
-        self,
-        batch: int,
-        n: int,
-        position_ids: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        sliding_window: int | None,
-    ) -> list[int]:
-        """How many of the n columns are tokens of each sequence: the last ones."""
-        announced, self._announced = self._announced, None
-        if self.sequences and batch != len(self.sequences):
-            raise ConfigError(
-                f"the cache holds {len(self.sequences)} sequences, the batch has {batch}; for another batch, call "
-                "reset() or make a new cache"
-            )
-        lengths = [sequence.length for sequence in self.sequences] or [0] * batch
-        history = History(lengths, self._columns, self._uneven, self._tokens)
-        tokens = tokens_of(history, n, announced, mask)
-        fresh = fresh_tokens(tokens, batch, n)
-        if position_ids is not None:
-            rows = (position_ids[0] if position_ids.dim() == 3 else position_ids).expand(batch, -1).tolist()
-            if announced is None and mask is None:
-                fresh = fresh_by_positions(rows, history, n)
-            else:
-                check_positions(rows, history, n, fresh)
-        self._check_mask = MaskCheck(self._columns + n, n, tokens, self._uneven)
-        if mask is not None:
-            self._check_mask(mask, sliding_window)
-        self._tokens = self._tokens if tokens is None else tokens
-        self.sequences = self.sequences or [self.method.sequence(self._originals) for _ in range(batch)]
-        return fresh
 
     # -- measures --------------------------------------------------------------------------------------
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from qaq_core.attention.masks import own_columns
+from qaq_core.attention.masks import MaskCheck, own_columns
 from qaq_core.base.errors import ConfigError
 
 NEW_PROMPT = "for a new prompt, call reset() or make a new cache"
@@ -40,6 +41,64 @@ class History:
                 return known.to(device)
         first = self.columns - torch.tensor(self.lengths, device=device)
         return torch.arange(self.columns, device=device) >= first[:, None]
+
+
+class Columns:
+    """The columns that a cache has seen, and what the next forward pass says of its own.
+
+    Args:
+        lengths: tokens of each sequence.
+
+    Attributes:
+        count: columns seen, padding included.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.count = max(lengths, default=0)
+        self._uneven = any(length != self.count for length in lengths)
+        self._tokens: torch.Tensor | None = None
+        self._announced: tuple[torch.Tensor | None] | None = None
+
+    def announce(self, attention_mask: torch.Tensor | None) -> None:
+        """The next forward pass has this 2-D mask, bool [batch, columns]; False is padding."""
+        self._announced = (attention_mask,)
+
+    def begin_pass(
+        self,
+        lengths: list[int],
+        n: int,
+        position_ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        sliding_window: int | None,
+    ) -> tuple[list[int], MaskCheck]:
+        """How many of the n columns of a pass are tokens of each sequence, the last ones, and the check of its masks.
+
+        Args:
+            lengths: tokens of each sequence. mask, sliding_window: the first layer's.
+        Raises:
+            ConfigError: mask or positions do not continue what the cache holds.
+            UnsupportedModelError: the mask hides other tokens than the cache does.
+        """
+        announced, self._announced = self._announced, None
+        history = History(lengths, self.count, self._uneven, self._tokens)
+        tokens = tokens_of(history, n, announced, mask)
+        fresh = fresh_tokens(tokens, len(lengths), n)
+        if position_ids is not None:
+            rows = (position_ids[0] if position_ids.dim() == 3 else position_ids).expand(len(lengths), -1).tolist()
+            if announced is None and mask is None:
+                fresh = fresh_by_positions(rows, history, n)
+            else:
+                check_positions(rows, history, n, fresh)
+        check = MaskCheck(self.count + n, n, tokens, self._uneven)
+        if mask is not None:
+            check(mask, sliding_window)
+        self._tokens = self._tokens if tokens is None else tokens
+        return fresh, check
+
+    def select(self, sequences: list[int]) -> None:
+        """Takes the rows of those sequences."""
+        if self._tokens is not None:
+            self._tokens = self._tokens[sequences]
 
 
 def tokens_of(
