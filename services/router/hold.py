@@ -50,7 +50,8 @@ redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1
 """
 )
-_RELEASE = _FENCED + "redis.call('DEL', KEYS[2]) return 1"
+# The number goes up, so that a refresh that is still under way takes nothing.
+_RELEASE = _FENCED + "redis.call('DEL', KEYS[2]) redis.call('HINCRBY', KEYS[1], 'fence', 1) return 1"
 _SET = _FENCED + "redis.call('HSET', KEYS[1], ARGV[2], ARGV[3]) return 1"
 # A write at a known offset, unlike an append, may be sent twice.
 _WRITE = (

@@ -118,6 +118,19 @@ async def test_an_expired_hold_that_nobody_took_is_taken_again(
     assert not await redis.exists(session_keys.hold(session.id))
 
 
+async def test_a_refresh_that_arrives_after_the_release_takes_nothing(
+    directory: SessionDirectory, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
+    async with directory.held(session.id, lambda _: None) as hold:
+        pass
+    monkeypatch.setattr(module, "REFRESH_S", 0.0)
+    lost: asyncio.Queue[Lost] = asyncio.Queue()
+    async with hold.kept(lost.put_nowait):
+        assert await asyncio.wait_for(lost.get(), 10) == "taken"
+    assert not await redis.exists(session_keys.hold(session.id))
+
+
 async def test_a_router_that_wakes_up_changes_nothing_of_what_another_one_holds(
     directory: SessionDirectory, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
