@@ -155,6 +155,12 @@ class QAQCache(Cache):
     def crop(self, max_length: int) -> None:
         raise ConfigError("QAQCache cannot be cropped: packed tokens are final")
 
+    def __copy__(self) -> QAQCache:
+        """A shallow copy, which does not go through pickling."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(
             "a QAQCache cannot be pickled or saved: its packed rows belong to a method in this process; keep the "
