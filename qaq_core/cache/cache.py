@@ -240,6 +240,12 @@ class QAQCache(Cache):
                 sequence.close()
         self.sequences = chosen
 
+    def __copy__(self) -> QAQCache:
+        """A shallow copy, which does not go through pickling."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(
             "a QAQCache cannot be pickled or saved: its packed rows belong to a method in this process; keep the "
