@@ -165,8 +165,7 @@ class QAQCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> QAQCache:
         """A cache with the same tokens; the method and the store are shared."""
         self.settle()
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other._columns = copy.copy(self._columns)
         other.sequences = [sequence.fork() for sequence in self.sequences]
         return other

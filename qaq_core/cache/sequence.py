@@ -368,6 +368,7 @@ class SequenceCache:
         """Takes in decoded tokens: originals [layers, 2, kv_heads, n, head_dim], which are in the window."""
         method, policy = self.method, self.method.policy
         self.staging.append(fresh)
+        self._note_rounding()
         for position in range(self.length, self.length + fresh.shape[3]):
             self.length = position + 1
             self.requantizer.apply()
@@ -391,8 +392,11 @@ class SequenceCache:
         if groups > 0:
             self._pack(groups * self.method.pack_tokens, solve=True)
         self.residual.end_prompt()
+        self._note_rounding()
+
+    def _note_rounding(self) -> None:
+        """Tokens in the window now, and all later ones, are packed from rounded numbers, if the window rounds."""
         if self.method.dtype != self.method.residual_dtype:
-            # Tokens in the window now, and all later ones, are packed from rounded numbers.
             self.requantizer.rounded_from = min(self.requantizer.rounded_from, self.packed.stop)
 
     def _pack(self, tokens: int, solve: bool = False) -> None:

@@ -233,6 +233,18 @@ def test_rows_packed_at_any_time_are_those_of_the_originals(preset: str) -> None
     agrees_with_originals(sequence)
 
 
+def test_a_sequence_without_a_prompt_is_packed_from_rounded_numbers() -> None:
+    """What it packs was rounded in the window, so all planes of a row come when it needs more bits."""
+    model, ids = tiny("qwen2"), token_ids(60)
+    sequence = make_method(model, calibration=calibration("qwen2")).sequence()
+    cache = QAQCache([sequence])
+    for at in range(60):
+        model(ids[:, at : at + 1], past_key_values=cache)
+    assert len(sequence.packed)
+    assert sequence.method.dtype != sequence.method.residual_dtype
+    assert sequence.requantizer.rounded_from == sequence.packed.start
+
+
 def agrees_with_originals(sequence: SequenceCache, at: int | None = None) -> None:
     """Asks for all planes of the rows that were packed from the model's own numbers (or of one position)."""
     packed = sequence.packed
