@@ -14,6 +14,7 @@ from qaq_core.base.errors import ConfigError
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
+from qaq_eval import baselines  # noqa: F401  (registers them as presets)
 from tests.core.tiny_models import calibration, tiny, token_ids
 
 KIND = "llama-gqa"
