@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 
 from services.common import metrics
 from services.common.log import once
+from services.common.tasks import end
 
 Kind = Literal["router", "worker", "originals", "gateway"]
 Info = Mapping[str, Any]
@@ -70,9 +71,7 @@ class Registry:
         try:
             yield
         finally:
-            heart.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await heart
+            await end(heart)
             with contextlib.suppress(RedisError):
                 await self._forget(kind, [address])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Container, Sequence
 
 import grpc
@@ -16,6 +15,7 @@ from services.common.channel import open_channel
 from services.common.errors import Unavailable
 from services.common.log import once
 from services.common.registry import Registry
+from services.common.tasks import end
 from services.router.placement import Policy, place
 from services.router.sessions import Session
 
@@ -119,9 +119,7 @@ class WorkerPool:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
         for link in [*self._links.values(), *self._retired]:
             await link.close()
         self._links.clear()
