@@ -168,12 +168,15 @@ class LinearTransform:
             1,
         )
         share = tokens / (tokens + PRIOR_TOKENS)
-        return self.with_means(*(torch.stack([self.key_mean, self.value_mean]).lerp(own, share)))
+        return self._recentered(*(torch.stack([self.key_mean, self.value_mean]).lerp(own, share)))
 
     def with_means(self, key_mean: torch.Tensor, value_mean: torch.Tensor) -> LinearTransform:
         """The same transform with other means; the matrices are shared."""
         for name, mean in (("key_mean", key_mean), ("value_mean", value_mean)):
             _check(name, mean, tuple(self.key_mean.shape))
+        return self._recentered(key_mean, value_mean)
+
+    def _recentered(self, key_mean: torch.Tensor, value_mean: torch.Tensor) -> LinearTransform:
         other = copy.copy(self)
         other.key_mean, other.value_mean = key_mean.float(), value_mean.float()
         return other

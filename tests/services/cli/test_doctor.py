@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from qaq_core import kernels
-from qaq_core.cache import backends
 from qaq_core.calibration import calibration
+from qaq_core.kernels import choice
 from qaq_core.kernels import library as native
 from services.cli.main import app
 from services.common.embedded_redis import EmbeddedRedis
@@ -53,7 +53,7 @@ def test_a_machine_that_works(tmp_path: Path, model_path: Path) -> None:
 
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "load_library", lambda: None)
+    monkeypatch.setattr(choice, "load_library", lambda: None)
     monkeypatch.setattr(kernels, "load_library", lambda: None)
     monkeypatch.setattr(native, "_load", lambda: (None, "it is not built: install a C++ compiler"))
     found = diagnosed(tmp_path)
