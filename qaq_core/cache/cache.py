@@ -41,10 +41,12 @@ class QAQCache(Cache):
     is_compileable = False
 
     def __init__(
-        self, sequences: Sequence[SequenceCache], method: Method | None = None, originals: Originals | None = None
+        self, sequences: Sequence[SequenceCache] = (), method: Method | None = None, originals: Originals | None = None
     ) -> None:
-        if not sequences and method is None:
-            raise ConfigError("a QAQCache needs sequences, or a method to make them with")
+        if not isinstance(sequences, list | tuple) or (not sequences and method is None):
+            raise ConfigError(
+                "a QAQCache needs sequences, or a method to make them with; for a model write QAQCache.for_model(model)"
+            )
         self.sequences = list(sequences)
         self.method = method or sequences[0].method
         self._originals = originals

@@ -138,6 +138,8 @@ def ray_environment(directory: Path) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(directory / "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray runs actors at niceness 15: beside anything else that computes, they would get next to nothing.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Without this, Ray gives an actor that reserves no CPU a single compute thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or os.cpu_count() or 1))
 

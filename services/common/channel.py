@@ -14,6 +14,8 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", _MS),
     # gRPC waits as long as this for the answer to any ping, by default for a minute, whatever the keepalive says.
     ("grpc.http2.ping_timeout_ms", _MS),
+    # Token ids of the largest text, and their strings.
+    ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]

@@ -62,8 +62,8 @@ class CompletionLogprobs:
         if not tokens:
             return None
         for info in generated:
-            offsets.append(self._length)
-            self._length += 0 if info.special else len(self._decoder.decode(info.bytes))
+            start, self._length = _placed(self._decoder, self._length, b"" if info.special else info.bytes)
+            offsets.append(start)
         if length is not None:
             offsets = [min(offset, length) for offset in offsets]
         return {
@@ -90,10 +90,23 @@ def _offsets_within(tokens: Sequence[TokenInfo], text: str) -> list[int]:
     """Where the tokens of a prompt begin in its text. Their own text may have more around it."""
     decoder, offsets, at = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
     for info in tokens:
-        offsets.append(at)
-        at += len(decoder.decode(info.bytes))
+        start, at = _placed(decoder, at, info.bytes)
+        offsets.append(start)
     added = max(0, text_of(tokens).find(text))
     return [min(max(0, offset - added), len(text)) for offset in offsets]
+
+
+def _placed(decoder: codecs.IncrementalDecoder, at: int, data: bytes) -> tuple[int, int]:
+    """Where the character of a token's first byte begins, and the length of the text with the token.
+
+    Args:
+        decoder: has decoded the text before, which is `at` characters; it may hold the beginning of another one.
+    """
+    pending = decoder.getstate()[0]
+    first = decoder.decode(data[:1])
+    # A byte that does not continue what is pending makes one replacement character of it.
+    broken = bool(pending and data) and (len(first) == 2 or decoder.getstate()[0] == data[:1])
+    return at + broken, at + len(first) + len(decoder.decode(data[1:]))
 
 
 def _ranked(info: TokenInfo, top: int) -> Json:

@@ -67,6 +67,7 @@ def routes(routers: Routers) -> APIRouter:
             no_generation_prompt=not body.add_generation_prompt,
             tools=as_sent(body.tools),
             chat_template_kwargs=_json(body.chat_template_kwargs),
+            token_strings=body.return_token_strs,
         )
         async with routers.stub() as stub:
             reply = await stub.Tokenize(asked, timeout=DEADLINE_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from qaq.v1 import common_pb2, generate_pb2
@@ -13,7 +14,9 @@ from services.common.limits import (
     MAX_CHOICE_BYTES,
     MAX_CHOICE_TEXTS,
     MAX_DEPTH,
+    MAX_EXPANDED,
     MAX_GRAMMAR_BYTES,
+    MAX_PROPERTIES,
     MAX_REGEX_BYTES,
     MAX_REPEATS,
     MAX_SCHEMA_BYTES,
@@ -26,10 +29,11 @@ from services.common.limits import (
 
 Asked = generate_pb2.ChatRequest | generate_pb2.TokenizeRequest
 
-# Strings of a JSON text, whose brackets do not count as nesting.
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BRACKET = re.compile(r"[\[{}\]]")
-_REPEATS = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+# A count of repeats. Its length is bounded, so that a search takes time in proportion to the text.
+_COUNTS = re.compile(r"\{([\d\s,]{0,32})\}")
+_NAMED = re.compile(r"[\w)-]")
+_NUMBERS = re.compile(r"\d+")
+_LONG_COUNTS = re.compile(r"\{[\d\s,]{33}")
 
 
 def constraint(request: common_pb2.Constraint) -> None:
@@ -39,20 +43,20 @@ def constraint(request: common_pb2.Constraint) -> None:
     match request.WhichOneof("kind"):
         case "json_schema":
             _size("constraint.json_schema", request.json_schema, MAX_SCHEMA_BYTES)
-            _patterns("constraint.json_schema", parsed("constraint.json_schema", request.json_schema))
+            _patterns("constraint.json_schema", [parsed("constraint.json_schema", request.json_schema)])
         case "json_object" if not request.json_object:
             raise InvalidArgument("constraint.json_object is false; send true, or no constraint")
         case "regex":
             _size("constraint.regex", request.regex, MAX_REGEX_BYTES)
-            _repeats("constraint.regex", request.regex)
+            _check_size("constraint.regex", _expanded("constraint.regex", request.regex))
         case "grammar":
             _size("constraint.grammar", request.grammar, MAX_GRAMMAR_BYTES)
-            _repeats("constraint.grammar", request.grammar)
+            _check_size("constraint.grammar", _expanded("constraint.grammar", request.grammar, rules=True))
         case "choice":
             _choice(request.choice)
         case "structural_tag":
             _size("constraint.structural_tag", request.structural_tag, MAX_STRUCTURAL_TAG_BYTES)
-            _patterns("constraint.structural_tag", parsed("constraint.structural_tag", request.structural_tag))
+            _patterns("constraint.structural_tag", [parsed("constraint.structural_tag", request.structural_tag)])
 
 
 def tools(request: Asked) -> list[dict[str, Any]]:
@@ -94,16 +98,23 @@ def message(place: int, sent: generate_pb2.ChatMessage) -> dict[str, Any]:
 
 def parsed(field: str, text: str) -> Any:
     """A JSON value that is at most `MAX_DEPTH` levels deep; raises as `constraint`."""
-    depth = deepest = 0
-    for bracket in _BRACKET.finditer(_STRING.sub("", text)):
-        depth += 1 if bracket[0] in "[{" else -1
-        deepest = max(deepest, depth)
-    if deepest > MAX_DEPTH:
-        raise InvalidArgument(f"{field} is {deepest} levels deep; send at most {MAX_DEPTH}")
     try:
-        return json.loads(text)
+        value = json.loads(text)
+    except RecursionError as error:
+        raise InvalidArgument(f"{field} is too many levels deep; send at most {MAX_DEPTH}") from error
     except ValueError as error:
         raise InvalidArgument(f"{field} is not JSON: {error}") from error
+    level, depth = [value], 0
+    while containers := [part for part in level if isinstance(part, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise InvalidArgument(f"{field} is more than {MAX_DEPTH} levels deep; send at most {MAX_DEPTH}")
+        level = [part for whole in containers for part in _parts(whole)]
+    return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _tool_calls(field: str, text: str) -> list[dict[str, Any]]:
@@ -136,26 +147,87 @@ def _choice(choice: common_pb2.Constraint.Choice) -> None:
         raise InvalidArgument("constraint.choice has the same text twice; send it once")
 
 
-def _patterns(field: str, value: Any) -> None:
-    """Checks the regular expressions and grammars in a schema or a structural tag."""
-    if isinstance(value, list):
-        for part in value:
-            _patterns(field, part)
-    if isinstance(value, dict):
-        for key, part in value.items():
-            if key in ("pattern", "grammar") and isinstance(part, str):
-                _repeats(field, part)
-            elif key == "patternProperties" and isinstance(part, dict):
-                for pattern in part:
-                    _repeats(field, pattern)
-            _patterns(field, part)
+def _patterns(field: str, level: list[Any]) -> None:
+    """Checks the regular expressions, grammars and properties in a schema or a structural tag."""
+    size = properties = 0
+    while level:
+        for value in level:
+            if isinstance(value, dict):
+                named = value.get("patternProperties")
+                patterns = [value.get("pattern"), *(named if isinstance(named, dict) else ())]
+                size += sum(_expanded(field, pattern) for pattern in patterns if isinstance(pattern, str))
+                if isinstance(grammar := value.get("grammar"), str):
+                    size += _expanded(field, grammar, rules=True)
+                declared = value.get("properties")
+                properties += len(declared) if isinstance(declared, dict) else 0
+        level = [part for whole in level for part in _parts(whole)]
+    _check_size(field, size)
+    if properties > MAX_PROPERTIES:
+        raise InvalidArgument(f"{field} declares {properties} properties; declare at most {MAX_PROPERTIES}")
 
 
-def _repeats(field: str, text: str) -> None:
-    """A large count, as in [a-z]{1,100000}, takes minutes to compile."""
-    largest = max((int(count) for found in _REPEATS.findall(text) for count in found if count), default=0)
-    if largest > MAX_REPEATS:
-        raise InvalidArgument(f"{field} repeats something {largest} times; write at most {MAX_REPEATS}, or * or +")
+def _expanded(field: str, text: str, rules: bool = False) -> int:
+    """About how many pieces a pattern or grammar is when its repeats are written out, an upper bound.
+
+    Large counts, as in [a-z]{1,100000} or (.{0,1000}){0,1000}, take minutes to compile and to follow.
+    """
+    if _LONG_COUNTS.search(text):
+        raise InvalidArgument(
+            f"{field} has a count of repeats that is too long; write at most {MAX_REPEATS}, or * or +"
+        )
+    counts = [max(map(int, found), default=1) for found in map(_NUMBERS.findall, _COUNTS.findall(text))]
+    if max(counts, default=0) > MAX_REPEATS:
+        raise InvalidArgument(f"{field} repeats something {max(counts)} times; write at most {MAX_REPEATS}, or * or +")
+    return _nested(field, text, rules) + len(text) // 64
+
+
+def _nested(field: str, text: str, rules: bool) -> int:
+    """The pieces of a text in parentheses, each times the counts behind it and behind those around it.
+
+    Args:
+        rules: the text is a grammar, in which a word is the name of a rule.
+    Raises:
+        InvalidArgument: a repeated part has a range of repeats inside: the ways to read a text are too many to follow.
+    """
+    sizes, ranges = [0], [False]
+    last, inner, at = 0, False, 0
+    while at < len(text):
+        sign, end = text[at], at + 1
+        counted = _COUNTS.match(text, at) if sign == "{" else None
+        if counted or sign in "*+":
+            numbers = _NUMBERS.findall(counted[1]) if counted else []
+            varies = not counted or "," in counted[1]
+            if inner or (rules and varies and counted and _NAMED.match(text[at - 1 : at])):
+                raise InvalidArgument(
+                    f"{field} repeats a part that has a range of repeats inside, as in ([a-z]{{1,5}}){{1,5}}; write one of "
+                    "the two as a fixed count or without"
+                )
+            ranges[-1] |= bool(counted) and varies
+            sizes[-1] += last * (max(map(int, numbers), default=1) - 1)
+            end = counted.end() if counted else end
+            inner = False
+        elif sign == "(":
+            sizes.append(0)
+            ranges.append(False)
+        elif sign == ")" and len(sizes) > 1:
+            last, inner = sizes.pop(), ranges.pop()
+            sizes[-1] += last
+            ranges[-1] |= inner
+        else:
+            closed = text.find("]", at + 2) if sign == "[" else -1
+            end = closed + 1 if closed > 0 else at + 1 + (sign == "\\")
+            last, inner = 1, inner and sign == "?"
+            sizes[-1] += sign in ".[\\"
+        at = end
+    return sum(sizes)
+
+
+def _check_size(field: str, size: int) -> None:
+    if size > MAX_EXPANDED:
+        raise InvalidArgument(
+            f"{field} is some {size} pieces when its repeats are written out; at most {MAX_EXPANDED} are accepted: "
+            "use smaller counts, or * or +"
+        )
 
 
 def _size(field: str, text: str, limit: int) -> None:

@@ -108,7 +108,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
             ids = await self._prompts.chat(conversation, [], answer=not request.no_generation_prompt)
         else:
             ids = await self._prompts.text(request.text, special_tokens=not request.no_special_tokens)
-        return generate_pb2.TokenizeReply(token_ids=ids, tokens=await self._prompts.written(ids))
+        strings = await self._prompts.written(ids) if request.token_strings else ()
+        return generate_pb2.TokenizeReply(token_ids=ids, tokens=strings)
 
     async def Detokenize(
         self, request: generate_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext

@@ -161,6 +161,8 @@ class GrammarMask(LogitsProcessor):
             self._filled.result()
             self._filled = None
         penalty = self._penalty.to(scores.device)
+        if bool(penalty.max() == -torch.inf):
+            raise InvalidArgument("no text fits the constraint; write one that some text fits")
         masked = scores + penalty
         # What is allowed may have been ruled out before, such as the end of the text by a minimum length: the grammar
         # wins.

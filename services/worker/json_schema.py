@@ -61,6 +61,9 @@ def schemas(tag: Any) -> list[Any]:
 
 
 def _fault(schema: dict[str, Any]) -> str | None:
+    malformed = _malformed(schema)
+    if malformed is not None:
+        return malformed
     for key in _IGNORED:
         if schema.get(key, False) is not False:
             return f"{key} cannot be enforced; leave it out"
@@ -84,4 +87,25 @@ def _fault(schema: dict[str, Any]) -> str | None:
         unknown = [str(name) for name in required if name not in properties]
         if unknown:
             return f'required names "{unknown[0][:64]}", which is not among the properties; declare it'
+    return None
+
+
+def _malformed(schema: dict[str, Any]) -> str | None:
+    """What xgrammar would take for a schema that any value fits."""
+    for key in ("allOf", "anyOf", "oneOf"):
+        if key in schema and not (isinstance(schema[key], list) and schema[key]):
+            return f"{key} must be a list of schemas, one at least"
+    reference = schema.get("$ref", "#")
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return "$ref must name a part of this schema, such as #/$defs/name"
+    kinds = schema.get("type", "any")
+    if not isinstance(kinds, str) and not (
+        isinstance(kinds, list) and kinds and all(isinstance(k, str) for k in kinds)
+    ):
+        return "type must be a name, or a list of names"
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        return "required must be a list of names"
+    if not isinstance(schema.get("enum", [0]), list) or not schema.get("enum", [0]):
+        return "enum must be a list of values, one at least"
     return None

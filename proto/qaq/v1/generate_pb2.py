@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from qaq.v1 import common_pb2 as qaq_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15qaq/v1/generate.proto\x12\x06qaq.v1\x1a\x13qaq/v1/common.proto\"\xad\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.qaq.v1.SamplingParams\x12 \n\x04stop\x18\x04 \x01(\x0b\x32\x12.qaq.v1.StopParams\x12\"\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x13.qaq.v1.CacheParams\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\x05\x12\x0f\n\x07\x63hoices\x18\x08 \x01(\x05\x12$\n\x06output\x18\t \x01(\x0b\x32\x14.qaq.v1.OutputParams\x12&\n\nconstraint\x18\n \x01(\x0b\x32\x12.qaq.v1.Constraint\"\x84\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x17\n\x0ftool_calls_json\x18\x04 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x19\n\x11reasoning_content\x18\x06 \x01(\t\"\xe4\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x08messages\x18\x02 \x03(\x0b\x32\x13.qaq.v1.ChatMessage\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.qaq.v1.SamplingParams\x12 \n\x04stop\x18\x04 \x01(\x0b\x32\x12.qaq.v1.StopParams\x12\"\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x13.qaq.v1.CacheParams\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x0f\n\x07\x63hoices\x18\x07 \x01(\x05\x12$\n\x06output\x18\x08 \x01(\x0b\x32\x14.qaq.v1.OutputParams\x12&\n\nconstraint\x18\n \x01(\x0b\x32\x12.qaq.v1.Constraint\x12\r\n\x05tools\x18\x0b \x03(\t\x12\x1c\n\x14\x63hat_template_kwargs\x18\x0c \x01(\t\x12\x0f\n\x07opening\x18\r \x01(\x08\"5\n\rRejoinRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x01(\x05\"\xee\x01\n\rGenerateReply\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x17.qaq.v1.PrefillProgressH\x00\x12\x1e\n\x05token\x18\x03 \x01(\x0b\x32\r.qaq.v1.TokenH\x00\x12$\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x10.qaq.v1.FinishedH\x00\x12&\n\x06prompt\x18\x05 \x01(\x0b\x32\x14.qaq.v1.PromptTokensH\x00\x12&\n\x07opening\x18\n \x01(\x0b\x32\x13.qaq.v1.ChatOpeningH\x00\x42\x07\n\x05\x65vent\"\x1b\n\x0b\x43hatOpening\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xbb\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x19\n\x11no_special_tokens\x18\x03 \x01(\x08\x12%\n\x08messages\x18\x14 \x03(\x0b\x32\x13.qaq.v1.ChatMessage\x12\x1c\n\x14no_generation_prompt\x18\x15 \x01(\x08\x12\r\n\x05tools\x18\x16 \x03(\t\x12\x1c\n\x14\x63hat_template_kwargs\x18\x17 \x01(\t\"2\n\rTokenizeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x14 \x03(\t\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\x1f\n\x0f\x44\x65tokenizeReply\x12\x0c\n\x04text\x18\x01 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"B\n\rGetModelReply\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.qaq.v1.ModelInfo\x12\x0f\n\x07workers\x18\x02 \x01(\x05\"Z\n\x12OpenSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x05\x63\x61\x63he\x18\x02 \x01(\x0b\x32\x13.qaq.v1.CacheParams\x12\x11\n\tbranch_of\x18\x03 \x01(\t\"&\n\x10OpenSessionReply\x12\x12\n\nsession_id\x18\x01 \x01(\t\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x13\n\x11\x43loseSessionReply\"\x15\n\x13ListSessionsRequest\"e\n\x0bSessionInfo\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x03\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\x08\x12\x11\n\topened_at\x18\x05 \x01(\x01\":\n\x11ListSessionsReply\x12%\n\x08sessions\x18\x01 \x03(\x0b\x32\x13.qaq.v1.SessionInfo2\xc8\x04\n\tInference\x12<\n\x08Generate\x12\x17.qaq.v1.GenerateRequest\x1a\x15.qaq.v1.GenerateReply0\x01\x12\x34\n\x04\x43hat\x12\x13.qaq.v1.ChatRequest\x1a\x15.qaq.v1.GenerateReply0\x01\x12\x38\n\x06Rejoin\x12\x15.qaq.v1.RejoinRequest\x1a\x15.qaq.v1.GenerateReply0\x01\x12:\n\x08Tokenize\x12\x17.qaq.v1.TokenizeRequest\x1a\x15.qaq.v1.TokenizeReply\x12@\n\nDetokenize\x12\x19.qaq.v1.DetokenizeRequest\x1a\x17.qaq.v1.DetokenizeReply\x12:\n\x08GetModel\x12\x17.qaq.v1.GetModelRequest\x1a\x15.qaq.v1.GetModelReply\x12\x43\n\x0bOpenSession\x12\x1a.qaq.v1.OpenSessionRequest\x1a\x18.qaq.v1.OpenSessionReply\x12\x46\n\x0c\x43loseSession\x12\x1b.qaq.v1.CloseSessionRequest\x1a\x19.qaq.v1.CloseSessionReply\x12\x46\n\x0cListSessions\x12\x1b.qaq.v1.ListSessionsRequest\x1a\x19.qaq.v1.ListSessionsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15qaq/v1/generate.proto\x12\x06qaq.v1\x1a\x13qaq/v1/common.proto\"\xad\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.qaq.v1.SamplingParams\x12 \n\x04stop\x18\x04 \x01(\x0b\x32\x12.qaq.v1.StopParams\x12\"\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x13.qaq.v1.CacheParams\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\x05\x12\x0f\n\x07\x63hoices\x18\x08 \x01(\x05\x12$\n\x06output\x18\t \x01(\x0b\x32\x14.qaq.v1.OutputParams\x12&\n\nconstraint\x18\n \x01(\x0b\x32\x12.qaq.v1.Constraint\"\x84\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x17\n\x0ftool_calls_json\x18\x04 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x19\n\x11reasoning_content\x18\x06 \x01(\t\"\xe4\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x08messages\x18\x02 \x03(\x0b\x32\x13.qaq.v1.ChatMessage\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.qaq.v1.SamplingParams\x12 \n\x04stop\x18\x04 \x01(\x0b\x32\x12.qaq.v1.StopParams\x12\"\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x13.qaq.v1.CacheParams\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x0f\n\x07\x63hoices\x18\x07 \x01(\x05\x12$\n\x06output\x18\x08 \x01(\x0b\x32\x14.qaq.v1.OutputParams\x12&\n\nconstraint\x18\n \x01(\x0b\x32\x12.qaq.v1.Constraint\x12\r\n\x05tools\x18\x0b \x03(\t\x12\x1c\n\x14\x63hat_template_kwargs\x18\x0c \x01(\t\x12\x0f\n\x07opening\x18\r \x01(\x08\"5\n\rRejoinRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x01(\x05\"\xee\x01\n\rGenerateReply\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x17.qaq.v1.PrefillProgressH\x00\x12\x1e\n\x05token\x18\x03 \x01(\x0b\x32\r.qaq.v1.TokenH\x00\x12$\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x10.qaq.v1.FinishedH\x00\x12&\n\x06prompt\x18\x05 \x01(\x0b\x32\x14.qaq.v1.PromptTokensH\x00\x12&\n\x07opening\x18\n \x01(\x0b\x32\x13.qaq.v1.ChatOpeningH\x00\x42\x07\n\x05\x65vent\"\x1b\n\x0b\x43hatOpening\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xd2\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x19\n\x11no_special_tokens\x18\x03 \x01(\x08\x12%\n\x08messages\x18\x14 \x03(\x0b\x32\x13.qaq.v1.ChatMessage\x12\x1c\n\x14no_generation_prompt\x18\x15 \x01(\x08\x12\r\n\x05tools\x18\x16 \x03(\t\x12\x1c\n\x14\x63hat_template_kwargs\x18\x17 \x01(\t\x12\x15\n\rtoken_strings\x18\x18 \x01(\x08\"2\n\rTokenizeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x14 \x03(\t\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\x1f\n\x0f\x44\x65tokenizeReply\x12\x0c\n\x04text\x18\x01 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"B\n\rGetModelReply\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.qaq.v1.ModelInfo\x12\x0f\n\x07workers\x18\x02 \x01(\x05\"Z\n\x12OpenSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x05\x63\x61\x63he\x18\x02 \x01(\x0b\x32\x13.qaq.v1.CacheParams\x12\x11\n\tbranch_of\x18\x03 \x01(\t\"&\n\x10OpenSessionReply\x12\x12\n\nsession_id\x18\x01 \x01(\t\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x13\n\x11\x43loseSessionReply\"\x15\n\x13ListSessionsRequest\"e\n\x0bSessionInfo\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x03\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\x08\x12\x11\n\topened_at\x18\x05 \x01(\x01\":\n\x11ListSessionsReply\x12%\n\x08sessions\x18\x01 \x03(\x0b\x32\x13.qaq.v1.SessionInfo2\xc8\x04\n\tInference\x12<\n\x08Generate\x12\x17.qaq.v1.GenerateRequest\x1a\x15.qaq.v1.GenerateReply0\x01\x12\x34\n\x04\x43hat\x12\x13.qaq.v1.ChatRequest\x1a\x15.qaq.v1.GenerateReply0\x01\x12\x38\n\x06Rejoin\x12\x15.qaq.v1.RejoinRequest\x1a\x15.qaq.v1.GenerateReply0\x01\x12:\n\x08Tokenize\x12\x17.qaq.v1.TokenizeRequest\x1a\x15.qaq.v1.TokenizeReply\x12@\n\nDetokenize\x12\x19.qaq.v1.DetokenizeRequest\x1a\x17.qaq.v1.DetokenizeReply\x12:\n\x08GetModel\x12\x17.qaq.v1.GetModelRequest\x1a\x15.qaq.v1.GetModelReply\x12\x43\n\x0bOpenSession\x12\x1a.qaq.v1.OpenSessionRequest\x1a\x18.qaq.v1.OpenSessionReply\x12\x46\n\x0c\x43loseSession\x12\x1b.qaq.v1.CloseSessionRequest\x1a\x19.qaq.v1.CloseSessionReply\x12\x46\n\x0cListSessions\x12\x1b.qaq.v1.ListSessionsRequest\x1a\x19.qaq.v1.ListSessionsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,31 +45,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATOPENING']._serialized_start=1148
   _globals['_CHATOPENING']._serialized_end=1175
   _globals['_TOKENIZEREQUEST']._serialized_start=1178
-  _globals['_TOKENIZEREQUEST']._serialized_end=1365
-  _globals['_TOKENIZEREPLY']._serialized_start=1367
-  _globals['_TOKENIZEREPLY']._serialized_end=1417
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1419
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1472
-  _globals['_DETOKENIZEREPLY']._serialized_start=1474
-  _globals['_DETOKENIZEREPLY']._serialized_end=1505
-  _globals['_GETMODELREQUEST']._serialized_start=1507
-  _globals['_GETMODELREQUEST']._serialized_end=1539
-  _globals['_GETMODELREPLY']._serialized_start=1541
-  _globals['_GETMODELREPLY']._serialized_end=1607
-  _globals['_OPENSESSIONREQUEST']._serialized_start=1609
-  _globals['_OPENSESSIONREQUEST']._serialized_end=1699
-  _globals['_OPENSESSIONREPLY']._serialized_start=1701
-  _globals['_OPENSESSIONREPLY']._serialized_end=1739
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=1741
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=1782
-  _globals['_CLOSESESSIONREPLY']._serialized_start=1784
-  _globals['_CLOSESESSIONREPLY']._serialized_end=1803
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1805
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1826
-  _globals['_SESSIONINFO']._serialized_start=1828
-  _globals['_SESSIONINFO']._serialized_end=1929
-  _globals['_LISTSESSIONSREPLY']._serialized_start=1931
-  _globals['_LISTSESSIONSREPLY']._serialized_end=1989
-  _globals['_INFERENCE']._serialized_start=1992
-  _globals['_INFERENCE']._serialized_end=2576
+  _globals['_TOKENIZEREQUEST']._serialized_end=1388
+  _globals['_TOKENIZEREPLY']._serialized_start=1390
+  _globals['_TOKENIZEREPLY']._serialized_end=1440
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1442
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1495
+  _globals['_DETOKENIZEREPLY']._serialized_start=1497
+  _globals['_DETOKENIZEREPLY']._serialized_end=1528
+  _globals['_GETMODELREQUEST']._serialized_start=1530
+  _globals['_GETMODELREQUEST']._serialized_end=1562
+  _globals['_GETMODELREPLY']._serialized_start=1564
+  _globals['_GETMODELREPLY']._serialized_end=1630
+  _globals['_OPENSESSIONREQUEST']._serialized_start=1632
+  _globals['_OPENSESSIONREQUEST']._serialized_end=1722
+  _globals['_OPENSESSIONREPLY']._serialized_start=1724
+  _globals['_OPENSESSIONREPLY']._serialized_end=1762
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=1764
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=1805
+  _globals['_CLOSESESSIONREPLY']._serialized_start=1807
+  _globals['_CLOSESESSIONREPLY']._serialized_end=1826
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1828
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1849
+  _globals['_SESSIONINFO']._serialized_start=1851
+  _globals['_SESSIONINFO']._serialized_end=1952
+  _globals['_LISTSESSIONSREPLY']._serialized_start=1954
+  _globals['_LISTSESSIONSREPLY']._serialized_end=2012
+  _globals['_INFERENCE']._serialized_start=2015
+  _globals['_INFERENCE']._serialized_end=2599
 # @@protoc_insertion_point(module_scope)

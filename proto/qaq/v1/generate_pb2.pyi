@@ -106,7 +106,7 @@ class ChatOpening(_message.Message):
     def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
-    __slots__ = ("model", "text", "no_special_tokens", "messages", "no_generation_prompt", "tools", "chat_template_kwargs")
+    __slots__ = ("model", "text", "no_special_tokens", "messages", "no_generation_prompt", "tools", "chat_template_kwargs", "token_strings")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     NO_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class TokenizeRequest(_message.Message):
     NO_GENERATION_PROMPT_FIELD_NUMBER: _ClassVar[int]
     TOOLS_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_STRINGS_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     no_special_tokens: bool
@@ -121,7 +122,8 @@ class TokenizeRequest(_message.Message):
     no_generation_prompt: bool
     tools: _containers.RepeatedScalarFieldContainer[str]
     chat_template_kwargs: str
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., no_special_tokens: _Optional[bool] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., no_generation_prompt: _Optional[bool] = ..., tools: _Optional[_Iterable[str]] = ..., chat_template_kwargs: _Optional[str] = ...) -> None: ...
+    token_strings: bool
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., no_special_tokens: _Optional[bool] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., no_generation_prompt: _Optional[bool] = ..., tools: _Optional[_Iterable[str]] = ..., chat_template_kwargs: _Optional[str] = ..., token_strings: _Optional[bool] = ...) -> None: ...
 
 class TokenizeReply(_message.Message):
     __slots__ = ("token_ids", "tokens")

@@ -25,6 +25,10 @@ PRIOR_TOKENS = 32
 """A sequence's own means are drawn towards the model's as if this many of its tokens had been like those."""
 
 
+MAX_KINDS = 4
+"""Sets of RoPE's frequencies that layers may choose from; each has a table of all positions."""
+
+
 class LinearTransform:
     """Centered rows times a matrix.
 
@@ -211,8 +215,10 @@ def _check_tables(
         _check(name, tensor, (layers, heads, dim))
     for name, tensor in (("key_matrix", key_matrix), ("value_matrix", value_matrix)):
         _check(name, tensor, (layers, heads, dim, dim))
-    if frequencies.dim() != 2 or not len(frequencies):
-        raise ConfigError(f"frequencies is {list(frequencies.shape)} and must be [kinds, {dim // 2}]")
+    if frequencies.dim() != 2 or not 1 <= len(frequencies) <= MAX_KINDS:
+        raise ConfigError(
+            f"frequencies is {list(frequencies.shape)} and must be [kinds, {dim // 2}], with 1 to {MAX_KINDS} kinds"
+        )
     _check("frequencies", frequencies, (len(frequencies), dim // 2))
     if kind.shape != (layers,):
         raise ConfigError(f"kind is {list(kind.shape)} and must be [{layers}]")

@@ -125,3 +125,9 @@ def test_pickling_is_refused_with_what_to_do() -> None:
         pickle.dumps(cache)
     with pytest.raises(ConfigError, match="keep the token ids"):
         torch.save(cache, BytesIO())
+
+
+@pytest.mark.parametrize("arguments", [(), (torch.nn.Linear(2, 2),), ([],)])
+def test_a_cache_of_a_model_is_made_by_for_model(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"QAQCache\.for_model\(model\)"):
+        QAQCache(*arguments)

@@ -145,6 +145,7 @@ def test_any_tables_are_refused_or_serve(kind: str) -> None:
         ("kind", lambda tensor: tensor[:1], r"kind is \[1\]"),
         ("kind", lambda tensor: tensor * torch.nan, "kind must name one of"),
         ("frequencies", lambda tensor: tensor[:, :3], "frequencies"),
+        ("frequencies", lambda tensor: tensor[:1].repeat(20_000, 1), "1 to 4 kinds"),
     ],
 )
 def test_what_is_wrong_is_named(name: str, change: Callable[[torch.Tensor], torch.Tensor], said: str) -> None:

@@ -80,3 +80,14 @@ def test_prompts_in_vllms_form() -> None:
             "2": {"logprob": -1.0, "rank": 2, "decoded_token": " b"},
         },
     ]
+
+
+def test_offsets_after_bytes_that_no_other_completes() -> None:
+    raw = [b"\xe2", b"\x0c", b"\xe2", b"\xe2\x82", b"\xff", b"\xe2\x82", b"\xac", b"a"]
+    tokens = [token(place, part) for place, part in enumerate(raw)]
+    text = logprobs.text_of(tokens)
+    expected = [0, 1, 2, 3, 4, 5, 5, 6]
+    assert [text[at] for at in expected] == ["\ufffd", "\x0c", "\ufffd", "\ufffd", "\ufffd", "€", "€", "a"]
+    for told in (CompletionLogprobs([], "", 0).of(tokens), CompletionLogprobs(tokens, text, 0).of([])):
+        assert told is not None
+        assert told["text_offset"] == expected

@@ -243,6 +243,15 @@ async def test_special_tokens_do_not_occur_in_strings(smollm2: LoadedModel, make
     assert masked[smollm2.tokenizer.encode("b")[0]] == 0
 
 
+@pytest.mark.parametrize("constraint", [Constraint(regex=r"[^\s\S]"), Constraint(grammar="root ::= root")])
+async def test_a_constraint_that_no_text_fits_is_refused(
+    make_scheduler: MakeScheduler, ids: Ids, constraint: Constraint
+) -> None:
+    async with make_scheduler() as scheduler:
+        with pytest.raises(InvalidArgument, match="no text fits the constraint"):
+            await answer(scheduler, ids(ASK), constraint)
+
+
 async def test_a_complete_text_ends_whatever_else_forbids_it(
     smollm2: LoadedModel, make_scheduler: MakeScheduler
 ) -> None:

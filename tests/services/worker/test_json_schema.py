@@ -42,6 +42,16 @@ def test_what_is_enforced_passes(schema: Any) -> None:
         ({"pattern": "(?=a)b"}, "look-around in a pattern"),
         ({"pattern": "a+", "maxLength": 2}, "write the length into the pattern"),
         ({"properties": {"a": {}}, "required": ["a", "z"]}, 'required names "z"'),
+        ({"allOf": 5}, "allOf must be a list of schemas"),
+        ({"allOf": None}, "allOf must be a list of schemas"),
+        ({"anyOf": []}, "anyOf must be a list of schemas, one at least"),
+        ({"properties": {}, "required": [{}]}, "required must be a list of names"),
+        ({"required": [[1]]}, "required must be a list of names"),
+        ({"$ref": "http://x/y"}, "$ref must name a part of this schema"),
+        ({"$ref": 5}, "$ref must name a part of this schema"),
+        ({"type": []}, "type must be a name"),
+        ({"type": [1]}, "type must be a name"),
+        ({"enum": []}, "enum must be a list of values"),
     ],
 )
 def test_what_is_skipped_is_named(schema: Any, sentence: str) -> None:
