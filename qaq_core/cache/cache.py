@@ -283,7 +283,10 @@ class QAQCache(Cache):
         if not self._view and torch.is_inference_mode_enabled():
             # What a pass makes there, no later one outside could change.
             with torch.inference_mode(False), torch.no_grad():
-                return self.attend(given, position_ids, mask)
+                return self._attend(given, position_ids, mask)
+        return self._attend(given, position_ids, mask)
+
+    def _attend(self, given: LayerInput, position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
         attended(self)
         batch, _, n, _ = given.query.shape
         if given.layer == 0:
