@@ -199,8 +199,8 @@ def _nested(field: str, text: str, rules: bool) -> int:
             varies = not counted or "," in counted[1]
             if inner or (rules and varies and counted and _NAMED.match(text[at - 1 : at])):
                 raise InvalidArgument(
-                    f"{field} repeats a part that has a range of repeats inside, as in ([a-z]{{1,5}}){{1,5}}; write "
-                    "one of both as a fixed count or without"
+                    f"{field} repeats a part that has a range of repeats inside, as in ([a-z]{{1,5}}){{1,5}}; give one "
+                    "of the two a fixed count, or none"
                 )
             ranges[-1] |= bool(counted) and varies
             sizes[-1] += last * (max(map(int, numbers), default=1) - 1)
