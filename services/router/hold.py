@@ -148,9 +148,11 @@ class Hold:
         try:
             yield
         finally:
-            await ended(keeper)  # before the release: it would take that for the session's end
-            with contextlib.suppress(RedisError):  # it expires by itself
-                await self._run(self._scripts.release, (session_keys.hold,))
+            try:
+                await ended(keeper)  # before the release: it would take that for the session's end
+            finally:  # also when the call is cancelled once more meanwhile
+                with contextlib.suppress(RedisError):  # it expires by itself
+                    await self._run(self._scripts.release, (session_keys.hold,))
 
     async def _keep(self, lost: Callable[[Lost], None]) -> None:
         while self.lost is None:

@@ -131,6 +131,34 @@ async def test_a_refresh_that_arrives_after_the_release_takes_nothing(
     assert not await redis.exists(session_keys.hold(session.id))
 
 
+async def test_a_call_that_is_cancelled_again_while_its_keeper_ends_releases_the_session(
+    directory: SessionDirectory, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = asyncio.Event()
+
+    async def slow(task: asyncio.Task[None]) -> None:
+        task.cancel()
+        waiting.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(module, "ended", slow)
+    session, held = await directory.open("m", common_pb2.CacheParams(), kept=True), asyncio.Event()
+
+    async def call() -> None:
+        async with directory.held(session.id, lambda _: None):
+            held.set()
+            await asyncio.sleep(60)
+
+    running = asyncio.create_task(call())
+    await asyncio.wait_for(held.wait(), 10)
+    running.cancel()
+    await asyncio.wait_for(waiting.wait(), 10)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not await redis.exists(session_keys.hold(session.id))
+
+
 async def test_a_router_that_wakes_up_changes_nothing_of_what_another_one_holds(
     directory: SessionDirectory, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
