@@ -12,6 +12,8 @@ from transformers import DynamicCache
 from qaq_core import QAQCache, UnsupportedModelError
 from tests.core.tiny_models import VOCABULARY, token_ids
 
+pytestmark = pytest.mark.slow
+
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA = IDS | {
     "hidden_size": 64,

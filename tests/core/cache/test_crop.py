@@ -21,6 +21,8 @@ from tests.core.cache.test_sequence import agrees_with_originals
 from tests.core.rows import normal
 from tests.core.tiny_models import calibration, teacher_forced, tiny, token_ids
 
+pytestmark = pytest.mark.slow
+
 KIND, PAGE = "llama-gqa", 16
 SETTINGS: dict[str, dict[str, object]] = {
     "balanced": {"target_bits": 2.5},

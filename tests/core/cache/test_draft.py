@@ -20,6 +20,8 @@ from qaq_core.kernels import load_library
 from tests.core.rows import normal
 from tests.core.tiny_models import calibration, tiny, token_ids
 
+pytestmark = pytest.mark.slow
+
 PRESETS: dict[str, dict[str, object]] = {"balanced": {"target_bits": 2.5}, "paper": {}, "fp16": {}}
 native = pytest.mark.skipif(load_library() is None, reason="the C++ library is not built")
 
