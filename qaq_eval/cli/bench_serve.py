@@ -43,7 +43,7 @@ def serve(
     streams: Annotated[int, typer.Option(min=0, help="Equal concurrent streams; 0 skips this phase.")] = 16,
     stream_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 48,
     regex: Annotated[
-        str, typer.Option(help="Constraint of the equal streams, such as '[a-z ]{1000}'; empty for none.")
+        str, typer.Option(help="Constraint whose cost is measured, such as '[a-z ]{1000}'; empty for none.")
     ] = "",
     memory_sessions: Annotated[
         int, typer.Option(min=0, help="Sessions to open and close while memory is measured; 0 skips this phase.")
@@ -126,6 +126,10 @@ def _table(result: ServeResult) -> Table:
         table.add_row(f"{equal.streams} streams", f"{rates}: [bold]{equal.ratio:.2f}x[/]")
         if equal.slowest_to_median is not None:
             table.add_row("", f"the slowest takes {equal.slowest_to_median:.2f} times the median stream's time")
+    if (paid := result.constraint) is not None:
+        ratios = [with_it / free for with_it, free in zip(paid.constrained_ms, paid.free_ms, strict=True)]
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} rounds"
+        table.add_row("constraint", f"a token takes {paid.ratio:.3f} times as long ({spread})")
     if (memory := result.memory) is not None:
         for process in memory.processes:
             growth = f"{size(process.warm)} after {memory.warm_sessions} sessions, {size(process.end)} after"

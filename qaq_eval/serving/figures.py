@@ -48,6 +48,11 @@ def slowest_to_median(records: Sequence[Record]) -> float | None:
     return max(means) / statistics.median(means) if len(means) > 1 else None
 
 
+def mean_gap_ms(records: Sequence[Record]) -> float:
+    """Mean milliseconds between two tokens of a stream, over all streams."""
+    return statistics.fmean(gap for record in records for gap in _gaps(record)) * 1e3
+
+
 def added_ms(routed: Sequence[Record], direct: Sequence[Record]) -> float:
     """Milliseconds that a router adds to the median time from a token's sampling to its arrival at the client."""
     medians = [statistics.median(s for record in records for s in record.transit) for records in (routed, direct)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,19 @@ class Streams(BaseModel):
     slowest_to_median: float | None
 
 
+class ConstraintCost(BaseModel):
+    """What a constraint adds to the time between tokens: equal streams without and with it, in turn.
+
+    Attributes:
+        free_ms, constrained_ms: mean milliseconds between the tokens of a stream, one number per round.
+        ratio: median over the rounds of constrained_ms / free_ms.
+    """
+
+    free_ms: list[float]
+    constrained_ms: list[float]
+    ratio: float
+
+
 class Growth(BaseModel):
     """Resident bytes of one process while sessions are opened, used and closed."""
 
@@ -85,6 +99,7 @@ class ServeResult(BaseModel):
     kv_bytes_peak: int | None
     sessions_per_gb: float | None
     streams: Streams | None
+    constraint: ConstraintCost | None = None
     memory: Memory | None
 
 
@@ -97,7 +112,8 @@ class Plan:
         streams: number of equal concurrent streams; 0 skips the phase.
         memory_sessions: number of sessions to open and close; 0 skips the phase.
         cache: CacheParams.
-        regex: a constraint of the equal streams. Their text must not be able to end before `stream_tokens`.
+        regex: a constraint whose cost is measured on the equal streams, or "". Its text must not be able to end before
+            `stream_tokens`.
     """
 
     scripts: Sequence[Script]
@@ -129,6 +145,8 @@ async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: 
         cost = await bench.router()
         report(f"{plan.streams} concurrent streams", 0.2)
         streams = await bench.together()
+        report("cost of a constraint", 0.3)
+        constraint = await bench.constraint()
         report("requests", 0.4)
         load = await bench.load()
         report("memory over sessions", 0.8)
@@ -148,6 +166,7 @@ async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: 
         kv_bytes_peak=peak,
         sessions_per_gb=probe.sessions_at_peak / peak * 1e9 if probe and peak else None,
         streams=streams,
+        constraint=constraint,
         memory=memory,
     )
 
@@ -158,9 +177,9 @@ class _Bench:
     ) -> None:
         self._stub, self._prompts, self._probe, self._plan = stub, prompts, probe, plan
 
-    async def streams(self, count: int) -> list[Record]:
+    async def streams(self, count: int, regex: str = "") -> list[Record]:
         """`count` equal concurrent requests."""
-        load = Load(self._stub, self._prompts, self._plan.cache, self._plan.regex)
+        load = Load(self._stub, self._prompts, self._plan.cache, regex)
         arrival = Arrival(prompt_tokens=64, new_tokens=self._plan.stream_tokens)
         await load.closed_loop([[arrival]] * count, count)
         return load.records
@@ -190,6 +209,17 @@ class _Bench:
             ratio=rate / alone,
             slowest_to_median=figures.slowest_to_median(records),
         )
+
+    async def constraint(self) -> ConstraintCost | None:
+        if not (self._plan.streams and self._plan.regex):
+            return None
+        await self.streams(1, self._plan.regex)  # the worker compiles it once
+        free, constrained = [], []
+        for _ in range(_ROUNDS):
+            free.append(figures.mean_gap_ms(await self.streams(self._plan.streams)))
+            constrained.append(figures.mean_gap_ms(await self.streams(self._plan.streams, self._plan.regex)))
+        ratios = [with_it / without for with_it, without in zip(constrained, free, strict=True)]
+        return ConstraintCost(free_ms=free, constrained_ms=constrained, ratio=statistics.median(ratios))
 
     async def load(self) -> Load:
         load = Load(self._stub, self._prompts, self._plan.cache)
