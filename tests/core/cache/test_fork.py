@@ -100,7 +100,9 @@ def test_forks_that_fail_midway_leave_nothing(how: str, monkeypatch: pytest.Monk
                 cache.batch_repeat_interleave(2) if how == "repeat" else copy.deepcopy(cache)
         assert cache.sequences == before
         cache.crop(-1)
-        torch.testing.assert_close(model(ids[:, -1:], past_key_values=cache).logits[:, -1], expected)
+        torch.testing.assert_close(
+            model(ids[:, -1:], past_key_values=cache).logits[:, -1], expected, atol=3e-3, rtol=3e-3
+        )
     assert store.nbytes == held
     cache.reset()
     assert store.nbytes == 0
