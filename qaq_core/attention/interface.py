@@ -213,6 +213,11 @@ def _check_kind(
         raise UnsupportedModelError("attention with learned sinks or capped logits is not supported by a QAQ cache")
     if others.get("position_bias") is not None:
         raise UnsupportedModelError("attention with a bias on its scores is not supported by a QAQ cache")
+    if others.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        raise ConfigError(
+            "a QAQ cache computes no attention probabilities that it could return: leave output_attentions unset, or "
+            "use DynamicCache with attn_implementation='eager'"
+        )
     if dropout:
         raise UnsupportedModelError("a QAQ cache attends without dropout: call model.eval() before")
     if mask is None and query.shape[2] > 1:

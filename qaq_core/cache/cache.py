@@ -9,25 +9,20 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from qaq_core.attention.base import LayerInput
 from qaq_core.attention.interface import attended, check_attended, hand_out
-from qaq_core.attention.masks import MaskCheck, MaskColumns
+from qaq_core.attention.masks import MaskColumns
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 from qaq_core.base.statistics import CacheStatistics
 from qaq_core.cache.columns import NEW_PROMPT, Columns
-from qaq_core.cache.decode_step import SequentialStep, Step, begin_decode, begin_draft
 from qaq_core.cache.layers import LayerView
 from qaq_core.cache.method import Method
+from qaq_core.cache.passes import ForwardPasses
 from qaq_core.cache.presets import make_method
-from qaq_core.cache.sequence import SequenceCache
-from qaq_core.models.shape import layers_of
+from qaq_core.cache.sequence import SequenceCache, forks
 from qaq_core.storage.originals import Originals
 
-LONGEST_DRAFT = 64
-"""Columns of a pass that may be a draft after `QAQCache.activate_past_recording`; a longer one is a prompt."""
 
-
-class QAQCache(Cache):
+class QAQCache(ForwardPasses, Cache):
     """A batch of quantized sequences.
 
     Either made for a model, and then it grows to the batch that `generate` brings:
@@ -47,15 +42,7 @@ class QAQCache(Cache):
             raise ConfigError(
                 "a QAQCache needs sequences, or a method to make them with; for a model write QAQCache.for_model(model)"
             )
-        self.sequences = list(sequences)
-        self.method = method or sequences[0].method
-        self._originals = originals
-        self._columns = Columns([sequence.length for sequence in sequences])
-        self._view = bool(sequences)
-        self._step: Step | None = None
-        self._recording = self._prompt_next = False
-        self._check_mask: MaskCheck | None = None
-        self._layer = 0
+        super().__init__(sequences, method or sequences[0].method, originals)
 
     @classmethod
     def for_model(
@@ -125,10 +112,6 @@ class QAQCache(Cache):
             )
         return MaskColumns.of(self._columns.count + query_length, self), 0
 
-    def announce(self, attention_mask: torch.Tensor | None) -> None:
-        """The next forward pass has this 2-D mask, bool [batch, columns]; False is padding."""
-        self._columns.announce(attention_mask)
-
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no limit."""
         return -1
@@ -169,7 +152,7 @@ class QAQCache(Cache):
         self.settle()
         other = copy.copy(self)
         other._columns = copy.copy(self._columns)
-        other.sequences = [sequence.fork() for sequence in self.sequences]
+        other.sequences = forks(self.sequences)
         return other
 
     def reset(self) -> None:
@@ -210,12 +193,6 @@ class QAQCache(Cache):
     def is_recording_past(self, layer_idx: int = 0) -> bool:
         return self._recording
 
-    def settle(self) -> None:
-        """Accepts the drafts after `activate_past_recording` that were not cropped."""
-        for sequence in self.sequences if self._recording else []:
-            if sequence.drafted:
-                sequence.accept(sequence.drafted)
-
     # -- other sequences -------------------------------------------------------------------------------
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -227,18 +204,16 @@ class QAQCache(Cache):
         self.batch_select_indices(torch.arange(len(self.sequences)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Takes the sequences of those indices, or of a mask; see `reorder_cache`."""
+        """Takes the sequences of those indices, or of a mask; see `reorder_cache`. If it fails, nothing has changed."""
         self.settle()
-        taken: set[int] = set()
-        chosen = []
         selected = torch.arange(len(self.sequences))[indices.cpu()].tolist()
+        again = [place for place, i in enumerate(selected) if i in selected[:place]]
+        chosen = [self.sequences[i] for i in selected]
+        for place, other in zip(again, forks([chosen[place] for place in again]), strict=True):
+            chosen[place] = other
+        for i in set(range(len(self.sequences))) - set(selected):
+            self.sequences[i].close()
         self._columns.select(selected)
-        for i in selected:
-            chosen.append(self.sequences[i].fork() if i in taken else self.sequences[i])
-            taken.add(i)
-        for i, sequence in enumerate(self.sequences):
-            if i not in taken:
-                sequence.close()
         self.sequences = chosen
 
     def __copy__(self) -> QAQCache:
@@ -252,110 +227,6 @@ class QAQCache(Cache):
             "a QAQCache cannot be pickled or saved: its packed rows belong to a method in this process; keep the "
             "token ids and compute the prompt again, or let a store keep the originals (originals=)"
         )
-
-    # -- attention -------------------------------------------------------------------------------------
-
-    def check_model(self, config: Any) -> None:
-        """Refuses the layers of another model.
-
-        Args:
-            config: transformers' configuration of the layers that attend; None if they do not say.
-        """
-        shape = self.method.shape
-        layers, kind = (shape.layers, shape.model_type) if config is None else (layers_of(config), config.model_type)
-        if (layers, kind) != (shape.layers, shape.model_type):
-            raise UnsupportedModelError(
-                f"this cache was made for a {shape.model_type} model of {shape.layers} layers, and a {kind} model of "
-                f"{layers} layers uses it: make one for that model with QAQCache.for_model"
-            )
-
-    def attend(
-        self, given: LayerInput, position_ids: torch.Tensor | None, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[batch, query_heads, n, head_dim], each sequence over its own tokens; padding gives zeros.
-
-        Args:
-            mask: [batch or 1, heads or 1, n, columns], bool or additive; None for causal attention.
-        Raises:
-            ConfigError: the batch, mask or positions do not continue what the cache holds.
-            UnsupportedModelError: the mask hides other tokens than the cache does, or layers do not attend in order.
-        """
-        if not self._view and torch.is_inference_mode_enabled():
-            # What a pass makes there, no later one outside could change.
-            with torch.inference_mode(False), torch.no_grad():
-                return self._attend(given, position_ids, mask)
-        return self._attend(given, position_ids, mask)
-
-    def _attend(self, given: LayerInput, position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-        attended(self)
-        batch, _, n, _ = given.query.shape
-        if given.layer == 0:
-            self._check_begin(given)
-            self._step = self.begin_step(batch, n, position_ids, mask, given.sliding_window)
-            self._layer = 0
-        if self._step is None or given.layer != self._layer:
-            raise UnsupportedModelError(
-                f"layer {given.layer} attends where layer {self._layer} should: a QAQ cache takes every layer once, in "
-                "order; call reset() if a forward pass was broken off"
-            )
-        if mask is not None and given.layer and self._check_mask is not None:
-            self._check_mask(mask, given.sliding_window)
-        out = self._step.attend(given)
-        self._layer += 1
-        if self._layer == self.method.shape.layers:
-            self._step = self._check_mask = None
-            for sequence in self.sequences:
-                sequence.commit()
-            self._columns.count += n
-        return out
-
-    def _check_begin(self, given: LayerInput) -> None:
-        """Checks what a forward pass begins with: the pass before has ended, and numbers are of the method's type."""
-        layers, dtype = self.method.shape.layers, self.method.dtype
-        if self._step is not None:
-            raise UnsupportedModelError(
-                f"the forward pass before ended after {self._layer} of {layers} layers: it was broken off, or the "
-                "model is not the one that this cache was made for; call reset() or make a new cache"
-            )
-        for part in (given.query, given.keys, given.values):
-            if part.dtype != dtype:
-                raise ConfigError(
-                    f"this cache was made for a model in {dtype}, and the model computes in {part.dtype} now (moved by "
-                    "to(), or autocast); make the cache after that"
-                )
-
-    def begin_step(
-        self,
-        batch: int,
-        n: int,
-        position_ids: torch.Tensor | None,
-        mask: torch.Tensor | None = None,
-        sliding_window: int | None = None,
-    ) -> Step:
-        """The step that attends for a forward pass over n columns, which are checked against what the cache holds.
-
-        Args:
-            mask, sliding_window: the first layer's.
-        """
-        self.settle()
-        if self.sequences and batch != len(self.sequences):
-            raise ConfigError(
-                f"the cache holds {len(self.sequences)} sequences, the batch has {batch}; for another batch, call "
-                "reset() or make a new cache"
-            )
-        lengths = [sequence.length for sequence in self.sequences] or [0] * batch
-        fresh, self._check_mask = self._columns.begin_pass(lengths, n, position_ids, mask, sliding_window)
-        self.sequences = self.sequences or [self.method.sequence(self._originals) for _ in range(batch)]
-        if self._recording and not self._prompt_next and 1 < n <= LONGEST_DRAFT:
-            for sequence, tokens in zip(self.sequences, fresh, strict=True):
-                sequence.expect_draft(tokens)
-        self._prompt_next = False
-        if n == 1 and all(sequence.batched and sequence.method is self.method for sequence in self.sequences):
-            return begin_decode(self.method, self.sequences)
-        first = self.sequences[0]
-        if fresh == [n] and first.batched and first.drafting and first.method is self.method:
-            return begin_draft(self.method, first, n)
-        return SequentialStep(self.sequences, fresh)
 
     # -- measures --------------------------------------------------------------------------------------
 

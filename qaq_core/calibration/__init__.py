@@ -4,13 +4,13 @@ from qaq_core.calibration.calibration import (
     GRADIENTS,
     PERTURBATION,
     Calibration,
-    Progress,
     cached_at,
     calibrate,
     known,
     measure,
     shown,
 )
+from qaq_core.calibration.duration import Progress
 
 __all__ = [
     "GRADIENTS",

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.paths import cache_dir
 from qaq_core.calibration import sensitivities
+from qaq_core.calibration.duration import Pace, Progress, estimate, told
 from qaq_core.calibration.moments import QueryNorms, moments
 from qaq_core.calibration.sampled_text import sample
 from qaq_core.calibration.shipped import FILES
@@ -36,11 +36,8 @@ from qaq_core.quantization.transforms.whitening import whitened
 
 SEQUENCES, TOKENS = 6, 1024
 PERTURBATION_TOKENS = 256
-_PASSES = 1.2
-"""Time of a calibration, in passes over 32 tokens for each of its TOKENS."""
 
 GRADIENTS, PERTURBATION = "gradients", "perturbation"
-Progress = Callable[[str, float], None]
 
 log = logging.getLogger(__name__)
 _shown: ContextVar[Progress | None] = ContextVar("progress of a calibration", default=None)
@@ -174,14 +171,13 @@ def _measured_once(model: Any, shape: ModelShape, path: Path, progress: Progress
         with _alone(path.with_suffix(".lock"), type(model).__name__):
             calibration = _kept(path)
             if calibration is None:
-                _say_what_comes(model, f"it is kept in {path} and read from there the next time", progress)
-                calibration = measure(model, shape, progress=progress)
+                pace = _announced(model, f"it is kept in {path} and read from there the next time", progress)
+                calibration = measure(model, shape, progress=pace)
                 calibration.save(path)
     except OSError as error:
         log.warning("calibrating without keeping it: %s cannot be written (%s)", path, error)
         if calibration is None:
-            _say_what_comes(model, "it is not kept", progress)
-            calibration = measure(model, shape, progress=progress)
+            calibration = measure(model, shape, progress=_announced(model, "it is not kept", progress))
     return calibration
 
 
@@ -200,28 +196,23 @@ def _alone(path: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _say_what_comes(model: Any, kept: str, progress: Progress | None) -> None:
-    """One sentence before minutes of silence; where progress is shown, the log alone has it."""
+def _announced(model: Any, kept: str, progress: Progress | None) -> Pace:
+    """One sentence before minutes of silence, and one for each of them; where progress is shown, the log alone has it.
+
+    Returns:
+        what the measurement reports to.
+    """
+    report = progress or _shown.get()
+    level = logging.INFO if report else logging.WARNING
     log.log(
-        logging.INFO if progress or _shown.get() else logging.WARNING,
+        level,
         "calibrating %s once, on text that it samples itself, which takes about %s here; %s. Without the wait: "
         "preset='fp16', or a table that was measured before (docs/calibration.md); progress= shows how far it is",
         type(model).__name__,
-        _duration(model),
+        told(estimate(model, TOKENS)),
         kept,
     )
-
-
-def _duration(model: Any) -> str:
-    """How long `measure` takes, by the time of a pass over a few tokens."""
-    n = min(32, model.config.get_text_config(decoder=True).max_position_embeddings)
-    ids = torch.zeros(1, n, dtype=torch.long, device=next(model.parameters()).device)
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-        begun = perf_counter()
-        model(input_ids=ids, use_cache=False)
-    seconds = (perf_counter() - begun) * TOKENS * _PASSES
-    return f"{seconds / 60:.0f} minutes" if seconds > 90 else "a minute" if seconds > 30 else "half a minute at most"
+    return Pace(type(model).__name__, level, report)
 
 
 def measure(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from qaq_core.base.errors import UnsupportedModelError
+from qaq_core.calibration.duration import SAMPLING, Progress
 
 
 @torch.no_grad()
 def sample(
-    model: Any, sequences: int, tokens: int, generator: torch.Generator, report: Callable[[str, float], None]
+    model: Any, sequences: int, tokens: int, generator: torch.Generator, report: Progress
 ) -> tuple[torch.Tensor, DynamicCache]:
     """[sequences, tokens] sampled at temperature 1 from the beginning-of-sequence token, and their cache."""
     config = model.config.get_text_config(decoder=True)
@@ -27,5 +27,5 @@ def sample(
         logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
         ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
         if step % 32 == 0:
-            report("sampling text to calibrate on", step / tokens)
+            report(SAMPLING, step / tokens)
     return ids, cache

@@ -166,6 +166,9 @@ class EvictingCache(SequenceCache):
         if length < self.length:
             raise ConfigError("a cache that evicts tokens cannot be cropped: what the last ones drove out is lost")
 
+    def fork(self, page_name: Callable[[int], bytes] | None = None) -> SequenceCache:
+        raise ConfigError("a cache that evicts tokens cannot be forked, so it serves neither beams nor several choices")
+
     # -- figures ---------------------------------------------------------------------------------------
 
     @property

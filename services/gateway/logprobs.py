@@ -38,6 +38,8 @@ class CompletionLogprobs:
     """Of `/v1/completions`, for one choice whose tokens arrive in order.
 
     `text_offset` is where a token's first whole character begins in the choice's text. A special token has no text.
+    Nor has a token of a stop string; its offset is the text's end. Whether a token is of one is known when its text
+    arrives, or the end, so in a stream tokens wait for their text.
 
     Args:
         echoed: tokens that the text begins with.
@@ -46,31 +48,33 @@ class CompletionLogprobs:
     """
 
     def __init__(self, echoed: Sequence[TokenInfo], text: str, top: int) -> None:
-        self._echoed, self._top = list(echoed), top
-        self._before = _offsets_within(self._echoed, text)
+        self._top = top
+        offsets = _offsets_within(echoed, text)
+        self._waiting = list(zip(echoed, offsets, strict=True))
         self._length = len(text)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def of(self, generated: Sequence[TokenInfo], length: int | None = None) -> Json | None:
+    def of(self, generated: Sequence[TokenInfo], length: int, ended: bool = True) -> Json | None:
         """The next tokens, after the echoed ones at the first call; None if there are none.
 
         Args:
-            length: of the whole text if it is known; tokens of a stop string are behind its end.
+            length: of the text so far.
+            ended: the text has ended. Otherwise tokens that begin behind it wait for a later call.
         """
-        tokens, offsets = [*self._echoed, *generated], list(self._before)
-        self._echoed, self._before = [], []
-        if not tokens:
-            return None
         for info in generated:
             start, self._length = _placed(self._decoder, self._length, b"" if info.special else info.bytes)
-            offsets.append(start)
-        if length is not None:
-            offsets = [min(offset, length) for offset in offsets]
+            self._waiting.append((info, start))
+        told, self._waiting = self._waiting, []
+        while told and not ended and told[-1][1] >= length:
+            self._waiting.insert(0, told.pop())
+        if not told:
+            return None
+        tokens = [info for info, _ in told]
         return {
             "tokens": [_name(info) for info in tokens],
             "token_logprobs": [_logprob(info) for info in tokens],
             "top_logprobs": [self._alternatives(info) if info.HasField("logprob") else None for info in tokens],
-            "text_offset": offsets,
+            "text_offset": [min(offset, length) for _, offset in told],
         }
 
     def _alternatives(self, info: TokenInfo) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -77,15 +78,16 @@ class Completion:
     def __init__(self, top: int | None = None, echo: bool = False, prompt_top: int | None = None) -> None:
         self._top, self._echo, self._prompt_top = top, echo, prompt_top
         self._logprobs: dict[int, CompletionLogprobs] = {}
+        self._lengths: Counter[int] = Counter()
 
     def choice(self, index: int, piece: Piece) -> Json:
         more: Json = {}
         if self._prompt_top is not None:
             more["prompt_logprobs"] = logprobs.prompt(piece.prompt, self._prompt_top)
-        return self._choice(index, piece, len(piece.text)) | more
+        return self._choice(index, piece, True) | more
 
     def delta(self, index: int, piece: Piece) -> Json:
-        return self._choice(index, piece)
+        return self._choice(index, piece, piece.reason is not None)
 
     def openings(self, choices: int) -> Iterable[Json]:
         return ()
@@ -93,13 +95,14 @@ class Completion:
     def more(self, whole: Sequence[Piece]) -> Json:
         return {}
 
-    def _choice(self, index: int, piece: Piece, length: int | None = None) -> Json:
+    def _choice(self, index: int, piece: Piece, ended: bool) -> Json:
+        self._lengths[index] += len(piece.text)
         told = None
         if self._top is not None:
             if index not in self._logprobs:
                 echoed = piece.prompt if self._echo else []
                 self._logprobs[index] = CompletionLogprobs(echoed, piece.echo, self._top)
-            told = self._logprobs[index].of(piece.tokens, length)
+            told = self._logprobs[index].of(piece.tokens, self._lengths[index], ended)
         return {"index": index, "text": piece.text, "logprobs": told, "finish_reason": piece.reason}
 
 

@@ -31,9 +31,16 @@ Asked = generate_pb2.ChatRequest | generate_pb2.TokenizeRequest
 
 # A count of repeats. Its length is bounded, so that a search takes time in proportion to the text.
 _COUNTS = re.compile(r"\{([\d\s,]{0,32})\}")
-_NAMED = re.compile(r"[\w)-]")
 _NUMBERS = re.compile(r"\d+")
 _LONG_COUNTS = re.compile(r"\{[\d\s,]{33}")
+# The parts of a grammar: literals and character classes, comments and whitespace, names of rules. Each of them matches
+# to the end of the text if it is not closed, so that all of them together take time in proportion to the text.
+_PARTS = re.compile(
+    r"""(?P<literal>"(?:[^"\\\n]|\\.)*"?|\[(?:[^\]\\]|\\.)*\]?)|(?P<blank>(?:\s|\#[^\n]*)+)|(?P<name>[A-Za-z_][\w.-]*)"""
+    r"""|(?P<defined>::=)|(?P<range>\{[\d\s]{0,32},[\d\s]{0,32}\})"""
+)
+# Whether a part has a range of repeats inside: none, in a rule that it names, or in itself.
+_PLAIN, _NAMES_RANGE, _HAS_RANGE = 0, 1, 2
 
 
 def constraint(request: common_pb2.Constraint) -> None:
@@ -189,37 +196,70 @@ def _nested(field: str, text: str, rules: bool) -> int:
     Raises:
         InvalidArgument: a repeated part has a range of repeats inside: the ways to read a text are too many to follow.
     """
-    sizes, ranges = [0], [False]
-    last, inner, at = 0, False, 0
+    ranged = _ranged_rules(text) if rules else set()
+    sizes, ranges = [0], [_PLAIN]
+    last, inner, at = 0, _PLAIN, 0
     while at < len(text):
         sign, end = text[at], at + 1
         counted = _COUNTS.match(text, at) if sign == "{" else None
+        part = _PARTS.match(text, at) if rules and not counted else None
         if counted or sign in "*+":
             numbers = _NUMBERS.findall(counted[1]) if counted else []
-            varies = not counted or "," in counted[1]
-            if inner or (rules and varies and counted and _NAMED.match(text[at - 1 : at])):
+            varies = counted is not None and "," in counted[1]
+            if inner == _HAS_RANGE or (inner and varies):
                 raise InvalidArgument(
                     f"{field} repeats a part that has a range of repeats inside, as in ([a-z]{{1,5}}){{1,5}}; give one "
                     "of the two a fixed count, or none"
                 )
-            ranges[-1] |= bool(counted) and varies
+            ranges[-1] = _HAS_RANGE if varies else ranges[-1]
             sizes[-1] += last * (max(map(int, numbers), default=1) - 1)
             end = counted.end() if counted else end
-            inner = False
+            inner = _PLAIN
+        elif part and (part["literal"] or part["name"]):
+            end, last = part.end(), 1
+            inner = _NAMES_RANGE if part["name"] in ranged else _PLAIN
+            ranges[-1] = max(ranges[-1], inner)
+            sizes[-1] += sign == "["
+        elif part and part["blank"]:
+            end = part.end()
         elif sign == "(":
             sizes.append(0)
-            ranges.append(False)
+            ranges.append(_PLAIN)
         elif sign == ")" and len(sizes) > 1:
             last, inner = sizes.pop(), ranges.pop()
             sizes[-1] += last
-            ranges[-1] |= inner
+            ranges[-1] = max(ranges[-1], inner)
         else:
             closed = text.find("]", at + 2) if sign == "[" else -1
             end = closed + 1 if closed > 0 else at + 1 + (sign == "\\")
-            last, inner = 1, inner and sign == "?"
+            last, inner = 1, inner if sign == "?" else _PLAIN
             sizes[-1] += sign in ".[\\"
         at = end
     return sum(sizes)
+
+
+def _ranged_rules(grammar: str) -> set[str]:
+    """The rules in which a range of repeats is, in their own body or in that of a rule that they name."""
+    ranged: set[str] = set()
+    users: dict[str, set[str]] = {}
+    rule = name = ""
+    for part in _PARTS.finditer(grammar):
+        if part["blank"]:
+            continue
+        if part["defined"]:
+            rule = name
+        elif name:
+            users.setdefault(name, set()).add(rule)
+        name = part["name"] or ""
+        if part["range"]:
+            ranged.add(rule)
+    users.setdefault(name, set()).add(rule)
+    reached = list(ranged)
+    while reached:
+        new = users.get(reached.pop(), set()) - ranged
+        ranged |= new
+        reached += new
+    return ranged
 
 
 def _check_size(field: str, size: int) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from qaq.v1 import common_pb2, generate_pb2, worker_pb2
 
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -27,6 +25,7 @@ from services.common.limits import (
     ROLES,
 )
 from services.router import formats
+from services.router.bounds import number, token_ids
 
 MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED = "model_not_found", "context_length_exceeded"
 """Reasons of errors, as OpenAI's API names them."""
@@ -55,7 +54,7 @@ def generate(request: generate_pb2.GenerateRequest, limits: Limits) -> None:
     if request.prompt_token_ids:
         if request.prompt:
             raise InvalidArgument("both prompt and prompt_token_ids are set; send one of them")
-        _token_ids("prompt_token_ids", request.prompt_token_ids, limits)
+        token_ids("prompt_token_ids", request.prompt_token_ids, limits.vocabulary)
     elif not request.prompt:
         raise InvalidArgument("prompt is empty; send at least one character")
     _text_size("prompt", len(request.prompt.encode()), limits)
@@ -79,7 +78,7 @@ def tokenize(request: generate_pb2.TokenizeRequest, limits: Limits) -> None:
 def detokenize(request: generate_pb2.DetokenizeRequest, limits: Limits) -> None:
     if len(request.token_ids) > limits.context:
         raise InvalidArgument(f"token_ids has {len(request.token_ids)} tokens; send at most {limits.context}")
-    _token_ids("token_ids", request.token_ids, limits)
+    token_ids("token_ids", request.token_ids, limits.vocabulary)
 
 
 def model(name: str, served: common_pb2.ModelInfo) -> None:
@@ -170,9 +169,9 @@ def cache(params: common_pb2.CacheParams) -> None:
     """
     if params.HasField("preset") and params.preset not in PRESETS:
         raise InvalidArgument(f'cache.preset "{params.preset[:50]}" is unknown; use one of {", ".join(PRESETS)}')
-    _range(params, "cache", "target_bits", 0, 16, open_low=True)
-    _range(params, "cache", "target_compression", 1, 32)
-    _range(params, "cache", "target_error", 0, 10, open_low=True)
+    number(params, "cache", "target_bits", 0, 16, open_low=True)
+    number(params, "cache", "target_compression", 1, 32)
+    number(params, "cache", "target_error", 0, 10, open_low=True)
 
 
 def _messages(messages: Sequence[generate_pb2.ChatMessage], limits: Limits) -> None:
@@ -226,18 +225,18 @@ def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest
 
 
 def _sampling(params: common_pb2.SamplingParams, limits: Limits) -> None:
-    _range(params, "sampling", "temperature", 0, MAX_TEMPERATURE)
-    _range(params, "sampling", "top_p", 0, 1)
-    _range(params, "sampling", "min_p", 0, 1)
-    _range(params, "sampling", "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+    number(params, "sampling", "temperature", 0, MAX_TEMPERATURE)
+    number(params, "sampling", "top_p", 0, 1)
+    number(params, "sampling", "min_p", 0, 1)
+    number(params, "sampling", "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
     if params.HasField("top_k") and params.top_k < 0:
         raise InvalidArgument(f"sampling.top_k is {params.top_k}; send 0 to keep all tokens, or more")
-    _range(params, "sampling", "frequency_penalty", -2, 2)
-    _range(params, "sampling", "presence_penalty", -2, 2)
+    number(params, "sampling", "frequency_penalty", -2, 2)
+    number(params, "sampling", "presence_penalty", -2, 2)
     bias = params.logit_bias
     if len(bias) > MAX_BIASED_TOKENS:
         raise InvalidArgument(f"sampling.logit_bias has {len(bias)} tokens; send at most {MAX_BIASED_TOKENS}")
-    _token_ids("sampling.logit_bias", bias, limits)
+    token_ids("sampling.logit_bias", bias, limits.vocabulary)
     for token, value in bias.items():
         if not -100 <= value <= 100:
             raise InvalidArgument(f"sampling.logit_bias[{token}] is {value:g}; send a number from -100 to 100")
@@ -249,12 +248,6 @@ def _output(params: common_pb2.OutputParams) -> None:
             raise InvalidArgument(f"output.{field} is {getattr(params, field)}; send 0 to {MAX_TOP_LOGPROBS}")
     if params.top_logprobs and not params.logprobs:
         raise InvalidArgument("output.top_logprobs needs output.logprobs; set it, or send 0")
-
-
-def _token_ids(field: str, ids: Iterable[int], limits: Limits) -> None:
-    wrong = next((token for token in ids if not 0 <= token < limits.vocabulary), None)
-    if wrong is not None:
-        raise InvalidArgument(f"{field} names token {wrong}; the model's tokens are 0 to {limits.vocabulary - 1}")
 
 
 def _scored_only(stop: common_pb2.StopParams) -> bool:
@@ -277,7 +270,7 @@ def _stop(stop: common_pb2.StopParams, limits: Limits) -> None:
         raise InvalidArgument(
             f"stop.stop_token_ids has {len(stop.stop_token_ids)} tokens; send at most {MAX_STOP_TOKENS}"
         )
-    _token_ids("stop.stop_token_ids", stop.stop_token_ids, limits)
+    token_ids("stop.stop_token_ids", stop.stop_token_ids, limits.vocabulary)
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidArgument(f"stop.stop has {len(strings)} strings; send at most {MAX_STOP_STRINGS}")
     for place, text in enumerate(strings):
@@ -286,23 +279,3 @@ def _stop(stop: common_pb2.StopParams, limits: Limits) -> None:
             raise InvalidArgument(f"stop.stop[{place}] is empty; leave it out")
         if size > MAX_STOP_BYTES:
             raise InvalidArgument(f"stop.stop[{place}] is {size} bytes; send at most {MAX_STOP_BYTES}")
-
-
-def _range(
-    params: common_pb2.SamplingParams | common_pb2.CacheParams,
-    group: str,
-    field: str,
-    low: float,
-    high: float,
-    *,
-    open_low: bool = False,
-) -> None:
-    """Checks that an optional float is finite and in [low, high], or in (low, high] if `open_low`."""
-    if not params.HasField(field):
-        return
-    value = getattr(params, field)
-    low, high = (float(np.float32(bound)) for bound in (low, high))  # as the message holds them
-    if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
-        return
-    above = f"above {low:g}" if open_low else f"at least {low:g}"
-    raise InvalidArgument(f"{group}.{field} is {value:g}; send a number {above} and at most {high:g}")

@@ -163,17 +163,27 @@ class Generation:
             rows = logits[first - 1 - start : last - 1 - start]
             yield _prompt_message(list(self._logprobs.prompt(self.tokens[first:last], rows)))
 
-    def other_choices(self) -> Iterator[Generation]:
-        """The other choices, each with a copy of this one's cache. Call it once, when the prompt is computed."""
+    def other_choices(self) -> list[Generation]:
+        """The other choices, each with a copy of this one's cache. Call it once, when the prompt is computed.
+
+        If a copy fails, those made before are closed.
+        """
         assert self.session is not None
-        others, self._decoders, self.slots = self._decoders[1:], self._decoders[:1], 1
+        decoders, self._decoders, self.slots = self._decoders[1:], self._decoders[:1], 1
         self.branched = True
-        for choice, decoder in enumerate(others, start=1):
-            other = Generation(self.request, [decoder], self._logprobs, self._eos, self._context, choice, self.call)
-            other.arrived, other.loaded, other.kept = self.arrived, self.loaded, self.kept
-            other.branched = True
-            other.session = self.session.fork()
-            yield other
+        others: list[Generation] = []
+        try:
+            for choice, decoder in enumerate(decoders, start=1):
+                other = Generation(self.request, [decoder], self._logprobs, self._eos, self._context, choice, self.call)
+                other.arrived, other.loaded, other.kept = self.arrived, self.loaded, self.kept
+                other.branched = True
+                other.session = self.session.fork()
+                others.append(other)
+        except BaseException:
+            for other in others:
+                session_of(other).close()
+            raise
+        return others
 
     def accept(self, token: int, logits: torch.Tensor) -> Reply:
         """Counts a sampled token and makes its message. Sets `reason` if it was the last.

@@ -11,6 +11,7 @@ from qaq_core.base.errors import UnsupportedModelError
 
 # Decoders look back a few tokens: a word's leading space depends on the word before.
 _CONTEXT_TOKENS = 8
+_REPLACEMENT = "\ufffd"
 
 
 def tokenizer_backend(tokenizer: Any) -> Any:
@@ -77,8 +78,11 @@ class TextStream:
         if self.stop_found is not None:
             return ""
         rest = self._backend.decode(self._undecoded, skip_special_tokens=self._skip)
-        text = self._filter(rest)
-        text, self._held = text + self._held, ""
+        whole = rest.rstrip(_REPLACEMENT)  # a character that the end cuts is no text to find a stop string in
+        text = self._filter(whole)
+        if self.stop_found is not None:
+            return text
+        text, self._held = text + self._held + rest[len(whole) :], ""
         return text
 
     def _filter(self, text: str) -> str:

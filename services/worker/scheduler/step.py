@@ -155,7 +155,7 @@ class RunningBatch:
                 self._replies.extend(generation, generation.echo_chunk(start, logits))
             if session.uncached:
                 return len(chunk)
-            others = list(generation.other_choices())
+            others = generation.other_choices()
         except Exception as error:
             self.fail(generation, error)
             return len(chunk)

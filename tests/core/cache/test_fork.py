@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.storage.originals import InProcessOriginals
+from qaq_core.storage.residual import ResidualWindow
 from tests.core.tiny_models import calibration, teacher_forced, tiny, token_ids
 
 KIND, PROMPT, STEPS = "llama-gqa", 150, 60
@@ -80,6 +82,29 @@ def test_pages_are_shared_until_both_have_gone() -> None:
     assert store.match(second.staging.names).result() == 3
     assert store.match(pages).result() == 2
     second.close()
+    assert store.nbytes == 0
+
+
+@pytest.mark.parametrize("how", ["repeat", "deepcopy"])
+def test_forks_that_fail_midway_leave_nothing(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, method), store = made(), InProcessOriginals()
+    cache = QAQCache(method=method, originals=store)
+    ids = torch.cat([token_ids(40), token_ids(40, seed=2)])
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache).logits[:, -1]
+        held, before = store.nbytes, list(cache.sequences)
+        copies = iter([ResidualWindow.copy])
+        with monkeypatch.context() as patched:
+            patched.setattr(ResidualWindow, "copy", lambda window: next(copies)(window))
+            with pytest.raises(StopIteration):
+                cache.batch_repeat_interleave(2) if how == "repeat" else copy.deepcopy(cache)
+        assert cache.sequences == before
+        cache.crop(-1)
+        torch.testing.assert_close(
+            model(ids[:, -1:], past_key_values=cache).logits[:, -1], expected, atol=3e-3, rtol=3e-3
+        )
+    assert store.nbytes == held
+    cache.reset()
     assert store.nbytes == 0
 
 

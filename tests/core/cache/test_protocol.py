@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from qaq_core.attention import LayerTokens
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.cache.cache import LONGEST_DRAFT, QAQCache
+from qaq_core.cache.cache import QAQCache
+from qaq_core.cache.passes import LONGEST_DRAFT
 from qaq_core.cache.sequence import SequenceCache
 from qaq_eval.baselines import h2o  # noqa: F401  (registers all of them as presets)
 from tests.core.cache.test_cache import generated, padded

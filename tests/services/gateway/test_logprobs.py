@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from qaq.v1.common_pb2 import TokenInfo
 
 from services.gateway import logprobs
@@ -29,10 +30,25 @@ def test_parts_of_a_character_join_to_it() -> None:
 
 
 def test_offsets_over_several_chunks() -> None:
+    """A token comes with its text: a part of a character with the whole one, one without text with what follows."""
     stream = CompletionLogprobs([], "", 0)
-    offsets = [stream.of([info])["text_offset"] for info in (*PARTS, END, token(5, "y"))]  # type: ignore[index]
-    assert offsets == [[0], [1], [1], [2], [4], [4]]
-    assert stream.of([]) is None
+    chunks = zip((*PARTS, END, token(5, "y")), (1, 1, 2, 4, 4, 5), strict=True)
+    told = [stream.of([info], length, ended=False) for info, length in chunks]
+    assert [part["text_offset"] if part else [] for part in told] == [[0], [], [1, 1], [2], [], [4, 4]]
+    assert stream.of([], 5) is None
+
+
+@pytest.mark.parametrize("includes_stop", [False, True])
+def test_a_streamed_offset_never_runs_past_the_text(includes_stop: bool) -> None:
+    """What may be a stop string is held back: where its tokens begin is known when it is one, or is none."""
+    stream = CompletionLogprobs([], "", 0)
+    held = [stream.of([token(1, "One")], 3, False), stream.of([token(2, " two")], 4, False)]
+    held += [stream.of([token(3, " th")], 4, False), stream.of([token(4, "ree")], 4, False)]
+    assert [part["text_offset"] if part else [] for part in held] == [[0], [3], [], []]
+    last = stream.of([], 13 if includes_stop else 4, ended=True)
+    assert last is not None
+    assert last["tokens"] == [" th", "ree"]
+    assert last["text_offset"] == ([7, 10] if includes_stop else [4, 4])
 
 
 def test_offsets_never_run_past_the_text() -> None:
@@ -49,7 +65,7 @@ def test_offsets_of_an_echoed_prompt() -> None:
     assert of is not None
     assert of["text_offset"] == [0, 0, 3, 7, 8]
     assert of["token_logprobs"][0] is of["top_logprobs"][0] is None
-    own = CompletionLogprobs(prompt, logprobs.text_of(prompt), 0).of([])
+    own = CompletionLogprobs(prompt, logprobs.text_of(prompt), 0).of([], 7)
     assert own is not None
     assert own["text_offset"] == [0, 3, 7]
 
@@ -57,7 +73,7 @@ def test_offsets_of_an_echoed_prompt() -> None:
 def test_the_sampled_token_is_among_the_alternatives() -> None:
     def alternatives(top: int, *near: TokenInfo) -> dict[str, float]:
         sampled = token(7, " c", logprob=-3.0, top=near)
-        of = CompletionLogprobs([], "", top).of([sampled])
+        of = CompletionLogprobs([], "", top).of([sampled], 2)
         assert of is not None
         return of["top_logprobs"][0]
 
@@ -88,6 +104,7 @@ def test_offsets_after_bytes_that_no_other_completes() -> None:
     text = logprobs.text_of(tokens)
     expected = [0, 1, 2, 3, 4, 5, 5, 6]
     assert [text[at] for at in expected] == ["\ufffd", "\x0c", "\ufffd", "\ufffd", "\ufffd", "€", "€", "a"]
-    for told in (CompletionLogprobs([], "", 0).of(tokens), CompletionLogprobs(tokens, text, 0).of([])):
+    size = len(text)
+    for told in (CompletionLogprobs([], "", 0).of(tokens, size), CompletionLogprobs(tokens, text, 0).of([], size)):
         assert told is not None
         assert told["text_offset"] == expected

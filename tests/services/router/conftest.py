@@ -19,6 +19,8 @@ from services.common.server import GrpcServer
 from services.common.settings import RouterSettings
 from services.router.server import RouterServer
 
+from .vllm import Stub
+
 CONTEXT = 256
 
 
@@ -118,3 +120,20 @@ async def client(
     """A client of a router in front of `worker`."""
     async with running_router(router_settings) as stub:
         yield stub
+
+
+@pytest.fixture
+def smg_settings(router_settings: RouterSettings) -> RouterSettings:
+    return router_settings.model_copy(update={"smg": True})
+
+
+@pytest.fixture
+async def channel(worker: CountingWorker, smg_settings: RouterSettings) -> AsyncIterator[grpc.aio.Channel]:
+    """To a router in front of `worker`."""
+    async with router_channel(smg_settings) as channel:
+        yield channel
+
+
+@pytest.fixture
+def engine(channel: grpc.aio.Channel) -> Stub:
+    return Stub(channel)

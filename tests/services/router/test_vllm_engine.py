@@ -1,84 +1,25 @@
-"""vLLM's engine protocol over gRPC: in front of workers that a test can foresee, and of the demo model."""
+"""vLLM's engine protocol over gRPC, in front of workers that a test can foresee: generations and aborts."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
-import json
-import sys
-import zipfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from qaq.v1 import common_pb2
 from redis.asyncio import Redis
 from smg_grpc_proto import vllm_engine_pb2 as vllm
-from smg_grpc_proto import vllm_engine_pb2_grpc
-from smg_grpc_proto.generated import common_pb2 as smg
-from transformers import AutoTokenizer
 
-from qaq_core.base.errors import ConfigError
-from qaq_core.models import LoadedModel, load_tokenizer
-from services.common.embedded_redis import EmbeddedRedis
-from services.common.settings import OriginalsSettings, RouterSettings, WorkerSettings
-from services.originals.server import OriginalsServer
-from services.router.server import RouterServer
-from services.router.vllm_engine import PIECE_BYTES, SERVICE_NAME
-from services.worker.server import WorkerServer
+from qaq_core.models import load_tokenizer
+from services.common.settings import RouterSettings
 
 from .conftest import CONTEXT, CountingWorker, router_channel
 from .test_generation import mortal
 from .test_service import until
+from .vllm import PROMPT, Stub, refusal, request, responses
 
 Code = grpc.StatusCode
-Stub = vllm_engine_pb2_grpc.VllmEngineStub
-PROMPT = [100, 200, 300]
-
-
-def request(ids: list[int] = PROMPT, *, stream: bool = True, name: str = "one", **params: Any) -> vllm.GenerateRequest:
-    return vllm.GenerateRequest(
-        request_id=name,
-        tokenized=vllm.TokenizedInput(input_ids=ids),
-        sampling_params=vllm.SamplingParams(**{"max_tokens": 3, **params}),
-        stream=stream,
-    )
-
-
-async def responses(call: Any) -> list[Any]:
-    """What each response holds: chunks and completions."""
-    return [getattr(response, response.WhichOneof("response")) async for response in call]
-
-
-async def refusal(call: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await (responses(call) if hasattr(call, "__aiter__") else call)
-    return caught.value
-
-
-@pytest.fixture
-def smg_settings(router_settings: RouterSettings) -> RouterSettings:
-    return router_settings.model_copy(update={"smg": True})
-
-
-@pytest.fixture
-async def channel(worker: CountingWorker, smg_settings: RouterSettings) -> AsyncIterator[grpc.aio.Channel]:
-    """To a router in front of `worker`."""
-    async with router_channel(smg_settings) as channel:
-        yield channel
-
-
-@pytest.fixture
-def engine(channel: grpc.aio.Channel) -> Stub:
-    return Stub(channel)
-
-
-# -- generations in front of a worker that counts -------------------------------------------------------
 
 
 async def test_a_stream_is_chunks_and_a_completion(engine: Stub) -> None:
@@ -305,203 +246,3 @@ async def _runs_at_most(engine: Stub, sequences: int) -> bool:
 
 async def _waits(engine: Stub) -> bool:
     return (await engine.GetLoads(vllm.GetLoadsRequest())).loads[0].num_waiting_reqs == 1
-
-
-# -- what an engine says of itself ----------------------------------------------------------------------
-
-
-async def test_model(engine: Stub, model_path: Path) -> None:
-    info = await engine.GetModelInfo(vllm.GetModelInfoRequest())
-    tokenizer = load_tokenizer(str(model_path))
-    assert (info.served_model_name, info.tokenizer_path) == ("counting", "/models/counting")
-    assert (info.max_context_length, info.max_req_input_len, info.vocab_size) == (CONTEXT, CONTEXT - 1, 49152)
-    assert (info.bos_token_id, info.pad_token_id) == (tokenizer.bos_token_id or 0, tokenizer.pad_token_id or 0)
-    assert info.is_generation
-
-
-async def test_server_and_load(engine: Stub, worker: CountingWorker) -> None:
-    server = await engine.GetServerInfo(vllm.GetServerInfoRequest())
-    assert (server.server_type, server.data_parallel_size, server.max_num_seqs) == ("vllm-grpc", 1, 8)
-    loads = await engine.GetLoads(vllm.GetLoadsRequest(dp_rank=0, include=["core"]))
-    (load,) = loads.loads
-    assert (load.max_running_requests, load.num_total_reqs, loads.dp_rank_count) == (8, 0, 1)
-    error = await refusal(engine.GetLoads(vllm.GetLoadsRequest(dp_rank=1)))
-    assert (error.code(), error.details()) == (
-        Code.INVALID_ARGUMENT,
-        "dp_rank is 1, and this engine has one rank; send 0",
-    )
-
-
-async def test_health(engine: Stub, channel: grpc.aio.Channel) -> None:
-    assert (await engine.HealthCheck(vllm.HealthCheckRequest())).healthy
-    served = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
-    assert served.status == health_pb2.HealthCheckResponse.SERVING
-
-
-async def test_health_without_workers(redis: Redis, smg_settings: RouterSettings) -> None:
-    async with router_channel(smg_settings) as channel:
-        health = await Stub(channel).HealthCheck(vllm.HealthCheckRequest())
-        assert (health.healthy, health.message) == (False, "ready workers: 0")
-        (load,) = (await Stub(channel).GetLoads(vllm.GetLoadsRequest())).loads
-        assert (load.max_running_requests, load.token_usage) == (0, 0)
-        assert (await refusal(Stub(channel).GetModelInfo(vllm.GetModelInfoRequest()))).code() is Code.UNAVAILABLE
-
-
-async def test_the_tokenizer_travels_as_files(engine: Stub, model_path: Path, tmp_path: Path) -> None:
-    chunks = [chunk async for chunk in engine.GetTokenizer(smg.GetTokenizerRequest())]
-    data = b"".join(chunk.data for chunk in chunks)
-    assert len(chunks) > 1
-    assert all(len(chunk.data) == PIECE_BYTES and not chunk.sha256 for chunk in chunks[:-1])
-    assert chunks[-1].sha256 == hashlib.sha256(data).hexdigest()
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        assert {"tokenizer.json", "tokenizer_config.json"} <= set(archive.namelist())
-        archive.extractall(tmp_path)
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(model_path))
-    messages = [{"role": "user", "content": "Grüße, and <|im_end|>"}]
-    assert theirs.apply_chat_template(messages, tokenize=False) == ours.apply_chat_template(messages, tokenize=False)
-    assert theirs("Once upon a time")["input_ids"] == ours("Once upon a time")["input_ids"]
-
-
-@pytest.mark.parametrize(
-    ("method", "message", "says"),
-    [
-        ("SubscribeKvEvents", smg.SubscribeKvEventsRequest(), "events"),
-        ("Embed", vllm.EmbedRequest(), "embeddings"),
-        ("FlushCache", smg.FlushCacheRequest(), "flushed"),
-        ("StartProfile", smg.StartProfileRequest(), "profiler"),
-        ("StopProfile", smg.StopProfileRequest(), "profiler"),
-    ],
-)
-async def test_what_is_not_served_says_so(engine: Stub, method: str, message: Any, says: str) -> None:
-    call = getattr(engine, method)(message)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await (call.read() if method == "SubscribeKvEvents" else call)
-    assert caught.value.code() is Code.UNIMPLEMENTED
-    assert says in caught.value.details()
-
-
-# -- whether it is served at all ------------------------------------------------------------------------
-
-
-async def test_off_unless_the_setting_says_so(redis: Redis, router_settings: RouterSettings) -> None:
-    async with router_channel(router_settings) as channel:
-        error = await refusal(Stub(channel).HealthCheck(vllm.HealthCheckRequest()))
-        assert error.code() is Code.UNIMPLEMENTED
-
-
-async def test_a_missing_extra_is_one_sentence(
-    redis: Redis, smg_settings: RouterSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "smg_grpc_proto", None)
-    with pytest.raises(ConfigError, match=r"pip install 'qaq-kv\[smg\]'"):
-        await RouterServer(smg_settings).start()
-
-
-# -- the demo model -------------------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def _served(loaded: LoadedModel, settings: RouterSettings) -> AsyncIterator[Stub]:
-    """A router with a worker of its own and an originals store."""
-    common = {"redis_url": settings.redis_url, "port": 0}
-    originals = OriginalsServer(OriginalsSettings(**common))
-    worker = WorkerServer(WorkerSettings(model="smollm2", preset="fp16", **common), loaded)
-    async with contextlib.AsyncExitStack() as stack:
-        for server in (originals, worker):
-            await server.start()
-            stack.push_async_callback(server.stop)
-        yield Stub(await stack.enter_async_context(router_channel(settings)))
-
-
-@pytest.fixture
-async def real(
-    redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel, smg_settings: RouterSettings
-) -> AsyncIterator[Stub]:
-    async with _served(smollm2, smg_settings) as engine:
-        yield engine
-
-
-@pytest.fixture
-def prompt(smollm2: LoadedModel) -> list[int]:
-    return smollm2.tokenizer("The capital of France is")["input_ids"]
-
-
-async def test_the_models_answer(real: Stub, smollm2: LoadedModel, prompt: list[int]) -> None:
-    *chunks, complete = await responses(real.Generate(request(prompt, max_tokens=8, temperature=0)))
-    expected = smollm2.model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
-    assert list(complete.output_ids) == expected.tolist()
-    assert [token for chunk in chunks for token in chunk.token_ids] == expected.tolist()
-
-
-async def test_log_probabilities(real: Stub, smollm2: LoadedModel, prompt: list[int]) -> None:
-    asked = request(prompt, max_tokens=2, temperature=0, logprobs=2, prompt_logprobs=1)
-    first, second, complete = await responses(real.Generate(asked))
-    tokens = [*prompt, *complete.output_ids]
-    with torch.no_grad():
-        scores = smollm2.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
-    expected = scores[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-
-    assert complete.input_logprobs.token_ids == prompt
-    assert not complete.input_logprobs.token_logprobs[0].HasField("value")
-    known = [each.value for each in complete.input_logprobs.token_logprobs[1:]]
-    assert known == pytest.approx(expected[: len(prompt) - 1].tolist(), abs=1e-3)
-    assert [list(top.token_ids) for top in complete.input_logprobs.top_logprobs[1:]] == [
-        [best] for best in scores[: len(prompt) - 1].argmax(-1).tolist()
-    ]
-    assert first.input_logprobs == complete.input_logprobs
-    assert not second.HasField("input_logprobs")
-
-    output = complete.output_logprobs
-    assert output.token_ids == complete.output_ids
-    assert list(output.token_logprobs) == pytest.approx(expected[-2:].tolist(), abs=1e-3)
-    assert [list(top.token_ids) for top in output.top_logprobs] == scores[-3:-1].topk(2).indices.tolist()
-    assert [value for chunk in (first, second) for value in chunk.output_logprobs.token_logprobs] == list(
-        output.token_logprobs
-    )
-
-
-async def test_choices_of_their_own(real: Stub, prompt: list[int]) -> None:
-    asked = request(prompt, stream=False, max_tokens=6, temperature=1.5, seed=1, n=3, ignore_eos=True)
-    completes = await responses(real.Generate(asked))
-    assert sorted(complete.index for complete in completes) == [0, 1, 2]
-    assert all(complete.completion_tokens == 6 for complete in completes)
-    assert len({tuple(complete.output_ids) for complete in completes}) == 3
-
-
-async def test_what_ends_an_answer(real: Stub, smollm2: LoadedModel, prompt: list[int]) -> None:
-    (free,) = await responses(real.Generate(request(prompt, stream=False, max_tokens=8, temperature=0)))
-    token = free.output_ids[3]
-    text = smollm2.tokenizer.decode(free.output_ids[:4])[-3:]
-    (by_token,) = await responses(
-        real.Generate(request(prompt, stream=False, max_tokens=8, temperature=0, stop_token_ids=[token]))
-    )
-    assert (by_token.finish_reason, by_token.matched_token_id) == ("stop", token)
-    assert by_token.output_ids == free.output_ids[: list(free.output_ids).index(token) + 1]
-    (by_text,) = await responses(real.Generate(request(prompt, stream=False, max_tokens=8, temperature=0, stop=[text])))
-    assert (by_text.finish_reason, by_text.matched_stop_str) == ("stop", text)
-    (later,) = await responses(
-        real.Generate(request(prompt, stream=False, max_tokens=8, temperature=0, stop_token_ids=[token], min_tokens=7))
-    )
-    assert later.completion_tokens >= 7
-
-
-async def test_a_constraint_holds(real: Stub, smollm2: LoadedModel, prompt: list[int]) -> None:
-    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
-    asked = request(prompt, stream=False, max_tokens=40, temperature=0, json_schema=json.dumps(schema))
-    (complete,) = await responses(real.Generate(asked))
-    answer = smollm2.tokenizer.decode(complete.output_ids, skip_special_tokens=True)
-    assert json.loads(answer)["city"] in ("Paris", "Rome")
-    assert complete.finish_reason == "stop"
-    assert complete.WhichOneof("matched_stop") is None
-
-
-async def test_a_stored_prefix_counts_as_cached(real: Stub, smollm2: LoadedModel) -> None:
-    long = smollm2.tokenizer("A lighthouse stands on the rock, and the sea is grey. " * 40)["input_ids"]
-    (first,) = await responses(real.Generate(request(long, stream=False, max_tokens=1)))
-    assert first.cached_tokens == 0
-
-    async def cached() -> bool:
-        (again,) = await responses(real.Generate(request(long, stream=False, max_tokens=1)))
-        return 0 < again.cached_tokens < len(long) == again.prompt_tokens
-
-    await until(cached, "the prompt's pages are stored")

@@ -6,11 +6,13 @@ import pytest
 from qaq.v1 import common_pb2, worker_pb2
 from qaq.v1.common_pb2 import OutputParams, SamplingParams, StopParams
 
+from qaq_core import InProcessOriginals
 from qaq_core.models import LoadedModel
 from services.common.errors import InvalidArgument
 from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler
-from tests.services.worker.conftest import EXACT, Ids, MakeScheduler, expected, outcome, request
+from services.worker.session import Session
+from tests.services.worker.conftest import EXACT, Ids, MakeScheduler, expected, outcome, request, settled
 from tests.services.worker.test_parameters import STORY, by_choice, likelihoods, messages
 
 SAMPLED = SamplingParams(temperature=1.5, seed=11)
@@ -31,6 +33,28 @@ async def test_one_token_has_several_choices(smollm2: LoadedModel, make_schedule
     assert several[0].tokens == alone.tokens
     assert len({tuple(choice.tokens) for choice in several}) > 4
     assert [choice.tokens for choice in greedy] == [expected(smollm2, [504], 6)] * 2
+
+
+async def test_choices_of_which_a_copy_fails_leave_nothing(
+    make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, made = InProcessOriginals(), 0
+    fork = Session.fork
+
+    def fail_at_the_third(session: Session) -> Session:
+        nonlocal made
+        made += 1
+        if made == 3:
+            raise MemoryError("no more")
+        return fork(session)
+
+    async with make_scheduler(store) as scheduler:
+        monkeypatch.setattr(Session, "fork", fail_at_the_third)
+        with pytest.raises(MemoryError):
+            await outcome(scheduler.submit(request(ids(STORY) * 2, 6, cache=EXACT, choices=4)))
+        await settled(scheduler, running=0, kv_bytes=0)
+    assert made == 3
+    assert store.nbytes == 0
 
 
 @pytest.mark.parametrize("preset", ["fp16", "balanced"])

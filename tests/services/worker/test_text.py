@@ -32,6 +32,20 @@ def test_half_a_character_waits_and_is_shown_at_the_end(smollm2: LoadedModel) ->
     assert set(parts[3]) == {"\ufffd"}
 
 
+def test_a_cut_character_is_no_stop_string(smollm2: LoadedModel) -> None:
+    """It would end the text as if the model had written what stands for the missing part."""
+    text = smollm2.tokenizer.encode("a🙂")
+    for stop in ("\ufffd", "a\ufffd"):
+        parts, stream = pieces(smollm2, text[:-1], (stop,))
+        assert "".join(parts).rstrip("\ufffd") == "a"
+        assert parts[-1].endswith("\ufffd")
+        assert stream.stop_found is None
+    parts, stream = pieces(smollm2, [*text[:-1], *smollm2.tokenizer.encode("b")], ("\ufffd",))
+    assert ("".join(parts), stream.stop_found) == ("a", "\ufffd")  # of a character that nothing completes
+    parts, stream = pieces(smollm2, text[:-1], ("a",))
+    assert ("".join(parts), stream.stop_found) == ("", "a")
+
+
 def test_special_tokens_have_no_text(smollm2: LoadedModel) -> None:
     tokens = smollm2.tokenizer.encode("Yes<|im_end|>")
     assert tokens[-1] == 2
