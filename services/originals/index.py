@@ -90,13 +90,15 @@ local function evict(target, most)
   return dropped, looked
 end
 """
-# A key that was just set, with its holder or '', the budget or -1, and how many keys it may look at. Answers
-# what became of it, its bytes, and how many others were dropped for it. It is taken out again if there is no room.
+# A key that was just set, its holder or '', 1 if it replaced what was there, the budget or -1, and how many keys it may
+# look at. Answers what became of it, its bytes, and how many others were dropped for it. It is taken out again if there
+# is no room.
 _PUT = (
     _COMMON
     + """
-local key, holder, budget, most = ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
+local key, holder, budget, most = ARGV[3], ARGV[4], tonumber(ARGV[6]), tonumber(ARGV[7])
 redis.call('EXPIRE', key, TTL)
+if ARGV[5] == '1' then leave(key) end
 local known, size, dropped, looked = read(key), measure(key), 0, 0
 if not known and budget >= 0 then
   if size <= budget then dropped, looked = evict(budget - size, most) end
@@ -158,7 +160,7 @@ return {dropped, looked == tonumber(ARGV[4]) and 1 or 0}
 """
 )
 # Removes entries whose keys have expired, and corrects times that a clock which was set back has left in the future.
-# Answers how many keys it looked at.
+# Answers how many it removed.
 _SWEEP = (
     _COMMON
     + """
@@ -210,12 +212,16 @@ class PageIndex:
             redis.register_script(script) for script in (_PUT, _TOUCH, _RELEASE, _LEAVE, _EVICT, _SWEEP)
         )
 
-    async def put(self, key: str, value: bytes, holder: str, budget: int | None) -> Put:
-        """Stores a value unless its key is known, within the budget, and counts it. It then has one holder more."""
-        args = (key, holder, -1 if budget is None else budget, KEYS_PER_CALL)
+    async def put(self, key: str, value: bytes, holder: str, budget: int | None, *, replace: bool = False) -> Put:
+        """Stores a value within the budget, and counts it. It then has one holder more.
+
+        Args:
+            replace: also if the key is known; otherwise the first value stays.
+        """
+        args = (key, holder, int(replace), -1 if budget is None else budget, KEYS_PER_CALL)
         async with self._redis.pipeline(transaction=True) as pipe:
             # One transaction, in which the value does not pass through the script: that would copy it twice.
-            pipe.set(key, value, ex=self._ttl_s, nx=True)
+            pipe.set(key, value, ex=self._ttl_s, nx=not replace)
             self._queue(pipe, self._put, *args)
             try:
                 _, reply = await pipe.execute()
@@ -247,7 +253,7 @@ class PageIndex:
 
     async def sweep(self) -> None:
         """Removes the entries of keys that have expired."""
-        while await self._run(self._sweep, KEYS_PER_CALL) == KEYS_PER_CALL:
+        while await self._run(self._sweep, KEYS_PER_CALL):
             pass
 
     async def nbytes(self) -> int:

@@ -166,12 +166,12 @@ class PageStore:
         await self._index.release([_page_key(page_id) for page_id in page_ids], holder)
 
     async def put_codec(self, codec_id: bytes, tables: bytes) -> None:
-        """Stores a quantizer. It goes like a page that nobody holds; its worker then puts it again.
+        """Stores a quantizer, also in place of a damaged one. It goes like a page that nobody holds; its worker then puts it again.
 
         Raises:
             ResourceExhausted, InvalidArgument: as `put`.
         """
-        await self._store(_codec_key(codec_id), tables, "")
+        await self._store(_codec_key(codec_id), tables, "", replace=True)
 
     async def get_codec(self, codec_id: bytes) -> bytes | None:
         value = await self._redis.get(_codec_key(codec_id))
@@ -197,12 +197,12 @@ class PageStore:
                 batch = []
         return pages + len(batch), nbytes + await self._lengths(batch)
 
-    async def _store(self, key: str, value: bytes, holder: str) -> bool:
+    async def _store(self, key: str, value: bytes, holder: str, replace: bool = False) -> bool:
         """Sets a key within the budget; whether it was new. Makes room as long as there is something to drop."""
         async with self._writing:
             while True:
                 try:
-                    put = await self._index.put(key, value, holder, self._budget.nbytes)
+                    put = await self._index.put(key, value, holder, self._budget.nbytes, replace=replace)
                 except ResponseError as error:
                     if not is_full(error):
                         raise

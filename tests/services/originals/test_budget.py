@@ -141,23 +141,26 @@ async def test_a_corrupt_page_leaves_the_sum(redis: Redis) -> None:
     assert await store.stored_bytes() == 0
 
 
-async def test_the_keeper_makes_room_for_what_else_grows(redis: Redis, redis_server: EmbeddedRedis) -> None:
+async def test_the_keeper_makes_room_for_what_else_grows() -> None:
     with EmbeddedRedis(maxmemory="64mb") as server:
         client = connect(server.url)
         budget, index = Budget(), PageIndex(client, 600)
         keeper = Keeper(client, index, budget)
         await keeper.step()
         store = PageStore(client, 600, budget)
-        held_ones, free = make_pages(10, LARGE), make_pages(36, LARGE, seed=1)
+        held_ones, free = make_pages(10, LARGE), make_pages(24, LARGE, seed=1)
         await put(store, held_ones, "aa")
         await put(store, free)
-        assert await stored(store, free) == [True] * 36
-        for number in range(16):
+        assert await stored(store, free) == [True] * 24
+        number = 0
+        while (memory := await client.info("memory"))["used_memory"] < 62 * MIB:
             await client.set(f"other:{number}", bytes(MIB))
+            number += 1
         await keeper.step()
         memory = await client.info("memory")
         assert memory["used_memory"] <= memory["maxmemory"] - reserve(64 * MIB) // 2
         assert await stored(store, held_ones) == [True] * 10
+        assert True in await stored(store, free)
         assert value(metrics.page_bytes) == await index.nbytes()
         assert value(metrics.page_budget_bytes) == budget.nbytes
         assert budget.nbytes is not None
@@ -218,7 +221,9 @@ async def test_workers_hold_what_they_run_and_wait_for_room(
         await asyncio.wrap_future(one.put(first))
         one.hold([page.id for page in first])  # a second sequence
         waiting = asyncio.wrap_future(other.put(second))
-        await until(lambda: _is(other.pending_bytes == 2 * SHAPE.nbytes or value(metrics.put_retries) > 0))
+        retries = value(metrics.put_retries)
+        while value(metrics.put_retries) < retries + 4:  # noqa: ASYNC110 (its loop is another thread's)
+            await asyncio.sleep(0.02)
         one.forget([page.id for page in first])
         assert await asyncio.wrap_future(one.match([page.id for page in first])) == 3
         assert not waiting.done()
@@ -242,10 +247,6 @@ async def test_workers_hold_what_they_run_and_wait_for_room(
         await asyncio.wait_for(until(all_dropped), 30)
         await asyncio.to_thread(one.close)
         await asyncio.to_thread(other.close)
-
-
-async def _is(holds: bool) -> bool:
-    return holds
 
 
 @pytest.mark.slow
