@@ -17,7 +17,7 @@ from services.common.redis import connect
 from services.common.registry import TTL_S
 from tests.faults.conftest import PAGE_TOKENS, Processes
 from tests.faults.test_processes import EXACT, Heard, Stub, asked, hear, listen, opened
-from tests.services.junk import fill, free
+from tests.services.junk import filled
 
 BALANCED = common_pb2.CacheParams(preset="balanced")
 
@@ -70,15 +70,19 @@ async def test_sessions_that_need_more_pages_than_fit(cache_service: str, client
 async def test_another_program_fills_redis(cache_service: str, client: Stub, redis: Redis) -> None:
     """The stream that runs goes on; new sessions are refused; with room everything works, without any restart."""
     session, heard = await opened(client, BALANCED), Heard()
-    await listen(client.Generate(asked(session), timeout=300), heard, 8, lambda: fill(redis))
-    assert len(heard.tokens) == 64
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await opened(client)
-    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert dict(refused.value.trailing_metadata() or ())["retry-after-ms"]
-    await asyncio.sleep(TTL_S + 2)
-    assert (await client.GetModel(generate_pb2.GetModelRequest())).workers == 1
-    await free(redis)
+    async with contextlib.AsyncExitStack() as stack:
+        full = filled(redis)
+        await listen(
+            client.Generate(asked(session), timeout=300), heard, 8, lambda: stack.enter_async_context(full)
+        )
+        assert len(heard.tokens) == 64
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            while True:  # a full Redis has a little room again and again
+                await opened(client)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(refused.value.trailing_metadata() or ())["retry-after-ms"]
+        await asyncio.sleep(TTL_S + 2)
+        assert (await client.GetModel(generate_pb2.GetModelRequest())).workers == 1
     assert len((await hear(client, session, " Then the ferryman")).tokens) == 64
     assert len((await hear(client, await opened(client, EXACT))).tokens) == 64
     while not (await stats(cache_service)).pages:  # noqa: ASYNC110 (nobody tells when the waiting pages have arrived)
