@@ -52,6 +52,14 @@ class Originals(Protocol):
         """Ends one hold of each page. A page that nobody holds may be dropped; a shared store may keep it."""
         ...
 
+    def rest(self, page_ids: Sequence[bytes]) -> None:
+        """Their holder pauses: a shared store may drop the pages when it needs room for those of others."""
+        ...
+
+    def wake(self, page_ids: Sequence[bytes]) -> None:
+        """The holder of `rest` goes on: it holds those of the pages that are still there."""
+        ...
+
 
 class InProcessOriginals:
     """Originals in the memory of this process, the CPU memory of arXiv 2403.04643. Every future is done at once."""
@@ -91,6 +99,12 @@ class InProcessOriginals:
             if self._holders[page_id] <= 0:
                 self._pages.pop(page_id, None)
                 del self._holders[page_id]
+
+    def rest(self, page_ids: Sequence[bytes]) -> None:
+        """Does nothing: pages of this process are not dropped for others."""
+
+    def wake(self, page_ids: Sequence[bytes]) -> None:
+        """Does nothing: they have not been dropped."""
 
 
 def requantize_from(pages: Mapping[bytes, Page], request: RowRequest, quantizer: Quantizer) -> RowReply:

@@ -52,7 +52,8 @@ class EmbeddedRedis:
 
     Args:
         configured_url: use the server at this URL instead of starting one.
-        maxmemory: as in redis.conf, such as "512mb"; "0" is no limit. A full server refuses writes.
+        maxmemory: as in redis.conf, such as "512mb"; "0" is no limit, None a quarter of the machine's memory. A full
+            server refuses writes.
         persist: keep data between `terminate` and `start` (an append-only file in the directory).
 
     Attributes:
@@ -60,9 +61,9 @@ class EmbeddedRedis:
         pid, directory: of a started server; None for a configured one.
     """
 
-    def __init__(self, configured_url: str | None = None, *, maxmemory: str = "0", persist: bool = False) -> None:
+    def __init__(self, configured_url: str | None = None, *, maxmemory: str | None = None, persist: bool = False) -> None:
         self._configured = configured_url is not None
-        self._maxmemory = maxmemory
+        self._maxmemory = maxmemory or str(psutil.virtual_memory().total // 4)
         self._persist = persist
         self._password = secrets.token_urlsafe(24)
         self._port = 0

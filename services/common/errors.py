@@ -6,9 +6,12 @@ import grpc
 from redis import exceptions as redis_errors
 
 from qaq_core.base import errors as core
-from services.common.redis import RedisUnreachableError
+from services.common.redis import RedisUnreachableError, is_full
 
 Code = grpc.StatusCode
+
+RETRY_AFTER_MS = 2000
+"""For a caller whom Redis refused, or did not answer."""
 
 
 class StatusError(Exception):
@@ -76,6 +79,19 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 )
 
 
+def _of_redis(error: redis_errors.RedisError) -> StatusError | None:
+    if is_full(error):
+        return ResourceExhausted("Redis is full; raise its maxmemory or close sessions", retry_after_ms=RETRY_AFTER_MS)
+    # Redis raises these while it starts, too. A lost, a busy and a starting server are the same for the caller.
+    if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError):
+        message = "Redis does not answer; check that it runs and that QAQ_REDIS_URL is right"
+        return Unavailable(message, retry_after_ms=RETRY_AFTER_MS)
+    if "MISCONF" in str(error):  # its disk is full or fails, and it was told to refuse writes then
+        message = "Redis cannot write to its disk and refuses to change anything; see its log, and make room"
+        return Unavailable(message, retry_after_ms=RETRY_AFTER_MS)
+    return None
+
+
 def to_status(error: Exception) -> StatusError | None:
     """The status of an expected error; None for an unexpected one."""
     if isinstance(error, StatusError):
@@ -83,11 +99,8 @@ def to_status(error: Exception) -> StatusError | None:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return StatusError(str(error), code=code)
-    if isinstance(error, redis_errors.OutOfMemoryError):
-        return ResourceExhausted("Redis is full; raise its maxmemory or close sessions")
-    # Redis raises these while it starts, too. A lost, a busy and a starting server are the same for the caller.
-    if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError):
-        return Unavailable("Redis does not answer; check that it runs and that QAQ_REDIS_URL is right")
+    if isinstance(error, redis_errors.RedisError):
+        return _of_redis(error)
     if isinstance(error, grpc.aio.AioRpcError):
         metadata = dict(error.trailing_metadata() or ())
         retry, reason = metadata.get("retry-after-ms"), str(metadata.get("qaq-reason", ""))

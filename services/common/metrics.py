@@ -30,6 +30,10 @@ requantize_failures = Counter(
 originals_missing = Counter("qaq_originals_missing_total", "Rows without an original in the store")
 originals_corrupt = Counter("qaq_originals_corrupt_total", "Stored pages that do not match their header or checksum")
 pages_unacked = Gauge("qaq_pages_unacked", "Pages that the originals store has not acknowledged yet")
+page_bytes = Gauge("qaq_page_bytes", "Bytes of pages and codecs in Redis, with their keys")
+page_budget_bytes = Gauge("qaq_page_budget_bytes", "Bytes that pages and codecs may take in Redis now")
+pages_evicted = Counter("qaq_pages_evicted_total", "Pages and codecs that nobody held, dropped for others")
+pages_refused = Counter("qaq_pages_refused_total", "Pages and codecs that were refused because all others were held")
 put_retries = Counter("qaq_put_retries_total", "Times that a page was sent again")
 redis_row_reads = Counter("qaq_redis_row_reads_total", "Rows of originals read from Redis")
 

@@ -8,12 +8,13 @@ from pydantic import SecretStr
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from qaq_core.base.errors import QAQError
 
 CONNECT_TIMEOUT_S = 2.0
 CALL_TIMEOUT_S = 5.0
+_OOM = "OOM command not allowed"
 
 
 class RedisUnreachableError(QAQError):
@@ -46,6 +47,11 @@ async def check(client: Redis, url: str | SecretStr) -> None:
         raise RedisUnreachableError(
             f"Redis at {redacted(url)} does not answer ({error}); start it, or correct QAQ_REDIS_URL"
         ) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether Redis refused a write because its memory is full. Of a script's write only the text tells."""
+    return isinstance(error, OutOfMemoryError) or (isinstance(error, RedisError) and _OOM in str(error))
 
 
 def redacted(url: str | SecretStr) -> str:

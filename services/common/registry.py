@@ -28,6 +28,12 @@ Info = Mapping[str, Any]
 TTL_S = 6
 HEARTBEAT_S = 2.0
 _RSS = "rss_bytes"
+# A full Redis refuses SET. It allows EXPIRE, and after it the other writes of a script: members must not be lost.
+_BEAT = """
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[1])
+redis.call('SADD', KEYS[2], ARGV[3])
+"""
 
 log = structlog.get_logger()
 
@@ -58,6 +64,7 @@ class Registry:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._script = redis.register_script(_BEAT)
 
     @contextlib.asynccontextmanager
     async def announce(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> AsyncIterator[None]:
@@ -90,17 +97,14 @@ class Registry:
 
     async def _beat(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> None:
         facts = {**(info() if callable(info) else info), _RSS: psutil.Process().memory_info().rss}
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.set(_key(kind, address), json.dumps(dict(facts)), ex=TTL_S)
-            pipe.sadd(_set_key(kind), address)
-            await pipe.execute()
+        await self._script(keys=(_key(kind, address), _set_key(kind)), args=(TTL_S, json.dumps(facts), address))
 
     async def _keep_beating(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
                 await self._beat(kind, address, info)
-            except RedisError as error:
+            except Exception as error:  # whatever it is: without a heartbeat the member would be gone for good
                 metrics.registry_failures.inc()
                 if once(f"heartbeat {kind} {address}"):
                     log.warning("heartbeat failed; it is retried", kind=kind, address=address, error=str(error))

@@ -133,8 +133,12 @@ class OriginalsSettings(CommonSettings):
     """Settings of a cache service.
 
     Attributes:
-        page_ttl_s: seconds until an unused page expires in Redis. Workers touch the pages of their sessions every 60 s.
+        page_ttl_s: seconds until an unused page expires in Redis. Workers touch the pages of running sessions every
+            60 s.
+        page_budget_bytes: bytes that pages and codecs may take in Redis. None takes Redis' maxmemory without a reserve
+            for sessions and heartbeats: an eighth, at least 16 MiB. Unbounded if Redis has no maxmemory either.
     """
 
     port: int = Field(default=0, ge=0, le=65535)
     page_ttl_s: int = Field(default=3600, ge=180)
+    page_budget_bytes: int | None = Field(default=None, ge=1)

@@ -31,8 +31,8 @@ class RemoteOriginals:
     """Cache services behind the `Originals` protocol. Thread-safe; `close` it.
 
     It runs its own event loop in a daemon thread; every method returns at once. A page is sent until a replica
-    acknowledges it; other calls try a second replica and then fail with OriginalsError. The expiry of pages that
-    are put or fetched here is postponed until they are forgotten.
+    acknowledges it; other calls try a second replica and then fail with OriginalsError. Pages that are put or fetched
+    here are held until they are forgotten: the store neither drops nor expires them.
 
     Args:
         find: lists the addresses of the cache services; runs on this object's loop.
@@ -106,6 +106,12 @@ class RemoteOriginals:
     def forget(self, page_ids: Sequence[bytes]) -> None:
         self._background.submit(self._on_loop(self._held.forget, list(page_ids)))
 
+    def rest(self, page_ids: Sequence[bytes]) -> None:
+        self.forget(page_ids)
+
+    def wake(self, page_ids: Sequence[bytes]) -> None:
+        self.hold(page_ids)
+
     def close(self) -> None:
         """Ends running calls (their futures get OriginalsError) and the thread."""
         self._background.close(self._clean_up)
@@ -117,7 +123,7 @@ class RemoteOriginals:
         self._held = HeldPages(self._replicas)
         self._puts = Puts(self._replicas, self._held)
         self._requests = RowRequests(self._replicas, self._rows_timeout)
-        self._toucher = asyncio.create_task(self._held.keep_touching())
+        self._tellers = [asyncio.create_task(tell()) for tell in (self._held.keep_touching, self._held.keep_telling)]
 
     async def _clean_up(self) -> None:
         await self._replicas.close()
@@ -138,10 +144,12 @@ class RemoteOriginals:
         if not page_ids:
             return []
 
+        request = pb.FetchRequest(page_ids=page_ids, holder=self._held.holder)
+
         async def call(stub: Stub) -> dict[bytes, Page]:
             pages = {}
             page: wire.PageAssembly | None = None
-            async for reply in stub.Fetch(pb.FetchRequest(page_ids=page_ids), timeout=FETCH_TIMEOUT_S):
+            async for reply in stub.Fetch(request, timeout=FETCH_TIMEOUT_S):
                 if reply.chunk.missing:
                     continue
                 page = page or wire.PageAssembly(reply.chunk)
@@ -153,7 +161,7 @@ class RemoteOriginals:
         pages = await self._replicas.call(page_ids[0], call)
         if any(page.shape != shape for page in pages.values()):
             raise OriginalsError(f"stored pages are not {shape}; do the workers differ in page_tokens?")
-        self._held.hold(pages)
+        self._held.hold(pages, told=True)
         return [pages.get(page_id) for page_id in page_ids]
 
 

@@ -36,7 +36,7 @@ class Puts:
             OriginalsError: a page was refused for good.
         """
         # Before the first await: a `forget` that follows must find the pages.
-        self._held.hold(page.id for page in pages)
+        self._held.hold((page.id for page in pages), told=True)
         await asyncio.gather(*(self._put(page) for page in pages))
 
     async def _put(self, page: Page) -> None:
@@ -53,6 +53,7 @@ class Puts:
                 ):
                     with attempt:
                         await self._put_once(page)
+            self._held.arrived(page.id)
         finally:
             metrics.pages_unacked.dec()
 
@@ -61,7 +62,7 @@ class Puts:
 
         async def requests() -> AsyncIterator[pb.PutRequest]:
             for chunk in wire.page_chunks(page.id, page.shape, data):
-                yield pb.PutRequest(chunk=chunk)
+                yield pb.PutRequest(chunk=chunk, holder=self._held.holder)
 
         await self._replicas.call(page.id, lambda stub: stub.Put(requests(), timeout=PUT_TIMEOUT_S), tries=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from contextlib import AsyncExitStack
 
@@ -12,6 +13,9 @@ from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
 from services.common.settings import OriginalsSettings
+from services.common.tasks import ended
+from services.originals.budget import Budget, Keeper
+from services.originals.index import PageIndex
 from services.originals.service import OriginalsService
 from services.originals.store import PageStore
 
@@ -36,7 +40,11 @@ class OriginalsServer:
             redis = connect(settings.redis_url)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
-            service = OriginalsService(PageStore(redis, settings.page_ttl_s))
+            budget = Budget(settings.page_budget_bytes)
+            keeper = Keeper(redis, PageIndex(redis, settings.page_ttl_s), budget)
+            await keeper.step()
+            stack.push_async_callback(ended, asyncio.create_task(keeper.run(), name="page budget"))
+            service = OriginalsService(PageStore(redis, settings.page_ttl_s, budget))
             stack.callback(service.close)
             server = GrpcServer(
                 settings.host,

@@ -43,9 +43,10 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
         page: wire.PageAssembly | None = None
         async for request in requests:
             page = page or wire.PageAssembly(request.chunk)
+            wire.check_holder(request.holder)
             if page.add(request.chunk):
                 # The next page is read when Redis has this one: a stream needs memory for one page.
-                new = await self._store.put(page.page_id, page.shape, page.data)
+                new = await self._store.put(page.page_id, page.shape, page.data, request.holder)
                 reply.pages_stored += new
                 reply.pages_known += not new
                 page = None
@@ -67,14 +68,17 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
         quantizer = await self._quantizers.parse(bytes(tables))
         if quantizer.id != codec_id:
             raise InvalidArgument("codec_id is not the fingerprint of the tables; send the quantizer's own id")
-        await self._store.put_codec(codec_id, bytes(tables), of_sequence=quantizer.base is not None)
+        await self._store.put_codec(codec_id, bytes(tables))
         return pb.PutCodecReply()
 
     async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
         return pb.MatchReply(pages=await self._store.match(_check_ids(request.page_ids)))
 
     async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[pb.FetchReply]:
-        for page_id in _check_ids(request.page_ids):
+        page_ids = _check_ids(request.page_ids)
+        wire.check_holder(request.holder)
+        await self._store.touch(page_ids, request.holder)  # so that none of them is dropped meanwhile
+        for page_id in page_ids:
             stored = await self._store.get(page_id)
             if stored is None:
                 yield pb.FetchReply(chunk=pb.PageChunk(page_id=page_id, last=True, missing=True))
@@ -95,7 +99,13 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
         return pb.RequantizeReply(found=found.astype(np.uint8).tobytes(), planes=planes)
 
     async def Touch(self, request: pb.TouchRequest, context: Any) -> pb.TouchReply:
-        return pb.TouchReply(pages=await self._store.touch(_check_ids(request.page_ids)))
+        wire.check_holder(request.holder)
+        return pb.TouchReply(pages=await self._store.touch(_check_ids(request.page_ids), request.holder))
+
+    async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseReply:
+        wire.check_holder(request.holder)
+        await self._store.release(_check_ids(request.page_ids), request.holder)
+        return pb.ReleaseReply()
 
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsReply:
         pages, nbytes = await self._store.size()
@@ -106,6 +116,10 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
             rows_missing=self._rows_missing,
             redis_row_reads=self._store.row_reads,
             requantize_bytes=self._requantize_bytes,
+            stored_bytes=await self._store.stored_bytes(),
+            budget_bytes=self._store.budget_bytes or 0,
+            evicted=self._store.evicted,
+            refused=self._store.refused,
         )
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:

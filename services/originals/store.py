@@ -7,27 +7,35 @@ the header is valid and has the requested shape.
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import Mapping, Sequence
 
 import structlog
 from blake3 import blake3
 from redis.asyncio import Redis
-from redis.exceptions import WatchError
+from redis.exceptions import ResponseError, WatchError
 
 from qaq_core.base.errors import CorruptPageError
 from qaq_core.base.pages import PageShape
 from qaq_core.base.rows import RowRequest
 from services.common import metrics
-from services.common.errors import InvalidArgument
+from services.common.errors import InvalidArgument, ResourceExhausted
 from services.common.log import once
+from services.common.redis import is_full
+from services.originals.budget import Budget
+from services.originals.index import PageIndex
 
 HEADER_BYTES = 64
-CODEC_TTL_S = 7 * 24 * 3600
+RETRY_AFTER_MS = 2000
 _MAGIC, _VERSION = b"QAQP", 1
 _FIELDS = struct.Struct("<4sHH4IQ")
 _SUM_BYTES = 16
 _DTYPES = ("float32", "float16", "bfloat16")
+_WRITES_IN_FLIGHT = 4
+"""Pages on their way to Redis, which needs memory for each beside the budget."""
+_SLACK = 4 << 20
+"""Dropped beside a page's own bytes when others have filled Redis, for what a write needs meanwhile."""
 _COMMANDS = 2048  # per pipeline: bounds the memory for commands and replies
 
 log = structlog.get_logger()
@@ -75,23 +83,34 @@ class PageStore:
     Every method may raise redis.exceptions.RedisError: ConnectionError, TimeoutError, OutOfMemoryError.
 
     Args:
-        ttl_s: seconds until a page expires that is neither put nor touched again.
+        ttl_s: seconds until a page or codec expires that is neither put nor touched again.
+        budget: of the bytes of all pages and codecs in Redis.
 
     Attributes:
         row_reads: rows read from Redis by this object.
+        evicted, refused: pages and codecs that this object dropped for others, and that it could not store.
     """
 
-    def __init__(self, redis: Redis, ttl_s: int) -> None:
+    def __init__(self, redis: Redis, ttl_s: int, budget: Budget | None = None) -> None:
         self._redis = redis
-        self._ttl_s = ttl_s
-        self.row_reads = 0
+        self._index = PageIndex(redis, ttl_s)
+        self._budget = budget or Budget()
+        self._writing = asyncio.Semaphore(_WRITES_IN_FLIGHT)
+        self.row_reads = self.evicted = self.refused = 0
 
-    async def put(self, page_id: bytes, shape: PageShape, data: bytes | bytearray | memoryview) -> bool:
-        """Stores a page; returns when Redis has it. False if it was stored already; its expiry is then postponed."""
-        new = await self._redis.set(_page_key(page_id), pack_page(shape, data), ex=self._ttl_s, nx=True)
-        if not new:
-            await self.touch([page_id])
-        return bool(new)
+    async def put(
+        self, page_id: bytes, shape: PageShape, data: bytes | bytearray | memoryview, holder: str = ""
+    ) -> bool:
+        """Stores a page; returns when Redis has it. False if it was stored already; its expiry is then postponed.
+
+        Pages that nobody holds are dropped for it when the budget is reached, the least recently used first.
+
+        Args:
+            holder: names the process that needs the page; it holds it until `release`, if it touches it meanwhile.
+        Raises:
+            ResourceExhausted: all others are held, too. InvalidArgument: it is larger than the whole budget.
+        """
+        return await self._store(_page_key(page_id), pack_page(shape, data), holder)
 
     async def match(self, page_ids: Sequence[bytes]) -> int:
         """Length of the longest chain of pages, from the first, that is stored."""
@@ -138,20 +157,34 @@ class PageStore:
                 values[row] = value if len(value) == shape.row_bytes else None
         return values
 
-    async def touch(self, page_ids: Sequence[bytes]) -> int:
-        """Postpones the expiry of pages. Returns the number of them that are stored."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for page_id in page_ids:
-                pipe.expire(_page_key(page_id), self._ttl_s)
-            return sum(await pipe.execute())
+    async def touch(self, page_ids: Sequence[bytes], holder: str = "") -> int:
+        """Postpones the expiry of pages and holds them. Returns the number of them that are stored."""
+        return await self._index.touch([_page_key(page_id) for page_id in page_ids], holder)
 
-    async def put_codec(self, codec_id: bytes, tables: bytes, of_sequence: bool = False) -> None:
-        """Stores the quantizer of a model, for `CODEC_TTL_S`, or of one sequence, for as long as its pages."""
-        await self._redis.set(_codec_key(codec_id), tables, ex=self._ttl_s if of_sequence else CODEC_TTL_S)
+    async def release(self, page_ids: Sequence[bytes], holder: str) -> None:
+        """Ends a holder's hold on pages. Those that nobody else holds may be dropped for others."""
+        await self._index.release([_page_key(page_id) for page_id in page_ids], holder)
+
+    async def put_codec(self, codec_id: bytes, tables: bytes) -> None:
+        """Stores a quantizer, also in place of a damaged one. It goes like a page that nobody holds; its worker then puts it again.
+
+        Raises:
+            ResourceExhausted, InvalidArgument: as `put`.
+        """
+        await self._store(_codec_key(codec_id), tables, "", replace=True)
 
     async def get_codec(self, codec_id: bytes) -> bytes | None:
         value = await self._redis.get(_codec_key(codec_id))
         return value if isinstance(value, bytes) else None
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What all pages and codecs may take in Redis now; None is unbounded."""
+        return self._budget.nbytes
+
+    async def stored_bytes(self) -> int:
+        """What all pages and codecs take in Redis, with what Redis needs for their keys."""
+        return await self._index.nbytes()
 
     async def size(self) -> tuple[int, int]:
         """Number of pages and bytes of their values. Scans the keys: for statistics, not for the request path."""
@@ -163,6 +196,56 @@ class PageStore:
                 pages, nbytes = pages + len(batch), nbytes + await self._lengths(batch)
                 batch = []
         return pages + len(batch), nbytes + await self._lengths(batch)
+
+    async def _store(self, key: str, value: bytes, holder: str, replace: bool = False) -> bool:
+        """Sets a key within the budget; whether it was new. Makes room as long as there is something to drop."""
+        async with self._writing:
+            while True:
+                try:
+                    put = await self._index.put(key, value, holder, self._budget.nbytes, replace=replace)
+                except ResponseError as error:
+                    if not is_full(error):
+                        raise
+                    if await self._evict(len(value)):
+                        continue
+                    raise self._refused("Redis is full, and not with pages that could be dropped") from error
+                self._count_evicted(put.dropped)
+                if put.answer == "full":
+                    self._check_size(put.nbytes)
+                    budget = self._budget.nbytes
+                    raise self._refused(f"running sessions hold all pages in the {budget:,} bytes that pages may take")
+                if put.answer != "more":
+                    return put.answer == "stored"
+
+    async def _evict(self, nbytes: int) -> int:
+        """Drops so many bytes that nobody holds, for a Redis that others have filled."""
+        stored = await self._index.nbytes()
+        dropped = await self._index.evict(max(0, stored - nbytes - _SLACK))
+        self._count_evicted(dropped)
+        return dropped
+
+    def _count_evicted(self, dropped: int) -> None:
+        self.evicted += dropped
+        metrics.pages_evicted.inc(dropped)
+
+    def _check_size(self, nbytes: int) -> None:
+        whole = self._budget.whole
+        if whole is not None and nbytes > whole:
+            raise InvalidArgument(
+                f"it takes {nbytes:,} bytes and all pages together may take {whole:,}; use fewer page_tokens, or raise "
+                "Redis' maxmemory or QAQ_PAGE_BUDGET_BYTES"
+            )
+
+    def _refused(self, reason: str) -> ResourceExhausted:
+        self.refused += 1
+        metrics.pages_refused.inc()
+        message = (
+            f"{reason}; it is tried again until there is room: run fewer sessions, or raise Redis' maxmemory or "
+            "QAQ_PAGE_BUDGET_BYTES"
+        )
+        if once("pages refused"):
+            log.warning(message)
+        return ResourceExhausted(message, retry_after_ms=RETRY_AFTER_MS, reason="pages-full")
 
     async def _valid_pages(self, page_ids: Mapping[int, bytes], shape: PageShape) -> set[int]:
         """Numbers of the pages that are stored with a valid header."""
@@ -187,6 +270,7 @@ class PageStore:
                 return
             pipe.multi()
             pipe.unlink(key)
+            self._index.leave(pipe, key)
             try:
                 await pipe.execute()
             except WatchError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ MAX_ROWS = 16_384
 MAX_REPLY_BYTES = 3_500_000
 # RoPE tables are as long as the largest position, so positions are bounded.
 MAX_POSITION = 1 << 20
+_HOLDER = re.compile(r"[0-9A-Za-z]{0,32}")
 _DTYPES = ("float32", "float16", "bfloat16")
 _DTYPES_ON_WIRE = {name: dtype.newbyteorder("<") for name, dtype in ROW_ARRAYS.items()}
 
@@ -55,6 +57,12 @@ def check_page_ids(page_ids: Iterable[bytes]) -> None:
     for page_id in page_ids:
         if len(page_id) != PAGE_ID_BYTES:
             raise InvalidArgument(f"a page id has {len(page_id)} bytes and must have {PAGE_ID_BYTES}")
+
+
+def check_holder(holder: str) -> None:
+    """Raises InvalidArgument unless it can name a holder."""
+    if not _HOLDER.fullmatch(holder):
+        raise InvalidArgument("holder must have at most 32 letters and digits; leave it empty to hold nothing")
 
 
 def page_chunks(page_id: bytes, shape: PageShape, data: memoryview | bytes) -> Iterator[pb.PageChunk]:

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from services.common import metrics
 from services.common.echoes import EchoOnce
-from services.common.errors import StatusError
+from services.common.errors import StatusError, Unavailable
 from services.router.hold import Hold, Lost
 from services.router.metrics import RelayLatency, TokenTimes
 from services.router.session_pages import SessionPages
@@ -28,6 +28,8 @@ from services.router.token_log import LogWriter
 from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
 
 PLACEMENT_RETRY_S = 0.25
+LOG_PATIENCE_S = 10.0
+HINT_TIMEOUT_S = 1.0
 FRUITLESS = 3
 """Workers in a row that may go away without a new token. After that the generation itself is taken for the cause."""
 
@@ -105,8 +107,7 @@ class GenerationStream:
                             if reply is None:
                                 continue
                             if reply.HasField("finished"):
-                                # The session's next turn may begin once the client has this: it reads the log.
-                                await self._log.flush()
+                                await self._complete_log()
                             yield reply
                             # The next reply is requested when gRPC has taken this one.
                             if reply.HasField("token"):
@@ -144,8 +145,10 @@ class GenerationStream:
         if self._aborted:
             raise asyncio.CancelledError
         if self._session.kept and link.address != self._cached_on:
-            await self._hold.set_worker(link.address)
-            self._cached_on = link.address
+            # A hint for the next turn: neither this one waits for Redis long, nor does it fail.
+            with contextlib.suppress(RedisError, TimeoutError):
+                await asyncio.wait_for(self._hold.set_worker(link.address), HINT_TIMEOUT_S)
+                self._cached_on = link.address
         link.calls += 1
         self._call = link.stub.Run(self._request, timeout=max(0.0, deadline_s))
         try:
@@ -208,6 +211,23 @@ class GenerationStream:
             return no_worker()
         message = "the worker went away while it generated, and no other worker could resume; send the request again"
         return StatusError(message, code=_GONE, retry_after_ms=RETRY_AFTER_MS)
+
+    async def _complete_log(self) -> None:
+        """Writes the rest of the log. A kept session's next turn reads it, and may begin once the client has the end.
+
+        Raises:
+            Unavailable: Redis refuses it, or does not answer, for `LOG_PATIENCE_S`.
+        """
+        if not self._session.kept:
+            return
+        try:
+            await self._log.flush(LOG_PATIENCE_S)
+        except RedisError as error:
+            message = (
+                f'every token was sent, but Redis does not take the last ones into the log of session '
+                f'"{self._session.id}": its next turn would lack them; rejoin it once Redis works'
+            )
+            raise Unavailable(message, retry_after_ms=RETRY_AFTER_MS) from error
 
     async def _flush(self) -> None:
         """Writes what the session's next turn needs."""

@@ -29,9 +29,13 @@ Lost = Literal["closed", "taken"]
 
 log = structlog.get_logger()
 
-_ACQUIRE = """
+# A full Redis refuses what needs memory. It allows HDEL, and after it the other writes of a script: a generation that
+# runs goes on, and its log is written. What begins one, `write_turn`, is refused.
+_ALLOWED = "redis.call('HDEL', KEYS[1], '')\n"
+_ACQUIRE = f"""
 if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+{_ALLOWED}
 local fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
 redis.call('SET', KEYS[2], fence, 'EX', ARGV[1])
 return fence
@@ -42,8 +46,9 @@ local fence = redis.call('HGET', KEYS[1], 'fence')
 if not fence then return 0 end
 if fence ~= ARGV[1] then return -1 end
 """
+_RUNS = _FENCED + _ALLOWED
 _REFRESH = (
-    _FENCED
+    _RUNS
     + """
 redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
@@ -52,10 +57,11 @@ return 1
 )
 # The number goes up, so that a refresh that is still under way takes nothing.
 _RELEASE = _FENCED + "redis.call('DEL', KEYS[2]) redis.call('HINCRBY', KEYS[1], 'fence', 1) return 1"
-_SET = _FENCED + "redis.call('HSET', KEYS[1], ARGV[2], ARGV[3]) return 1"
+_WRITE_TURN = _FENCED + "redis.call('HSET', KEYS[1], 'turn', ARGV[2]) return 1"
+_SET_WORKER = _RUNS + "redis.call('HSET', KEYS[1], 'worker', ARGV[2]) return 1"
 # A write at a known offset, unlike an append, may be sent twice.
 _WRITE = (
-    _FENCED
+    _RUNS
     + """
 redis.call('SETRANGE', KEYS[2], ARGV[2], ARGV[3])
 redis.call('EXPIRE', KEYS[1], ARGV[4])
@@ -63,9 +69,9 @@ redis.call('EXPIRE', KEYS[2], ARGV[4])
 return 1
 """
 )
-_WRITE_PAGES = _FENCED + "redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3]) return 1"
+_WRITE_PAGES = _RUNS + "redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3]) return 1"
 _CUT = (
-    _FENCED
+    _RUNS
     + """
 redis.call('SET', KEYS[2], redis.call('GETRANGE', KEYS[2], 0, ARGV[2] - 1), 'EX', ARGV[3])
 redis.call('DEL', KEYS[3])
@@ -90,7 +96,8 @@ class Scripts:
         self.acquire = redis.register_script(_ACQUIRE)
         self.refresh = redis.register_script(_REFRESH)
         self.release = redis.register_script(_RELEASE)
-        self.set = redis.register_script(_SET)
+        self.write_turn = redis.register_script(_WRITE_TURN)
+        self.set_worker = redis.register_script(_SET_WORKER)
         self.write = redis.register_script(_WRITE)
         self.write_pages = redis.register_script(_WRITE_PAGES)
         self.cut = redis.register_script(_CUT)
@@ -126,11 +133,11 @@ class Hold:
 
     async def write_turn(self, request: worker_pb2.RunRequest) -> bool:
         """Records the request of the turn that begins. Its token_ids are the turn's prompt alone."""
-        return await self._run(self._scripts.set, (), "turn", request.SerializeToString())
+        return await self._run(self._scripts.write_turn, (), request.SerializeToString())
 
     async def set_worker(self, address: str) -> bool:
         """Records which worker has the session's cache."""
-        return await self._run(self._scripts.set, (), "worker", address)
+        return await self._run(self._scripts.set_worker, (), address)
 
     async def forget(self) -> bool:
         """Deletes the session."""

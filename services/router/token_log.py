@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 
 from redis.exceptions import RedisError
@@ -46,18 +47,26 @@ class LogWriter:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._write_behind(), name=f"log {self._hold.session}")
 
-    async def flush(self) -> None:
+    async def flush(self, patience_s: float = 0.0) -> None:
         """Returns when Redis has every token.
 
+        Args:
+            patience_s: how long to try a failed write again.
         Raises:
             redis.exceptions.RedisError: the write failed.
         """
+        ends = time.monotonic() + patience_s
         self._ending.set()
         if self._task is not None:
             await asyncio.wait([self._task])
         self._ending.clear()  # other choices may still generate
         while self._pending:
-            await self._write()
+            try:
+                await self._write()
+            except RedisError:
+                if time.monotonic() >= ends:
+                    raise
+                await asyncio.sleep(LAG_S)
 
     async def _write_behind(self) -> None:
         """Writes and waits `LAG_S`, until no token arrived while it waited."""

@@ -151,7 +151,12 @@ class WorkerPool:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(REFRESH_S)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception as error:  # whatever it is: a router that stops looking has no worker for good
+                metrics.registry_failures.inc()
+                if once("follow workers"):
+                    log.error("could not refresh the workers; trying again", exc_info=error)
 
 
 def no_worker() -> Unavailable:

@@ -94,6 +94,7 @@ class Session:
         self._originals, self._fingerprint, self._salt, self._wait = originals, fingerprint, salt, wait
         self._prefill_left = 0
         self._held_pages: list[bytes] = []
+        self._resting: list[bytes] = []
         self.counted: dict[str, int]
         self.loading: PrefixLoad | None = None
         self._open()
@@ -192,7 +193,7 @@ class Session:
     def fork(self) -> Session:
         """A session with the same log and a copy of the cache. The session must not be in prefill."""
         other = copy.copy(self)
-        other.tokens = list(self.tokens)
+        other.tokens, other._resting = list(self.tokens), []
         other.names = other._names()
         other.sequence = self.sequence.fork(other.names)
         other.counted = {"exceptions": 0, "originals_missing": 0}
@@ -219,8 +220,20 @@ class Session:
         self.close()
         self._open()
 
+    def rest(self) -> None:
+        """Lets the store drop the pages, while the session is idle, when it has no room for those of running ones."""
+        self._resting = list(self.sequence.staging.names)
+        self._originals.rest(self._resting)
+
+    def wake(self) -> None:
+        """Holds the pages that are still stored again."""
+        if self._resting:
+            self._originals.wake(self._resting)
+            self._resting = []
+
     def close(self) -> None:
         """Frees the cache; its pages still reach the store."""
+        self.wake()  # closing the sequence ends its hold
         if self.loading is not None:
             self.loading.close()
         self._release_pages()

@@ -1,4 +1,4 @@
-"""The session cache: sessions between two turns."""
+"""The session cache: sessions between two turns. Their pages give way to those of running ones."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class SessionCache:
     def put(self, session_id: str, session: Session) -> None:
         """Adds a session, in place of one with the same id."""
         self.drop(session_id)
+        session.rest()
         self._sessions[session_id] = session
         while len(self._sessions) > self._capacity:
             self.evict()
@@ -34,11 +35,14 @@ class SessionCache:
 
     def take(self, session_id: str) -> Session | None:
         """Removes and returns the session; None if there is none."""
-        return self._sessions.pop(session_id, None)
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            session.wake()
+        return session
 
     def drop(self, session_id: str) -> bool:
         """Frees a session; False if there is none."""
-        session = self.take(session_id)
+        session = self._sessions.pop(session_id, None)
         if session is not None:
             session.close()
         return session is not None

@@ -35,10 +35,12 @@ class PageChunk(_message.Message):
     def __init__(self, page_id: _Optional[bytes] = ..., shape: _Optional[_Union[PageShape, _Mapping]] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ..., missing: _Optional[bool] = ...) -> None: ...
 
 class PutRequest(_message.Message):
-    __slots__ = ("chunk",)
+    __slots__ = ("chunk", "holder")
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     chunk: PageChunk
-    def __init__(self, chunk: _Optional[_Union[PageChunk, _Mapping]] = ...) -> None: ...
+    holder: str
+    def __init__(self, chunk: _Optional[_Union[PageChunk, _Mapping]] = ..., holder: _Optional[str] = ...) -> None: ...
 
 class PutReply(_message.Message):
     __slots__ = ("pages_stored", "pages_known")
@@ -73,10 +75,12 @@ class MatchReply(_message.Message):
     def __init__(self, pages: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("page_ids",)
+    __slots__ = ("page_ids", "holder")
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     page_ids: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, page_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    holder: str
+    def __init__(self, page_ids: _Optional[_Iterable[bytes]] = ..., holder: _Optional[str] = ...) -> None: ...
 
 class FetchReply(_message.Message):
     __slots__ = ("chunk",)
@@ -124,10 +128,12 @@ class RequantizeReply(_message.Message):
     def __init__(self, found: _Optional[bytes] = ..., planes: _Optional[bytes] = ...) -> None: ...
 
 class TouchRequest(_message.Message):
-    __slots__ = ("page_ids",)
+    __slots__ = ("page_ids", "holder")
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     page_ids: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, page_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    holder: str
+    def __init__(self, page_ids: _Optional[_Iterable[bytes]] = ..., holder: _Optional[str] = ...) -> None: ...
 
 class TouchReply(_message.Message):
     __slots__ = ("pages",)
@@ -135,22 +141,42 @@ class TouchReply(_message.Message):
     pages: int
     def __init__(self, pages: _Optional[int] = ...) -> None: ...
 
+class ReleaseRequest(_message.Message):
+    __slots__ = ("page_ids", "holder")
+    PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    page_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    holder: str
+    def __init__(self, page_ids: _Optional[_Iterable[bytes]] = ..., holder: _Optional[str] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("pages", "bytes", "rows_requantized", "rows_missing", "redis_row_reads", "requantize_bytes")
+    __slots__ = ("pages", "bytes", "rows_requantized", "rows_missing", "redis_row_reads", "requantize_bytes", "stored_bytes", "budget_bytes", "evicted", "refused")
     PAGES_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     ROWS_REQUANTIZED_FIELD_NUMBER: _ClassVar[int]
     ROWS_MISSING_FIELD_NUMBER: _ClassVar[int]
     REDIS_ROW_READS_FIELD_NUMBER: _ClassVar[int]
     REQUANTIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     pages: int
     bytes: int
     rows_requantized: int
     rows_missing: int
     redis_row_reads: int
     requantize_bytes: int
-    def __init__(self, pages: _Optional[int] = ..., bytes: _Optional[int] = ..., rows_requantized: _Optional[int] = ..., rows_missing: _Optional[int] = ..., redis_row_reads: _Optional[int] = ..., requantize_bytes: _Optional[int] = ...) -> None: ...
+    stored_bytes: int
+    budget_bytes: int
+    evicted: int
+    refused: int
+    def __init__(self, pages: _Optional[int] = ..., bytes: _Optional[int] = ..., rows_requantized: _Optional[int] = ..., rows_missing: _Optional[int] = ..., redis_row_reads: _Optional[int] = ..., requantize_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., evicted: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...

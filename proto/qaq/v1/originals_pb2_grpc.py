@@ -64,6 +64,11 @@ class OriginalsStub:
                 request_serializer=qaq_dot_v1_dot_originals__pb2.TouchRequest.SerializeToString,
                 response_deserializer=qaq_dot_v1_dot_originals__pb2.TouchReply.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/qaq.v1.Originals/Release',
+                request_serializer=qaq_dot_v1_dot_originals__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=qaq_dot_v1_dot_originals__pb2.ReleaseReply.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/qaq.v1.Originals/Stats',
                 request_serializer=qaq_dot_v1_dot_originals__pb2.StatsRequest.SerializeToString,
@@ -110,7 +115,15 @@ class OriginalsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Touch(self, request, context):
-        """Postpones the expiry of pages.
+        """Postpones the expiry of pages and holds them: they are not dropped for others while they are held. A hold lasts 150 s
+        unless it is renewed. Put and Fetch hold pages, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Ends a hold: pages that nobody else holds may be dropped for others, the least recently used first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +168,11 @@ def add_OriginalsServicer_to_server(servicer, server):
                     servicer.Touch,
                     request_deserializer=qaq_dot_v1_dot_originals__pb2.TouchRequest.FromString,
                     response_serializer=qaq_dot_v1_dot_originals__pb2.TouchReply.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=qaq_dot_v1_dot_originals__pb2.ReleaseRequest.FromString,
+                    response_serializer=qaq_dot_v1_dot_originals__pb2.ReleaseReply.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -324,6 +342,33 @@ class Originals:
             '/qaq.v1.Originals/Touch',
             qaq_dot_v1_dot_originals__pb2.TouchRequest.SerializeToString,
             qaq_dot_v1_dot_originals__pb2.TouchReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qaq.v1.Originals/Release',
+            qaq_dot_v1_dot_originals__pb2.ReleaseRequest.SerializeToString,
+            qaq_dot_v1_dot_originals__pb2.ReleaseReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,7 @@ def test_starts_privately_and_leaves_nothing() -> None:
         client = redis_client.Redis.from_url(server.url)
         assert client.ping()
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        assert int(client.config_get("maxmemory")["maxmemory"]) == psutil.virtual_memory().total // 4
         assert client.config_get("bind") == {"bind": "127.0.0.1"}
         password = server.url.split("@")[0].rpartition(":")[2]
         assert len(password) >= 32

@@ -1,0 +1,41 @@
+"""Another program's keys, which fill Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+
+from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
+
+PREFIX = "junk:"
+_numbers = itertools.count()
+
+
+@contextlib.asynccontextmanager
+async def filled(redis: Redis) -> AsyncIterator[None]:
+    """Keeps Redis full while the context lasts; then its memory is free again."""
+    await _fill(redis)
+    filling = asyncio.create_task(_keep_filling(redis))
+    try:
+        yield
+    finally:
+        filling.cancel()
+        await asyncio.wait([filling])
+        await redis.delete(*[key async for key in redis.scan_iter(f"{PREFIX}*", count=10_000)])
+
+
+async def _keep_filling(redis: Redis) -> None:
+    while True:
+        await asyncio.sleep(0.05)
+        await _fill(redis)
+
+
+async def _fill(redis: Redis) -> None:
+    """Writes until Redis refuses the smallest value."""
+    for size in (1 << 18, 1 << 14, 1 << 10, 1):
+        with contextlib.suppress(OutOfMemoryError):
+            while True:
+                await redis.set(f"{PREFIX}{next(_numbers)}", bytes(size))

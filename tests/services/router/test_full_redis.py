@@ -1,0 +1,168 @@
+"""A Redis that another program has filled: who runs goes on, who comes is told, and everything works again later."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from qaq.v1 import generate_pb2
+from redis.asyncio import Redis
+
+from services.common import registry
+from services.common.embedded_redis import EmbeddedRedis
+from services.common.redis import connect
+from services.common.settings import RouterSettings
+from services.router import generation, hold, sessions
+from services.router.sessions import SessionDirectory
+from tests.services.junk import filled
+
+from .conftest import CountingWorker, router_channel, running_router, running_worker
+from .test_service import Stub, replies, request, until
+
+Code = grpc.StatusCode
+OPEN = generate_pb2.OpenSessionRequest(cache={"preset": "fp16"})
+
+
+@pytest.fixture
+async def small(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EmbeddedRedis]:
+    """A small Redis, in which members and holds expire soon."""
+    for module, name in ((registry, "TTL_S"), (hold, "HOLD_TTL_S"), (sessions, "HOLD_TTL_S")):
+        monkeypatch.setattr(module, name, 2)
+    for module, name in ((registry, "HEARTBEAT_S"), (hold, "REFRESH_S")):
+        monkeypatch.setattr(module, name, 0.1)
+    with EmbeddedRedis(maxmemory="8mb", persist=True) as server:
+        yield server
+
+
+@pytest.fixture
+async def other(small: EmbeddedRedis) -> AsyncIterator[Redis]:
+    client = connect(small.url)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def settings(small: EmbeddedRedis, model_path: Path) -> RouterSettings:
+    return RouterSettings(redis_url=small.url, port=0, model=str(model_path))
+
+
+async def test_streams_go_on_and_later_calls_succeed(settings: RouterSettings, other: Redis) -> None:
+    async with running_worker(other) as worker, running_router(settings) as client:
+        session, idle = [(await client.OpenSession(OPEN)).session_id for _ in range(2)]
+        worker.gate.clear()
+        kept = await begun(client.Generate(request(new=40, session_id=session), timeout=60))
+        alone = await begun(client.Generate(request(new=40), timeout=60))
+        async with filled(other):
+            for call in (
+                lambda: client.OpenSession(OPEN, timeout=30),
+                lambda: client.OpenSession(generate_pb2.OpenSessionRequest(branch_of=idle), timeout=30),
+                lambda: replies(client.Generate(request(new=1), timeout=30)),
+                lambda: replies(client.Generate(request(new=1, session_id=idle), timeout=30)),
+            ):
+                error = await refused(call)
+                assert (error.code(), "Redis is full" in error.details()) == (Code.RESOURCE_EXHAUSTED, True)
+                assert dict(error.trailing_metadata())["retry-after-ms"]
+            await asyncio.sleep(2.2)  # nobody expires meanwhile
+            assert await other.exists(f"qaq:session:{session}:run")
+            assert (await client.GetModel(generate_pb2.GetModelRequest())).workers == 1
+            worker.gate.set()
+            for stream in (kept, alone):
+                *_, last = await replies(stream)
+                assert last.HasField("finished")
+            assert len(await SessionDirectory(other, 600).tokens(session)) == len(worker.asked[0].token_ids) + 40
+        assert (await client.OpenSession(OPEN)).session_id
+        for asked in (request(session_id=session), request()):
+            assert (await replies(client.Generate(asked, timeout=30)))[-1].HasField("finished")
+
+
+async def refused(call: Callable[[], Awaitable[Any]]) -> Any:
+    """The error of a call that may succeed before: a full Redis has a little room again and again."""
+    for _ in range(1000):
+        try:
+            await call()
+        except grpc.aio.AioRpcError as error:
+            return error
+    pytest.fail("it was never refused")
+
+
+async def test_members_that_are_lost_come_back(settings: RouterSettings, other: Redis) -> None:
+    """As after a Redis that lost everything, or stood still for longer than members last."""
+    async with running_worker(other), running_router(settings) as client:
+        await replies(client.Generate(request(), timeout=30))
+        async with filled(other):
+            await other.delete(*[key async for key in other.scan_iter("qaq:member*")])
+            await asyncio.sleep(0.5)
+
+        async def answered() -> bool:
+            try:
+                return bool(await replies(client.Generate(request(), timeout=30)))
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is Code.UNAVAILABLE
+                return False
+
+        await until(answered, "an answer")
+
+
+async def test_the_last_tokens_are_written_when_redis_is_back(
+    small: EmbeddedRedis, settings: RouterSettings, other: Redis
+) -> None:
+    async with running_worker(other) as worker, running_router(settings) as client:
+        session, stream, count = await half(client, worker)
+        small.terminate()
+        worker.gate.set()
+        ending = asyncio.create_task(replies(stream))
+        await asyncio.sleep(0.5)
+        small.start()
+        assert (await ending)[-1].HasField("finished")
+        assert len(await SessionDirectory(other, 600).tokens(session)) == count
+
+
+async def test_a_log_that_cannot_be_written_is_said(
+    small: EmbeddedRedis, settings: RouterSettings, other: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every token has come. Who rejoins the session gets the same ones."""
+    monkeypatch.setattr(generation, "LOG_PATIENCE_S", 0.1)
+    async with running_worker(other) as worker, router_channel(settings) as channel:
+        client = Stub(channel)
+        session, stream, count = await half(client, worker)
+        tokens: list[int] = []
+        small.terminate()
+        worker.gate.set()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for reply in stream:
+                tokens += [reply.token.token_id] if reply.HasField("token") else []
+        assert (caught.value.code(), len(tokens)) == (Code.UNAVAILABLE, 39)
+        assert "every token was sent" in (caught.value.details() or "")
+        assert dict(caught.value.trailing_metadata())["retry-after-ms"]
+        small.start()
+
+        async def rejoined() -> bool:
+            try:
+                rest = await replies(client.Rejoin(generate_pb2.RejoinRequest(session_id=session, received=40)))
+            except grpc.aio.AioRpcError:
+                return False
+            return rest[-1].HasField("finished")
+
+        await until(rejoined, "the rest of the turn")
+        log = await SessionDirectory(other, 600).tokens(session)
+        assert log[count - 40 : count] == [*range(count - 40, count)]
+
+
+async def half(client: Stub, worker: CountingWorker) -> tuple[str, Any, int]:
+    """A session whose stream has begun, the stream, and the length of the log at its end."""
+    session = (await client.OpenSession(OPEN)).session_id
+    worker.gate.clear()
+    stream = await begun(client.Generate(request(new=40, session_id=session), timeout=60))
+    return session, stream, len(worker.asked[-1].token_ids) + 40
+
+
+async def begun(call: grpc.aio.UnaryStreamCall) -> Any:
+    """A stream whose first token was read."""
+    stream = aiter(call)
+    while not (await anext(stream)).HasField("token"):
+        pass
+    return stream
