@@ -18,11 +18,11 @@ from services.cli.options import (
     JsonPath,
     Model,
     StackPreset,
-    TargetBits,
+    StackTargetBits,
     Weights,
     model_or_default,
 )
-from services.cli.terminal import screen, size, starting
+from services.cli.terminal import screen, size, starting, warn_of_environment
 
 if TYPE_CHECKING:
     from services.cli.streaming import Generation
@@ -67,7 +67,7 @@ def demo(
     weights: Weights = "auto",
     compiled: Compiled = False,
     preset: StackPreset = "balanced",
-    target_bits: TargetBits = None,
+    target_bits: StackTargetBits = None,
     json_path: JsonPath = None,
 ) -> None:
     """Starts a stack, answers a question about a long text, shows the figures, and stops everything."""
@@ -87,6 +87,7 @@ def demo(
             "target_bits": target_bits,
         }
     )
+    warn_of_environment(stack=True)
     with contextlib.ExitStack() as stack:
         with starting() as report:
             running = stack.enter_context(control.attached(settings, report))

@@ -78,6 +78,7 @@ def checks(model: str | None, device: str) -> list[Callable[[], Iterator[Finding
         redis,
         lambda: model_files(model),
         cache_directory,
+        variables,
         extras,
     ]
 
@@ -202,6 +203,20 @@ def cache_directory() -> Iterator[Finding]:
         return
     advice = f"{nearest} cannot be written: set QAQ_CACHE_DIR, or all is measured and converted at each start"
     yield Finding(name="cache", state="better", found=str(path), advice=advice)
+
+
+def variables() -> Iterator[Finding]:
+    """The environment variables of QAQ that are set; one finding for each that cannot be or means nothing."""
+    from services.common import environment
+
+    wrong, unknown = environment.wrong(), environment.unknown()
+    for name, what in wrong.items():
+        yield Finding(name=name, state="wrong", found="cannot be used", advice=what)
+    for name, meant in unknown.items():
+        yield Finding(name=name, state="better", found="unknown", advice=environment.told(name, meant))
+    if not wrong and not unknown:
+        names = sorted(name for name in os.environ if name.upper().startswith(environment.PREFIX))
+        yield Finding(name="variables", state="ok", found=", ".join(names) or "none is set")
 
 
 def extras() -> Iterator[Finding]:

@@ -43,6 +43,7 @@ def _sentence(error: Exception) -> str | None:
         from pydantic import ValidationError
         from redis.exceptions import RedisError
 
+        from services.common.environment import known, variable
         from services.common.errors import StatusError
     except ModuleNotFoundError:
         return None
@@ -56,7 +57,8 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        return escape(f"{name}: {first['msg']}; set it by its option or by QAQ_{name.upper()}")
+        by = f" or by {variable(name)}" if variable(name) in known() else ""
+        return escape(f"{name}: {first['msg']}; set it by its option{by}")
     if isinstance(error, RedisError):
         return escape(f"Redis does not answer ({error}); start it, or check QAQ_REDIS_URL")
     return None

@@ -10,9 +10,10 @@ import typer
 
 # -- the model and its cache ---------------------------------------------------------------------------
 
-DEVICE = typer.Option(help="cpu, cuda or cuda:<n>.")
-DTYPE = typer.Option(help="auto, float32, float16 or bfloat16.")
-PRESET = typer.Option(help="balanced, paper or fp16.")
+DEVICE = typer.Option(envvar="QAQ_DEVICE", help="cpu, cuda or cuda:<n>.")
+DTYPE = typer.Option(envvar="QAQ_DTYPE", help="auto, float32, float16 or bfloat16.")
+_PRESETS = "balanced, paper or fp16."
+_BITS = "Mean bits per element of a cache; default: the preset's."
 
 Model = Annotated[
     str | None,
@@ -27,8 +28,10 @@ Weights = Annotated[
 Compiled = Annotated[
     bool, typer.Option("--compiled", envvar="QAQ_COMPILED", help="Run decode steps under torch.compile.")
 ]
-StackPreset = Annotated[str, PRESET]
-TargetBits = Annotated[float | None, typer.Option(help="Mean bits per element of a cache; default: the preset's.")]
+# Of the workers that are started; a request's own are not read from the environment.
+StackPreset = Annotated[str, typer.Option(envvar="QAQ_PRESET", help=_PRESETS)]
+StackTargetBits = Annotated[float | None, typer.Option(envvar="QAQ_TARGET_BITS", help=_BITS)]
+TargetBits = Annotated[float | None, typer.Option(help=_BITS)]
 
 # -- a stack -------------------------------------------------------------------------------------------
 
@@ -58,7 +61,7 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")]
 StopTokenId = Annotated[list[int] | None, typer.Option(help="End the text before this token id; repeatable.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue after the end-of-sequence token.")]
-Preset = Annotated[str | None, PRESET]
+Preset = Annotated[str | None, typer.Option(help=_PRESETS)]
 TargetCompression = Annotated[
     float | None, typer.Option(help="Compression of the cache against fp16; overrides --target-bits.")
 ]

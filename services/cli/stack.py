@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,12 +17,12 @@ from services.cli.options import (
     JsonPath,
     Model,
     StackPreset,
-    TargetBits,
+    StackTargetBits,
     Weights,
     Workers,
     model_or_default,
 )
-from services.cli.terminal import screen, size, starting
+from services.cli.terminal import screen, size, starting, warn_of_environment
 
 if TYPE_CHECKING:
     from services.cluster.state import StackState
@@ -39,16 +40,19 @@ def up(
     model: Model = None,
     workers: Workers = 1,
     originals: Annotated[int, typer.Option(min=1, help="Number of cache services.")] = 1,
-    port: Annotated[int, typer.Option(help="The router's port; 0 takes any free port.")] = 7700,
+    port: Annotated[
+        int, typer.Option(envvar="QAQ_PORT", help="The router's port; 0 takes any free port.")
+    ] = 7700,
     http_port: Annotated[
-        int | None, typer.Option(help="Also serve OpenAI's API on this port; 0 takes any free port.")
+        int | None,
+        typer.Option(envvar="QAQ_HTTP_PORT", help="Also serve OpenAI's API on this port; 0 takes any free port."),
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
     compiled: Compiled = False,
     preset: StackPreset = "balanced",
-    target_bits: TargetBits = None,
+    target_bits: StackTargetBits = None,
 ) -> None:
     """Starts Ray, Redis, cache services, workers and the router, and returns when they are ready.
 
@@ -72,6 +76,7 @@ def up(
             "target_bits": target_bits,
         }
     )
+    warn_of_environment(stack=True)
     with starting() as report:
         running = control.up(settings, report)
     screen.print(f"The router is at [bold]{running.router}[/]. Try: qaq chat", highlight=False)
@@ -85,9 +90,11 @@ def status(
     """Shows the servers and their load."""
     from google.protobuf.json_format import MessageToDict
 
+    from services.cluster import restarts
     from services.cluster.status import stack_status
 
     running = _running()
+    again = restarts.restarted(running.directory)
     found = asyncio.run(stack_status(running.redis["url"]))
     if json_path is not None:
         status = {
@@ -95,9 +102,14 @@ def status(
             "workers": {a: MessageToDict(w) if w else None for a, w in found.workers.items()},
             "originals": {a: MessageToDict(o) if o else None for a, o in found.originals.items()},
             "redis": running.redis["description"],
+            "restarts": {name: record.model_dump() for name, record in again.items()},
         }
         json_path.write_text(json.dumps(status, indent=1) + "\n")
     screen.print(_table(running, found))
+    for name, record in again.items():
+        times = "once" if record.restarts == 1 else f"{record.restarts} times, the last time"
+        when = time.strftime("%H:%M:%S", time.localtime(record.ended))
+        screen.print(f"{name} was started again {times} after {when}: {record.why}", highlight=False, soft_wrap=True)
 
 
 def scale(workers: Annotated[int, typer.Option(min=1, max=64, help="Number of workers to run.")]) -> None:
@@ -123,25 +135,24 @@ def drain(
 
 def down() -> None:
     """Stops the stack and all processes it started."""
-    from services.cluster import control, state
+    from services.cluster import control
 
-    running = state.load()
-    if running is None:
-        screen.print("No stack is running.")
-        return
     with screen.status("stopping"):
-        control.down(running)
-    screen.print("Stopped.")
+        stopped = control.down()
+    screen.print("Stopped." if stopped else "No stack is running.")
 
 
 def _running() -> StackState:
-    from services.cluster import state
+    from services.cluster import claim, state
     from services.cluster.state import StackError
 
     running = state.load()
-    if running is None:
+    owner = running or claim.current()
+    if owner is None:
         raise StackError("no stack is running; start one with `qaq up`")
-    if not running.alive:
+    if running is None and owner.alive:
+        raise claim.taken(owner)
+    if running is None or not running.alive:
         raise StackError("the stack's process has died; clean up with `qaq down`, then `qaq up`")
     return running
 

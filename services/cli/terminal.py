@@ -24,7 +24,10 @@ Report = Callable[[str, str, float | None], None]
 
 @contextlib.contextmanager
 def starting() -> Iterator[Report]:
-    """A line for each thing that starts: what it does, and how far it is."""
+    """A line for each thing that starts: what it does, and how far it is. Without a terminal, one for each step."""
+    if not errors.is_terminal:
+        yield _plain()
+        return
     columns = (
         SpinnerColumn(finished_text="[green]✓"),
         TextColumn("{task.fields[who]:<12}"),
@@ -41,6 +44,30 @@ def starting() -> Iterator[Report]:
             progress.update(lines[who], description=what, total=1.0 if done is not None else None, completed=done or 0)
 
         yield report
+
+
+def _plain() -> Report:
+    last: dict[str, str] = {}
+
+    def report(who: str, what: str, done: float | None) -> None:
+        if last.get(who) != what:
+            last[who] = what
+            errors.print(f"{who}: {what}", markup=False, highlight=False, soft_wrap=True)
+
+    return report
+
+
+def warn_of_environment(*, stack: bool = False) -> None:
+    """Warns of variables that mean nothing to QAQ, or nothing to a stack."""
+    import os
+
+    from services.common import environment
+
+    said = [environment.told(name, meant) for name, meant in environment.unknown().items()]
+    if stack and "QAQ_METRICS_PORT" in os.environ:
+        said.append("QAQ_METRICS_PORT means nothing to a stack, whose gateway serves its metrics at /metrics of its port")
+    for sentence in said:
+        errors.print(f"[yellow]warning:[/] {sentence}", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
 import structlog
 
+from services.cluster.restarts import Life
 from services.common.server import Role
 from services.common.settings import (
     CommonSettings,
@@ -27,12 +30,28 @@ S = TypeVar("S", bound=CommonSettings)
 
 
 class ServerActor(abc.ABC, Generic[S]):
-    """Runs one server. Ray calls the constructor again when it restarts the actor."""
+    """Runs one server. Ray calls the constructor again when it restarts the actor.
+
+    Attributes:
+        MEMORY_SCORE: added to its share of the machine's memory, in thousandths, when the kernel chooses a process to
+            kill because memory is short.
+    """
+
+    MEMORY_SCORE = 0
 
     def __init__(self, settings: S) -> None:
         from services.common.log import configure
 
         configure(settings.log_level)
+        context = ray.get_runtime_context()
+        self._restarted: bool = context.was_current_actor_reconstructed
+        _offer_to_the_kernel(self.MEMORY_SCORE)
+        name = context.get_actor_name() or type(self).__name__
+        life = Life.of_this_actor(name)
+        if life is not None:
+            if why := life.begin(restarted=self._restarted):
+                log.warning("the server was started again", name=name, why=why, restarts=life.record.restarts)
+            self._life = asyncio.get_running_loop().create_task(life.beat())
         self._server = self._make(settings)
         self._address = asyncio.get_running_loop().create_task(self._start())
 
@@ -42,12 +61,11 @@ class ServerActor(abc.ABC, Generic[S]):
 
     async def _start(self) -> str:
         """Starts the server. A failed first start raises. A failed restart is retried: nobody waits for its error."""
-        restarted = ray.get_runtime_context().was_current_actor_reconstructed
         while True:
             try:
                 return await self._server.start()
             except Exception as error:
-                if not restarted:
+                if not self._restarted:
                     raise
                 log.warning("the server could not restart; trying again", role=type(self).__name__, error=str(error))
                 await asyncio.sleep(RETRY_PAUSE_S)
@@ -78,6 +96,9 @@ class RouterActor(ServerActor[RouterSettings]):
 
 
 class WorkerActor(ServerActor[WorkerSettings]):
+    # Its streams go on when it is started again, and it has most of the memory. The others are few and small.
+    MEMORY_SCORE = 500
+
     def _make(self, settings: WorkerSettings) -> Role:
         from services.worker.server import WorkerServer
 
@@ -96,6 +117,12 @@ class GatewayActor(ServerActor[GatewaySettings]):
         from services.gateway.server import GatewayServer
 
         return GatewayServer(settings)
+
+
+def _offer_to_the_kernel(score: int) -> None:
+    if score:
+        with contextlib.suppress(OSError):  # only Linux has it
+            Path("/proc/self/oom_score_adj").write_text(str(score))
 
 
 def launch(name: str, actor: type[ServerActor[S]], settings: S, *, gpus: float = 0) -> Any:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import psutil
 
-from services.cluster import state
+from services.cluster import claim, roles, state
 from services.cluster.stack import python_path, ray_environment
 from services.cluster.state import StackError, StackSettings, StackState
-from services.common.embedded_redis import EmbeddedRedis
 from services.common.extras import require
 
 STOP_TIMEOUT_S = 60.0
@@ -28,16 +29,20 @@ def up(settings: StackSettings, report: Report) -> StackState:
 
     Raises:
         StackError: a stack is running already, or this one did not start; nothing is left running.
+        ValidationError, QAQError, ModuleNotFoundError: a setting or the machine is not fit; nothing was started.
     """
-    running = state.load()
-    if running is not None and running.alive:
-        raise StackError(f"a stack is running already (router at {running.router}); stop it with `qaq down`")
-    if running is not None:
-        down(running)
-    log = state.directory() / "stack.log"
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        return _start(_spawn(settings, file.fileno(), attached=False), report)
+    owner = claim.current()
+    if owner is not None and owner.alive:
+        raise claim.taken(owner)
+    roles.check(settings)
+    with state.writing() as folder:
+        log = os.open(folder / "stack.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        guard = _spawn(settings, log, attached=False)
+    finally:
+        os.close(log)
+    with _ended(guard, unless_received=True):
+        return _started(guard, report)
 
 
 @contextlib.contextmanager
@@ -46,27 +51,33 @@ def attached(settings: StackSettings, report: Report) -> Iterator[StackState]:
 
     Raises:
         StackError: the stack did not start; nothing is left running.
+        ValidationError, QAQError, ModuleNotFoundError: a setting or the machine is not fit; nothing was started.
     """
-    owner = _spawn(settings, subprocess.DEVNULL, attached=True)
-    try:
-        yield _start(owner, report)
-    finally:
-        _end(owner)
+    roles.check(settings)
+    guard = _spawn(settings, subprocess.DEVNULL, attached=True)
+    with _ended(guard):
+        yield _started(guard, report)
 
 
-def down(running: StackState) -> None:
-    """Stops a stack, even one whose owner process has died."""
-    if running.alive:
-        owner = psutil.Process(running.pid)
-        owner.terminate()
+def down() -> bool:
+    """Stops the stack of this machine, even one that is starting, or whose owner was killed. False if there is none.
+
+    Raises:
+        StackError: what describes it is damaged.
+    """
+    owner = claim.current()
+    if owner is None:
+        return False
+    if owner.alive:
+        guard = psutil.Process(owner.pid)
+        guard.terminate()
         try:
-            owner.wait(STOP_TIMEOUT_S)
+            guard.wait(STOP_TIMEOUT_S)
         except psutil.TimeoutExpired:
-            owner.kill()  # Ray's processes notice it and end by themselves
-            owner.wait(STOP_TIMEOUT_S)
-    EmbeddedRedis.attach(running.redis).stop()
-    shutil.rmtree(running.ray_directory, ignore_errors=True)
-    state.forget()
+            guard.kill()
+            guard.wait(STOP_TIMEOUT_S)
+    claim.clean()
+    return True
 
 
 def scale(running: StackState, workers: int, report: Report) -> None:
@@ -75,7 +86,7 @@ def scale(running: StackState, workers: int, report: Report) -> None:
     Raises:
         StackError: Ray does not answer, or a worker did not start.
     """
-    ray_environment(running.ray_directory)
+    ray_environment(running.directory)
     import ray
 
     from services.cluster.launcher import Launcher
@@ -93,8 +104,8 @@ def scale(running: StackState, workers: int, report: Report) -> None:
 
 def _spawn(settings: StackSettings, errors: int, *, attached: bool) -> subprocess.Popen[str]:
     require("ray")  # in this process, which can say what to install
-    owner = subprocess.Popen(
-        [sys.executable, "-m", "services.cluster.host"],
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "services.cluster.guard"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -102,35 +113,68 @@ def _spawn(settings: StackSettings, errors: int, *, attached: bool) -> subproces
         text=True,
         start_new_session=True,
     )
-    assert owner.stdin is not None
-    owner.stdin.write(json.dumps({"settings": settings.model_dump(), "attached": attached}) + "\n")
-    owner.stdin.flush()
-    return owner
+    _tell(guard, json.dumps({"settings": settings.model_dump(), "attached": attached}))
+    return guard
 
 
-def _start(owner: subprocess.Popen[str], report: Report) -> StackState:
-    """Reads the events of the owner process until the stack is ready."""
-    assert owner.stdout is not None
-    try:
-        for line in owner.stdout:
-            event = json.loads(line)
-            if "ready" in event:
-                return StackState.model_validate(event["ready"])
-            if "failed" in event:
-                raise StackError(event["failed"])
-            report(*event["report"])
-    except BaseException:
-        _end(owner)
-        raise
-    code = owner.wait()
+def _started(guard: subprocess.Popen[str], report: Report) -> StackState:
+    """Follows the events of the start until the stack is ready, and says that it was received."""
+    assert guard.stdout is not None
+    for line in guard.stdout:
+        event = json.loads(line)
+        if "ready" in event:
+            _tell(guard, "received")
+            return StackState.model_validate(event["ready"])
+        if "failed" in event:
+            raise StackError(event["failed"])
+        report(*event["report"])
+    code = guard.wait()
     raise StackError(f"the stack's process ended with code {code}; see {state.directory() / 'stack.log'}")
 
 
-def _end(owner: subprocess.Popen[str]) -> None:
-    if owner.poll() is None:
-        owner.terminate()
+def _tell(guard: subprocess.Popen[str], line: str) -> None:
+    assert guard.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # its end is noticed where its events are read
+        guard.stdin.write(line + "\n")
+        guard.stdin.flush()
+
+
+@contextlib.contextmanager
+def _ended(guard: subprocess.Popen[str], *, unless_received: bool = False) -> Iterator[None]:
+    """Ends the stack with the block, or only if the block fails. SIGTERM and SIGHUP end the block as Ctrl-C does.
+
+    The guard ends its stack alone, so a second signal only ends the waiting for it.
+    """
+    received = False
     try:
-        owner.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        owner.kill()
-        owner.wait()
+        with _signals_raise():
+            yield
+        received = unless_received
+    finally:
+        if not received:
+            with contextlib.suppress(ProcessLookupError):
+                guard.terminate()
+            try:
+                guard.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                guard.kill()
+                guard.wait()
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

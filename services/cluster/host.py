@@ -1,12 +1,11 @@
-"""The process that owns a stack: `python -m services.cluster.host`, started by `control`.
+"""The process that runs a stack: `python -m services.cluster.host`, started by the guard.
 
-It reads its settings from standard input and writes events to standard output, both as JSON lines. An attached
-process also ends when its standard input closes, so nothing is left running when its parent is killed.
+It reads its request from standard input and writes events to standard output, both as JSON lines. When its standard
+input closes, the guard was killed, and this process ends the stack.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -16,81 +15,68 @@ import time
 from types import FrameType
 
 from qaq_core.base.errors import QAQError
-from services.cluster import state
+from services.cluster import remains, state
+from services.cluster.pipes import Events, lines
 from services.cluster.stack import LocalStack
-from services.cluster.state import StackSettings
+from services.cluster.state import Owner, StackSettings
 
 POLL_S = 0.2
 
 
-class Stop(BaseException):
-    """A signal asked the process to end."""
-
-
 class Host:
-    """Owns one stack and reports to the process that started it.
-
-    A signal handler only sets a flag, which is read between steps: an exception raised in the middle of Ray's start
-    may be lost in its code.
-    """
+    """Runs one stack and reports to the process that asked for it."""
 
     def __init__(self) -> None:
-        request = json.loads(sys.stdin.readline())
+        self._inputs = lines(0)
+        request = json.loads(next(self._inputs))
         self._attached: bool = request["attached"]
         self._settings = StackSettings.model_validate(request["settings"])
-        self._events = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # other output must not mix with the events
-        self._stopping = False
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is handled by the parent
+        self._owner = Owner.model_validate(request["owner"])
+        self._events = Events()
+        self._ready = self._stopping = self._orphaned = False
 
     def run(self) -> int:
-        """Runs the stack until a signal or the end of input. Returns the exit code."""
-        if self._attached:
-            threading.Thread(target=self._stop_with_input, daemon=True).start()
-        stack = LocalStack(self._settings, self._report)
+        """Runs the stack until SIGTERM or the death of the guard. Returns the exit code."""
+        threading.Thread(target=self._watch, daemon=True).start()
+        stack = LocalStack(self._settings, self._owner, self._report)
         try:
             started = stack.start()
+            # Now, because Ray sets handlers of its own. Before, a signal ends this process, and the guard the stack.
+            signal.signal(signal.SIGTERM, self._stop)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             if not self._attached:
                 state.save(started)
-            self._send(ready=json.loads(started.model_dump_json()))
+            self._ready = True
+            self._events.send(ready=json.loads(started.model_dump_json()))
             self._events.close()
             while not self._stopping:
                 time.sleep(POLL_S)
-        except Stop:
-            pass
         except QAQError as error:
-            self._send(failed=str(error))
+            self._events.send(failed=str(error))
             return 1
         finally:
             stack.stop()
-            if not self._attached:
-                _forget_own_state()
+            if self._orphaned:
+                self._clear()
         return 0
 
     def _report(self, name: str, stage: str, done: float | None) -> None:
-        if self._stopping:
-            raise Stop
-        self._send(report=(name, stage, done))
-
-    def _send(self, **event: object) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the parent has gone away
-            self._events.write(json.dumps(event) + "\n")
-            self._events.flush()
+        self._events.send(report=(name, stage, done))
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
 
-    def _stop_with_input(self) -> None:
-        sys.stdin.read()
-        self._stopping = True
+    def _watch(self) -> None:
+        """Waits for the death of the guard. Before the stack is ready, nothing in it is worth a slow end."""
+        for _ in self._inputs:
+            pass
+        self._orphaned = self._stopping = True
+        if not self._ready:
+            self._clear()
+            os._exit(1)
 
-
-def _forget_own_state() -> None:
-    with contextlib.suppress(QAQError):
-        saved = state.load()
-        if saved is not None and saved.pid == os.getpid():
-            state.forget()
+    def _clear(self) -> None:
+        remains.clear(self._owner.directory, descendants=True)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from typing import Any
 import ray
 from pydantic import SecretStr
 
+from services.cluster import roles
 from services.cluster.actors import NAMESPACE, GatewayActor, OriginalsActor, RouterActor, WorkerActor, launch
-from services.cluster.state import ModelSettings, StackError, StackSettings
-from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
+from services.cluster.state import StackError, StackSettings
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
@@ -42,14 +42,9 @@ class Launcher:
         settings = self._settings
         started = {f"originals-{index}": self._originals(index) for index in range(settings.originals)}
         started |= {f"worker-{index}": self._worker(index) for index in range(settings.workers)}
-        started["router"] = launch(
-            "router",
-            RouterActor,
-            RouterSettings(redis_url=self._redis_url, model=settings.model, port=settings.port),
-        )
-        if settings.http_port is not None:
-            http = GatewaySettings(redis_url=self._redis_url, port=settings.http_port)
-            started["gateway"] = launch("gateway", GatewayActor, http)
+        started["router"] = launch("router", RouterActor, roles.router(settings, self._redis_url))
+        if (gateway := roles.gateway(settings, self._redis_url)) is not None:
+            started["gateway"] = launch("gateway", GatewayActor, gateway)
         return self._wait(started)
 
     def scale(self, workers: int) -> None:
@@ -82,12 +77,11 @@ class Launcher:
             ray.kill(handle, no_restart=True)
 
     def _originals(self, index: int) -> Any:
-        return launch(f"originals-{index}", OriginalsActor, OriginalsSettings(redis_url=self._redis_url, port=0))
+        return launch(f"originals-{index}", OriginalsActor, roles.originals(self._redis_url))
 
     def _worker(self, index: int) -> Any:
         gpu = self._settings.device.startswith("cuda")
-        model = self._settings.model_dump(include=set(ModelSettings.model_fields))
-        settings = WorkerSettings(redis_url=self._redis_url, port=0, **model)
+        settings = roles.worker(self._settings, self._redis_url)
         return launch(f"worker-{index}", WorkerActor, settings, gpus=1 if gpu else 0)
 
     def _wait(self, actors: Mapping[str, Any]) -> dict[str, str]:

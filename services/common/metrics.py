@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    GC_COLLECTOR,
+    PLATFORM_COLLECTOR,
+    PROCESS_COLLECTOR,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    start_http_server,
+)
+
+from qaq_core.base.errors import QAQError
+
+class MetricsPortError(QAQError):
+    """The port of the metrics cannot be bound. The message has the address."""
+
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -71,7 +87,23 @@ http_seconds = Histogram(
 )
 
 
-def serve(port: int | None, host: str = "127.0.0.1") -> None:
-    """Serves /metrics on `port` from a daemon thread; None serves nothing."""
-    if port is not None:
-        start_http_server(port, addr=host)
+# What a gateway measures. It declares the metrics of the other roles, too, but has no values for them.
+GATEWAY = CollectorRegistry()
+for _collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR, http_requests, http_seconds, registry_failures):
+    GATEWAY.register(_collector)
+
+
+def serve(port: int | None, host: str = "127.0.0.1", registry: CollectorRegistry = REGISTRY) -> None:
+    """Serves /metrics on `port` from a daemon thread; None serves nothing.
+
+    Raises:
+        MetricsPortError: the port cannot be bound.
+    """
+    if port is None:
+        return
+    try:
+        start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise MetricsPortError(
+            f"metrics cannot be served on {host}:{port} ({error.strerror or error}); choose another --metrics-port"
+        ) from error

@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from qaq_core.base.errors import QAQError
+from services.common import environment
 from services.common.interceptor import StatusInterceptor
 
 MAX_REQUEST_BYTES = 5 << 20
@@ -142,6 +143,8 @@ class Role(Protocol):
 
 async def run_until_signal(role: Role) -> None:
     """Runs a role until SIGTERM or SIGINT. Main thread only."""
+    for name, meant in environment.unknown().items():
+        log.warning(environment.told(name, meant))
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,14 +5,25 @@ Port 0 means any free port; the port that was bound is the one that is registere
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
 
 WeightForm = Literal["auto", "plain", "float32", "bfloat16", "int8", "int4"]
+PresetName = Literal["balanced", "paper", "fp16"]
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}; take cpu, cuda or cuda:N")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
 
 
 class CommonSettings(BaseSettings):
@@ -104,11 +115,11 @@ class WorkerSettings(CommonSettings):
 
     port: int = Field(default=0, ge=0, le=65535)
     model: str = Field(min_length=1)
-    device: str = "cpu"
+    device: Device = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     weights: WeightForm = "auto"
     compiled: bool = False
-    preset: str = "balanced"
+    preset: PresetName = "balanced"
     target_bits: float | None = Field(default=None, gt=0, le=16)
     page_tokens: int = Field(default=32, ge=1, le=1024)
     prefill_chunk: int = Field(default=512, ge=1)

@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from qaq.v1 import common_pb2, generate_pb2
 
+from services.common.metrics import GATEWAY
 from services.common.routers import Routers
 from services.gateway.replies import Json
 from services.gateway.requests import default_sampling
@@ -40,7 +41,7 @@ def routes(routers: Routers) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(GATEWAY), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models")
     async def models() -> Json:

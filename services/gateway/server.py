@@ -106,5 +106,5 @@ def _bind(host: str, port: int) -> socket.socket:
 async def serve(settings: GatewaySettings) -> None:
     """Runs a gateway until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
-    metrics.serve(settings.metrics_port, settings.host)
+    metrics.serve(settings.metrics_port, settings.host, metrics.GATEWAY)
     await run_until_signal(GatewayServer(settings))

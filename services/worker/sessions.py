@@ -20,6 +20,7 @@ class Sessions:
     """Opens sessions and keeps idle ones. Used by the scheduler's thread alone.
 
     Attributes:
+        methods: made ready by another thread before `open`.
         idle: sessions between two turns.
         memory: the budget of all caches.
 

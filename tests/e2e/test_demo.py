@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import jsonschema
 import pytest
 
 from qaq_core.models import default_model_path, load_tokenizer
 from services.cli.demo import DemoResult, long_prompt
-from services.cluster.stack import python_path
 
-from .command import ROOT, left, qaq, until_nothing_is_left, watched
+from .command import ROOT, left, qaq, watched
 
 pytestmark = pytest.mark.ray
 
@@ -62,29 +56,3 @@ def test_the_prompt_is_long() -> None:
 def test_the_schema_refuses_other_objects() -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"text": "x"}, SCHEMA)
-
-
-def _interruptible() -> None:
-    """A shell's background jobs ignore interrupts, and so would what they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_demo_that_is_interrupted_leaves_nothing(how: signal.Signals) -> None:
-    with watched() as place:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "services.cli", "demo"],
-            env=os.environ | {"PYTHONPATH": python_path(), "TMPDIR": str(place)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=_interruptible,
-        )
-        for _ in range(1800):
-            if any("gcs_server" in what for what in left(place)):
-                break
-            time.sleep(0.1)
-        else:
-            raise AssertionError("Ray never started")
-        process.send_signal(how)
-        process.wait(60)
-        until_nothing_is_left(place)

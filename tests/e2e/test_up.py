@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from qaq_core.models.default_model import default_model_path
+from services.cluster import restarts, state
+from services.cluster.state import StackState
 from services.common.embedded_redis import free_port
 
 from .command import qaq, until_nothing_is_left, watched
@@ -35,6 +42,9 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
         assert qaq("health", url).returncode == 0
         again = qaq("up", "--port", "0")
         assert (again.returncode, "a stack is running already" in again.stderr) == (1, True)
+        running = state.load()
+        assert running is not None
+        private_and_on_loopback(running)
         said = qaq("generate", "The capital of France is", "--max-new-tokens", "8", "--temperature", "0")
         assert said.returncode == 0, said.stderr
         assert "Paris" in said.stdout
@@ -48,6 +58,8 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
             assert all(found["workers"].values())
         assert found["originals"]
         assert len(found["routers"]) == 1
+        assert found["restarts"] == {}
+        a_worker_goes_first_and_says_so(running, tmp_path)
     finally:
         stopped = qaq("down")
     assert stopped.returncode == 0, stopped.stderr
@@ -55,6 +67,49 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
     assert not (state_directory / "stack.json").exists()
     gone = qaq("status")
     assert (gone.returncode, "no stack is running; start one" in gone.stderr) == (1, True)
+
+
+def private_and_on_loopback(running: StackState) -> None:
+    """Nothing of the stack can be reached from elsewhere or read by others."""
+    assert running.directory.stat().st_mode & 0o777 == 0o700
+    assert (state.directory() / "stack.json").stat().st_mode & 0o777 == 0o600
+    processes = psutil.Process(running.pid).children(recursive=True)
+    assert len(processes) >= 7  # the host, Redis, Ray's two and four servers, and others
+    heard = {address(each) for process in processes for each in process.net_connections("inet") if each.status == "LISTEN"}
+    assert {running.router, running.gateway, running.ray_address} <= heard
+    assert {each.rpartition(":")[0] for each in heard} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, heard
+    for process in processes:
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            assert not line.startswith("Umask") or line.split()[1] == "0077", process.cmdline()
+        token = (running.directory / "token").read_text()
+        assert token not in " ".join(process.cmdline())
+
+
+def address(connection: Any) -> str:
+    return f"{connection.laddr.ip}:{connection.laddr.port}"
+
+
+def a_worker_goes_first_and_says_so(running: StackState, place: Path) -> None:
+    """The kernel would kill a worker before any other process of the stack; who was killed is told."""
+    scores = {}
+    for process in psutil.Process(running.pid).children(recursive=True):
+        name = next(iter(process.cmdline()), "")
+        role = name.removeprefix("ray::").partition(".")[0]
+        score = int(Path(f"/proc/{process.pid}/oom_score_adj").read_text())
+        scores.setdefault("worker" if role == "WorkerActor" else "other", []).append((score, process.pid, name))
+    own = int(Path("/proc/self/oom_score_adj").read_text())
+    assert [score for score, *_ in scores["worker"]] == [500]
+    assert {score for score, *_ in scores["other"]} <= {0, own}, scores
+    os.kill(scores["worker"][0][1], signal.SIGKILL)
+    for _ in range(300):
+        again = restarts.restarted(running.directory)
+        if again:
+            break
+        time.sleep(0.1)
+    assert "was killed or crashed" in again["worker-0"].why
+    shown = qaq("status", "--json", place / "status.json")
+    assert "worker-0 was started again once" in shown.stdout
+    assert json.loads((place / "status.json").read_text())["restarts"]["worker-0"]["restarts"] == 1
 
 
 def failed(result: object, *sentences: str) -> None:

@@ -44,6 +44,7 @@ class Scheduler:
 
     Attributes:
         grammars: compiles constraints for `submit`. Used by the event loop.
+        methods: makes the methods of requests ready for `submit`. Used by the event loop, too.
 
     Raises:
         UnsupportedModelError, ConfigError: the default method does not fit the model.
@@ -60,6 +61,7 @@ class Scheduler:
         self._validator = RequestValidator(loaded, settings)
         self.grammars = Grammars(loaded, self._validator.vocabulary)
         self.sessions = Sessions(loaded, originals, settings)
+        self.methods = self.sessions.methods
         self._queue, self._replies = RequestQueue(originals, settings), Replies(loop)
         self.batch = RunningBatch(
             loaded, self.sessions, self._replies, settings.decode_threads, settings.speculative_tokens
@@ -83,6 +85,7 @@ class Scheduler:
             return
         self._stopped = True
         self.grammars.close()
+        self.methods.close()
         self._queue.stop()
         self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():

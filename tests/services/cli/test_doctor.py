@@ -76,6 +76,8 @@ def test_a_slow_kernel_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.Mo
         ("QAQ_REDIS_URL", "redis://:secret@127.0.0.1:1/0", "Redis", "does not answer"),
         ("QAQ_REDIS_URL", "nonsense", "Redis", "redis://"),
         ("QAQ_MODEL", "/nowhere/model.gguf", "model", "not there"),
+        ("QAQ_PAGE_TOKENS", "many", "QAQ_PAGE_TOKENS", "valid integer"),
+        ("QAQ_REQUANTIZE_WAIT", "secret", "QAQ_REQUANTIZE_WAIT", "boolean"),
     ],
 )
 def test_what_was_asked_for_and_cannot_work(
@@ -87,6 +89,15 @@ def test_what_was_asked_for_and_cannot_work(
     assert word in found[name]["advice"]
     assert "secret" not in json.dumps(found)
     assert [one for one, finding in found.items() if finding["state"] == "wrong"] == [name]
+
+
+def test_a_variable_that_is_misspelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert diagnosed(tmp_path)["variables"]["found"] == "QAQ_CACHE_DIR"
+    monkeypatch.setenv("QAQ_PRESSET", "paper")
+    found = diagnosed(tmp_path)
+    assert "variables" not in found
+    assert found["QAQ_PRESSET"]["state"] == "better"
+    assert "did you mean QAQ_PRESET?" in found["QAQ_PRESSET"]["advice"]
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

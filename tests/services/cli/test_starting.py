@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from services.cli import demo
 from services.cli.main import app
+from services.cli.terminal import starting
 from services.cluster import control, launcher
 from services.cluster.launcher import Launcher
 from services.cluster.state import StackSettings
@@ -46,6 +47,29 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("command", ["up", "demo", "bench serve", "worker"])
+def test_options_win_over_the_environment(command: str, told: list[Any]) -> None:
+    def run(*options: str, **environment: str) -> Any:
+        CliRunner().invoke(app, [*command.split(), "--model", "m", *options], env=environment)
+        return told[-1]
+
+    variables = {"QAQ_DEVICE": "cuda:1", "QAQ_DTYPE": "bfloat16", "QAQ_PRESET": "paper"}
+    plain, from_environment = run(), run(**variables)
+    assert (plain.device, plain.dtype, plain.preset) == ("cpu", "auto", "balanced")
+    assert (from_environment.device, from_environment.dtype, from_environment.preset) == ("cuda:1", "bfloat16", "paper")
+    given = run("--device", "cpu", "--dtype", "float32", "--preset", "fp16", **variables)
+    assert (given.device, given.dtype, given.preset) == ("cpu", "float32", "fp16")
+
+
+def test_ports_and_bits_of_a_stack(told: list[Any]) -> None:
+    variables = {"QAQ_PORT": "7701", "QAQ_HTTP_PORT": "8001", "QAQ_TARGET_BITS": "3"}
+    CliRunner().invoke(app, ["up", "--model", "m"], env=variables)
+    assert (told[-1].port, told[-1].http_port, told[-1].target_bits) == (7701, 8001, 3)
+    options = ["--port", "0", "--http-port", "0", "--target-bits", "2"]
+    CliRunner().invoke(app, ["up", "--model", "m", *options], env=variables)
+    assert (told[-1].port, told[-1].http_port, told[-1].target_bits) == (0, 0, 2)
+
+
+@pytest.mark.parametrize("command", ["up", "demo", "bench serve", "worker"])
 def test_weights_and_compiled_steps(command: str, told: list[Any]) -> None:
     def run(*options: str, **environment: str) -> tuple[str, bool]:
         CliRunner().invoke(app, [*command.split(), "--model", "m", *options], env=environment)
@@ -58,6 +82,17 @@ def test_weights_and_compiled_steps(command: str, told: list[Any]) -> None:
     assert len(told) == 4
     refused = CliRunner().invoke(app, [*command.split(), "--model", "m", "--weights", "int3"])
     assert (refused.exit_code, "weights: " in refused.output, len(told)) == (1, True, 4)
+
+
+def test_a_start_without_a_terminal_says_each_step_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with starting() as report:
+        for what in ("starting", "loading [1/2]", "loading [1/2]", "ready"):
+            report("worker-0", what, None)
+    assert capsys.readouterr().err.splitlines() == [
+        "worker-0: starting",
+        "worker-0: loading [1/2]",
+        "worker-0: ready",
+    ]
 
 
 def test_a_stacks_workers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def running(**changes: object) -> StackState:
         "born": psutil.Process().create_time(),
         "router": "127.0.0.1:1",
         "ray_address": "127.0.0.1:2",
-        "ray_directory": "/tmp/none",
+        "directory": "/tmp/none",
         "redis": {"url": "redis://:secret@127.0.0.1:3/0", "description": "d", "pid": None},
         **changes,
     }
@@ -56,7 +56,18 @@ def test_a_process_is_told_from_a_later_one_with_its_pid() -> None:
     assert not running(pid=2**22 + 1).alive
 
 
-@pytest.mark.parametrize("bad", [{"model": ""}, {"workers": 0}, {"port": 70000}, {"target_bits": 0}])
+def test_a_place_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("/proc/qaq", str(tmp_path / "file" / "state")):
+        monkeypatch.setenv("QAQ_STATE_DIR", place)
+        with pytest.raises(StackError, match="cannot be written.*set QAQ_STATE_DIR"):
+            state.save(running())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"model": ""}, {"workers": 0}, {"port": 70000}, {"target_bits": 0}, {"device": "tpu"}, {"preset": "zip"}],
+)
 def test_settings_are_checked(bad: dict) -> None:
     with pytest.raises(ValidationError):
         StackSettings.model_validate({"model": "m", **bad})

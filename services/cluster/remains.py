@@ -1,0 +1,67 @@
+"""What a stack consists of on this machine, its processes and its directory, and the end of both.
+
+Every process of a stack has the stack's directory in its environment, under MARK, or descends from one that has. Redis
+writes its title over its environment, but works in the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+
+MARK = "QAQ_STACK"
+TERMINATE_S = 3.0
+KILL_S = 5.0
+_ROUNDS = 5
+_REDIS = ("redis-server", "valkey-server")
+
+
+def processes(directory: Path, *, descendants: bool = False) -> list[psutil.Process]:
+    """The processes of the stack with this directory, without this one.
+
+    Args:
+        descendants: those of this process belong to the stack, too.
+    """
+    roots = [psutil.Process()] if descendants else []
+    roots += [process for process in psutil.process_iter() if _marked(process, directory)]
+    found = set(roots)
+    for root in roots:
+        with contextlib.suppress(psutil.Error):
+            found.update(root.children(recursive=True))
+    return [process for process in found if process.pid != os.getpid() and _runs(process)]
+
+
+def clear(directory: Path, *, descendants: bool = False) -> None:
+    """Ends the processes of a stack and removes its directory. Arguments as of `processes`.
+
+    psutil compares birth times, so a later process with the pid of one that has ended is left alone.
+    """
+    for attempt in range(_ROUNDS):  # one that ends may just have started another
+        found = processes(directory, descendants=descendants)
+        if not found:
+            break
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate() if attempt == 0 else process.kill()
+        psutil.wait_procs(found, TERMINATE_S if attempt == 0 else KILL_S)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _marked(process: psutil.Process, directory: Path) -> bool:
+    with contextlib.suppress(psutil.Error, OSError):
+        if process.uids().real != os.getuid():
+            return False
+        if process.environ().get(MARK) == str(directory):
+            return True
+        return process.name() in _REDIS and Path(process.cwd()).is_relative_to(directory)
+    return False
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False

@@ -1,0 +1,91 @@
+"""The settings of each role of a stack: from the stack's own, else the environment (`QAQ_…`), else the default."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from services.cluster.state import ModelSettings, StackError, StackSettings
+from services.common import environment
+from services.common.extras import require
+from services.common.settings import CommonSettings, GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
+
+_NO_URL = SecretStr("redis://127.0.0.1")
+
+
+def router(settings: StackSettings, redis_url: SecretStr) -> RouterSettings:
+    return RouterSettings(redis_url=redis_url, model=settings.model, port=settings.port)
+
+
+def gateway(settings: StackSettings, redis_url: SecretStr) -> GatewaySettings | None:
+    """None if the stack has no gateway."""
+    if settings.http_port is None:
+        return None
+    return GatewaySettings(redis_url=redis_url, port=settings.http_port)
+
+
+def worker(settings: StackSettings, redis_url: SecretStr) -> WorkerSettings:
+    model = settings.model_dump(include=set(ModelSettings.model_fields))
+    return WorkerSettings(redis_url=redis_url, port=0, **model)
+
+
+def originals(redis_url: SecretStr) -> OriginalsSettings:
+    return OriginalsSettings(redis_url=redis_url, port=0)
+
+
+def check(settings: StackSettings) -> None:
+    """Checks everything that can be checked before a process is started.
+
+    Raises:
+        ValidationError, QAQError, ModuleNotFoundError: a setting of a role is wrong, the model's files or a package
+            are not here, or a port is taken.
+    """
+    from qaq_core.models import find_checkpoint
+    from services.router import placement
+
+    environment.check()
+    routing = router(settings, _NO_URL)
+    placement.make(routing.placement)
+    if routing.smg:
+        require("smg_grpc_proto")
+    gateway(settings, _NO_URL)
+    worker(settings, _NO_URL)
+    originals(_NO_URL)
+    if not _on_hub(settings.model):
+        find_checkpoint(settings.model)
+    check_ports(settings)
+
+
+def check_ports(settings: StackSettings) -> None:
+    """Raises:
+    StackError: a port of the router or the gateway is taken.
+    """
+    host = CommonSettings().host
+    if settings.port and settings.port == settings.http_port:
+        raise StackError(f"--port and --http-port are both {settings.port}; choose another for one of them")
+    _check_port(host, settings.port, "--port")
+    _check_port(host, settings.http_port or 0, "--http-port")
+
+
+def _on_hub(model: str) -> bool:
+    """Whether the worker would look for the model on the hub, which takes a network."""
+    local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1
+    return not local and not Path(model).exists()
+
+
+def _check_port(host: str, port: int, option: str) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror as error:
+        raise StackError(f"{host} is no address of this machine; set QAQ_HOST to one, such as 127.0.0.1") from error
+    except PermissionError as error:
+        raise StackError(f"port {port} is for the administrator alone; choose one above 1023 with {option}") from error
+    except OSError as error:
+        if port == 0:
+            raise StackError(f"{host} is no address of this machine; set QAQ_HOST to one, such as 127.0.0.1") from error
+        raise StackError(f"port {port} is taken; choose another with {option} (0 takes any free port)") from error

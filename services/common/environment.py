@@ -1,0 +1,78 @@
+"""The environment variables of QAQ: which there are, and what is wrong with those that are set."""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+from pydantic import ValidationError
+
+from qaq_core.base.errors import ConfigError
+from services.common.settings import CommonSettings, GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
+
+PREFIX = "QAQ_"
+ROLES: tuple[type[CommonSettings], ...] = (RouterSettings, WorkerSettings, OriginalsSettings, GatewaySettings)
+# Those that are no setting of a role.
+OTHERS = frozenset(
+    {
+        "QAQ_CACHE_DIR",
+        "QAQ_CLIENTS",
+        "QAQ_FUZZ",
+        "QAQ_HTTP_PORT",
+        "QAQ_KERNEL",
+        "QAQ_LIBRARY",
+        "QAQ_STACK",
+        "QAQ_STATE_DIR",
+        "QAQ_TENANT",
+        "QAQ_TRANSFORMERS",
+    }
+)
+# Variables that are read where torch is imported already, which takes seconds.
+CHOICES = {"QAQ_KERNEL": ("auto", "cpu", "triton", "reference")}
+
+
+def variable(setting: str) -> str:
+    """The variable of a setting."""
+    return PREFIX + setting.upper()
+
+
+def known() -> frozenset[str]:
+    """All variables that have a meaning."""
+    return OTHERS | {variable(name) for role in ROLES for name in role.model_fields}
+
+
+def unknown() -> dict[str, str | None]:
+    """Variables that are set and have no meaning, each with the known one that may be meant."""
+    names = known()
+    found = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in names)
+    return {name: next(iter(difflib.get_close_matches(name.upper(), names, 1, 0.75)), None) for name in found}
+
+
+def told(name: str, meant: str | None) -> str:
+    """What to say about an unknown variable."""
+    advice = f"did you mean {meant}?" if meant else "unset it, or see docs/cluster.md for those that there are"
+    return f"{name} means nothing to QAQ; {advice}"
+
+
+def wrong() -> dict[str, str]:
+    """Variables of settings whose values cannot be, each with what is wrong."""
+    found: dict[str, str] = {}
+    for role in ROLES:
+        needed = {"model": "any"} if "model" in role.model_fields and "QAQ_MODEL" not in os.environ else {}
+        try:
+            role(**needed)  # type: ignore[arg-type]
+        except ValidationError as error:
+            found |= {variable(str(one["loc"][0])): one["msg"] for one in error.errors()}
+    return found
+
+
+def check() -> None:
+    """Checks the variables that are no setting of a role.
+
+    Raises:
+        ConfigError: one has a value that cannot be.
+    """
+    for name, choices in CHOICES.items():
+        value = os.environ.get(name, choices[0])
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

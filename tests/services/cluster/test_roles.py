@@ -1,0 +1,99 @@
+"""Settings of a stack's roles, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from typer.testing import CliRunner
+
+from services.cli.main import app
+from services.cluster import control, roles
+from services.cluster.state import StackError, StackSettings
+
+URL = SecretStr("redis://127.0.0.1")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def start(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(control, "_spawn", start)
+    monkeypatch.setenv("QAQ_STATE_DIR", str(tmp_path / "state"))
+
+
+def up(*options: str, **environment: str) -> str:
+    """The error of `qaq up`."""
+    shown = CliRunner().invoke(app, ["up", "--port", "0", *options], env={"COLUMNS": "300"} | environment)
+    assert shown.exit_code in (1, 2), shown.output
+    assert not isinstance(shown.exception, AssertionError)
+    return " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("QAQ_MAX_SEQUENCES", "none", "max_sequences: "),
+        ("QAQ_PAGE_TOKENS", "0", "page_tokens: "),
+        ("QAQ_PAGE_TTL_S", "1", "page_ttl_s: "),
+        ("QAQ_PRESET", "zip", "preset: "),
+        ("QAQ_DEVICE", "tpu", "take cpu, cuda or cuda:N"),
+        ("QAQ_DTYPE", "int3", "dtype: "),
+        ("QAQ_TARGET_BITS", "many", "QAQ_TARGET_BITS"),
+        ("QAQ_PLACEMENT", "random", "placement policy 'random' is unknown"),
+        ("QAQ_KERNEL", "quick", "QAQ_KERNEL must be one of"),
+        ("QAQ_LOG_LEVEL", "loud", "log_level: "),
+        ("QAQ_HOST", "10.255.255.1", "set QAQ_HOST"),
+        ("QAQ_MODEL", "/nowhere/model.gguf", "is not there; give"),
+    ],
+)
+def test_a_bad_variable_is_told_before_anything_starts(name: str, value: str, words: str) -> None:
+    assert words in up(**{name: value})
+
+
+def test_bad_settings_of_a_gateway_matter_where_there_is_one() -> None:
+    assert "max_body_bytes: " in up("--http-port", "0", QAQ_MAX_BODY_BYTES="0")
+
+
+def test_ports() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"port {port} is taken; choose another with --http-port" in up("--http-port", port)
+    assert "are both 7711" in up("--port", "7711", "--http-port", "7711")
+
+
+def test_a_port_of_another_address_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.2", 0))
+        taken.listen()
+        settings = StackSettings(model="m", port=taken.getsockname()[1])
+        roles.check_ports(settings)
+        monkeypatch.setenv("QAQ_HOST", "127.0.0.2")
+        with pytest.raises(StackError, match="is taken"):
+            roles.check_ports(settings)
+
+
+def test_unknown_variables_are_told() -> None:
+    told = up(QAQ_PRESSET="paper", QAQ_METRICS_PORT="9000", QAQ_PAGE_TOKENS="0")
+    assert "QAQ_PRESSET means nothing to QAQ; did you mean QAQ_PRESET?" in told
+    assert "QAQ_METRICS_PORT means nothing to a stack" in told
+
+
+def test_other_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAQ_MAX_SEQUENCES", "3")
+    monkeypatch.setenv("QAQ_REQUANTIZE_WAIT", "true")
+    monkeypatch.setenv("QAQ_SESSION_TTL_S", "60")
+    monkeypatch.setenv("QAQ_PORT", "1")  # of a role alone
+    settings = StackSettings(model="m", port=0, http_port=0, dtype="float32")
+    worker = roles.worker(settings, URL)
+    assert (worker.max_sequences, worker.requantize_wait, worker.dtype, worker.port) == (3, True, "float32", 0)
+    router, gateway = roles.router(settings, URL), roles.gateway(settings, URL)
+    assert (router.session_ttl_s, router.port, gateway and gateway.port) == (60, 0, 0)
+    assert roles.originals(URL).port == 0
+    assert roles.gateway(StackSettings(model="m"), URL) is None
