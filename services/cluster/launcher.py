@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from pydantic import SecretStr
 
+from services.cluster.access import Access
 from services.cluster.actors import NAMESPACE, GatewayActor, OriginalsActor, RouterActor, WorkerActor, launch
 from services.cluster.state import ModelSettings, StackError, StackSettings
 from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
@@ -25,12 +25,13 @@ class Launcher:
     """Starts, lists and stops the actors of one stack.
 
     Args:
+        access: who each server is.
         report: called with (name, stage, progress from 0 to 1 or None) while actors start.
     """
 
-    def __init__(self, settings: StackSettings, redis_url: str, report: Report) -> None:
+    def __init__(self, settings: StackSettings, access: Access, report: Report) -> None:
         self._settings = settings
-        self._redis_url = SecretStr(redis_url)
+        self._access = access
         self._report = report
 
     def start_all(self) -> dict[str, str]:
@@ -45,10 +46,11 @@ class Launcher:
         started["router"] = launch(
             "router",
             RouterActor,
-            RouterSettings(redis_url=self._redis_url, model=settings.model, port=settings.port),
+            RouterSettings(**self._access.settings("router"), model=settings.model, port=settings.port),
         )
         if settings.http_port is not None:
-            http = GatewaySettings(redis_url=self._redis_url, port=settings.http_port)
+            who = self._access.settings("gateway")
+            http = GatewaySettings(**who, port=settings.http_port, https=settings.https)
             started["gateway"] = launch("gateway", GatewayActor, http)
         return self._wait(started)
 
@@ -82,12 +84,13 @@ class Launcher:
             ray.kill(handle, no_restart=True)
 
     def _originals(self, index: int) -> Any:
-        return launch(f"originals-{index}", OriginalsActor, OriginalsSettings(redis_url=self._redis_url, port=0))
+        settings = OriginalsSettings(**self._access.settings("originals"), port=0)
+        return launch(f"originals-{index}", OriginalsActor, settings)
 
     def _worker(self, index: int) -> Any:
         gpu = self._settings.device.startswith("cuda")
         model = self._settings.model_dump(include=set(ModelSettings.model_fields))
-        settings = WorkerSettings(redis_url=self._redis_url, port=0, **model)
+        settings = WorkerSettings(**self._access.settings("worker"), port=0, **model)
         return launch(f"worker-{index}", WorkerActor, settings, gpus=1 if gpu else 0)
 
     def _wait(self, actors: Mapping[str, Any]) -> dict[str, str]:

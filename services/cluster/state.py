@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ import psutil
 from pydantic import BaseModel, Field
 
 from qaq_core.base.errors import QAQError
+from services.cluster.access import Access
+from services.common.certificates import files
 from services.common.settings import WeightForm
 
 
@@ -38,21 +40,26 @@ class StackSettings(ModelSettings):
 
     Attributes:
         http_port: the gateway's port; None starts no gateway.
+        tls: the servers have certificates, and use TLS among each other and with clients of the router.
+        https: the gateway uses TLS too.
     """
 
     workers: int = Field(default=1, ge=1, le=64)
     originals: int = Field(default=1, ge=1, le=64)
     port: int = Field(default=7700, ge=0, le=65535)
     http_port: int | None = Field(default=None, ge=0, le=65535)
+    tls: bool = True
+    https: bool = False
 
 
 class StackState(BaseModel):
-    """A running stack. It contains the Redis password, so its file has mode 0600.
+    """A running stack. It contains Redis' passwords, so its file has mode 0600.
 
     Attributes:
         pid, born: process id and creation time of the owner; a later process may have the same pid.
         router, gateway: addresses as host:port; the gateway may be None.
         redis: the argument of `EmbeddedRedis.attach`.
+        certificates: see `Access`.
     """
 
     settings: StackSettings
@@ -63,6 +70,11 @@ class StackState(BaseModel):
     ray_address: str
     ray_directory: Path
     redis: dict[str, Any]
+    certificates: Path | None = None
+
+    @property
+    def access(self) -> Access:
+        return Access(redis=self.redis, certificates=self.certificates)
 
     @property
     def alive(self) -> bool:
@@ -80,14 +92,21 @@ def directory() -> Path:
     return Path(configured) if configured else Path.home() / ".local" / "state" / "qaq"
 
 
+def ca() -> Path:
+    """Where the CA of the stack that runs is, for clients of all kinds."""
+    return directory() / "ca.pem"
+
+
 def save(state: StackState) -> None:
-    """Replaces the state file atomically, with mode 0600."""
+    """Replaces the state file atomically, with mode 0600, and puts the CA beside it."""
     folder = directory()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor, name = tempfile.mkstemp(dir=folder, prefix="stack-")
     with os.fdopen(descriptor, "w") as file:
         file.write(state.model_dump_json(indent=1))
     os.replace(name, folder / "stack.json")
+    if state.certificates is not None:
+        shutil.copyfile(files(state.certificates, "client")[0], ca())
 
 
 def load() -> StackState | None:
@@ -106,6 +125,6 @@ def load() -> StackState | None:
 
 
 def forget() -> None:
-    """Deletes the state file."""
-    with contextlib.suppress(FileNotFoundError):
-        (directory() / "stack.json").unlink()
+    """Deletes the state file and the CA."""
+    for path in (ca(), directory() / "stack.json"):
+        path.unlink(missing_ok=True)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+from services.common import tls
+from services.common.identity import Identity
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -67,7 +72,25 @@ http_seconds = Histogram(
 )
 
 
-def serve(port: int | None, host: str = "127.0.0.1") -> None:
-    """Serves /metrics on `port` from a daemon thread; None serves nothing."""
-    if port is not None:
+def serve(port: int | None, host: str = "127.0.0.1", identity: Identity | None = None) -> None:
+    """Serves /metrics on `port` from a daemon thread; None serves nothing.
+
+    Args:
+        identity: serves HTTPS, to those who show a certificate of the CA.
+    """
+    if port is None:
+        return
+    if identity is None:
         start_http_server(port, addr=host)
+        return
+    server, _ = start_http_server(
+        port,
+        addr=host,
+        certfile=str(identity.cert),
+        keyfile=str(identity.key),
+        client_cafile=str(identity.ca),
+        client_auth_required=True,
+    )
+    listening: Any = server.socket
+    listening.do_handshake_on_connect = False  # in the thread of the request: a silent client keeps nobody waiting
+    tls.renew(listening.context, identity, certificates=True)
