@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from redis.exceptions import RedisError
 
@@ -38,8 +39,6 @@ def identity(servers: str | None = None) -> Identity | None:
 def _belongs(servers: str, running: state.StackState) -> bool:
     asked = {server.strip() for server in servers.split(",")}
     known = {running.router, running.gateway}
-    try:
+    with contextlib.suppress(RedisError):
         known |= asyncio.run(addresses(running.access))
-    except RedisError:
-        pass
     return bool(asked & known)

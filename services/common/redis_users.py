@@ -89,9 +89,7 @@ def write(directory: Path, url: str, version: tuple[int, ...]) -> None:
     for user in (*chosen, "redis"):
         (directory / user).mkdir(parents=True, exist_ok=True, mode=0o700)
     for user, password in chosen.items():
-        write_private(
-            directory / user / "redis.env", f"QAQ_REDIS_URL={with_user(url, user, password)}\n".encode()
-        )
+        write_private(directory / user / "redis.env", f"QAQ_REDIS_URL={with_user(url, user, password)}\n".encode())
     write_private(users, acl(chosen, version).encode())
 
 

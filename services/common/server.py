@@ -120,9 +120,7 @@ class GrpcServer:
         address = _join(self._host, self._port)
         if self._identity is None:
             return server.add_insecure_port(address)
-        return server.add_secure_port(
-            address, tls.server_credentials(self._identity, certificates=self._certificates)
-        )
+        return server.add_secure_port(address, tls.server_credentials(self._identity, certificates=self._certificates))
 
     async def stop(self, grace: float = 2.0) -> None:
         """Reports NOT_SERVING, gives running calls `grace` seconds to end, then cancels them."""

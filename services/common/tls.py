@@ -56,7 +56,7 @@ def renew(context: ssl.SSLContext, identity: Identity, *, certificates: bool) ->
                 current, pems = _context(identity, certificates), latest
         connection.context = current
 
-    context.sni_callback = begin  # type: ignore[assignment]
+    context.sni_callback = begin
 
 
 def _configuration(pems: Pems) -> Any:

@@ -63,9 +63,7 @@ class WorkerServer:
             loaded, scheduler = await asyncio.to_thread(self._load, originals, asyncio.get_running_loop())
             scheduler.start()
             stack.push_async_callback(asyncio.to_thread, scheduler.stop)
-            server = GrpcServer(
-                settings.host, settings.port, advertise_host=settings.advertise_host, identity=who
-            )
+            server = GrpcServer(settings.host, settings.port, advertise_host=settings.advertise_host, identity=who)
             info = model_info(loaded)
             service = WorkerService(scheduler, info, settings.max_sequences, self.drain)
             server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)

@@ -51,7 +51,9 @@ class Composed:
     def start(self) -> None:
         """Returns when every service's health check passes."""
         self._redis_has_tls = redis_binary.has_tls()
-        hosts = [f"--host={role}={host}" for role, host in self._hosts.items() if role in ("router", "gateway", "redis")]
+        hosts = [
+            f"--host={role}={host}" for role, host in self._hosts.items() if role in ("router", "gateway", "redis")
+        ]
         subprocess.run(
             [ROOT / "deploy" / "make-secrets", self.secrets, *hosts],
             env=os.environ

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from services.cli import demo
 from services.cli.main import app
 from services.cluster import control, launcher
+from services.cluster.access import Access
 from services.cluster.launcher import Launcher
 from services.cluster.state import StackSettings
 from services.common.settings import WorkerSettings
@@ -25,10 +26,11 @@ FAST = ("--weights", "int8", "--compiled")
 def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Settings of what would have been started."""
     seen: list[Any] = []
+    access = Access(redis={"url": "", "description": "", "pid": None})
 
     def up(settings: StackSettings, report: Any) -> SimpleNamespace:
         seen.append(settings)
-        return SimpleNamespace(router="127.0.0.1:1", gateway=None, redis={"url": ""})
+        return SimpleNamespace(router="127.0.0.1:1", gateway=None, redis={"url": ""}, access=access, certificates=None)
 
     async def serve(settings: WorkerSettings) -> None:
         seen.append(settings)
@@ -65,6 +67,7 @@ def test_a_stacks_workers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     launch: Callable[..., None] = lambda name, host, settings, gpus: started.append(settings)  # noqa: E731
     monkeypatch.setattr(launcher, "launch", launch)
     monkeypatch.setenv("QAQ_WEIGHTS", "int4")
+    access = Access(redis={"url": "redis://127.0.0.1", "description": "", "pid": None})
     for settings in (StackSettings(model="m"), StackSettings(model="m", weights="bfloat16", compiled=True)):
-        Launcher(settings, "redis://127.0.0.1", lambda *report: None)._worker(0)
+        Launcher(settings, access, lambda *report: None)._worker(0)
     assert [(worker.weights, worker.compiled) for worker in started] == [("auto", False), ("bfloat16", True)]

@@ -52,9 +52,7 @@ async def stack(
         redis = running.enter_context(EmbeddedRedis())
         access = Access(redis=redis.state(), certificates=certificates)
         worker = WorkerSettings(model="smollm2", page_tokens=16, **access.settings("worker"))
-        router = RouterSettings(
-            model=str(model_path), port=0, client_certificates=True, **access.settings("router")
-        )
+        router = RouterSettings(model=str(model_path), port=0, client_certificates=True, **access.settings("router"))
         servers = (
             OriginalsServer(OriginalsSettings(**access.settings("originals"))),
             WorkerServer(worker, smollm2),

@@ -23,7 +23,7 @@ def test_loopback_needs_no_tls(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "worker-1", ""])
 def test_a_network_needs_it(host: str) -> None:
-    with pytest.raises(ConfigError, match="there is no TLS: set QAQ_TLS_CERT.*or QAQ_INSECURE=1"):
+    with pytest.raises(ConfigError, match=r"there is no TLS: set QAQ_TLS_CERT.*or QAQ_INSECURE=1"):
         identity(CommonSettings(host=host))
     with capture_logs() as logs:
         assert identity(CommonSettings(host=host, insecure=True)) is None
@@ -32,7 +32,7 @@ def test_a_network_needs_it(host: str) -> None:
 
 def test_redis_on_another_machine_needs_it() -> None:
     settings: dict[str, Any] = {"redis_url": "redis://:hidden@10.0.0.1:6379/0"}
-    with pytest.raises(ConfigError, match="Redis is at 10.0.0.1 without rediss://") as caught:
+    with pytest.raises(ConfigError, match=r"Redis is at 10\.0\.0\.1 without rediss://") as caught:
         identity(CommonSettings(**settings))
     assert "hidden" not in str(caught.value)
     assert identity(CommonSettings(**settings, insecure=True)) is None

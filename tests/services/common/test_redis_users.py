@@ -35,7 +35,12 @@ FOREIGN: dict[str, list[tuple[str, ...]]] = {
         ("GET", "another:key"),
         ("PUBLISH", "channel", "x"),
     ],
-    "router": [("GET", "qaq:page:00"), ("SET", "qaq:codec:00", "x"), ("SCAN", "0"), ("SMEMBERS", "qaq:members:gateway")],
+    "router": [
+        ("GET", "qaq:page:00"),
+        ("SET", "qaq:codec:00", "x"),
+        ("SCAN", "0"),
+        ("SMEMBERS", "qaq:members:gateway"),
+    ],
     "worker": [
         ("ZRANGE", "qaq:sessions", "0", "-1"),
         ("HGETALL", "qaq:session:a"),
@@ -51,11 +56,20 @@ FOREIGN: dict[str, list[tuple[str, ...]]] = {
         ("SET", "qaq:member:worker:a:1", "{}"),
         ("EVAL", "return redis.call('GET', KEYS[1])", "1", "qaq:session:a"),
     ],
-    "gateway": [("HGETALL", "qaq:session:a"), ("GET", "qaq:page:00"), ("SMEMBERS", "qaq:members:worker"), ("SCAN", "0")],
+    "gateway": [
+        ("HGETALL", "qaq:session:a"),
+        ("GET", "qaq:page:00"),
+        ("SMEMBERS", "qaq:members:worker"),
+        ("SCAN", "0"),
+    ],
     "operator": [("HGETALL", "qaq:session:a"), ("GET", "qaq:page:00"), ("SCAN", "0")],
     "client": [("HGETALL", "qaq:session:a"), ("GET", "qaq:page:00"), ("SMEMBERS", "qaq:members:worker")],
 }
-WRITES = [("SREM", "qaq:members:{kind}", "a:1"), ("SET", "qaq:member:{kind}:a:1", "{}"), ("DEL", "qaq:member:{kind}:a:1")]
+WRITES = [
+    ("SREM", "qaq:members:{kind}", "a:1"),
+    ("SET", "qaq:member:{kind}:a:1", "{}"),
+    ("DEL", "qaq:member:{kind}:a:1"),
+]
 
 
 @pytest.fixture(scope="module")

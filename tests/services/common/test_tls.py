@@ -131,7 +131,7 @@ async def test_a_certificate_that_expires_and_is_renewed(place: Path) -> None:
             service.step.release()
             assert (await call.read()).session_id == "0"
             expired = old.pems
-            await until_expired(place / "client" / "cert.pem")
+            await until_expired(expired)
             async with raw(address, expired) as late:
                 await refused(late)
             issue(place)
@@ -145,8 +145,9 @@ async def test_a_certificate_that_expires_and_is_renewed(place: Path) -> None:
         await server.stop(0)
 
 
-async def until_expired(path: Path) -> None:
-    expires = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+async def until_expired(pems: Pems) -> None:
+    assert pems.cert is not None
+    expires = x509.load_pem_x509_certificate(pems.cert).not_valid_after_utc
     await asyncio.sleep(max(0.0, (expires - datetime.now(UTC)).total_seconds()) + 1.1)
 
 
