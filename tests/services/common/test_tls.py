@@ -102,6 +102,17 @@ async def test_a_certificate_of_another_ca(served: tuple[str, Counting], place: 
         await refused(channel)
 
 
+async def test_two_cas_are_trusted_while_one_takes_the_place_of_the_other(
+    served: tuple[str, Counting], place: Path, tmp_path: Path
+) -> None:
+    issue(tmp_path / "next")
+    both = (place / "ca.pem").read_bytes() + (tmp_path / "next" / "ca.pem").read_bytes()
+    (place / "router" / "ca.pem").write_bytes(both)
+    _, cert, key = of(tmp_path / "next", "client").pems
+    async with raw(served[0], Pems(both, cert, key)) as moved, open_channel(served[0], of(place, "client")) as not_yet:
+        assert await tokenize(moved) == await tokenize(not_yet) == [4]
+
+
 async def test_a_client_without_a_certificate_where_none_is_asked_for(place: Path) -> None:
     server, _ = counting_server(of(place, "router"), certificates=False)
     address = await server.start()
