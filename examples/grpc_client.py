@@ -1,7 +1,7 @@
 """A session over gRPC: two prompts of one text, streamed token by token.
 
 qaq up
-python examples/grpc_client.py --router 127.0.0.1:7700
+python examples/grpc_client.py --ca ~/.local/state/qaq/ca.pem
 
 Any language's gRPC works the same way; the contract is proto/qaq/v1/generate.proto.
 """
@@ -9,6 +9,7 @@ Any language's gRPC works the same way; the contract is proto/qaq/v1/generate.pr
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import grpc
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
@@ -17,11 +18,12 @@ from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--router", default="127.0.0.1:7700", help="host:port")
+    parser.add_argument("--ca", type=Path, help="the CA of the router's certificate; default: no TLS")
     parser.add_argument("--max-new-tokens", type=int, default=20)
     parser.add_argument("prompts", nargs="*", default=["The capital of France is", " The capital of Italy is"])
     options = parser.parse_args()
 
-    with grpc.insecure_channel(options.router) as channel:
+    with connect(options.router, options.ca) as channel:
         router = generate_pb2_grpc.InferenceStub(channel)
         cache = common_pb2.CacheParams(preset="balanced", target_bits=3)
         session = router.OpenSession(generate_pb2.OpenSessionRequest(cache=cache)).session_id
@@ -30,6 +32,13 @@ def main() -> None:
                 generate(router, session, prompt, options.max_new_tokens)
         finally:
             router.CloseSession(generate_pb2.CloseSessionRequest(session_id=session))
+
+
+def connect(router: str, ca: Path | None) -> grpc.Channel:
+    """A channel to host:port."""
+    if ca is None:
+        return grpc.insecure_channel(router)
+    return grpc.secure_channel(router, grpc.ssl_channel_credentials(ca.read_bytes()))
 
 
 def generate(router: generate_pb2_grpc.InferenceStub, session: str, prompt: str, most: int) -> None:

@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from qaq_eval.cli.bench_elastic import elastic
+from qaq_eval.cli.bench_identity import identity
 from qaq_eval.cli.bench_lookup import lookup
 from qaq_eval.cli.bench_prefix import prefix
 from qaq_eval.cli.bench_serve import serve
@@ -42,6 +43,7 @@ def register(app: typer.Typer) -> None:
     bench.command()(elastic)
     bench.command()(prefix)
     bench.command()(lookup)
+    bench.command()(identity)
     app.add_typer(bench, name="bench")
 
 

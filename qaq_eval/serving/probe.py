@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
 from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
@@ -13,6 +14,7 @@ from redis.asyncio import Redis
 
 from qaq_eval.serving.load import DEADLINE_S, Record
 from services.common.channel import open_channel
+from services.common.identity import Identity
 from services.common.registry import HEARTBEAT_S, Kind, Registry
 
 SAMPLE_S = 0.2
@@ -22,13 +24,17 @@ _KINDS: tuple[Kind, ...] = ("router", "worker", "originals", "gateway")
 class Probe:
     """Measures the servers that are registered in a Redis.
 
+    Args:
+        who: calls workers as a router does; None without TLS.
+
     Attributes:
         kv_bytes_peak: maximum of the bytes of all workers' caches while watched.
         sessions_at_peak: sessions that held caches at that time.
     """
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, who: Identity | None = None) -> None:
         self._registry = Registry(redis)
+        self._dial = partial(open_channel, identity=who, role="worker")
         self.kv_bytes_peak = self.sessions_at_peak = 0
 
     async def resident(self) -> dict[str, int]:
@@ -48,7 +54,7 @@ class Probe:
         """Samples the workers' caches during the `with` block."""
         addresses = [member.address for member in await self._registry.members("worker")]
         async with contextlib.AsyncExitStack() as stack:
-            channels = [await stack.enter_async_context(open_channel(address)) for address in addresses]
+            channels = [await stack.enter_async_context(self._dial(address)) for address in addresses]
             task = asyncio.create_task(self._watch([worker_pb2_grpc.WorkerStub(c) for c in channels]))
             try:
                 yield
@@ -75,7 +81,7 @@ class Probe:
             stop=common_pb2.StopParams(max_new_tokens=new, ignore_eos=True),
             cache=cache,
         )
-        async with open_channel(worker.address) as channel:
+        async with self._dial(worker.address) as channel:
             record = Record(time.perf_counter())
             async for reply in worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=DEADLINE_S):
                 if reply.HasField("token"):

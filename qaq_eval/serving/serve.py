@@ -17,6 +17,7 @@ from qaq_eval.serving.figures import Percentiles
 from qaq_eval.serving.load import Load, Prompts, Record
 from qaq_eval.serving.probe import Probe
 from services.common.channel import open_channel
+from services.common.identity import Identity
 from services.common.redis import connect
 
 Report = Callable[[str, float | None], None]
@@ -126,16 +127,19 @@ class Plan:
     regex: str = ""
 
 
-async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: Report) -> ServeResult:
+async def measure(
+    router: str, redis_url: SecretStr | None, plan: Plan, report: Report, who: Identity | None = None
+) -> ServeResult:
     """Runs all phases against a stack.
 
     Args:
         router: host:port.
         redis_url: the stack's Redis, if it can be reached.
+        who: calls router and workers, so its role must be router where TLS is on; None without TLS.
     Raises:
         grpc.aio.AioRpcError: the router does not answer.
     """
-    async with open_channel(router) as channel, _probe(redis_url) as probe:
+    async with open_channel(router, who, "router") as channel, _probe(redis_url, who) as probe:
         stub = generate_pb2_grpc.InferenceStub(channel)
         await stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)
         bench = _Bench(stub, await Prompts.load(stub, plan.seed), probe, plan)
@@ -260,12 +264,12 @@ class _Bench:
 
 
 @contextlib.asynccontextmanager
-async def _probe(redis_url: SecretStr | None) -> AsyncIterator[Probe | None]:
+async def _probe(redis_url: SecretStr | None, who: Identity | None) -> AsyncIterator[Probe | None]:
     if redis_url is None:
         yield None
         return
-    redis = connect(redis_url)
+    redis = connect(redis_url, who)
     try:
-        yield Probe(redis)
+        yield Probe(redis, who)
     finally:
         await redis.aclose()

@@ -171,16 +171,19 @@ def tokenize(
 
 
 def health(
-    address: Annotated[str, typer.Argument(help="host:port of any server, or http://host:port of a gateway.")],
+    address: Annotated[str, typer.Argument(help="host:port of any server, or http(s)://host:port of a gateway.")],
 ) -> None:
     """Checks whether a server is serving. The exit code is 0 if it is."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    if address.startswith("http://"):
+    from services.cli.identity import identity
+    from services.common.channel import open_blocking_channel
+
+    if address.startswith(("http://", "https://")):
         _http_health(address)
         return
-    with grpc.insecure_channel(address) as channel:
+    with open_blocking_channel(address, identity(address)) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
@@ -194,10 +197,19 @@ def health(
 
 
 def _http_health(url: str) -> None:
+    import ssl
     import urllib.request
 
+    from services.cli.identity import identity
+
+    context = None
+    if url.startswith("https://"):
+        who = identity(url.removeprefix("https://"))
+        context = ssl.create_default_context(cafile=who.ca if who else None)
+        if who and who.cert:
+            context.load_cert_chain(who.cert, who.key)
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+        with urllib.request.urlopen(f"{url}/health", timeout=5, context=context) as answer:
             screen.out(f"{url}: {answer.read().decode()}")
     except OSError as error:
         screen.out(f"{url}: {error}")

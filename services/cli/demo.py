@@ -112,7 +112,7 @@ def measure(running: StackState, prompt: str, max_new_tokens: int) -> DemoResult
     from services.cli.streaming import follow
     from services.cluster.status import stack_status
 
-    with inference(running.router) as client:
+    with inference(running.router, running.access.identity("operator")) as client:
         model = client.once(lambda stub: stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)).model
         sampling = {"temperature": 0.0, "repetition_penalty": 1.1}
         stop = {"max_new_tokens": max_new_tokens}
@@ -124,7 +124,7 @@ def measure(running: StackState, prompt: str, max_new_tokens: int) -> DemoResult
         else:
             plain = generate_pb2.GenerateRequest(prompt=prompt, sampling=sampling, stop=stop)
             generation = follow(client.stream(plain))
-    stores = asyncio.run(stack_status(running.redis["url"])).originals
+    stores = asyncio.run(stack_status(running.access)).originals
     # All cache services use the same Redis.
     stored = max((store.bytes for store in stores.values() if store is not None), default=0)
     return _result(generation, stored, running.redis["description"])

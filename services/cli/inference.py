@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from qaq.v1 import generate_pb2
 
+from services.cli.identity import identity
 from services.cluster import state
 from services.common import log
+from services.common.channel import Dial, open_channel
+from services.common.identity import Identity
 from services.common.redis import connect
 from services.common.routers import Routers, named, registered
 from services.common.streams import Asked, Stream
@@ -65,26 +69,31 @@ class Inference:
 
 
 @contextlib.contextmanager
-def inference(router: str | None) -> Iterator[Inference]:
-    """Calls to the routers of a comma-separated list, or to those of the stack that runs on this machine."""
+def inference(router: str | None, who: Identity | None = None) -> Iterator[Inference]:
+    """Calls to the routers of a comma-separated list, or to those of the stack that runs on this machine.
+
+    Args:
+        who: the caller; None takes the identity of commands.
+    """
     log.configure("warning")
+    dial = partial(open_channel, identity=who or identity(router), role="router")
     with asyncio.Runner() as loop:
         stack = contextlib.AsyncExitStack()
         try:
-            yield Inference(loop, loop.run(stack.enter_async_context(_reached(router))))
+            yield Inference(loop, loop.run(stack.enter_async_context(_reached(router, dial))))
         finally:
             loop.run(stack.aclose())
 
 
 @contextlib.asynccontextmanager
-async def _reached(router: str | None) -> AsyncIterator[Routers]:
+async def _reached(router: str | None, dial: Dial) -> AsyncIterator[Routers]:
     async with contextlib.AsyncExitStack() as stack:
         find = named(router or DEFAULT_ROUTER)
         running = None if router else state.load()
         if running is not None and running.alive:
-            redis = connect(running.redis["url"])
+            redis = connect(running.access.settings("client")["redis_url"])
             stack.push_async_callback(redis.aclose)
             find = registered(redis)
-        routers = Routers(find)
+        routers = Routers(find, dial)
         stack.push_async_callback(routers.close)
         yield routers

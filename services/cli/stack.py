@@ -40,9 +40,7 @@ def up(
     model: Model = None,
     workers: Workers = 1,
     originals: Annotated[int, typer.Option(min=1, help="Number of cache services.")] = 1,
-    port: Annotated[
-        int, typer.Option(envvar="QAQ_PORT", help="The router's port; 0 takes any free port.")
-    ] = 7700,
+    port: Annotated[int, typer.Option(envvar="QAQ_PORT", help="The router's port; 0 takes any free port.")] = 7700,
     http_port: Annotated[
         int | None,
         typer.Option(envvar="QAQ_HTTP_PORT", help="Also serve OpenAI's API on this port; 0 takes any free port."),
@@ -53,12 +51,18 @@ def up(
     compiled: Compiled = False,
     preset: StackPreset = "balanced",
     target_bits: StackTargetBits = None,
+    tls: Annotated[
+        bool, typer.Option(help="Make certificates for this stack, and use them between servers and for gRPC.")
+    ] = True,
+    https: Annotated[
+        bool, typer.Option("--https", help="Use them for OpenAI's API too, which is plain on this machine otherwise.")
+    ] = False,
 ) -> None:
     """Starts Ray, Redis, cache services, workers and the router, and returns when they are ready.
 
     QAQ_REDIS_URL names a Redis server to use. Without it, an embedded server is started.
     """
-    from services.cluster import control
+    from services.cluster import control, state
     from services.cluster.state import StackSettings
 
     settings = StackSettings.model_validate(
@@ -74,6 +78,8 @@ def up(
             "compiled": compiled,
             "preset": preset,
             "target_bits": target_bits,
+            "tls": tls,
+            "https": https,
         }
     )
     warn_of_environment(stack=True)
@@ -81,7 +87,10 @@ def up(
         running = control.up(settings, report)
     screen.print(f"The router is at [bold]{running.router}[/]. Try: qaq chat", highlight=False)
     if running.gateway is not None:
-        screen.print(f"OpenAI's API is at [bold]http://{running.gateway}/v1[/].", highlight=False)
+        scheme = "https" if https else "http"
+        screen.print(f"OpenAI's API is at [bold]{scheme}://{running.gateway}/v1[/].", highlight=False)
+    if running.certificates is not None:
+        screen.print(f"Its CA, for other clients, is {state.ca()}", highlight=False)
 
 
 def status(
@@ -90,12 +99,12 @@ def status(
     """Shows the servers and their load."""
     from google.protobuf.json_format import MessageToDict
 
-    from services.cluster import restarts
+    from services.cluster import restarts, state
     from services.cluster.status import stack_status
 
     running = _running()
     again = restarts.restarted(running.directory)
-    found = asyncio.run(stack_status(running.redis["url"]))
+    found = asyncio.run(stack_status(running.access))
     if json_path is not None:
         status = {
             "routers": found.routers,
@@ -103,6 +112,7 @@ def status(
             "originals": {a: MessageToDict(o) if o else None for a, o in found.originals.items()},
             "redis": running.redis["description"],
             "restarts": {name: record.model_dump() for name, record in again.items()},
+            "ca": str(state.ca()) if running.certificates else None,
         }
         json_path.write_text(json.dumps(status, indent=1) + "\n")
     screen.print(_table(running, found))
@@ -125,10 +135,12 @@ def drain(
     worker: Annotated[str, typer.Argument(help="The worker's host:port, as `qaq status` shows it.")],
 ) -> None:
     """Moves a worker's sessions to other workers, so that it can be stopped without interrupting a stream."""
-    import grpc
     from qaq.v1 import worker_pb2, worker_pb2_grpc
 
-    with grpc.insecure_channel(worker) as channel, screen.status("draining"):
+    from services.cli.identity import identity
+    from services.common.channel import open_blocking_channel
+
+    with open_blocking_channel(worker, identity(worker), "worker") as channel, screen.status("draining"):
         reply = worker_pb2_grpc.WorkerStub(channel).Drain(worker_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT_S)
     screen.print(f"Moved {reply.moved} running generations. The process can be stopped now.")
 
@@ -158,6 +170,8 @@ def _running() -> StackState:
 
 
 def _table(running: StackState, found: StackStatus) -> Table:
+    from services.cluster import state
+
     table = Table(title=running.settings.model, title_justify="left")
     for column in ("role", "address", "state"):
         table.add_column(column)
@@ -177,4 +191,6 @@ def _table(running: StackState, found: StackStatus) -> Table:
         stored = f"{store.pages} pages, {size(store.bytes)}" if store else "does not answer"
         table.add_row("originals", address, stored)
     table.add_row("redis", "", running.redis["description"])
+    if running.certificates is not None:
+        table.add_row("CA", "", str(state.ca()))
     return table

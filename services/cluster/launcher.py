@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from pydantic import SecretStr
 
 from services.cluster import roles
+from services.cluster.access import Access
 from services.cluster.actors import NAMESPACE, GatewayActor, OriginalsActor, RouterActor, WorkerActor, launch
 from services.cluster.state import StackError, StackSettings
 
@@ -25,12 +25,13 @@ class Launcher:
     """Starts, lists and stops the actors of one stack.
 
     Args:
+        access: who each server is.
         report: called with (name, stage, progress from 0 to 1 or None) while actors start.
     """
 
-    def __init__(self, settings: StackSettings, redis_url: str, report: Report) -> None:
+    def __init__(self, settings: StackSettings, access: Access, report: Report) -> None:
         self._settings = settings
-        self._redis_url = SecretStr(redis_url)
+        self._access = access
         self._report = report
 
     def start_all(self) -> dict[str, str]:
@@ -42,8 +43,8 @@ class Launcher:
         settings = self._settings
         started = {f"originals-{index}": self._originals(index) for index in range(settings.originals)}
         started |= {f"worker-{index}": self._worker(index) for index in range(settings.workers)}
-        started["router"] = launch("router", RouterActor, roles.router(settings, self._redis_url))
-        if (gateway := roles.gateway(settings, self._redis_url)) is not None:
+        started["router"] = launch("router", RouterActor, roles.router(settings, self._access.settings("router")))
+        if (gateway := roles.gateway(settings, self._access.settings("gateway"))) is not None:
             started["gateway"] = launch("gateway", GatewayActor, gateway)
         return self._wait(started)
 
@@ -77,11 +78,11 @@ class Launcher:
             ray.kill(handle, no_restart=True)
 
     def _originals(self, index: int) -> Any:
-        return launch(f"originals-{index}", OriginalsActor, roles.originals(self._redis_url))
+        return launch(f"originals-{index}", OriginalsActor, roles.originals(self._access.settings("originals")))
 
     def _worker(self, index: int) -> Any:
         gpu = self._settings.device.startswith("cuda")
-        settings = roles.worker(self._settings, self._redis_url)
+        settings = roles.worker(self._settings, self._access.settings("worker"))
         return launch(f"worker-{index}", WorkerActor, settings, gpus=1 if gpu else 0)
 
     def _wait(self, actors: Mapping[str, Any]) -> dict[str, str]:

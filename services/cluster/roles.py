@@ -1,9 +1,14 @@
-"""The settings of each role of a stack: from the stack's own, else the environment (`QAQ_…`), else the default."""
+"""The settings of each role of a stack: from the stack's own, else the environment (`QAQ_…`), else the default.
+
+`who` is the part that says who the server is, see `Access.settings`.
+"""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
 
@@ -12,27 +17,29 @@ from services.common import environment
 from services.common.extras import require
 from services.common.settings import CommonSettings, GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 
-_NO_URL = SecretStr("redis://127.0.0.1")
+Who = Mapping[str, Any]
+
+_NOBODY: Who = {"redis_url": SecretStr("redis://127.0.0.1")}
 
 
-def router(settings: StackSettings, redis_url: SecretStr) -> RouterSettings:
-    return RouterSettings(redis_url=redis_url, model=settings.model, port=settings.port)
+def router(settings: StackSettings, who: Who) -> RouterSettings:
+    return RouterSettings(**who, model=settings.model, port=settings.port)
 
 
-def gateway(settings: StackSettings, redis_url: SecretStr) -> GatewaySettings | None:
+def gateway(settings: StackSettings, who: Who) -> GatewaySettings | None:
     """None if the stack has no gateway."""
     if settings.http_port is None:
         return None
-    return GatewaySettings(redis_url=redis_url, port=settings.http_port)
+    return GatewaySettings(**who, port=settings.http_port, https=settings.https)
 
 
-def worker(settings: StackSettings, redis_url: SecretStr) -> WorkerSettings:
+def worker(settings: StackSettings, who: Who) -> WorkerSettings:
     model = settings.model_dump(include=set(ModelSettings.model_fields))
-    return WorkerSettings(redis_url=redis_url, port=0, **model)
+    return WorkerSettings(**who, port=0, **model)
 
 
-def originals(redis_url: SecretStr) -> OriginalsSettings:
-    return OriginalsSettings(redis_url=redis_url, port=0)
+def originals(who: Who) -> OriginalsSettings:
+    return OriginalsSettings(**who, port=0)
 
 
 def check(settings: StackSettings) -> None:
@@ -46,13 +53,13 @@ def check(settings: StackSettings) -> None:
     from services.router import placement
 
     environment.check()
-    routing = router(settings, _NO_URL)
+    routing = router(settings, _NOBODY)
     placement.make(routing.placement)
     if routing.smg:
         require("smg_grpc_proto")
-    gateway(settings, _NO_URL)
-    worker(settings, _NO_URL)
-    originals(_NO_URL)
+    gateway(settings, _NOBODY)
+    worker(settings, _NOBODY)
+    originals(_NOBODY)
     if not _on_hub(settings.model):
         find_checkpoint(settings.model)
     check_ports(settings)

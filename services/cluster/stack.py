@@ -14,8 +14,12 @@ import psutil
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
 from services.cluster import roles
+from services.cluster.access import Access
 from services.cluster.state import Owner, StackError, StackSettings, StackState
+from services.common.certificates import issue
+from services.common.channel import open_blocking_channel
 from services.common.embedded_redis import EmbeddedRedis
+from services.common.identity import Identity
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no data of ours goes through it
 READY_TIMEOUT_S = 30.0
@@ -49,11 +53,12 @@ class LocalStack:
             address = self._ray(stack)
             from services.cluster.launcher import Launcher  # imported here because Ray reads the environment at import
 
-            launcher = Launcher(self._settings, redis.url, self._report)
+            access = Access(redis=redis.state(), certificates=self._certificates())
+            launcher = Launcher(self._settings, access, self._report)
             stack.callback(lambda: launcher.stop(launcher.names()))
             addresses = launcher.start_all()
             router = addresses["router"]
-            self._wait_until_ready(router)
+            self._wait_until_ready(router, access.identity("operator"))
             self._report("router", f"serves at {router}", 1.0)
             self._stack = stack.pop_all()
         return StackState(
@@ -62,7 +67,8 @@ class LocalStack:
             router=router,
             gateway=addresses.get("gateway"),
             ray_address=address,
-            redis=redis.state(),
+            redis=access.redis,
+            certificates=access.certificates,
         )
 
     def stop(self) -> None:
@@ -76,6 +82,14 @@ class LocalStack:
         redis.start()
         self._report("redis", redis.description, 1.0)
         return redis
+
+    def _certificates(self) -> Path | None:
+        """Makes the stack's CA and certificates."""
+        if not self._settings.tls:
+            return None
+        directory = self._owner.directory / "tls"
+        issue(directory)
+        return directory
 
     def _ray(self, stack: contextlib.ExitStack) -> str:
         """Starts Ray's head. Returns its address. Ray opens its own directory to everybody, but not the one above it."""
@@ -104,11 +118,11 @@ class LocalStack:
         self._report("ray", f"head at {address}", 1.0)
         return address
 
-    def _wait_until_ready(self, router: str) -> None:
+    def _wait_until_ready(self, router: str, who: Identity | None) -> None:
         """Waits until the router sees its workers."""
         workers = self._settings.workers
         deadline = time.monotonic() + READY_TIMEOUT_S
-        with grpc.insecure_channel(router) as channel:
+        with open_blocking_channel(router, who, "router") as channel:
             stub = generate_pb2_grpc.InferenceStub(channel)
             while time.monotonic() < deadline:
                 self._report("router", "waiting for the workers", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import psutil
 from pydantic import BaseModel, Field
 
 from qaq_core.base.errors import QAQError
+from services.cluster.access import Access
+from services.common.certificates import files
 from services.common.settings import Device, PresetName, WeightForm
 
 
@@ -38,12 +41,16 @@ class StackSettings(ModelSettings):
 
     Attributes:
         http_port: the gateway's port; None starts no gateway.
+        tls: the servers have certificates, and use TLS among each other and with clients of the router.
+        https: the gateway uses TLS too.
     """
 
     workers: int = Field(default=1, ge=1, le=64)
     originals: int = Field(default=1, ge=1, le=64)
     port: int = Field(default=7700, ge=0, le=65535)
     http_port: int | None = Field(default=None, ge=0, le=65535)
+    tls: bool = True
+    https: bool = False
 
 
 class Owner(BaseModel):
@@ -69,11 +76,12 @@ class Owner(BaseModel):
 
 
 class StackState(Owner):
-    """A running stack. It contains the Redis password, so its file has mode 0600.
+    """A running stack. It contains Redis' passwords, so its file has mode 0600.
 
     Attributes:
         router, gateway: addresses as host:port; the gateway may be None.
         redis: the argument of `EmbeddedRedis.attach`.
+        certificates: see `Access`.
     """
 
     settings: StackSettings
@@ -81,12 +89,22 @@ class StackState(Owner):
     gateway: str | None = None
     ray_address: str
     redis: dict[str, Any]
+    certificates: Path | None = None
+
+    @property
+    def access(self) -> Access:
+        return Access(redis=self.redis, certificates=self.certificates)
 
 
 def directory() -> Path:
     """$QAQ_STATE_DIR, or ~/.local/state/qaq."""
     configured = os.environ.get("QAQ_STATE_DIR")
     return Path(configured) if configured else Path.home() / ".local" / "state" / "qaq"
+
+
+def ca() -> Path:
+    """Where the CA of the stack that runs is, for clients of all kinds."""
+    return directory() / "ca.pem"
 
 
 @contextlib.contextmanager
@@ -108,7 +126,7 @@ def writing() -> Iterator[Path]:
 
 
 def save(state: StackState) -> None:
-    """Replaces the state file atomically, with mode 0600.
+    """Replaces the state file atomically, with mode 0600, and puts the CA beside it.
 
     Raises:
         StackError: it cannot be written.
@@ -122,6 +140,8 @@ def save(state: StackState) -> None:
         except OSError:
             os.unlink(name)
             raise
+        if state.certificates is not None:
+            shutil.copyfile(files(state.certificates, "client")[0], ca())
 
 
 def load() -> StackState | None:
@@ -140,6 +160,6 @@ def load() -> StackState | None:
 
 
 def forget() -> None:
-    """Deletes the state file."""
-    with contextlib.suppress(FileNotFoundError):
-        (directory() / "stack.json").unlink()
+    """Deletes the state file and the CA."""
+    for path in (ca(), directory() / "stack.json"):
+        path.unlink(missing_ok=True)

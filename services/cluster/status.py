@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import get_args
 
 import grpc
 from qaq.v1 import originals_pb2, originals_pb2_grpc, worker_pb2, worker_pb2_grpc
 
+from services.cluster.access import Access
 from services.common.channel import open_channel
+from services.common.identity import Identity
 from services.common.redis import connect
-from services.common.registry import Registry
+from services.common.registry import Kind, Registry
 
 DEADLINE_S = 5.0
 
@@ -24,13 +27,13 @@ class StackStatus:
     originals: dict[str, originals_pb2.StatsReply | None]
 
 
-async def stack_status(redis_url: str) -> StackStatus:
-    """Asks every registered server for its load.
+async def stack_status(access: Access) -> StackStatus:
+    """Asks every registered server for its load, as the operator.
 
     Raises:
         redis.exceptions.RedisError: the registry cannot be read.
     """
-    redis = connect(redis_url)
+    redis = connect(access.settings("operator")["redis_url"])
     try:
         registry = Registry(redis)
         routers = [member.address for member in await registry.members("router")]
@@ -38,13 +41,28 @@ async def stack_status(redis_url: str) -> StackStatus:
         originals = [member.address for member in await registry.members("originals")]
     finally:
         await redis.aclose()
-    descriptions = await asyncio.gather(*map(_describe, workers))
-    stats = await asyncio.gather(*map(_stats, originals))
+    who = access.identity("operator")
+    descriptions = await asyncio.gather(*(_describe(address, who) for address in workers))
+    stats = await asyncio.gather(*(_stats(address, who) for address in originals))
     return StackStatus(routers, dict(zip(workers, descriptions, strict=True)), dict(zip(originals, stats, strict=True)))
 
 
-async def _describe(address: str) -> worker_pb2.DescribeReply | None:
-    async with open_channel(address) as channel:
+async def addresses(access: Access) -> set[str]:
+    """Of every registered server.
+
+    Raises:
+        redis.exceptions.RedisError: the registry cannot be read.
+    """
+    redis = connect(access.settings("operator")["redis_url"])
+    try:
+        registry = Registry(redis)
+        return {member.address for kind in get_args(Kind) for member in await registry.members(kind)}
+    finally:
+        await redis.aclose()
+
+
+async def _describe(address: str, who: Identity | None) -> worker_pb2.DescribeReply | None:
+    async with open_channel(address, who, "worker") as channel:
         try:
             stub = worker_pb2_grpc.WorkerStub(channel)
             return await stub.Describe(worker_pb2.DescribeRequest(), timeout=DEADLINE_S)
@@ -52,8 +70,8 @@ async def _describe(address: str) -> worker_pb2.DescribeReply | None:
             return None
 
 
-async def _stats(address: str) -> originals_pb2.StatsReply | None:
-    async with open_channel(address) as channel:
+async def _stats(address: str, who: Identity | None) -> originals_pb2.StatsReply | None:
+    async with open_channel(address, who, "originals") as channel:
         try:
             stub = originals_pb2_grpc.OriginalsStub(channel)
             return await stub.Stats(originals_pb2.StatsRequest(), timeout=DEADLINE_S)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -29,7 +27,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from qaq_core.base.errors import ConfigError
+from services.common.private_files import write_private
 from services.common.redis import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, redacted
+from services.common.redis_users import User, acl, passwords, with_user
 
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
@@ -38,7 +38,7 @@ _CONFIG = """\
 bind 127.0.0.1
 protected-mode yes
 port {port}
-requirepass {password}
+aclfile {directory}/users.acl
 dir {directory}
 logfile {directory}/redis.log
 save ""
@@ -64,7 +64,7 @@ class EmbeddedRedis:
             that starts it. Otherwise it makes a temporary directory, and outlives this process.
 
     Attributes:
-        url: with the password. description: the server in words.
+        url: of the user that may do everything, with its password. description: the server in words.
         pid, directory: of a started server; None for a configured one.
     """
 
@@ -80,7 +80,7 @@ class EmbeddedRedis:
         self._maxmemory = maxmemory or str(psutil.virtual_memory().total // 4)
         self._persist = persist
         self._given = directory
-        self._password = secrets.token_urlsafe(24)
+        self._passwords = {} if self._configured else passwords()
         self._port = 0
         self.url = configured_url or ""
         self.description = f"configured: {redacted(configured_url)}" if configured_url else ""
@@ -95,20 +95,29 @@ class EmbeddedRedis:
         server.description = state["description"]
         if state["pid"] is not None:
             server._configured = False
+            server._passwords = state.get("passwords", {})
             server.pid, server._born = state["pid"], state["born"]
             server.directory = Path(state["directory"])
         return server
 
     def state(self) -> dict[str, Any]:
-        """The arguments of `attach` as JSON values. They contain the password: store them with mode 0600."""
+        """The argument of `attach` as JSON values. It contains the passwords: store it with mode 0600."""
         directory = str(self.directory) if self.directory else None
         return {
             "url": self.url,
+            "passwords": self._passwords,
             "description": self.description,
             "pid": self.pid,
             "born": self._born,
             "directory": directory,
         }
+
+    def url_of(self, user: User) -> str:
+        """The URL with which a role reaches the server, with the role's own rights. A configured server has one URL."""
+        if self._configured:
+            return self.url
+        server = self.url.rpartition("@")[2]
+        return with_user(f"redis://{server}", user, self._passwords[user])
 
     def start(self) -> EmbeddedRedis:
         """Starts the server, or checks the configured one. Returns when it answers.
@@ -172,7 +181,7 @@ class EmbeddedRedis:
         # Another process may take the free port before Redis binds it: then try another port.
         for _ in range(3):
             port = self._port or free_port()
-            self.url = f"redis://:{self._password}@127.0.0.1:{port}/0"
+            self.url = with_user(f"redis://127.0.0.1:{port}/0", "default", self._passwords["default"])
             process = self._spawn(binary, port)
             if self._wait_until_ready(process):
                 self._port = port
@@ -187,14 +196,14 @@ class EmbeddedRedis:
         config = self.directory / "redis.conf"
         text = _CONFIG.format(
             port=port,
-            password=self._password,
             directory=self.directory,
             appendonly="yes" if self._persist else "no",
             maxmemory=self._maxmemory,
         )
-        # The password is in a file that only its owner can read, never in argv.
-        with open(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(text)
+        # In files that only their owner can read, and as hashes: no password is in argv.
+        write_private(config, text.encode())
+        version = tuple(int(part) for part in re.findall(r"\d+", server_version(binary)))
+        write_private(self.directory / "users.acl", acl(self._passwords, version).encode())
         output = subprocess.DEVNULL
         process = subprocess.Popen(
             [str(binary), str(config)],
@@ -261,7 +270,7 @@ def find_server() -> tuple[str, Path]:
 
 def server_version(binary: Path) -> str:
     """ "7.2.4" of `redis-server --version`."""
-    text = subprocess.run([str(binary), "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+    text = subprocess.run([str(binary), "--version"], capture_output=True, text=True, timeout=10).stdout
     match = re.search(r"v=([0-9.]+)", text)
     return match.group(1) if match else "of unknown version"
 

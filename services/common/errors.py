@@ -50,6 +50,12 @@ class NotFound(StatusError):
     code = Code.NOT_FOUND
 
 
+class PermissionDenied(StatusError):
+    """The caller is known and may not do this."""
+
+    code = Code.PERMISSION_DENIED
+
+
 class FailedPrecondition(StatusError):
     """The request is valid, but not in the present state of the server."""
 

@@ -30,6 +30,7 @@ EXTRAS = {
     "serve": Extra(
         "the servers and the qaq command",
         (
+            "cryptography",
             "fastapi",
             "google",
             "grpc",

@@ -11,6 +11,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from services.common.errors import InvalidArgument, to_status
+from services.common.roles import Guard
 
 log = structlog.get_logger()
 
@@ -23,10 +24,14 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     Requests are decoded here instead of by gRPC, so that a malformed request (for example with invalid UTF-8) or a
     request that is too large gets INVALID_ARGUMENT and a message. Unexpected errors are logged with their traceback and
     reach the caller as INTERNAL without details.
+
+    Args:
+        guard: checks the caller first.
     """
 
-    def __init__(self, max_request_bytes: int) -> None:
+    def __init__(self, max_request_bytes: int, guard: Guard | None = None) -> None:
         self._max_request_bytes = max_request_bytes
+        self._guard = guard
 
     async def intercept_service(
         self,
@@ -42,15 +47,18 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
         behaviour = getattr(handler, kind)
         decode = self._decode_each if handler.request_streaming else self._decode
+        admit = self._guard.check if self._guard else _anyone
 
         async def unary(raw: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
+                admit(method, context)
                 return await behaviour(decode(raw, handler.request_deserializer), context)
             except Exception as error:
                 await _abort(context, error, method)
 
         async def stream(raw: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
+                admit(method, context)
                 async with aclosing(behaviour(decode(raw, handler.request_deserializer), context)) as replies:
                     async for reply in replies:
                         yield reply
@@ -78,6 +86,10 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     async def _decode_each(self, raw: AsyncIterator[bytes], deserialize: Deserializer) -> AsyncIterator[Any]:
         async for message in raw:
             yield self._decode(message, deserialize)
+
+
+def _anyone(method: str, context: Any) -> None:
+    """Of a server that does not know its callers."""
 
 
 def _arity(streaming: bool) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import (
     GC_COLLECTOR,
     PLATFORM_COLLECTOR,
@@ -15,6 +17,9 @@ from prometheus_client import (
 )
 
 from qaq_core.base.errors import QAQError
+from services.common import tls
+from services.common.identity import Identity
+
 
 class MetricsPortError(QAQError):
     """The port of the metrics cannot be bound. The message has the address."""
@@ -93,17 +98,36 @@ for _collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR, http_req
     GATEWAY.register(_collector)
 
 
-def serve(port: int | None, host: str = "127.0.0.1", registry: CollectorRegistry = REGISTRY) -> None:
+def serve(
+    port: int | None,
+    host: str = "127.0.0.1",
+    identity: Identity | None = None,
+    registry: CollectorRegistry = REGISTRY,
+) -> None:
     """Serves /metrics on `port` from a daemon thread; None serves nothing.
 
+    Args:
+        identity: serves HTTPS, to those who show a certificate of the CA.
     Raises:
         MetricsPortError: the port cannot be bound.
     """
     if port is None:
         return
+    secured: dict[str, Any] = {}
+    if identity is not None:
+        secured = {
+            "certfile": str(identity.cert),
+            "keyfile": str(identity.key),
+            "client_cafile": str(identity.ca),
+            "client_auth_required": True,
+        }
     try:
-        start_http_server(port, addr=host, registry=registry)
+        server, _ = start_http_server(port, addr=host, registry=registry, **secured)
     except OSError as error:
         raise MetricsPortError(
             f"metrics cannot be served on {host}:{port} ({error.strerror or error}); choose another --metrics-port"
         ) from error
+    if identity is not None:
+        listening: Any = server.socket
+        listening.do_handshake_on_connect = False  # in the thread of the request: a silent client keeps nobody waiting
+        tls.renew(listening.context, identity, certificates=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from qaq_core.base.errors import QAQError
+from services.common.identity import Identity
 
 CONNECT_TIMEOUT_S = 2.0
 CALL_TIMEOUT_S = 5.0
@@ -21,13 +23,19 @@ class RedisUnreachableError(QAQError):
     """Redis does not answer. The message has its address and what to do."""
 
 
-def connect(url: str | SecretStr, *, retries: int = 3, max_connections: int = 32) -> Redis:
+def connect(
+    url: str | SecretStr, identity: Identity | None = None, *, retries: int = 3, max_connections: int = 32
+) -> Redis:
     """A client, which connects at its first command.
 
     A command whose connection broke is sent again up to `retries` times, so it may run twice: pass 0 for commands that
     must not, such as APPEND.
+
+    Args:
+        identity: for rediss://. The URL may name other files: `?ssl_ca_certs=…&ssl_certfile=…&ssl_keyfile=…`.
     """
     text = url.get_secret_value() if isinstance(url, SecretStr) else url
+    secure = text.startswith("rediss:")
     pool = BlockingConnectionPool.from_url(
         text,
         max_connections=max_connections,
@@ -35,8 +43,26 @@ def connect(url: str | SecretStr, *, retries: int = 3, max_connections: int = 32
         socket_timeout=CALL_TIMEOUT_S,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries),
+        **(tls_files(identity) if secure else {}),
     )
+    if secure:
+        pool.connection_class = _RenewedConnection
     return Redis.from_pool(pool)
+
+
+def tls_files(identity: Identity | None) -> dict[str, Any]:
+    """The files of an identity as arguments of a Redis client."""
+    if identity is None:
+        return {}
+    return {"ssl_ca_certs": identity.ca, "ssl_certfile": identity.cert, "ssl_keyfile": identity.key}
+
+
+class _RenewedConnection(SSLConnection):
+    """Reads its files whenever it connects."""
+
+    def _connection_arguments(self) -> Any:
+        self.ssl_context.context = None
+        return super()._connection_arguments()
 
 
 async def check(client: Redis, url: str | SecretStr) -> None:

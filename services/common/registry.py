@@ -16,7 +16,7 @@ from typing import Any, Literal
 import psutil
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from services.common import metrics
 from services.common.log import once
@@ -74,6 +74,7 @@ class Registry:
             redis.exceptions.RedisError: the first heartbeat failed. Later ones are retried.
         """
         await self._beat(kind, address, info)
+        await self.members(kind)  # removes those that stopped without a word
         heart = asyncio.create_task(self._keep_beating(kind, address, info), name=f"heartbeat {address}")
         try:
             yield
@@ -91,7 +92,8 @@ class Registry:
         values = await self._redis.mget([_key(kind, address) for address in addresses])
         gone = [address for address, value in zip(addresses, values, strict=True) if value is None]
         if gone:
-            await self._redis.srem(_set_key(kind), *gone)
+            with contextlib.suppress(NoPermissionError):  # of a user who may only read this kind
+                await self._redis.srem(_set_key(kind), *gone)
         pairs = zip(addresses, values, strict=True)
         return [Member.parse(kind, address, value) for address, value in pairs if value is not None]
 

@@ -11,7 +11,7 @@ import grpc
 from qaq.v1 import generate_pb2_grpc
 from redis.asyncio import Redis
 
-from services.common.channel import open_channel
+from services.common.channel import Dial, open_channel
 from services.common.errors import Unavailable
 from services.common.registry import Registry
 
@@ -54,10 +54,11 @@ class Routers:
 
     Args:
         find: `named` or `registered`.
+        dial: opens a channel to one.
     """
 
-    def __init__(self, find: Find) -> None:
-        self._find = find
+    def __init__(self, find: Find, dial: Dial = open_channel) -> None:
+        self._find, self._dial = find, dial
         self._address = self._lost = ""
         self._channel: grpc.aio.Channel | None = None
         self._opening = asyncio.Lock()
@@ -88,7 +89,7 @@ class Routers:
         """A channel to the first router that answers. The one that was lost is tried last."""
         addresses = sorted(await self._find(), key=lambda address: address == self._lost)
         for self._address in addresses:
-            channel = open_channel(self._address)
+            channel = self._dial(self._address)
             if await _answers(channel):
                 return channel
             await channel.close()

@@ -14,8 +14,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from qaq_core.base.errors import QAQError
-from services.common import environment
+from services.common import environment, tls
+from services.common.identity import Identity
 from services.common.interceptor import StatusInterceptor
+from services.common.roles import Guard
 
 MAX_REQUEST_BYTES = 5 << 20
 # More than the limit, so that most oversized requests get a message instead of a transport error.
@@ -41,6 +43,8 @@ class GrpcServer:
         advertise_host: host name of this machine for other servers, if it is not `host`.
         max_request_bytes: larger requests get INVALID_ARGUMENT.
         max_concurrent_rpcs: further calls get RESOURCE_EXHAUSTED.
+        identity: serves with TLS, and only what the caller's role may call. None serves in clear, to everybody.
+        certificates: callers must show a certificate. Otherwise they are clients, and are asked for none.
     """
 
     def __init__(
@@ -51,11 +55,14 @@ class GrpcServer:
         advertise_host: str | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
         max_concurrent_rpcs: int = 1024,
+        identity: Identity | None = None,
+        certificates: bool = True,
     ) -> None:
         self._host = host
         self._port = port
         self._advertise_host = advertise_host
-        self._interceptor = StatusInterceptor(max_request_bytes)
+        self._identity, self._certificates = identity, certificates
+        self._interceptor = StatusInterceptor(max_request_bytes, Guard(certificates=certificates) if identity else None)
         self._max_concurrent_rpcs = max_concurrent_rpcs
         self._services: list[tuple[str, Callable[[Any, grpc.aio.Server], None], Any]] = []
         self._health = health.aio.HealthServicer()
@@ -97,7 +104,7 @@ class GrpcServer:
         names = [name for name, _, _ in self._services]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         try:
-            port = server.add_insecure_port(_join(self._host, self._port))
+            port = self._bind(server)
         except RuntimeError as error:
             raise PortTakenError(
                 f"cannot listen on {_join(self._host, self._port)}: the port is taken or the address is not of "
@@ -108,6 +115,12 @@ class GrpcServer:
         for name in names:
             await self._health.set(name, _SERVING)
         return reachable(self._host, port, self._advertise_host)
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        address = _join(self._host, self._port)
+        if self._identity is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, tls.server_credentials(self._identity, certificates=self._certificates))
 
     async def stop(self, grace: float = 2.0) -> None:
         """Reports NOT_SERVING, gives running calls `grace` seconds to end, then cancels them."""

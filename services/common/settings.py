@@ -6,6 +6,7 @@ Port 0 means any free port; the port that was bound is the one that is registere
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr
@@ -33,6 +34,9 @@ class CommonSettings(BaseSettings):
         redis_url: redis:// or rediss://, secret because it contains the password.
         host: address to bind. advertise_host: host name for other servers, if it differs.
         metrics_port: Prometheus port; None serves no metrics.
+        tls_cert, tls_key, tls_ca: PEM files: this server's certificate, its key, and the CA of all certificates. All
+            three or none. They are read again when they change.
+        insecure: be open to a network without TLS.
     """
 
     model_config = SettingsConfigDict(env_prefix="QAQ_", extra="ignore", validate_default=True)
@@ -42,6 +46,10 @@ class CommonSettings(BaseSettings):
     advertise_host: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_ca: Path | None = None
+    insecure: bool = False
 
 
 class RouterSettings(CommonSettings):
@@ -54,6 +62,7 @@ class RouterSettings(CommonSettings):
         resume_timeout_s: how long a stream whose worker went away waits for another worker.
         session_ttl_s: seconds after which an unused session expires.
         smg: also serve vLLM's engine protocol, for SMG in front; needs the extra smg.
+        client_certificates: with TLS, clients must show a certificate.
     """
 
     port: int = Field(default=7700, ge=0, le=65535)
@@ -65,6 +74,7 @@ class RouterSettings(CommonSettings):
     resume_timeout_s: float = Field(default=60.0, ge=0)
     session_ttl_s: int = Field(default=3600, ge=1)
     smg: bool = False
+    client_certificates: bool = False
 
 
 class GatewaySettings(CommonSettings):
@@ -74,6 +84,8 @@ class GatewaySettings(CommonSettings):
         router: host:port of the routers, separated by commas, in order of preference. None takes the registered ones.
         max_body_bytes: of a request.
         cors_origins: origins whose pages may call the gateway, separated by commas; "*" is any. None if empty.
+        https: with a certificate, serve HTTP with TLS too. Without, it is for loopback.
+        client_certificates: with TLS, clients must show a certificate.
     """
 
     port: int = Field(default=8000, ge=0, le=65535)
@@ -81,6 +93,8 @@ class GatewaySettings(CommonSettings):
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_body_bytes: int = Field(default=16 * MIB, ge=1)
     cors_origins: str = ""
+    https: bool = True
+    client_certificates: bool = False
 
 
 class WorkerSettings(CommonSettings):

@@ -7,17 +7,22 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import structlog
 import uvicorn
 
-from services.common import log, metrics
+from services.common import log, metrics, tls
+from services.common.channel import open_channel
+from services.common.identity import Identity, identity, require_loopback
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.routers import Routers, named, registered
 from services.common.server import PortTakenError, reachable, run_until_signal
 from services.common.settings import GatewaySettings
 from services.gateway.app import make_app
+from services.gateway.callers import ClientsOnly
 
 GRACE_S = 2
 STOP_S = 5.0
@@ -37,15 +42,18 @@ class GatewayServer:
         """Serves, and registers the gateway. Returns its address, host:port.
 
         Raises:
+            ConfigError: a certificate is missing or cannot be used.
             PortTakenError: the port is taken.
             RedisUnreachableError: Redis does not answer.
         """
         settings = self._settings
         async with contextlib.AsyncExitStack() as stack:
-            redis = connect(settings.redis_url)
+            who = identity(settings)
+            redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
-            routers = Routers(named(settings.router) if settings.router else registered(redis))
+            find = named(settings.router) if settings.router else registered(redis)
+            routers = Routers(find, partial(open_channel, identity=who, role="router"))
             stack.push_async_callback(routers.close)
             bound = _bind(settings.host, settings.port)
             stack.callback(bound.close)
@@ -56,6 +64,7 @@ class GatewayServer:
                     log_config=None,
                     access_log=False,
                     timeout_graceful_shutdown=GRACE_S,
+                    **_https(settings, who),
                 )
             )
             task = asyncio.create_task(server.serve(sockets=[bound]), name="http")
@@ -88,6 +97,24 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _https(settings: GatewaySettings, who: Identity | None) -> dict[str, Any]:
+    """The arguments of uvicorn that make it serve HTTPS.
+
+    Raises:
+        ConfigError: HTTP is to be served in clear, and not on loopback.
+    """
+    if who is None:
+        return {}
+    if not settings.https:
+        require_loopback(settings.host, f"the gateway binds {settings.host} without HTTPS", settings)
+        return {}
+    context = tls.server_context(who, certificates=settings.client_certificates)
+    served: dict[str, Any] = {"ssl_context_factory": lambda *_: context}
+    if settings.client_certificates:
+        served["http"] = ClientsOnly
+    return served
+
+
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
@@ -106,5 +133,5 @@ def _bind(host: str, port: int) -> socket.socket:
 async def serve(settings: GatewaySettings) -> None:
     """Runs a gateway until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
-    metrics.serve(settings.metrics_port, settings.host, metrics.GATEWAY)
+    metrics.serve(settings.metrics_port, settings.host, identity(settings), metrics.GATEWAY)
     await run_until_signal(GatewayServer(settings))

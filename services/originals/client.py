@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 from pydantic import SecretStr
 from qaq.v1 import originals_pb2 as pb
@@ -15,6 +16,8 @@ from qaq_core.base.errors import OriginalsError
 from qaq_core.base.pages import Page, PageShape
 from qaq_core.base.rows import RowReply, RowRequest
 from services.common.background import BackgroundLoop
+from services.common.channel import Dial, open_channel
+from services.common.identity import Identity
 from services.common.redis import connect
 from services.common.registry import Registry
 from services.originals import wire
@@ -38,6 +41,7 @@ class RemoteOriginals:
         find: lists the addresses of the cache services; runs on this object's loop.
         rows_timeout: seconds that a requantization may take.
         on_close: runs on the loop at the end, to close what `find` uses.
+        dial: opens a channel to a cache service.
     """
 
     def __init__(
@@ -46,8 +50,9 @@ class RemoteOriginals:
         *,
         rows_timeout: float = REQUEST_TIMEOUT_S,
         on_close: Callable[[], Awaitable[None]] | None = None,
+        dial: Dial = open_channel,
     ) -> None:
-        self._find = find
+        self._find, self._dial = find, dial
         self._on_close = on_close
         self._rows_timeout = rows_timeout
         self._pending = 0
@@ -65,14 +70,14 @@ class RemoteOriginals:
         return cls(find)
 
     @classmethod
-    def registered(cls, redis_url: str | SecretStr) -> RemoteOriginals:
+    def registered(cls, redis_url: str | SecretStr, identity: Identity | None = None) -> RemoteOriginals:
         """A client of the services that are registered in Redis, now and later."""
-        redis = connect(redis_url, retries=1, max_connections=2)
+        redis = connect(redis_url, identity, retries=1, max_connections=2)
 
         async def find() -> Sequence[str]:
             return [member.address for member in await Registry(redis).members("originals")]
 
-        return cls(find, on_close=redis.aclose)
+        return cls(find, on_close=redis.aclose, dial=partial(open_channel, identity=identity, role="originals"))
 
     def put(self, pages: Sequence[Page]) -> Future[None]:
         """Done when every page is acknowledged; their data must not change before."""
@@ -119,7 +124,7 @@ class RemoteOriginals:
     # The methods below run on the loop.
 
     async def _open(self) -> None:
-        self._replicas = Replicas(self._find)
+        self._replicas = Replicas(self._find, self._dial)
         self._held = HeldPages(self._replicas)
         self._puts = Puts(self._replicas, self._held)
         self._requests = RowRequests(self._replicas, self._rows_timeout)

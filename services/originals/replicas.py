@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from qaq_core.base.errors import OriginalsError
 from services.common import metrics
-from services.common.channel import open_channel
+from services.common.channel import Dial, open_channel
 from services.common.errors import StatusError
 from services.common.log import once
 
@@ -44,8 +44,8 @@ class CodecUnknownError(OriginalsError):
 class Replicas:
     """Channels to the replicas that `find` lists. Belongs to one event loop."""
 
-    def __init__(self, find: Finder) -> None:
-        self._find = find
+    def __init__(self, find: Finder, dial: Dial = open_channel) -> None:
+        self._find, self._dial = find, dial
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._avoided: dict[str, float] = {}
         self._found_at = -REFRESH_S
@@ -103,7 +103,7 @@ class Replicas:
                 found = set(self._channels)
             self._found_at = time.monotonic()
             for address in found - self._channels.keys():
-                self._channels[address] = open_channel(address)
+                self._channels[address] = self._dial(address)
             for address in self._channels.keys() - found:
                 self._avoided.pop(address, None)
                 task = asyncio.create_task(self._channels.pop(address).close(_CLOSE_GRACE_S))

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from qaq.v1 import originals_pb2_grpc
 
 from services.common import log, metrics
+from services.common.identity import identity
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
@@ -33,11 +34,12 @@ class OriginalsServer:
         """Starts the service and returns its address, host:port.
 
         Raises:
-            RedisUnreachableError, PortTakenError: the message says what to do; nothing is left running.
+            RedisUnreachableError, ConfigError, PortTakenError: the message says what to do; nothing is left running.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
-            redis = connect(settings.redis_url)
+            who = identity(settings)
+            redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
             budget = Budget(settings.page_budget_bytes)
@@ -51,6 +53,7 @@ class OriginalsServer:
                 settings.port,
                 advertise_host=settings.advertise_host,
                 max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
+                identity=who,
             )
             server.add("qaq.v1.Originals", originals_pb2_grpc.add_OriginalsServicer_to_server, service)
             address = await server.start()
@@ -68,5 +71,5 @@ class OriginalsServer:
 async def serve(settings: OriginalsSettings) -> None:
     """Runs the service until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
-    metrics.serve(settings.metrics_port, settings.host)
+    metrics.serve(settings.metrics_port, settings.host, identity(settings))
     await run_until_signal(OriginalsServer(settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 from qaq.v1 import generate_pb2, generate_pb2_grpc
@@ -10,6 +11,8 @@ from qaq.v1 import generate_pb2, generate_pb2_grpc
 from qaq_core.base.errors import ConfigError
 from qaq_core.models import avoid_torch
 from services.common import log, metrics
+from services.common.channel import open_channel
+from services.common.identity import identity
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
@@ -35,20 +38,22 @@ class RouterServer:
         """Serves, and registers the router. Returns its address, host:port.
 
         Raises:
-            ConfigError: a placement policy does not exist, or SMG's protocol is not installed.
+            ConfigError: a placement policy does not exist, SMG's protocol is not installed, or a certificate is
+                missing or cannot be used.
             ModelLoadError: there is no tokenizer for the model.
             PortTakenError: the port is taken.
             RedisUnreachableError: Redis does not answer.
         """
         settings = self._settings
         async with contextlib.AsyncExitStack() as stack:
-            redis = connect(settings.redis_url)
+            who = identity(settings)
+            redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
             registry = Registry(redis)
             prompts = await Prompts.load(settings.model)
             stack.callback(prompts.close)
-            pool = WorkerPool(registry, make(settings.placement))
+            pool = WorkerPool(registry, make(settings.placement), partial(open_channel, identity=who, role="worker"))
             stack.push_async_callback(pool.stop)
             await pool.start()
             server = GrpcServer(
@@ -56,6 +61,8 @@ class RouterServer:
                 settings.port,
                 advertise_host=settings.advertise_host,
                 max_request_bytes=settings.max_prompt_bytes + _MESSAGE_MARGIN,
+                identity=who,
+                certificates=settings.client_certificates,
             )
             sessions = SessionDirectory(redis, settings.session_ttl_s)
             service = InferenceService(settings, sessions, pool, prompts)
@@ -104,6 +111,6 @@ def _vllm_engine(inference: InferenceService, pool: WorkerPool, prompts: Prompts
 async def serve(settings: RouterSettings) -> None:
     """Runs a router until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
-    metrics.serve(settings.metrics_port, settings.host)
+    metrics.serve(settings.metrics_port, settings.host, identity(settings))
     avoid_torch()
     await run_until_signal(RouterServer(settings))

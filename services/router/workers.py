@@ -11,7 +11,7 @@ from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from redis.exceptions import RedisError
 
 from services.common import metrics
-from services.common.channel import open_channel
+from services.common.channel import Dial, open_channel
 from services.common.errors import Unavailable
 from services.common.log import once
 from services.common.registry import Registry
@@ -34,11 +34,11 @@ class WorkerLink:
         facts: None until it has answered for the first time.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, dial: Dial) -> None:
         self.address = address
         self.calls = 0
         self.facts: worker_pb2.DescribeReply | None = None
-        self._channel = open_channel(address)
+        self._channel = dial(address)
         self.stub = worker_pb2_grpc.WorkerStub(self._channel)
 
     @property
@@ -76,9 +76,10 @@ class WorkerPool:
         refreshed: called after each refresh of the workers and their facts.
     """
 
-    def __init__(self, registry: Registry, policies: Sequence[Policy]) -> None:
+    def __init__(self, registry: Registry, policies: Sequence[Policy], dial: Dial = open_channel) -> None:
         self._registry = registry
         self._policies = policies
+        self._dial = dial
         self._links: dict[str, WorkerLink] = {}
         self._retired: list[WorkerLink] = []
         self._model: common_pb2.ModelInfo | None = None
@@ -134,7 +135,7 @@ class WorkerPool:
                 log.warning("cannot list the workers; keeping those known", error=str(error))
             addresses = set(self._links)
         for address in addresses - set(self._links):
-            self._links[address] = WorkerLink(address)
+            self._links[address] = WorkerLink(address, self._dial)
         for address in set(self._links) - addresses:
             self._retired.append(self._links.pop(address))
         await self._close_idle()

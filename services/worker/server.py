@@ -13,6 +13,7 @@ from qaq.v1 import worker_pb2_grpc
 from qaq_core import calibration
 from qaq_core.models import LoadedModel, compile_layers, load_model
 from services.common import log, metrics
+from services.common.identity import identity
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
@@ -53,15 +54,16 @@ class WorkerServer:
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
-            redis = connect(settings.redis_url)
+            who = identity(settings)
+            redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
-            originals = RemoteOriginals.registered(settings.redis_url)
+            originals = RemoteOriginals.registered(settings.redis_url, who)
             stack.push_async_callback(asyncio.to_thread, originals.close)
             loaded, scheduler = await asyncio.to_thread(self._load, originals, asyncio.get_running_loop())
             scheduler.start()
             stack.push_async_callback(asyncio.to_thread, scheduler.stop)
-            server = GrpcServer(settings.host, settings.port, advertise_host=settings.advertise_host)
+            server = GrpcServer(settings.host, settings.port, advertise_host=settings.advertise_host, identity=who)
             info = model_info(loaded)
             service = WorkerService(scheduler, info, settings.max_sequences, self.drain)
             server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)
@@ -109,5 +111,5 @@ class WorkerServer:
 async def serve(settings: WorkerSettings) -> None:
     """Runs until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
-    metrics.serve(settings.metrics_port, settings.host)
+    metrics.serve(settings.metrics_port, settings.host, identity(settings))
     await run_until_signal(WorkerServer(settings))

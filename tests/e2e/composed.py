@@ -7,6 +7,7 @@ file says and two runs do not meet; host names in the environment become those a
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,12 @@ from typing import Any
 import yaml
 
 from services.cluster.stack import python_path
+from services.common.certificates import files
 from services.common.embedded_redis import find_server
+from services.common.identity import Identity
+from services.common.redis import tls_files
+from services.common.roles import Role
+from tests import redis_binary
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240.0
@@ -35,6 +41,7 @@ class Composed:
         net = f"127.{64 + os.getpid() % 64}.{os.getpid() // 64 % 256}"
         self._hosts = {name: f"{net}.{place}" for place, name in enumerate(self.file["services"], start=1)}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._environments: dict[str, dict[str, str]] = {}
         self.addresses = {
             name: f"{self._hosts[name]}:{service['environment']['QAQ_PORT']}"
             for name, service in self.file["services"].items()
@@ -43,7 +50,17 @@ class Composed:
 
     def start(self) -> None:
         """Returns when every service's health check passes."""
-        subprocess.run([ROOT / "deploy" / "make-secrets", self._directory / "secrets"], check=True)
+        self._redis_has_tls = redis_binary.has_tls()
+        hosts = [
+            f"--host={role}={host}" for role, host in self._hosts.items() if role in ("router", "gateway", "redis")
+        ]
+        subprocess.run(
+            [ROOT / "deploy" / "make-secrets", self.secrets, *hosts],
+            env=os.environ
+            | {"QAQ": f"{sys.executable} -m services.cli", "PYTHONPATH": python_path()}
+            | {"REDIS_VERSION": ".".join(map(str, redis_binary.version()))},
+            check=True,
+        )
         for name, service in self.file["services"].items():
             self._processes[name] = self._redis(service) if name == "redis" else self._role(name, service)
             if name == "redis":
@@ -61,21 +78,31 @@ class Composed:
         return (self._directory / f"{name}.log").read_text(errors="replace")
 
     @property
-    def redis_url(self) -> str:
-        line = (self._directory / "secrets" / "qaq.env").read_text().strip()
-        return line.removeprefix("QAQ_REDIS_URL=").replace("@redis:", f"@{self._hosts['redis']}:")
+    def secrets(self) -> Path:
+        return self._directory / "secrets"
+
+    def identity(self, role: Role) -> Identity:
+        return Identity(*files(self.secrets, role))
+
+    def redis_url(self, user: str) -> str:
+        line = (self.secrets / user / "redis.env").read_text().strip()
+        url = line.removeprefix("QAQ_REDIS_URL=").replace("@redis:", f"@{self._hosts['redis']}:")
+        return url if self._redis_has_tls else url.replace("rediss:", "redis:")
 
     def _redis(self, service: dict[str, Any]) -> subprocess.Popen[bytes]:
         _, binary = find_server()
         (self._directory / "data").mkdir()
         config = (ROOT / "deploy" / "redis.conf").read_text()
         for there, here in (
-            ("/run/secrets", str(self._directory / "secrets")),
+            ("/run/secrets", str(self.secrets / "redis")),
             ("/data", str(self._directory / "data")),
             ("0.0.0.0", self._hosts["redis"]),
         ):
             assert there in config
             config = config.replace(there, here)
+        if not self._redis_has_tls:
+            config = config.replace("port 0\ntls-port", "port")
+            config = re.sub(r"^tls-.*\n", "", config, flags=re.MULTILINE)
         (self._directory / "redis.conf").write_text(config)
         server, path = service["command"]
         assert server == "redis-server"
@@ -83,11 +110,18 @@ class Composed:
         return self._spawn("redis", [str(binary), str(self._directory / "redis.conf")], {})
 
     def _role(self, name: str, service: dict[str, Any]) -> subprocess.Popen[bytes]:
-        environment = dict(service["environment"]) | {"QAQ_REDIS_URL": self.redis_url}
+        assert service["env_file"] == f"deploy/secrets/{name}/redis.env"
+        assert f"./deploy/secrets/{name}:/run/secrets:ro" in service["volumes"]
+        environment = dict(service["environment"]) | {"QAQ_REDIS_URL": self.redis_url(name)}
         if environment.get("QAQ_HOST") == "0.0.0.0":
             environment["QAQ_HOST"] = self._hosts[name]
-        given = {key: _default(value) for key, value in environment.items()}
+        given = {key: self._here(name, _default(value)) for key, value in environment.items()}
+        self._environments[name] = given
         return self._spawn(name, [sys.executable, "-m", "services.cli", *service["command"]], given)
+
+    def _here(self, name: str, value: str) -> str:
+        """A value of the environment with the place of the secrets outside its container."""
+        return value.replace("/run/secrets", str(self.secrets / name))
 
     def _spawn(self, name: str, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         with open(self._directory / f"{name}.log", "wb") as log:
@@ -112,14 +146,15 @@ class Composed:
             import redis
 
             try:
-                return bool(redis.Redis.from_url(self.redis_url).ping())
+                files = tls_files(self.identity("redis")) if self._redis_has_tls else {}
+                return bool(redis.Redis.from_url(self.redis_url("default"), **files).ping())
             except redis.RedisError:
                 return False
         _, qaq, *arguments = self.file["services"][name]["healthcheck"]["test"]
         assert qaq == "qaq"
         here = [argument.replace("127.0.0.1", self._hosts[name]) for argument in arguments]
         command = [sys.executable, "-m", "services.cli", *here]
-        environment = os.environ | {"PYTHONPATH": python_path()}
+        environment = os.environ | {"PYTHONPATH": python_path()} | self._environments[name]
         return subprocess.run(command, env=environment, capture_output=True).returncode == 0
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 from qaq.v1 import generate_pb2_grpc
+
+from services.common.channel import open_channel
 
 from .composed import Composed
 
@@ -25,7 +26,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
 
 @pytest.fixture
 async def client(composed: Composed) -> AsyncIterator[generate_pb2_grpc.InferenceStub]:
-    async with grpc.aio.insecure_channel(composed.addresses["router"]) as channel:
+    async with open_channel(composed.addresses["router"], composed.identity("client"), "router") as channel:
         yield generate_pb2_grpc.InferenceStub(channel)
 
 

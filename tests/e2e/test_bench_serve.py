@@ -8,6 +8,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from services.common.certificates import files
+
 from .command import qaq
 from .composed import ROOT, Composed
 
@@ -17,7 +19,9 @@ SMALL = ("--streams", "2", "--stream-tokens", "2", "--memory-sessions", "15")
 
 def bench(composed: Composed, path: Path, *options: str | Path) -> dict:
     router = composed.addresses["router"]
-    result = qaq("bench", "serve", "--router", router, "--json", path, *options, QAQ_REDIS_URL=composed.redis_url)
+    ca, cert, key = map(str, files(composed.secrets, "router"))  # it calls the worker as a router does
+    who = {"QAQ_TLS_CA": ca, "QAQ_TLS_CERT": cert, "QAQ_TLS_KEY": key, "QAQ_REDIS_URL": composed.redis_url("operator")}
+    result = qaq("bench", "serve", "--router", router, "--json", path, *options, **who)
     assert result.returncode == 0, result.stderr
     assert "first token" in result.stdout
     figures = json.loads(path.read_text())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
+
 import grpc
+import httpx2
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message_factory import GetMessageClass
@@ -13,8 +16,9 @@ from .composed import Composed
 
 
 def test_openais_client(composed: Composed) -> None:
-    url = f"http://{composed.addresses['gateway']}/v1"
-    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+    url = f"https://{composed.addresses['gateway']}/v1"
+    trusted = httpx2.Client(verify=ssl.create_default_context(cafile=composed.secrets / "ca.pem"))
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120, http_client=trusted) as client:
         (model,) = client.models.list().data
         said = client.completions.create(model=model.id, prompt="The capital of France is", max_tokens=8, temperature=0)
         assert "Paris" in said.choices[0].text
@@ -30,7 +34,8 @@ def test_openais_client(composed: Composed) -> None:
 
 def test_reflection(composed: Composed) -> None:
     """As grpcurl does it: the services, then a method's messages, then a call from JSON to JSON."""
-    with grpc.insecure_channel(composed.addresses["router"]) as channel:
+    ca = (composed.secrets / "ca.pem").read_bytes()
+    with grpc.secure_channel(composed.addresses["router"], grpc.ssl_channel_credentials(ca)) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         assert {"qaq.v1.Inference", "grpc.health.v1.Health"} <= set(database.get_services())
         method = DescriptorPool(database).FindServiceByName("qaq.v1.Inference").FindMethodByName("Generate")

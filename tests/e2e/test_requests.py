@@ -8,6 +8,8 @@ import grpc
 import pytest
 from qaq.v1 import generate_pb2, generate_pb2_grpc, worker_pb2, worker_pb2_grpc
 
+from services.common.channel import open_channel
+
 from .composed import Composed
 
 Stub = generate_pb2_grpc.InferenceStub
@@ -26,7 +28,7 @@ async def text_of(call: grpc.aio.UnaryStreamCall) -> str:
 
 
 async def describe(composed: Composed) -> worker_pb2.DescribeReply:
-    async with grpc.aio.insecure_channel(composed.addresses["worker"]) as channel:
+    async with open_channel(composed.addresses["worker"], composed.identity("operator"), "worker") as channel:
         return await worker_pb2_grpc.WorkerStub(channel).Describe(worker_pb2.DescribeRequest())
 
 
@@ -111,7 +113,7 @@ async def test_bad_input_is_refused_and_others_are_served_meanwhile(client: Stub
             await text_of(client.Generate(bad))
         assert caught.value.code() is code
         assert sentence in caught.value.details()
-    async with grpc.aio.insecure_channel(composed.addresses["router"]) as channel:
+    async with open_channel(composed.addresses["router"], composed.identity("client"), "router") as channel:
         raw = channel.unary_stream("/qaq.v1.Inference/Generate")(b"\x12\x02\xff\xfe")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await raw.read()

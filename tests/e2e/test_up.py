@@ -75,7 +75,9 @@ def private_and_on_loopback(running: StackState) -> None:
     assert (state.directory() / "stack.json").stat().st_mode & 0o777 == 0o600
     processes = psutil.Process(running.pid).children(recursive=True)
     assert len(processes) >= 7  # the host, Redis, Ray's two and four servers, and others
-    heard = {address(each) for process in processes for each in process.net_connections("inet") if each.status == "LISTEN"}
+    heard = {
+        address(each) for process in processes for each in process.net_connections("inet") if each.status == "LISTEN"
+    }
     assert {running.router, running.gateway, running.ray_address} <= heard
     assert {each.rpartition(":")[0] for each in heard} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, heard
     for process in processes:

@@ -26,9 +26,7 @@ BALANCED = common_pb2.CacheParams(preset="balanced")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """Over a Redis of 64 MB, of which 48 are for pages: 1,000 tokens of SmolLM2."""
     with contextlib.ExitStack() as stack:
-        made = Processes(
-            stack.enter_context(EmbeddedRedis(maxmemory="64mb")), tmp_path_factory.mktemp("full")
-        )
+        made = Processes(stack.enter_context(EmbeddedRedis(maxmemory="64mb")), tmp_path_factory.mktemp("full"))
         stack.callback(made.stop)
         yield made
 
@@ -72,9 +70,7 @@ async def test_another_program_fills_redis(cache_service: str, client: Stub, red
     session, heard = await opened(client, BALANCED), Heard()
     async with contextlib.AsyncExitStack() as stack:
         full = filled(redis)
-        await listen(
-            client.Generate(asked(session), timeout=300), heard, 8, lambda: stack.enter_async_context(full)
-        )
+        await listen(client.Generate(asked(session), timeout=300), heard, 8, lambda: stack.enter_async_context(full))
         assert len(heard.tokens) == 64
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             while True:  # a full Redis has a little room again and again

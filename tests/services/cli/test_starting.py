@@ -14,6 +14,7 @@ from services.cli import demo
 from services.cli.main import app
 from services.cli.terminal import starting
 from services.cluster import control, launcher
+from services.cluster.access import Access
 from services.cluster.launcher import Launcher
 from services.cluster.state import StackSettings
 from services.common.settings import WorkerSettings
@@ -26,10 +27,11 @@ FAST = ("--weights", "int8", "--compiled")
 def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Settings of what would have been started."""
     seen: list[Any] = []
+    access = Access(redis={"url": "", "description": "", "pid": None})
 
     def up(settings: StackSettings, report: Any) -> SimpleNamespace:
         seen.append(settings)
-        return SimpleNamespace(router="127.0.0.1:1", gateway=None, redis={"url": ""})
+        return SimpleNamespace(router="127.0.0.1:1", gateway=None, redis={"url": ""}, access=access, certificates=None)
 
     async def serve(settings: WorkerSettings) -> None:
         seen.append(settings)
@@ -100,6 +102,7 @@ def test_a_stacks_workers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     launch: Callable[..., None] = lambda name, host, settings, gpus: started.append(settings)  # noqa: E731
     monkeypatch.setattr(launcher, "launch", launch)
     monkeypatch.setenv("QAQ_WEIGHTS", "int4")
+    access = Access(redis={"url": "redis://127.0.0.1", "description": "", "pid": None})
     for settings in (StackSettings(model="m"), StackSettings(model="m", weights="bfloat16", compiled=True)):
-        Launcher(settings, "redis://127.0.0.1", lambda *report: None)._worker(0)
+        Launcher(settings, access, lambda *report: None)._worker(0)
     assert [(worker.weights, worker.compiled) for worker in started] == [("auto", False), ("bfloat16", True)]

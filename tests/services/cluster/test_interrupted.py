@@ -78,7 +78,9 @@ def test_the_command(command: str, line: str, signals: list[signal.Signals], pla
     process.stderr.close()
 
 
-@pytest.mark.parametrize(("victim", "line"), [("guard", "ray: starting"), ("host", "ray: head"), ("stack", "ray: head")])
+@pytest.mark.parametrize(
+    ("victim", "line"), [("guard", "ray: starting"), ("host", "ray: head"), ("stack", "ray: head")]
+)
 def test_what_owns_the_stack(victim: str, line: str, place: Path) -> None:
     process = started("up", line)
     owner = claim.current()

@@ -21,7 +21,11 @@ from services.cluster.state import Owner, StackError
 from services.common.embedded_redis import EmbeddedRedis
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
-STUBBORN = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"]
+STUBBORN = [
+    sys.executable,
+    "-c",
+    "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)",
+]
 
 
 @pytest.fixture
@@ -152,9 +156,8 @@ def test_a_claim_without_room_is_told(directory: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(StackError, match="No space left on device.*QAQ_STATE_DIR"):
-        with claim.claimed(owner(directory)):
-            pass
+    with pytest.raises(StackError, match="No space left on device.*QAQ_STATE_DIR"), claim.claimed(owner(directory)):
+        pass
 
 
 def test_no_room_for_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
