@@ -67,6 +67,7 @@ def serve(
     """
     from qaq_eval.serving.arrivals import mix, read_trace
     from qaq_eval.serving.serve import Plan, measure
+    from services.cli.keys import caller_key
     from services.cluster import control
     from services.cluster.state import StackSettings
 
@@ -98,11 +99,11 @@ def serve(
             )
             with starting() as report:
                 running = stack.enter_context(control.attached(settings, report))
-            router, redis = running.router, running.redis["url"]
+            router, redis, key = running.router, running.redis["url"], running.key("client")
         else:
-            redis = os.environ.get("QAQ_REDIS_URL")
+            redis, key = os.environ.get("QAQ_REDIS_URL"), caller_key(router)
         with progress_line() as progress:
-            result = asyncio.run(measure(router, SecretStr(redis) if redis else None, plan, progress))
+            result = asyncio.run(measure(router, SecretStr(redis) if redis else None, plan, progress, key))
     screen.print(_table(result), highlight=False)
     if json_path is not None:
         json_path.write_text(result.model_dump_json(indent=1) + "\n")

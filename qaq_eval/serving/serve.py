@@ -16,6 +16,7 @@ from qaq_eval.serving.figures import Percentiles
 from qaq_eval.serving.load import Load, Prompts, Record
 from qaq_eval.serving.probe import Probe
 from services.common.channel import open_channel
+from services.common.keys import WithMetadata, authorization
 from services.common.redis import connect
 
 Report = Callable[[str, float | None], None]
@@ -110,17 +111,18 @@ class Plan:
     regex: str = ""
 
 
-async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: Report) -> ServeResult:
+async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: Report, key: str = "") -> ServeResult:
     """Runs all phases against a stack.
 
     Args:
         router: host:port.
         redis_url: the stack's Redis, if it can be reached.
+        key: of the caller; empty sends none.
     Raises:
         grpc.aio.AioRpcError: the router does not answer.
     """
     async with open_channel(router) as channel, _probe(redis_url) as probe:
-        stub = generate_pb2_grpc.InferenceStub(channel)
+        stub = WithMetadata(generate_pb2_grpc.InferenceStub(channel), authorization(key))
         await stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)
         bench = _Bench(stub, await Prompts.load(stub, plan.seed), probe, plan)
         report("warm-up", None)
@@ -153,9 +155,7 @@ async def measure(router: str, redis_url: SecretStr | None, plan: Plan, report: 
 
 
 class _Bench:
-    def __init__(
-        self, stub: generate_pb2_grpc.InferenceStub, prompts: Prompts, probe: Probe | None, plan: Plan
-    ) -> None:
+    def __init__(self, stub: Any, prompts: Prompts, probe: Probe | None, plan: Plan) -> None:
         self._stub, self._prompts, self._probe, self._plan = stub, prompts, probe, plan
 
     async def streams(self, count: int) -> list[Record]:

@@ -49,12 +49,16 @@ def up(
     compiled: Compiled = False,
     preset: StackPreset = "balanced",
     target_bits: TargetBits = None,
+    keys: Annotated[
+        bool, typer.Option(help="Ask callers for a key; the stack makes one, which `qaq` commands use by themselves.")
+    ] = True,
 ) -> None:
     """Starts Ray, Redis, cache services, workers and the router, and returns when they are ready.
 
     QAQ_REDIS_URL names a Redis server to use. Without it, an embedded server is started.
     """
     from services.cluster import control
+    from services.cluster.keys import StackKeys
     from services.cluster.state import StackSettings
 
     settings = StackSettings.model_validate(
@@ -70,6 +74,7 @@ def up(
             "compiled": compiled,
             "preset": preset,
             "target_bits": target_bits,
+            "keys": keys,
         }
     )
     with starting() as report:
@@ -77,6 +82,12 @@ def up(
     screen.print(f"The router is at [bold]{running.router}[/]. Try: qaq chat", highlight=False)
     if running.gateway is not None:
         screen.print(f"OpenAI's API is at [bold]http://{running.gateway}/v1[/].", highlight=False)
+    if running.keys is not None:
+        path = StackKeys(running.keys).path("client")
+        screen.print("Other clients need its key:", highlight=False)
+        screen.print(f'  export QAQ_API_KEY="$(cat {path})"', soft_wrap=True, highlight=False)
+        if running.gateway is not None:
+            screen.print(f'  export OPENAI_API_KEY="$(cat {path})"', soft_wrap=True, highlight=False)
 
 
 def status(
@@ -95,6 +106,7 @@ def status(
             "workers": {a: MessageToDict(w) if w else None for a, w in found.workers.items()},
             "originals": {a: MessageToDict(o) if o else None for a, o in found.originals.items()},
             "redis": running.redis["description"],
+            "keys": str(running.keys) if running.keys else None,
         }
         json_path.write_text(json.dumps(status, indent=1) + "\n")
     screen.print(_table(running, found))
@@ -166,4 +178,5 @@ def _table(running: StackState, found: StackStatus) -> Table:
         stored = f"{store.pages} pages, {size(store.bytes)}" if store else "does not answer"
         table.add_row("originals", address, stored)
     table.add_row("redis", "", running.redis["description"])
+    table.add_row("keys", "", f"in {running.keys}" if running.keys else "not asked for")
     return table

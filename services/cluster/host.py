@@ -48,7 +48,7 @@ class Host:
         """Runs the stack until a signal or the end of input. Returns the exit code."""
         if self._attached:
             threading.Thread(target=self._stop_with_input, daemon=True).start()
-        stack = LocalStack(self._settings, self._report)
+        stack = LocalStack(self._settings, self._report, None if self._attached else state.directory())
         try:
             started = stack.start()
             if not self._attached:

@@ -26,12 +26,16 @@ class Launcher:
 
     Args:
         report: called with (name, stage, progress from 0 to 1 or None) while actors start.
+        router: settings of the router beside the stack's.
     """
 
-    def __init__(self, settings: StackSettings, redis_url: str, report: Report) -> None:
+    def __init__(
+        self, settings: StackSettings, redis_url: str, report: Report, router: Mapping[str, Any] | None = None
+    ) -> None:
         self._settings = settings
         self._redis_url = SecretStr(redis_url)
         self._report = report
+        self._router = dict(router or {})
 
     def start_all(self) -> dict[str, str]:
         """Starts all actors in parallel, because their imports take longest. Returns addresses by name.
@@ -45,7 +49,7 @@ class Launcher:
         started["router"] = launch(
             "router",
             RouterActor,
-            RouterSettings(redis_url=self._redis_url, model=settings.model, port=settings.port),
+            RouterSettings(redis_url=self._redis_url, model=settings.model, port=settings.port, **self._router),
         )
         if settings.http_port is not None:
             http = GatewaySettings(redis_url=self._redis_url, port=settings.http_port)

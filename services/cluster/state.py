@@ -13,7 +13,9 @@ import psutil
 from pydantic import BaseModel, Field
 
 from qaq_core.base.errors import QAQError
+from services.cluster.keys import StackKeys
 from services.common.settings import WeightForm
+from services.common.tenants import Role
 
 
 class StackError(QAQError):
@@ -38,12 +40,14 @@ class StackSettings(ModelSettings):
 
     Attributes:
         http_port: the gateway's port; None starts no gateway.
+        keys: the router asks for a key, and the stack makes one for a client and one for an operator.
     """
 
     workers: int = Field(default=1, ge=1, le=64)
     originals: int = Field(default=1, ge=1, le=64)
     port: int = Field(default=7700, ge=0, le=65535)
     http_port: int | None = Field(default=None, ge=0, le=65535)
+    keys: bool = True
 
 
 class StackState(BaseModel):
@@ -53,6 +57,7 @@ class StackState(BaseModel):
         pid, born: process id and creation time of the owner; a later process may have the same pid.
         router, gateway: addresses as host:port; the gateway may be None.
         redis: the argument of `EmbeddedRedis.attach`.
+        keys: the directory of the stack's keys; None if its router asks for none, or has a tenants file of its own.
     """
 
     settings: StackSettings
@@ -63,6 +68,11 @@ class StackState(BaseModel):
     ray_address: str
     ray_directory: Path
     redis: dict[str, Any]
+    keys: Path | None = None
+
+    def key(self, role: Role) -> str:
+        """The stack's key of a role, else QAQ_API_KEY; empty if there is none."""
+        return StackKeys(self.keys).key(role) if self.keys else os.environ.get("QAQ_API_KEY", "")
 
     @property
     def alive(self) -> bool:

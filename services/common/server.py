@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -40,6 +40,7 @@ class GrpcServer:
         advertise_host: host name of this machine for other servers, if it is not `host`.
         max_request_bytes: larger requests get INVALID_ARGUMENT.
         max_concurrent_rpcs: further calls get RESOURCE_EXHAUSTED.
+        interceptors: see every call before the services do. Their errors become statuses.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class GrpcServer:
         advertise_host: str | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
         max_concurrent_rpcs: int = 1024,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
         self._host = host
         self._port = port
         self._advertise_host = advertise_host
-        self._interceptor = StatusInterceptor(max_request_bytes)
+        self._interceptors = [StatusInterceptor(max_request_bytes), *interceptors]
         self._max_concurrent_rpcs = max_concurrent_rpcs
         self._services: list[tuple[str, Callable[[Any, grpc.aio.Server], None], Any]] = []
         self._health = health.aio.HealthServicer()
@@ -76,7 +78,7 @@ class GrpcServer:
             PortTakenError: the address cannot be bound.
         """
         server = grpc.aio.server(
-            interceptors=[self._interceptor],
+            interceptors=self._interceptors,
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
             options=[
                 # Otherwise a second server on the same port would share its connections instead of failing.

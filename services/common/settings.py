@@ -5,6 +5,7 @@ Port 0 means any free port; the port that was bound is the one that is registere
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr
@@ -42,6 +43,8 @@ class RouterSettings(CommonSettings):
         placement: names of the placement policies, in order, see services/router/placement.
         resume_timeout_s: how long a stream whose worker went away waits for another worker.
         session_ttl_s: seconds after which an unused session expires.
+        tenants_file: who may call, with which keys and how much, see services/common/tenants.py; it is read again when
+            it changes. None authenticates nobody: callers name their tenant themselves.
         smg: also serve vLLM's engine protocol, for SMG in front; needs the extra smg.
     """
 
@@ -53,6 +56,7 @@ class RouterSettings(CommonSettings):
     placement: str = "affinity,prefix,load"
     resume_timeout_s: float = Field(default=60.0, ge=0)
     session_ttl_s: int = Field(default=3600, ge=1)
+    tenants_file: Path | None = None
     smg: bool = False
 
 

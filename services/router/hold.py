@@ -30,7 +30,8 @@ Lost = Literal["closed", "taken"]
 log = structlog.get_logger()
 
 _ACQUIRE = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
+local tenant = redis.call('HGET', KEYS[1], 'tenant') or ''
+if redis.call('EXISTS', KEYS[1]) == 0 or tenant ~= ARGV[2] then return -1 end
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 local fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
 redis.call('SET', KEYS[2], fence, 'EX', ARGV[1])
@@ -75,6 +76,7 @@ return 1
 _FORGET = (
     _FENCED
     + """
+redis.call('ZREM', KEYS[5] .. ':' .. (redis.call('HGET', KEYS[1], 'tenant') or ''), ARGV[2])
 redis.call('DEL', unpack(KEYS, 1, 4))
 redis.call('ZREM', KEYS[5], ARGV[2])
 return 1

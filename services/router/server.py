@@ -14,8 +14,10 @@ from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
 from services.common.settings import RouterSettings
+from services.router.callers import Callers, KeyInterceptor
 from services.router.placement import make
 from services.router.prompts import Prompts
+from services.router.quotas import TenantQuotas
 from services.router.service import InferenceService
 from services.router.sessions import SessionDirectory
 from services.router.workers import WorkerPool
@@ -35,12 +37,14 @@ class RouterServer:
         """Serves, and registers the router. Returns its address, host:port.
 
         Raises:
-            ConfigError: a placement policy does not exist, or SMG's protocol is not installed.
+            ConfigError: a placement policy does not exist, the tenants file cannot be used, or SMG's protocol is not
+                installed.
             ModelLoadError: there is no tokenizer for the model.
             PortTakenError: the port is taken.
             RedisUnreachableError: Redis does not answer.
         """
         settings = self._settings
+        callers = Callers(settings.tenants_file)
         async with contextlib.AsyncExitStack() as stack:
             redis = connect(settings.redis_url)
             stack.push_async_callback(redis.aclose)
@@ -56,16 +60,17 @@ class RouterServer:
                 settings.port,
                 advertise_host=settings.advertise_host,
                 max_request_bytes=settings.max_prompt_bytes + _MESSAGE_MARGIN,
+                interceptors=[KeyInterceptor(callers)],
             )
             sessions = SessionDirectory(redis, settings.session_ttl_s)
-            service = InferenceService(settings, sessions, pool, prompts)
+            service = InferenceService(settings, callers, TenantQuotas(redis), sessions, pool, prompts)
             server.add(
                 generate_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
                 generate_pb2_grpc.add_InferenceServicer_to_server,
                 service,
             )
             if settings.smg:
-                server.add(*_vllm_engine(service, pool, prompts))
+                server.add(*_vllm_engine(service, callers, pool, prompts))
             address = await server.start()
             stack.push_async_callback(server.stop)
 
@@ -81,7 +86,9 @@ class RouterServer:
         await self._stack.aclose()
 
 
-def _vllm_engine(inference: InferenceService, pool: WorkerPool, prompts: Prompts) -> tuple[str, Any, Any]:
+def _vllm_engine(
+    inference: InferenceService, callers: Callers, pool: WorkerPool, prompts: Prompts
+) -> tuple[str, Any, Any]:
     """The service that SMG calls, as `GrpcServer.add` takes it.
 
     Raises:
@@ -98,7 +105,7 @@ def _vllm_engine(inference: InferenceService, pool: WorkerPool, prompts: Prompts
             "the setting smg needs smg-grpc-proto, which is not installed: pip install 'qaq-kv[smg]'"
         ) from error
     add_to_server = vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server
-    return SERVICE_NAME, add_to_server, VllmEngine(inference, pool, prompts)
+    return SERVICE_NAME, add_to_server, VllmEngine(inference, callers, pool, prompts)
 
 
 async def serve(settings: RouterSettings) -> None:
