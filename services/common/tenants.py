@@ -55,9 +55,9 @@ class Tenant(_Strict):
         keys: SHA-256 of each key, in hexadecimal.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     role: Role = "client"
-    keys: Annotated[tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")], ...], Field(max_length=MAX_KEYS)] = ()
+    keys: Annotated[tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...], Field(max_length=MAX_KEYS)] = ()
     quotas: Quotas = Quotas()
 
 

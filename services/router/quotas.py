@@ -191,10 +191,12 @@ class TenantQuotas:
 
     async def _follow(self, caller: Caller, lease: str, meter: Meter) -> None:
         """Counts a stream until it has ended, then once more."""
-        while not meter.ended.is_set():
+        over = False
+        while not over:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(meter.ended.wait(), REFRESH_S)
-            await self._use(caller, lease, 0 if meter.ended.is_set() else LEASE_S, meter)
+            over = meter.ended.is_set()
+            await self._use(caller, lease, 0 if over else LEASE_S, meter)
 
     async def _use(self, caller: Caller, lease: str, lease_s: int, meter: Meter) -> None:
         """Counts the meter's tokens, and keeps the lease for `lease_s` or ends it."""
