@@ -215,7 +215,8 @@ class SessionDirectory:
             else:
                 expired.append(identifier)
         if expired:
-            await self._redis.zrem(index, *expired)
+            for each in {index, session_keys.INDEX}:
+                await self._redis.zrem(each, *expired)
         return found
 
     @contextlib.asynccontextmanager
