@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,6 @@ from qaq.v1 import generate_pb2_grpc
 
 from services.common.keys import WithMetadata, authorization
 from services.common.tenants import Quotas, add_key
-
-Client = Callable[[str], Any]
 
 
 @dataclass
@@ -38,10 +34,11 @@ class Tenancy:
         """Gives a tenant quotas, with one more key."""
         add_key(self.path, name, quotas=Quotas(**quotas))
 
+    def renew(self, name: str) -> str:
+        """A new key in place of a tenant's others."""
+        self.keys[name] = add_key(self.path, name, replace=True)
+        return self.keys[name]
+
     def stub(self, channel: grpc.aio.Channel, name: str) -> Any:
         """A client with the key of a tenant; without one for ""."""
         return WithMetadata(generate_pb2_grpc.InferenceStub(channel), authorization(self.keys.get(name, "")))
-
-    def named(self) -> set[str]:
-        """The tenants of the file."""
-        return {tenant["name"] for tenant in json.loads(self.path.read_text())["tenants"]}
