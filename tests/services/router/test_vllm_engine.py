@@ -26,11 +26,13 @@ from transformers import AutoTokenizer
 from qaq_core.base.errors import ConfigError
 from qaq_core.models import LoadedModel, load_tokenizer
 from services.common.embedded_redis import EmbeddedRedis
+from services.common.keys import WithMetadata, authorization
 from services.common.settings import OriginalsSettings, RouterSettings, WorkerSettings
 from services.originals.server import OriginalsServer
 from services.router.server import RouterServer
 from services.router.vllm_engine import PIECE_BYTES, SERVICE_NAME
 from services.worker.server import WorkerServer
+from tests.services.tenancy import Tenancy
 
 from .conftest import CONTEXT, CountingWorker, router_channel
 from .test_generation import mortal
@@ -505,3 +507,28 @@ async def test_a_stored_prefix_counts_as_cached(real: Stub, smollm2: LoadedModel
         return 0 < again.cached_tokens < len(long) == again.prompt_tokens
 
     await until(cached, "the prompt's pages are stored")
+
+
+async def test_every_method_needs_the_key_of_a_tenant(
+    worker: CountingWorker, smg_settings: RouterSettings, tmp_path: Path
+) -> None:
+    tenancy = Tenancy(tmp_path / "tenants.json")
+    methods = vllm.DESCRIPTOR.services_by_name["VllmEngine"].methods
+    async with router_channel(smg_settings.model_copy(update={"tenants_file": tenancy.path})) as channel:
+        for method in methods:
+            kind = channel.unary_stream if method.server_streaming else channel.unary_unary
+            call = kind(f"/{SERVICE_NAME}/{method.name}")
+            for metadata in ((), authorization(tenancy.keys["nobody"])):
+                assert (await refusal(call(b"", metadata=metadata, timeout=10))).code() is Code.UNAUTHENTICATED
+        assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())).status
+        ada, bob = (WithMetadata(Stub(channel), authorization(tenancy.keys[name])) for name in ("ada", "bob"))
+        worker.gate.clear()
+        running = aiter(ada.Generate(request()))
+        await anext(running)
+        await bob.Abort(vllm.AbortRequest(request_ids=["one"]))
+        same = aiter(bob.Generate(request()))  # an id is of one request of a tenant
+        await anext(same)
+        worker.gate.set()
+        for call in (running, same):
+            assert (await responses(call))[-1].finish_reason == "length"
+        assert [asked.tenant for asked in worker.asked] == ["ada", "bob"]
