@@ -73,7 +73,7 @@ class LocalStack:
             ray_address=address,
             ray_directory=directory,
             redis=redis.state(),
-            keys=keys and keys.directory,
+            keys=keys.directory if keys else None,
         )
 
     def stop(self) -> None:

@@ -88,7 +88,8 @@ def install(app: FastAPI) -> None:
 
 def response(error: Exception) -> JSONResponse:
     """An error as the response."""
-    status, headers = to_status(error), {}
+    status = to_status(error)
+    headers: dict[str, str] = {}
     if status is not None:
         headers |= dict(status.limits)
         if status.retry_after_ms is not None:

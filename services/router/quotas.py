@@ -167,7 +167,7 @@ class TenantQuotas:
     async def _admitted(self, tenant: str, quotas: Quotas, lease: str, overdraw: int) -> Headers:
         """What is left of the quotas."""
         requests, tokens, streams = quotas.requests_per_minute, quotas.tokens_per_minute, quotas.concurrent_streams
-        args = [requests or 0, tokens or 0, streams or 0, overdraw, lease, LEASE_S]
+        args: list[str | int] = [requests or 0, tokens or 0, streams or 0, overdraw, lease, LEASE_S]
         try:
             raw, wait_ms, requests_left, tokens_left = await self._admit(keys=_keys(tenant), args=args)
         except RedisError as error:
