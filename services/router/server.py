@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import structlog
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
 from qaq_core.base.errors import ConfigError
@@ -21,6 +22,8 @@ from services.router.quotas import TenantQuotas
 from services.router.service import InferenceService
 from services.router.sessions import SessionDirectory
 from services.router.workers import WorkerPool
+
+_log = structlog.get_logger()
 
 # Room for the other fields of a request with the longest prompt, so that validation can say what is too long.
 _MESSAGE_MARGIN = 1 << 20
@@ -45,6 +48,8 @@ class RouterServer:
         """
         settings = self._settings
         callers = Callers(settings.tenants_file)
+        if settings.tenants_file is None and not _loopback(settings.host):
+            _log.warning("no tenants file: whoever reaches this router may use it, as any tenant", host=settings.host)
         async with contextlib.AsyncExitStack() as stack:
             redis = connect(settings.redis_url)
             stack.push_async_callback(redis.aclose)
@@ -106,6 +111,10 @@ def _vllm_engine(
         ) from error
     add_to_server = vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server
     return SERVICE_NAME, add_to_server, VllmEngine(inference, callers, pool, prompts)
+
+
+def _loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 async def serve(settings: RouterSettings) -> None:
