@@ -1,6 +1,6 @@
 """A session over gRPC: two prompts of one text, streamed token by token.
 
-qaq up
+qaq up      # prints the line that sets QAQ_API_KEY
 python examples/grpc_client.py --ca ~/.local/state/qaq/ca.pem
 
 Any language's gRPC works the same way; the contract is proto/qaq/v1/generate.proto.
@@ -9,10 +9,13 @@ Any language's gRPC works the same way; the contract is proto/qaq/v1/generate.pr
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import grpc
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
+
+Metadata = list[tuple[str, str]]
 
 
 def main() -> None:
@@ -23,15 +26,16 @@ def main() -> None:
     parser.add_argument("prompts", nargs="*", default=["The capital of France is", " The capital of Italy is"])
     options = parser.parse_args()
 
+    key = [("authorization", f"Bearer {os.environ.get('QAQ_API_KEY', 'none')}")]
     with connect(options.router, options.ca) as channel:
         router = generate_pb2_grpc.InferenceStub(channel)
         cache = common_pb2.CacheParams(preset="balanced", target_bits=3)
-        session = router.OpenSession(generate_pb2.OpenSessionRequest(cache=cache)).session_id
+        session = router.OpenSession(generate_pb2.OpenSessionRequest(cache=cache), metadata=key).session_id
         try:
             for prompt in options.prompts:
-                generate(router, session, prompt, options.max_new_tokens)
+                generate(router, key, session, prompt, options.max_new_tokens)
         finally:
-            router.CloseSession(generate_pb2.CloseSessionRequest(session_id=session))
+            router.CloseSession(generate_pb2.CloseSessionRequest(session_id=session), metadata=key)
 
 
 def connect(router: str, ca: Path | None) -> grpc.Channel:
@@ -41,7 +45,7 @@ def connect(router: str, ca: Path | None) -> grpc.Channel:
     return grpc.secure_channel(router, grpc.ssl_channel_credentials(ca.read_bytes()))
 
 
-def generate(router: generate_pb2_grpc.InferenceStub, session: str, prompt: str, most: int) -> None:
+def generate(router: generate_pb2_grpc.InferenceStub, key: Metadata, session: str, prompt: str, most: int) -> None:
     """Continues a session's text with a prompt and prints what the model adds."""
     request = generate_pb2.GenerateRequest(
         session_id=session,
@@ -50,7 +54,7 @@ def generate(router: generate_pb2_grpc.InferenceStub, session: str, prompt: str,
         stop=common_pb2.StopParams(max_new_tokens=most),
     )
     print(prompt, end="", flush=True)
-    for reply in router.Generate(request, timeout=300):
+    for reply in router.Generate(request, timeout=300, metadata=key):
         if reply.HasField("token"):
             print(reply.token.text, end="", flush=True)
         elif reply.HasField("finished"):

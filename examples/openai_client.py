@@ -1,6 +1,6 @@
 """A chat with OpenAI's own client.
 
-qaq up --http-port 8000
+qaq up --http-port 8000     # prints the line that sets QAQ_API_KEY
 pip install openai
 python examples/openai_client.py --url http://127.0.0.1:8000/v1
 """
@@ -8,6 +8,7 @@ python examples/openai_client.py --url http://127.0.0.1:8000/v1
 from __future__ import annotations
 
 import argparse
+import os
 
 from openai import OpenAI
 
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=60)
     options = parser.parse_args()
 
-    with OpenAI(base_url=options.url, api_key="none") as client:
+    with OpenAI(base_url=options.url, api_key=os.environ.get("QAQ_API_KEY", "none")) as client:
         (model,) = client.models.list().data
         stream = client.chat.completions.create(
             model=model.id,

@@ -68,6 +68,7 @@ def serve(
     from qaq_eval.serving.arrivals import mix, read_trace
     from qaq_eval.serving.serve import Plan, measure
     from services.cli.identity import identity
+    from services.cli.keys import caller_key
     from services.cluster import control
     from services.cluster.state import StackSettings
 
@@ -100,11 +101,12 @@ def serve(
             with starting() as report:
                 running = stack.enter_context(control.attached(settings, report))
             router, redis, who = running.router, running.redis["url"], running.access.identity("router")
+            key = running.key("client")
         else:
-            who = identity(router)
+            who, key = identity(router), caller_key(router)
             redis = os.environ.get("QAQ_REDIS_URL")
         with progress_line() as progress:
-            result = asyncio.run(measure(router, SecretStr(redis) if redis else None, plan, progress, who))
+            result = asyncio.run(measure(router, SecretStr(redis) if redis else None, plan, progress, who, key))
     screen.print(_table(result), highlight=False)
     if json_path is not None:
         json_path.write_text(result.model_dump_json(indent=1) + "\n")

@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import grpc
-from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
+from qaq.v1 import common_pb2, generate_pb2
 
 from qaq_eval.serving.arrivals import Arrival, Script
 
@@ -47,7 +47,7 @@ class Prompts:
         self._ids, self._rng = ids, random.Random(seed)
 
     @classmethod
-    async def load(cls, stub: generate_pb2_grpc.InferenceStub, seed: int) -> Prompts:
+    async def load(cls, stub: Any, seed: int) -> Prompts:
         text = "\n\n".join(topics[name] for name in sorted(topics))[:_TEXT_BYTES]
         reply = await stub.Tokenize(generate_pb2.TokenizeRequest(text=text, no_special_tokens=True), timeout=60)
         return cls(list(reply.token_ids), seed)
@@ -78,7 +78,7 @@ class Load:
 
     def __init__(
         self,
-        stub: generate_pb2_grpc.InferenceStub,
+        stub: Any,
         prompts: Prompts,
         cache: dict[str, Any] | None = None,
         regex: str = "",

@@ -18,6 +18,7 @@ from qaq_eval.serving.load import Load, Prompts, Record
 from qaq_eval.serving.probe import Probe
 from services.common.channel import open_channel
 from services.common.identity import Identity
+from services.common.keys import WithMetadata, authorization
 from services.common.redis import connect
 
 Report = Callable[[str, float | None], None]
@@ -128,7 +129,12 @@ class Plan:
 
 
 async def measure(
-    router: str, redis_url: SecretStr | None, plan: Plan, report: Report, who: Identity | None = None
+    router: str,
+    redis_url: SecretStr | None,
+    plan: Plan,
+    report: Report,
+    who: Identity | None = None,
+    key: str = "",
 ) -> ServeResult:
     """Runs all phases against a stack.
 
@@ -136,11 +142,12 @@ async def measure(
         router: host:port.
         redis_url: the stack's Redis, if it can be reached.
         who: calls router and workers, so its role must be router where TLS is on; None without TLS.
+        key: of the caller; empty sends none.
     Raises:
         grpc.aio.AioRpcError: the router does not answer.
     """
     async with open_channel(router, who, "router") as channel, _probe(redis_url, who) as probe:
-        stub = generate_pb2_grpc.InferenceStub(channel)
+        stub = WithMetadata(generate_pb2_grpc.InferenceStub(channel), authorization(key))
         await stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)
         bench = _Bench(stub, await Prompts.load(stub, plan.seed), probe, plan)
         report("warm-up", None)
@@ -176,9 +183,7 @@ async def measure(
 
 
 class _Bench:
-    def __init__(
-        self, stub: generate_pb2_grpc.InferenceStub, prompts: Prompts, probe: Probe | None, plan: Plan
-    ) -> None:
+    def __init__(self, stub: Any, prompts: Prompts, probe: Probe | None, plan: Plan) -> None:
         self._stub, self._prompts, self._probe, self._plan = stub, prompts, probe, plan
 
     async def streams(self, count: int, regex: str = "") -> list[Record]:

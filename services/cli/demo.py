@@ -112,7 +112,7 @@ def measure(running: StackState, prompt: str, max_new_tokens: int) -> DemoResult
     from services.cli.streaming import follow
     from services.cluster.status import stack_status
 
-    with inference(running.router, running.access.identity("operator")) as client:
+    with inference(running.router, running.access.identity("operator"), running.key("client")) as client:
         model = client.once(lambda stub: stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)).model
         sampling = {"temperature": 0.0, "repetition_penalty": 1.1}
         stop = {"max_new_tokens": max_new_tokens}

@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 from qaq.v1 import generate_pb2
 
 from services.cli.identity import identity
+from services.cli.keys import caller_key
 from services.cluster import state
 from services.common import log
 from services.common.channel import Dial, open_channel
 from services.common.identity import Identity
+from services.common.keys import WithMetadata, authorization
 from services.common.redis import connect
 from services.common.routers import Routers, named, registered
 from services.common.streams import Asked, Stream
@@ -29,11 +31,12 @@ class Inference:
     """The calls of a command.
 
     Args:
+        key: of the caller; empty sends none.
         loop: runs only during a call; between calls the thread belongs to the terminal.
     """
 
-    def __init__(self, loop: asyncio.Runner, routers: Routers) -> None:
-        self._loop, self._routers = loop, routers
+    def __init__(self, loop: asyncio.Runner, routers: Routers, key: str = "") -> None:
+        self._loop, self._routers, self._caller = loop, routers, authorization(key)
 
     def once(self, call: Callable[[Any], Awaitable[T]]) -> T:
         """The reply of a unary call.
@@ -45,7 +48,7 @@ class Inference:
 
         async def answer() -> T:
             async with self._routers.stub() as stub:
-                return await call(stub)
+                return await call(WithMetadata(stub, self._caller))
 
         return self._loop.run(answer())
 
@@ -58,7 +61,7 @@ class Inference:
             grpc.RpcError: the generation failed.
             Unavailable: no router answers, or none has continued the generation.
         """
-        replies = aiter(Stream(self._routers, request, DEADLINE_S, metadata))
+        replies = aiter(Stream(self._routers, request, DEADLINE_S, (*self._caller, *metadata)))
 
         async def following() -> generate_pb2.GenerateReply | None:
             return await anext(replies, None)
@@ -69,18 +72,20 @@ class Inference:
 
 
 @contextlib.contextmanager
-def inference(router: str | None, who: Identity | None = None) -> Iterator[Inference]:
+def inference(router: str | None, who: Identity | None = None, key: str | None = None) -> Iterator[Inference]:
     """Calls to the routers of a comma-separated list, or to those of the stack that runs on this machine.
 
     Args:
-        who: the caller; None takes the identity of commands.
+        who: the certificate of the caller; None takes that of commands.
+        key: of the caller; None takes the one of `caller_key`.
     """
     log.configure("warning")
+    key = caller_key(router) if key is None else key
     dial = partial(open_channel, identity=who or identity(router), role="router")
     with asyncio.Runner() as loop:
         stack = contextlib.AsyncExitStack()
         try:
-            yield Inference(loop, loop.run(stack.enter_async_context(_reached(router, dial))))
+            yield Inference(loop, loop.run(stack.enter_async_context(_reached(router, dial))), key)
         finally:
             loop.run(stack.aclose())
 

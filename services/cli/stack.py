@@ -57,12 +57,16 @@ def up(
     https: Annotated[
         bool, typer.Option("--https", help="Use them for OpenAI's API too, which is plain on this machine otherwise.")
     ] = False,
+    keys: Annotated[
+        bool, typer.Option(help="Ask callers for a key; the stack makes one, which `qaq` commands use by themselves.")
+    ] = True,
 ) -> None:
     """Starts Ray, Redis, cache services, workers and the router, and returns when they are ready.
 
     QAQ_REDIS_URL names a Redis server to use. Without it, an embedded server is started.
     """
     from services.cluster import control, state
+    from services.cluster.keys import StackKeys
     from services.cluster.state import StackSettings
 
     settings = StackSettings.model_validate(
@@ -80,6 +84,7 @@ def up(
             "target_bits": target_bits,
             "tls": tls,
             "https": https,
+            "keys": keys,
         }
     )
     warn_of_environment(stack=True)
@@ -91,6 +96,12 @@ def up(
         screen.print(f"OpenAI's API is at [bold]{scheme}://{running.gateway}/v1[/].", highlight=False)
     if running.certificates is not None:
         screen.print(f"Its CA, for other clients, is {state.ca()}", highlight=False)
+    if running.keys is not None:
+        path = StackKeys(running.keys).path("client")
+        screen.print("Other clients need its key:", highlight=False)
+        screen.print(f'  export QAQ_API_KEY="$(cat {path})"', soft_wrap=True, highlight=False)
+        if running.gateway is not None:
+            screen.print(f'  export OPENAI_API_KEY="$(cat {path})"', soft_wrap=True, highlight=False)
 
 
 def status(
@@ -113,6 +124,7 @@ def status(
             "redis": running.redis["description"],
             "restarts": {name: record.model_dump() for name, record in again.items()},
             "ca": str(state.ca()) if running.certificates else None,
+            "keys": str(running.keys) if running.keys else None,
         }
         json_path.write_text(json.dumps(status, indent=1) + "\n")
     screen.print(_table(running, found))
@@ -193,4 +205,5 @@ def _table(running: StackState, found: StackStatus) -> Table:
     table.add_row("redis", "", running.redis["description"])
     if running.certificates is not None:
         table.add_row("CA", "", str(state.ca()))
+    table.add_row("keys", "", f"in {running.keys}" if running.keys else "not asked for")
     return table

@@ -38,7 +38,7 @@ class Host:
     def run(self) -> int:
         """Runs the stack until SIGTERM or the death of the guard. Returns the exit code."""
         threading.Thread(target=self._watch, daemon=True).start()
-        stack = LocalStack(self._settings, self._owner, self._report)
+        stack = LocalStack(self._settings, self._owner, self._report, None if self._attached else state.directory())
         try:
             started = stack.start()
             # Now, because Ray sets handlers of its own. Before, a signal ends this process, and the guard the stack.

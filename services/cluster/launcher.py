@@ -27,12 +27,16 @@ class Launcher:
     Args:
         access: who each server is.
         report: called with (name, stage, progress from 0 to 1 or None) while actors start.
+        router: settings of the router beside the stack's.
     """
 
-    def __init__(self, settings: StackSettings, access: Access, report: Report) -> None:
+    def __init__(
+        self, settings: StackSettings, access: Access, report: Report, router: Mapping[str, Any] | None = None
+    ) -> None:
         self._settings = settings
         self._access = access
         self._report = report
+        self._router = dict(router or {})
 
     def start_all(self) -> dict[str, str]:
         """Starts all actors in parallel, because their imports take longest. Returns addresses by name.
@@ -43,7 +47,9 @@ class Launcher:
         settings = self._settings
         started = {f"originals-{index}": self._originals(index) for index in range(settings.originals)}
         started |= {f"worker-{index}": self._worker(index) for index in range(settings.workers)}
-        started["router"] = launch("router", RouterActor, roles.router(settings, self._access.settings("router")))
+        started["router"] = launch(
+            "router", RouterActor, roles.router(settings, self._access.settings("router") | self._router)
+        )
         if (gateway := roles.gateway(settings, self._access.settings("gateway"))) is not None:
             started["gateway"] = launch("gateway", GatewayActor, gateway)
         return self._wait(started)

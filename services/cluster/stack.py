@@ -15,11 +15,13 @@ from qaq.v1 import generate_pb2, generate_pb2_grpc
 
 from services.cluster import roles
 from services.cluster.access import Access
+from services.cluster.keys import StackKeys
 from services.cluster.state import Owner, StackError, StackSettings, StackState
 from services.common.certificates import issue
 from services.common.channel import open_blocking_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.identity import Identity
+from services.common.keys import WithMetadata, authorization
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no data of ours goes through it
 READY_TIMEOUT_S = 30.0
@@ -33,12 +35,14 @@ class LocalStack:
     Args:
         owner: its guard, which has made its directory.
         report: called with (name, stage, progress from 0 to 1 or None) during the start.
+        keys: directory for keys that outlive the stack; None makes keys that do not.
     """
 
-    def __init__(self, settings: StackSettings, owner: Owner, report: Report) -> None:
+    def __init__(self, settings: StackSettings, owner: Owner, report: Report, keys: Path | None = None) -> None:
         self._settings = settings
         self._owner = owner
         self._report = report
+        self._kept_keys = keys
         self._stack = contextlib.ExitStack()
 
     def start(self) -> StackState:
@@ -54,11 +58,13 @@ class LocalStack:
             from services.cluster.launcher import Launcher  # imported here because Ray reads the environment at import
 
             access = Access(redis=redis.state(), certificates=self._certificates())
-            launcher = Launcher(self._settings, access, self._report)
+            keys = self._keys()
+            launcher = Launcher(self._settings, access, self._report, _who_may_call(self._settings, keys))
             stack.callback(lambda: launcher.stop(launcher.names()))
             addresses = launcher.start_all()
             router = addresses["router"]
-            self._wait_until_ready(router, access.identity("operator"))
+            key = keys.key("client") if keys else os.environ.get("QAQ_API_KEY", "")
+            self._wait_until_ready(router, access.identity("operator"), key)
             self._report("router", f"serves at {router}", 1.0)
             self._stack = stack.pop_all()
         return StackState(
@@ -69,6 +75,7 @@ class LocalStack:
             ray_address=address,
             redis=access.redis,
             certificates=access.certificates,
+            keys=keys.directory if keys else None,
         )
 
     def stop(self) -> None:
@@ -118,12 +125,29 @@ class LocalStack:
         self._report("ray", f"head at {address}", 1.0)
         return address
 
-    def _wait_until_ready(self, router: str, who: Identity | None) -> None:
+    def _keys(self) -> StackKeys | None:
+        """The stack's keys; None if the router asks for none, or has a tenants file of its own.
+
+        Raises:
+            ConfigError: the tenants file cannot be used.
+            StackError: QAQ_TENANTS_FILE is set, and no key to call the router with.
+        """
+        if not self._settings.keys:
+            return None
+        if os.environ.get("QAQ_TENANTS_FILE"):
+            if not os.environ.get("QAQ_API_KEY"):
+                raise StackError("QAQ_TENANTS_FILE is set; set QAQ_API_KEY to a key of it too, or unset it")
+            return None
+        keys = StackKeys(self._kept_keys or self._owner.directory / "keys")
+        keys.make()
+        return keys
+
+    def _wait_until_ready(self, router: str, who: Identity | None, key: str) -> None:
         """Waits until the router sees its workers."""
         workers = self._settings.workers
         deadline = time.monotonic() + READY_TIMEOUT_S
         with open_blocking_channel(router, who, "router") as channel:
-            stub = generate_pb2_grpc.InferenceStub(channel)
+            stub = WithMetadata(generate_pb2_grpc.InferenceStub(channel), authorization(key))
             while time.monotonic() < deadline:
                 self._report("router", "waiting for the workers", None)
                 with contextlib.suppress(grpc.RpcError):  # UNAVAILABLE until it has seen one
@@ -131,6 +155,13 @@ class LocalStack:
                         return
                 time.sleep(0.1)
         raise StackError(f"the router at {router} does not see {workers} worker(s); see its log")
+
+
+def _who_may_call(settings: StackSettings, keys: StackKeys | None) -> dict[str, Path | None]:
+    """The router's settings of who may call it; empty leaves them to the environment."""
+    if keys is not None:
+        return {"tenants_file": keys.tenants}
+    return {} if settings.keys else {"tenants_file": None}
 
 
 def ray_environment(directory: Path) -> None:

@@ -16,8 +16,10 @@ from pydantic import BaseModel, Field
 
 from qaq_core.base.errors import QAQError
 from services.cluster.access import Access
+from services.cluster.keys import StackKeys
 from services.common.certificates import files
 from services.common.settings import Device, PresetName, WeightForm
+from services.common.tenants import Role
 
 
 class StackError(QAQError):
@@ -43,6 +45,7 @@ class StackSettings(ModelSettings):
         http_port: the gateway's port; None starts no gateway.
         tls: the servers have certificates, and use TLS among each other and with clients of the router.
         https: the gateway uses TLS too.
+        keys: the router asks for a key, and the stack makes one for a client and one for an operator.
     """
 
     workers: int = Field(default=1, ge=1, le=64)
@@ -51,6 +54,7 @@ class StackSettings(ModelSettings):
     http_port: int | None = Field(default=None, ge=0, le=65535)
     tls: bool = True
     https: bool = False
+    keys: bool = True
 
 
 class Owner(BaseModel):
@@ -82,6 +86,7 @@ class StackState(Owner):
         router, gateway: addresses as host:port; the gateway may be None.
         redis: the argument of `EmbeddedRedis.attach`.
         certificates: see `Access`.
+        keys: the directory of the stack's keys; None if its router asks for none, or has a tenants file of its own.
     """
 
     settings: StackSettings
@@ -90,6 +95,11 @@ class StackState(Owner):
     ray_address: str
     redis: dict[str, Any]
     certificates: Path | None = None
+    keys: Path | None = None
+
+    def key(self, role: Role) -> str:
+        """The stack's key of a role, else QAQ_API_KEY; empty if there is none."""
+        return StackKeys(self.keys).key(role) if self.keys else os.environ.get("QAQ_API_KEY", "")
 
     @property
     def access(self) -> Access:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import grpc
 from redis import exceptions as redis_errors
 
@@ -9,6 +12,11 @@ from qaq_core.base import errors as core
 from services.common.redis import RedisUnreachableError, is_full
 
 Code = grpc.StatusCode
+Metadata = tuple[tuple[str, str], ...]
+LIMITS = "x-ratelimit-"
+"""What the names of metadata and headers about quotas begin with, as in OpenAI's API."""
+EXCEEDED = "rate_limit_exceeded"
+"""Reason of a call that exceeds a quota, as OpenAI's API names it."""
 
 RETRY_AFTER_MS = 2000
 """For a caller whom Redis refused, or did not answer."""
@@ -20,6 +28,7 @@ class StatusError(Exception):
     Args:
         retry_after_ms: sent to the caller as trailing metadata `retry-after-ms`.
         reason: a name for programs that tell errors of one status apart; sent as trailing metadata `qaq-reason`.
+        limits: what is left of the caller's quotas, as more trailing metadata, whose names begin with `x-ratelimit-`.
     """
 
     code: grpc.StatusCode = Code.INTERNAL
@@ -31,11 +40,12 @@ class StatusError(Exception):
         code: grpc.StatusCode | None = None,
         retry_after_ms: int | None = None,
         reason: str = "",
+        limits: Metadata = (),
     ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or type(self).code
-        self.retry_after_ms, self.reason = retry_after_ms, reason
+        self.retry_after_ms, self.reason, self.limits = retry_after_ms, reason, limits
 
 
 class InvalidArgument(StatusError):
@@ -44,16 +54,22 @@ class InvalidArgument(StatusError):
     code = Code.INVALID_ARGUMENT
 
 
-class NotFound(StatusError):
-    """Something that the request names does not exist."""
+class Unauthenticated(StatusError):
+    """The caller has not said who it is."""
 
-    code = Code.NOT_FOUND
+    code = Code.UNAUTHENTICATED
 
 
 class PermissionDenied(StatusError):
     """The caller is known and may not do this."""
 
     code = Code.PERMISSION_DENIED
+
+
+class NotFound(StatusError):
+    """Something that the request names does not exist."""
+
+    code = Code.NOT_FOUND
 
 
 class FailedPrecondition(StatusError):
@@ -98,6 +114,11 @@ def _of_redis(error: redis_errors.RedisError) -> StatusError | None:
     return None
 
 
+def limits_of(metadata: Iterable[tuple[str, Any]] | None) -> Metadata:
+    """What metadata says of the caller's quotas."""
+    return tuple((name, str(value)) for name, value in metadata or () if name.startswith(LIMITS))
+
+
 def to_status(error: Exception) -> StatusError | None:
     """The status of an expected error; None for an unexpected one."""
     if isinstance(error, StatusError):
@@ -111,7 +132,8 @@ def to_status(error: Exception) -> StatusError | None:
         metadata = dict(error.trailing_metadata() or ())
         retry, reason = metadata.get("retry-after-ms"), str(metadata.get("qaq-reason", ""))
         message = error.details() or "a call to another server failed"
-        return StatusError(message, code=error.code(), retry_after_ms=int(retry) if retry else None, reason=reason)
+        retry_ms, limits = int(retry) if retry else None, limits_of(metadata.items())
+        return StatusError(message, code=error.code(), retry_after_ms=retry_ms, reason=reason, limits=limits)
     if isinstance(error, TimeoutError):
         return StatusError("the deadline passed before the answer was ready", code=Code.DEADLINE_EXCEEDED)
     return None

@@ -109,4 +109,5 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: st
         trailing.append(("retry-after-ms", str(status.retry_after_ms)))
     if status.reason:
         trailing.append(("qaq-reason", status.reason))
+    trailing.extend(status.limits)
     await context.abort(status.code, status.message, tuple(trailing))

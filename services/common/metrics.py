@@ -83,6 +83,10 @@ relay_seconds = Histogram(
 resumed = Counter("qaq_resumed_total", "Streams that were resumed on another worker")
 sessions = Gauge("qaq_sessions", "Sessions with a cache on this worker")
 queue_depth = Gauge("qaq_queue_depth", "Requests in the queue")
+unauthenticated = Counter("qaq_unauthenticated_total", "Calls of the router without the key of a tenant")
+tenants_failures = Counter("qaq_tenants_failures_total", "Tenants files that could not be used when they changed")
+quota_refusals = Counter("qaq_quota_refusals_total", "Calls that exceeded a quota of their tenant", ["quota"])
+quota_failures = Counter("qaq_quota_failures_total", "Counts of quotas that Redis did not answer")
 registry_failures = Counter("qaq_registry_failures_total", "Heartbeats and member listings that Redis did not answer")
 
 

@@ -20,7 +20,7 @@ USERS: tuple[User, ...] = get_args(User)
 
 # No command that reaches keys without naming them, or other clients.
 _COMMANDS = "-@all +@read +@write +@connection +@transaction -@dangerous -@admin -@blocking -scan -randomkey -dbsize"
-_SCRIPTS = "+eval +evalsha +script|load"
+_SCRIPTS = "+eval +evalsha +script|load +time"
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Rights:
 
 
 RIGHTS: Mapping[User, Rights] = {
-    "router": Rights(("qaq:session*",), ("router",), ("worker",), _SCRIPTS),
+    "router": Rights(("qaq:session*", "qaq:quota:*"), ("router",), ("worker",), _SCRIPTS),
     "worker": Rights((), ("worker",), ("originals",)),
-    # For its statistics it counts the pages, and sees the names of other keys thereby.
-    "originals": Rights(("qaq:page*", "qaq:codec*"), ("originals",), (), f"{_SCRIPTS} +scan"),
+    # For its statistics it counts the pages, and sees the names of other keys thereby; for its budget, Redis' memory.
+    "originals": Rights(("qaq:page*", "qaq:codec*"), ("originals",), (), f"{_SCRIPTS} +scan +info +memory|usage"),
     "gateway": Rights((), ("gateway",), ("router",)),
     "operator": Rights((), (), ("router", "worker", "originals", "gateway")),
     "client": Rights((), (), ("router",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -45,6 +45,7 @@ class GrpcServer:
         max_concurrent_rpcs: further calls get RESOURCE_EXHAUSTED.
         identity: serves with TLS, and only what the caller's role may call. None serves in clear, to everybody.
         certificates: callers must show a certificate. Otherwise they are clients, and are asked for none.
+        interceptors: see every call before the services do. Their errors become statuses.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class GrpcServer:
         max_concurrent_rpcs: int = 1024,
         identity: Identity | None = None,
         certificates: bool = True,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
         self._host = host
         self._port = port
         self._advertise_host = advertise_host
         self._identity, self._certificates = identity, certificates
-        self._interceptor = StatusInterceptor(max_request_bytes, Guard(certificates=certificates) if identity else None)
+        guard = Guard(certificates=certificates) if identity else None
+        self._interceptors = [StatusInterceptor(max_request_bytes, guard), *interceptors]
         self._max_concurrent_rpcs = max_concurrent_rpcs
         self._services: list[tuple[str, Callable[[Any, grpc.aio.Server], None], Any]] = []
         self._health = health.aio.HealthServicer()
@@ -84,7 +87,7 @@ class GrpcServer:
             PortTakenError: the address cannot be bound.
         """
         server = grpc.aio.server(
-            interceptors=[self._interceptor],
+            interceptors=self._interceptors,
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
             options=[
                 # Otherwise a second server on the same port would share its connections instead of failing.

@@ -61,6 +61,8 @@ class RouterSettings(CommonSettings):
         placement: names of the placement policies, in order, see services/router/placement.
         resume_timeout_s: how long a stream whose worker went away waits for another worker.
         session_ttl_s: seconds after which an unused session expires.
+        tenants_file: who may call, with which keys and how much, see services/common/tenants.py; it is read again when
+            it changes. None authenticates nobody: callers name their tenant themselves.
         smg: also serve vLLM's engine protocol, for SMG in front; needs the extra smg.
         client_certificates: with TLS, clients must show a certificate.
     """
@@ -73,6 +75,7 @@ class RouterSettings(CommonSettings):
     placement: str = "affinity,prefix,load"
     resume_timeout_s: float = Field(default=60.0, ge=0)
     session_ttl_s: int = Field(default=3600, ge=1)
+    tenants_file: Path | None = None
     smg: bool = False
     client_certificates: bool = False
 

@@ -12,7 +12,7 @@ import structlog
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
 from services.common.echoes import EchoOnce
-from services.common.errors import Unavailable
+from services.common.errors import Metadata, Unavailable, limits_of
 from services.common.routers import Routers
 
 PATIENCE_S = 30.0
@@ -30,6 +30,9 @@ class Stream:
     Args:
         deadline_s: longest time for the generation.
         metadata: of every call.
+
+    Attributes:
+        limits: what was left of the caller's quotas, once the first message has come; empty without quotas.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Stream:
         self._deadline_s, self._metadata = deadline_s, tuple(metadata)
         self._call: Any = None
         self._session, self._received = "", 0
+        self.limits: Metadata = ()
         self._echo = EchoOnce()
 
     def cancel(self) -> None:
@@ -57,6 +61,8 @@ class Stream:
                     self._call = self._ask(stub, ends - time.monotonic())
                     self._echo.restart()
                     async for reply in self._call:
+                        if not self._session:
+                            self.limits = limits_of(await self._call.initial_metadata())
                         self._session, lost = reply.session_id, None
                         self._received += reply.HasField("token")
                         if reply.HasField("prompt"):

@@ -16,12 +16,12 @@ from services.common.settings import GatewaySettings
 from services.common.streams import Asked, Stream
 from services.gateway import constraints, errors, models, requests, sessions, texts, tools
 from services.gateway.answers import load_parser
+from services.gateway.caller import caller
 from services.gateway.calls import ClientGone, Tagged, events, merged, while_connected
 from services.gateway.replies import Answer, Json
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.schema import Request as Body
 from services.gateway.shapes import Chat, Completion
-from services.gateway.tenant import tenant
 from services.gateway.wire import EXPOSED_HEADERS, JsonRoute, Wire
 
 CLIENT_CLOSED_REQUEST = 499  # for the access log: the client does not read it
@@ -57,14 +57,14 @@ def _generations(routers: Routers, timeout_s: float) -> APIRouter:
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        model = await models.served(routers, body.model)
+        model = await models.served(routers, caller(request), body.model)
         echo = [prompt if isinstance(prompt, str) else None for prompt in body.prompts] if body.echo else None
         answer = Answer(Completion(body.logprobs, body.echo, body.prompt_logprobs), model, body.n, echo)
         return await respond(body, request, requests.completions(body, model), answer)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        model = await models.served(routers, body.model)
+        model = await models.served(routers, caller(request), body.model)
         asked = requests.chat(body, model)
         readers = tools.prepare(body, asked, model)
         if readers is not None:
@@ -75,7 +75,7 @@ def _generations(routers: Routers, timeout_s: float) -> APIRouter:
         """Asks the router, and responds with one object or with a stream of chunks."""
 
         def running() -> contextlib.aclosing[AsyncGenerator[Tagged, None]]:
-            return contextlib.aclosing(merged([Stream(routers, each, timeout_s, metadata) for each in asked]))
+            return contextlib.aclosing(merged(streams))
 
         async def whole() -> Json:
             async with running() as replies:
@@ -86,11 +86,16 @@ def _generations(routers: Routers, timeout_s: float) -> APIRouter:
                 async for chunk in answer.chunks(replies, len(asked), body.usage_wanted, body.usage_in_chunks):
                     yield chunk
 
-        metadata = tenant(request)
+        metadata = caller(request)
+        streams = [Stream(routers, each, timeout_s, metadata) for each in asked]
         try:
+            response: Response
             if body.stream:
-                return await while_connected(request, events(parts()))
-            return JSONResponse(await while_connected(request, whole()))
+                response = await while_connected(request, events(parts()))
+            else:
+                response = JSONResponse(await while_connected(request, whole()))
+            response.headers.update(next((dict(each.limits) for each in reversed(streams) if each.limits), {}))
+            return response
         except grpc.aio.AioRpcError as error:
             raise constraints.retold(error, body) from None
         except ClientGone:

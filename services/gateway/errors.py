@@ -29,6 +29,8 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 _CODES = {
     Code.INVALID_ARGUMENT: "invalid_value",
     Code.FAILED_PRECONDITION: "failed_precondition",
+    Code.UNAUTHENTICATED: "invalid_api_key",
+    Code.PERMISSION_DENIED: "permission_denied",
     Code.NOT_FOUND: "not_found",
     Code.ABORTED: "aborted",
     Code.RESOURCE_EXHAUSTED: "rate_limit_exceeded",
@@ -50,6 +52,9 @@ _NAMES = {
     "text": "prompt",
     "token_ids": "tokens",
 }
+# Its methods, where a message says what to use.
+_PATH_OF = {"OpenSession": "POST /v1/sessions", "use Generate": "use /v1/completions"}
+_METHOD = re.compile("|".join(_PATH_OF))
 _FIELDS = {
     *_NAMES,
     *("model", "prompt", "messages", "session_id", "cache", "stop", "stop_token_ids", "logit_bias"),
@@ -83,12 +88,15 @@ def install(app: FastAPI) -> None:
 
 def response(error: Exception) -> JSONResponse:
     """An error as the response."""
-    status, headers = to_status(error), {}
-    if status is not None and status.retry_after_ms is not None:
-        headers = {
-            "retry-after-ms": str(status.retry_after_ms),
-            "retry-after": str(-(-status.retry_after_ms // 1000)),
-        }
+    status = to_status(error)
+    headers: dict[str, str] = {}
+    if status is not None:
+        headers |= dict(status.limits)
+        if status.retry_after_ms is not None:
+            headers["retry-after-ms"] = str(status.retry_after_ms)
+            headers["retry-after"] = str(-(-status.retry_after_ms // 1000))
+        if status.code is Code.UNAUTHENTICATED:
+            headers["www-authenticate"] = "Bearer"
     return JSONResponse(body(error), _http(status), headers=headers)
 
 
@@ -113,7 +121,8 @@ def _http(status: StatusError | None) -> int:
 
 
 def _named(message: str) -> tuple[str, str | None]:
-    """A message of the router with HTTP's name of the field that it begins with, and that name."""
+    """A message of the router with HTTP's names of methods and of the field that it begins with, and that field."""
+    message = _METHOD.sub(lambda method: _PATH_OF[method[0]], message)
     match = _FIELD.match(message)
     if match is None or match[1] not in _FIELDS:
         return message, None

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from fastapi import APIRouter
+import grpc
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from qaq.v1 import common_pb2, generate_pb2
 
+from services.common.errors import Metadata
 from services.common.metrics import GATEWAY
 from services.common.routers import Routers
+from services.gateway.caller import caller
 from services.gateway.replies import Json
 from services.gateway.requests import default_sampling
 
 SHORT_DEADLINE_S = 30.0
 
 
-async def served(routers: Routers, name: str = "") -> common_pb2.ModelInfo:
+async def served(routers: Routers, metadata: Metadata, name: str = "") -> common_pb2.ModelInfo:
     """Raises:
-    grpc.aio.AioRpcError: NOT_FOUND if another model is served.
+    grpc.aio.AioRpcError: NOT_FOUND if another model is served, UNAUTHENTICATED without a key.
     """
+    asked = generate_pb2.GetModelRequest(model=name)
     async with routers.stub() as stub:
-        reply = await stub.GetModel(generate_pb2.GetModelRequest(model=name), timeout=SHORT_DEADLINE_S)
+        reply = await stub.GetModel(asked, timeout=SHORT_DEADLINE_S, metadata=metadata)
     return reply.model
 
 
@@ -31,8 +35,13 @@ def routes(routers: Routers) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
-    async def health() -> Json:
-        await served(routers)
+    async def health(request: Request) -> Json:
+        """Whether a router answers; if that needs no key, or with one, also whether it has had a worker."""
+        try:
+            await served(routers, caller(request))
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                raise
         return {"status": "ok"}
 
     @router.get("/version")
@@ -44,12 +53,12 @@ def routes(routers: Routers) -> APIRouter:
         return Response(generate_latest(GATEWAY), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models")
-    async def models() -> Json:
-        return {"object": "list", "data": [_described(await served(routers))]}
+    async def models(request: Request) -> Json:
+        return {"object": "list", "data": [_described(await served(routers, caller(request)))]}
 
     @router.get("/v1/models/{name:path}")
-    async def model(name: str) -> Json:
-        return _described(await served(routers, name))
+    async def model(name: str, request: Request) -> Json:
+        return _described(await served(routers, caller(request), name))
 
     return router
 

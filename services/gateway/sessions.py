@@ -12,11 +12,11 @@ from qaq.v1 import generate_pb2
 from services.common.errors import InvalidArgument
 from services.common.routers import Routers
 from services.gateway import requests
+from services.gateway.caller import caller
 from services.gateway.models import SHORT_DEADLINE_S
 from services.gateway.objects import Name, Object, SessionId
 from services.gateway.replies import Json
 from services.gateway.schema import CacheOptions
-from services.gateway.tenant import tenant
 from services.gateway.wire import JsonRoute
 
 
@@ -34,30 +34,33 @@ class OpenRequest(Object):
         return self
 
 
+EMPTY = OpenRequest()
+
+
 def routes(routers: Routers) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/sessions")
-    async def open_session(body: OpenRequest, request: Request) -> Json:
+    async def open_session(request: Request, body: OpenRequest = EMPTY) -> Json:
         asked = generate_pb2.OpenSessionRequest(
             model=body.model, cache=requests.cache(body.cache), branch_of=body.branch_of
         )
         async with routers.stub() as stub:
-            reply = await stub.OpenSession(asked, timeout=SHORT_DEADLINE_S, metadata=tenant(request))
+            reply = await stub.OpenSession(asked, timeout=SHORT_DEADLINE_S, metadata=caller(request))
         return {"id": reply.session_id, "object": "session"}
 
     @router.get("/v1/sessions")
-    async def list_sessions(request: Request) -> Json:
+    async def list_sessions(request: Request, all_tenants: bool = False) -> Json:
         async with routers.stub() as stub:
-            asked = generate_pb2.ListSessionsRequest()
-            reply = await stub.ListSessions(asked, timeout=SHORT_DEADLINE_S, metadata=tenant(request))
+            asked = generate_pb2.ListSessionsRequest(all_tenants=all_tenants)
+            reply = await stub.ListSessions(asked, timeout=SHORT_DEADLINE_S, metadata=caller(request))
         return {"object": "list", "data": [_listed(session) for session in reply.sessions]}
 
     @router.delete("/v1/sessions/{session_id}")
     async def close_session(session_id: str, request: Request) -> Json:
         async with routers.stub() as stub:
             asked = generate_pb2.CloseSessionRequest(session_id=session_id)
-            await stub.CloseSession(asked, timeout=SHORT_DEADLINE_S, metadata=tenant(request))
+            await stub.CloseSession(asked, timeout=SHORT_DEADLINE_S, metadata=caller(request))
         return {"id": session_id, "object": "session.deleted", "deleted": True}
 
     return router
@@ -70,4 +73,5 @@ def _listed(session: generate_pb2.SessionInfo) -> Json:
         "created": int(session.opened_at),
         "tokens": session.tokens,
         "running": session.running,
+        "tenant": session.tenant,
     }

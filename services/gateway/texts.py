@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 from qaq.v1 import generate_pb2
 
 from services.common.errors import InvalidArgument
 from services.common.routers import Routers
 from services.gateway import models, requests
+from services.gateway.caller import caller
 from services.gateway.constraints import dumped
 from services.gateway.messages import Messages
 from services.gateway.objects import Name, Object, TokenIds
@@ -57,8 +58,9 @@ def routes(routers: Routers) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Json:
-        model = await models.served(routers, body.model)
+    async def tokenize(body: TokenizeRequest, request: Request) -> Json:
+        metadata = caller(request)
+        model = await models.served(routers, metadata, body.model)
         asked = generate_pb2.TokenizeRequest(
             model=body.model,
             text=body.prompt or "",
@@ -70,7 +72,7 @@ def routes(routers: Routers) -> APIRouter:
             token_strings=body.return_token_strs,
         )
         async with routers.stub() as stub:
-            reply = await stub.Tokenize(asked, timeout=DEADLINE_S)
+            reply = await stub.Tokenize(asked, timeout=DEADLINE_S, metadata=metadata)
         return {
             "count": len(reply.token_ids),
             "max_model_len": model.context_length,
@@ -79,10 +81,10 @@ def routes(routers: Routers) -> APIRouter:
         }
 
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Json:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Json:
         asked = generate_pb2.DetokenizeRequest(model=body.model, token_ids=body.tokens)
         async with routers.stub() as stub:
-            reply = await stub.Detokenize(asked, timeout=DEADLINE_S)
+            reply = await stub.Detokenize(asked, timeout=DEADLINE_S, metadata=caller(request))
         return {"prompt": reply.text}
 
     return router

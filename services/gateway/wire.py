@@ -17,10 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common import metrics
+from services.common.errors import LIMITS
 from services.gateway.errors import described
 
 REQUEST_ID_HEADER = "x-request-id"
-EXPOSED_HEADERS = (REQUEST_ID_HEADER, "retry-after", "retry-after-ms")
+EXPOSED_HEADERS = (
+    *(REQUEST_ID_HEADER, "retry-after", "retry-after-ms"),
+    *(f"{LIMITS}{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+)
 _MAX_ID = 128
 
 log = structlog.get_logger()

@@ -22,6 +22,7 @@ from services.common.echoes import EchoOnce
 from services.common.errors import StatusError, Unavailable
 from services.router.hold import Hold, Lost
 from services.router.metrics import RelayLatency, TokenTimes
+from services.router.quotas import Meter
 from services.router.session_pages import SessionPages
 from services.router.sessions import Session
 from services.router.token_log import LogWriter
@@ -51,6 +52,7 @@ class GenerationStream:
         hold: on the session. page_ids: of the session's stored pages.
         request: for the first worker. Its token_ids are the session's log, then the new prompt, then the tokens that
             were generated before. Each new token is appended, for the worker that may have to resume.
+        meter: counts the tokens for the tenant's quota.
         patience_s: seconds to wait for a worker to resume on.
         latency: gets the time that each token spends in this router.
     """
@@ -62,11 +64,12 @@ class GenerationStream:
         hold: Hold,
         page_ids: Sequence[bytes],
         request: worker_pb2.RunRequest,
+        meter: Meter,
         patience_s: float,
         latency: RelayLatency,
     ) -> None:
         self._pool, self._session, self._hold = pool, session, hold
-        self._request, self._patience_s = request, patience_s
+        self._request, self._meter, self._patience_s = request, meter, patience_s
         self._latency, self._times = latency, TokenTimes(request.choices)
         self._echo = EchoOnce()
         history = request.history_tokens
@@ -177,6 +180,7 @@ class GenerationStream:
         """Keeps a token for the session's log and for resuming."""
         self._lost_at, self._fruitless = None, 0
         self._times.observe(token)
+        self._meter.tokens += 1
         if token.choice == 0:
             self._log.add(token.token_id)
         if self._request.choices <= 1:

@@ -33,7 +33,8 @@ log = structlog.get_logger()
 # runs goes on, and its log is written. What begins one, `write_turn`, is refused.
 _ALLOWED = "redis.call('HDEL', KEYS[1], '')\n"
 _ACQUIRE = f"""
-if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
+local tenant = redis.call('HGET', KEYS[1], 'tenant') or ''
+if redis.call('EXISTS', KEYS[1]) == 0 or tenant ~= ARGV[2] then return -1 end
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 {_ALLOWED}
 local fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
@@ -81,6 +82,7 @@ return 1
 _FORGET = (
     _FENCED
     + """
+redis.call('ZREM', KEYS[5] .. ':' .. (redis.call('HGET', KEYS[1], 'tenant') or ''), ARGV[2])
 redis.call('DEL', unpack(KEYS, 1, 4))
 redis.call('ZREM', KEYS[5], ARGV[2])
 return 1

@@ -6,22 +6,27 @@ import contextlib
 from functools import partial
 from typing import Any
 
+import structlog
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
 from qaq_core.base.errors import ConfigError
 from qaq_core.models import avoid_torch
 from services.common import log, metrics
 from services.common.channel import open_channel
-from services.common.identity import identity
+from services.common.identity import identity, is_loopback
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
 from services.common.settings import RouterSettings
+from services.router.callers import Callers, KeyInterceptor
 from services.router.placement import make
 from services.router.prompts import Prompts
+from services.router.quotas import TenantQuotas
 from services.router.service import InferenceService
 from services.router.sessions import SessionDirectory
 from services.router.workers import WorkerPool
+
+_log = structlog.get_logger()
 
 # Room for the other fields of a request with the longest prompt, so that validation can say what is too long.
 _MESSAGE_MARGIN = 1 << 20
@@ -38,13 +43,16 @@ class RouterServer:
         """Serves, and registers the router. Returns its address, host:port.
 
         Raises:
-            ConfigError: a placement policy does not exist, SMG's protocol is not installed, or a certificate is
-                missing or cannot be used.
+            ConfigError: a placement policy does not exist, SMG's protocol is not installed, or the tenants file or a
+                certificate cannot be used.
             ModelLoadError: there is no tokenizer for the model.
             PortTakenError: the port is taken.
             RedisUnreachableError: Redis does not answer.
         """
         settings = self._settings
+        callers = Callers(settings.tenants_file)
+        if settings.tenants_file is None and not is_loopback(settings.host):
+            _log.warning("no tenants file: whoever reaches this router may use it, as any tenant", host=settings.host)
         async with contextlib.AsyncExitStack() as stack:
             who = identity(settings)
             redis = connect(settings.redis_url, who)
@@ -63,16 +71,17 @@ class RouterServer:
                 max_request_bytes=settings.max_prompt_bytes + _MESSAGE_MARGIN,
                 identity=who,
                 certificates=settings.client_certificates,
+                interceptors=[KeyInterceptor(callers)],
             )
             sessions = SessionDirectory(redis, settings.session_ttl_s)
-            service = InferenceService(settings, sessions, pool, prompts)
+            service = InferenceService(settings, callers, TenantQuotas(redis), sessions, pool, prompts)
             server.add(
                 generate_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
                 generate_pb2_grpc.add_InferenceServicer_to_server,
                 service,
             )
             if settings.smg:
-                server.add(*_vllm_engine(service, pool, prompts))
+                server.add(*_vllm_engine(service, callers, pool, prompts))
             address = await server.start()
             stack.push_async_callback(server.stop)
 
@@ -88,7 +97,9 @@ class RouterServer:
         await self._stack.aclose()
 
 
-def _vllm_engine(inference: InferenceService, pool: WorkerPool, prompts: Prompts) -> tuple[str, Any, Any]:
+def _vllm_engine(
+    inference: InferenceService, callers: Callers, pool: WorkerPool, prompts: Prompts
+) -> tuple[str, Any, Any]:
     """The service that SMG calls, as `GrpcServer.add` takes it.
 
     Raises:
@@ -105,7 +116,7 @@ def _vllm_engine(inference: InferenceService, pool: WorkerPool, prompts: Prompts
             "the setting smg needs smg-grpc-proto, which is not installed: pip install 'qaq-kv[smg]'"
         ) from error
     add_to_server = vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server
-    return SERVICE_NAME, add_to_server, VllmEngine(inference, pool, prompts)
+    return SERVICE_NAME, add_to_server, VllmEngine(inference, callers, pool, prompts)
 
 
 async def serve(settings: RouterSettings) -> None:

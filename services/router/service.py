@@ -13,17 +13,18 @@ import structlog
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc, worker_pb2
 from redis.exceptions import RedisError
 
+from services.common.errors import PermissionDenied
 from services.common.settings import RouterSettings
 from services.router import validation
 from services.router.admission import Admission
+from services.router.callers import Callers
 from services.router.generation import GenerationStream
 from services.router.hold import HOLD_TTL_S, Hold, Lost
 from services.router.metrics import RelayLatency
 from services.router.prompts import Conversation, Prompts
+from services.router.quotas import Meter, TenantQuotas
 from services.router.sessions import Session, SessionDirectory
 from services.router.workers import WorkerPool
-
-DROP_DEADLINE_S = 5.0
 
 log = structlog.get_logger()
 
@@ -41,9 +42,16 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     """
 
     def __init__(
-        self, settings: RouterSettings, sessions: SessionDirectory, pool: WorkerPool, prompts: Prompts
+        self,
+        settings: RouterSettings,
+        callers: Callers,
+        quotas: TenantQuotas,
+        sessions: SessionDirectory,
+        pool: WorkerPool,
+        prompts: Prompts,
     ) -> None:
         self._settings = settings
+        self._callers, self._quotas = callers, quotas
         self._sessions = sessions
         self._pool = pool
         self._prompts = prompts
@@ -103,6 +111,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.TokenizeReply:
         validation.tokenize(request, self._limits(request.model))
+        await self._quotas.request(self._callers.of(context))
         if request.messages:
             conversation = await asyncio.to_thread(Conversation.of, request)
             ids = await self._prompts.chat(conversation, [], answer=not request.no_generation_prompt)
@@ -115,6 +124,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self, request: generate_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.DetokenizeReply:
         validation.detokenize(request, self._limits(request.model))
+        await self._quotas.request(self._callers.of(context))
         return generate_pb2.DetokenizeReply(text=await self._prompts.decode(list(request.token_ids)))
 
     async def GetModel(
@@ -127,27 +137,34 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     ) -> generate_pb2.OpenSessionReply:
         model = self._model(request.model)
         validation.session(request)
+        caller = self._callers.of(context)
+        await self._quotas.request(caller)
+        tenant, limit = caller.tenant, caller.quotas.open_sessions
         if request.branch_of:
-            session = await self._sessions.branch(request.branch_of)
+            session = await self._sessions.branch(request.branch_of, tenant, limit)
         else:
-            session = await self._sessions.open(model.name, request.cache, kept=True)
+            session = await self._sessions.open(model.name, request.cache, kept=True, tenant=tenant, limit=limit)
         return generate_pb2.OpenSessionReply(session_id=session.id)
 
     async def CloseSession(
         self, request: generate_pb2.CloseSessionRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.CloseSessionReply:
         validation.session_id(request.session_id)
-        session = await self._sessions.close(request.session_id)
+        caller = self._callers.of(context)
+        session = await self._sessions.close(request.session_id, None if caller.operator else caller.tenant)
         # A generation of another router ends when that router finds that its lock on the session is gone.
         self._abort(session.id, "closed")
-        await self._drop(session)
+        await self._pool.drop(session)
         return generate_pb2.CloseSessionReply()
 
     async def ListSessions(
         self, request: generate_pb2.ListSessionsRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.ListSessionsReply:
-        reply = generate_pb2.ListSessionsReply()
-        for listing in await self._sessions.list():
+        caller, reply = self._callers.of(context), generate_pb2.ListSessionsReply()
+        if request.all_tenants and not caller.operator:
+            raise PermissionDenied("all_tenants needs the key of an operator; leave it unset for your own sessions")
+        await self._quotas.request(caller)
+        for listing in await self._sessions.list(None if request.all_tenants else caller.tenant):
             session = listing.session
             reply.sessions.add(
                 session_id=session.id,
@@ -155,20 +172,34 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 worker=session.worker,
                 running=listing.running,
                 opened_at=session.opened_at,
+                tenant=session.tenant,
             )
         return reply
+
+    @contextlib.asynccontextmanager
+    async def _admitted(
+        self, context: grpc.aio.ServicerContext, *, rejoined: bool = False
+    ) -> AsyncIterator[tuple[str, Meter]]:
+        """The tenant of a generation that its quotas admit, and what counts its tokens."""
+        caller = self._callers.of(context)
+        self._admission.check(caller.tenant)
+        async with self._quotas.stream(caller, rejoined=rejoined) as meter:
+            if meter.headers:
+                await context.send_initial_metadata(meter.headers)
+            yield caller.tenant, meter
 
     @contextlib.asynccontextmanager
     async def _turn(
         self, request: Request, encode: Encode, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[Replies]:
         """The replies of a session's next turn. The session cannot have another turn meanwhile."""
-        tenant = _tenant(context)
-        self._admission.check(tenant)
-        session = await self._session(request)
-        async with self._held(session) as hold:
+        async with (
+            self._admitted(context) as (tenant, meter),
+            self._held(await self._session(request, tenant)) as (session, hold),
+        ):
             history = await self._sessions.tokens(session.id)
             prompt = await encode(history)
+            meter.tokens += len(prompt)
             validation.fits(len(history), len(prompt), request.stop, self._pool.model.context_length)
             run = worker_pb2.RunRequest(
                 session_id=session.id,
@@ -186,7 +217,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
             )
             await hold.write_turn(run)
             run.token_ids[:0] = history
-            async with self._stream(session, hold, run, context) as replies:
+            async with self._stream(session, hold, run, meter, context) as replies:
                 yield replies
 
     @contextlib.asynccontextmanager
@@ -197,9 +228,10 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
 
         Tokens that are generated again are the same as before, because the request has a seed.
         """
-        self._admission.check(tenant := _tenant(context))
-        session = await self._sessions.get(request.session_id)
-        async with self._held(session, HOLD_TTL_S) as hold:
+        async with (
+            self._admitted(context, rejoined=True) as (tenant, meter),
+            self._held(await self._sessions.get(request.session_id, tenant), HOLD_TTL_S) as (session, hold),
+        ):
             run = validation.rejoin(request, await self._sessions.turn(session.id))
             log, begins = await self._sessions.tokens(session.id), run.history_tokens + len(run.token_ids)
             known = log[begins : begins + request.received]  # fewer, if the router was killed before it wrote all
@@ -207,17 +239,22 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 await hold.cut(begins + request.received)
             run.token_ids[:] = [*log[: run.history_tokens], *run.token_ids, *known]
             run.generated_tokens, run.tenant = len(known), tenant
-            async with self._stream(session, hold, run, context) as replies:
+            async with self._stream(session, hold, run, meter, context) as replies:
                 yield replies
 
     @contextlib.asynccontextmanager
     async def _stream(
-        self, session: Session, hold: Hold, run: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
+        self,
+        session: Session,
+        hold: Hold,
+        run: worker_pb2.RunRequest,
+        meter: Meter,
+        context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[Replies]:
         """The replies of a generation, once the queue admits it."""
         page_ids = await self._sessions.pages(session.id) if session.kept else ()
         patience_s = self._settings.resume_timeout_s
-        stream = GenerationStream(self._pool, session, hold, page_ids, run, patience_s, self.latency)
+        stream = GenerationStream(self._pool, session, hold, page_ids, run, meter, patience_s, self.latency)
         self._streams[session.id] = stream
         try:
             async with (
@@ -233,33 +270,23 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         if stream := self._streams.get(session_id):
             stream.abort(reason)
 
-    async def _session(self, request: Request) -> Session:
+    async def _session(self, request: Request, tenant: str) -> Session:
         """The session that a request names, or a new one for this call alone."""
         if request.session_id:
-            return await self._sessions.get(request.session_id)
-        return await self._sessions.open(self._pool.model.name, request.cache, kept=False)
+            return await self._sessions.get(request.session_id, tenant)
+        return await self._sessions.open(self._pool.model.name, request.cache, kept=False, tenant=tenant)
 
     @contextlib.asynccontextmanager
-    async def _held(self, session: Session, patience_s: float = 0.0) -> AsyncIterator[Hold]:
+    async def _held(self, session: Session, patience_s: float = 0.0) -> AsyncIterator[tuple[Session, Hold]]:
         """Holds a session. One that is for this call alone is deleted at the end."""
         lost = partial(self._abort, session.id)
-        async with self._sessions.held(session.id, lost, patience_s) as hold:
+        async with self._sessions.held(session.id, lost, patience_s, session.tenant) as hold:
             try:
-                yield hold
+                yield session, hold
             finally:
                 if not session.kept:
                     with contextlib.suppress(RedisError):  # it expires by itself
                         await hold.forget()
-
-    async def _drop(self, session: Session) -> None:
-        """Frees the session's cache. A worker that does not answer frees it later, when it needs the memory."""
-        link = self._pool.get(session.worker)
-        if link is None:
-            return
-        try:
-            await link.stub.Drop(worker_pb2.DropRequest(session_id=session.id), timeout=DROP_DEADLINE_S)
-        except grpc.aio.AioRpcError as error:
-            log.warning("could not drop a cache", worker=link.address, status=error.code().name)
 
     def _model(self, name: str) -> common_pb2.ModelInfo:
         model = self._pool.model
@@ -275,18 +302,6 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         remaining = context.time_remaining()
         limit = self._settings.request_timeout_s
         return limit if remaining is None else min(remaining, limit)
-
-
-def _tenant(context: grpc.aio.ServicerContext) -> str:
-    """The tenant of a call: its metadata `qaq-tenant`. All callers without it are one tenant.
-
-    Raises:
-        InvalidArgument: the name is too long.
-    """
-    metadata = dict(context.invocation_metadata() or ())
-    tenant = str(metadata.get("qaq-tenant", ""))
-    validation.tenant(tenant)
-    return tenant
 
 
 def _seeded(params: common_pb2.SamplingParams) -> common_pb2.SamplingParams:

@@ -5,6 +5,10 @@ from __future__ import annotations
 INDEX = "qaq:sessions"
 
 
+def index(tenant: str) -> str:
+    return f"{INDEX}:{tenant}"
+
+
 def facts(identifier: str) -> str:
     return f"qaq:session:{identifier}"
 

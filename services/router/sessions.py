@@ -2,7 +2,10 @@
 
 `qaq:session:<id>` is a hash with the session's facts and its last request, `…:tokens` the token log as little-endian
 int32, `…:pages` the ids of the stored pages of its first tokens (32 bytes each), `…:run` is there while a generation
-holds the session. The sorted set `qaq:sessions` has all session ids by the time they were opened.
+holds the session. The sorted set `qaq:sessions` has all session ids by the time they were opened, and
+`qaq:sessions:<tenant>` those of a tenant.
+
+A session belongs to the tenant that opened it. For another tenant it does not exist.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import numpy as np
 from qaq.v1 import common_pb2, worker_pb2
 from redis.asyncio import Redis
 
-from services.common.errors import FailedPrecondition, NotFound
+from services.common.errors import EXCEEDED, FailedPrecondition, NotFound, ResourceExhausted
 from services.router import session_keys
 from services.router.hold import HOLD_TTL_S, Hold, Lost, Scripts
 
@@ -27,6 +30,25 @@ RETRY_S = 0.1
 PAGE_ID_BYTES = 32
 TEMPORARY_TTL_S = 60
 """How long a session for one call is kept before the call holds it, should the call end there."""
+
+
+# Answers 0 if the tenant has as many open sessions as it may have; expired ones are removed before that is said.
+_OPEN = """
+local limit = tonumber(ARGV[1])
+if limit > 0 and redis.call('ZCARD', KEYS[3]) >= limit then
+  local open = 0
+  for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+    local kept = redis.call('HGET', ARGV[5] .. id, 'kept')
+    if not kept then redis.call('ZREM', KEYS[3], id) elseif kept == '1' then open = open + 1 end
+  end
+  if open >= limit then return 0 end
+end
+redis.call('HSET', KEYS[1], unpack(ARGV, 6))
+redis.call('EXPIRE', KEYS[1], ARGV[4])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
+redis.call('ZADD', KEYS[3], ARGV[3], ARGV[2])
+return 1
+"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,7 @@ class Session:
         worker: address of the worker that has its cache, or "".
         opened_at: seconds since the epoch.
         branch_of: the session that it was copied from, or "".
+        tenant: whose it is.
     """
 
     id: str
@@ -47,6 +70,7 @@ class Session:
     worker: str
     opened_at: float
     branch_of: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,57 +89,83 @@ class SessionDirectory:
         self._redis = redis
         self._ttl_s = ttl_s
         self._scripts = Scripts(redis, ttl_s)
+        self._open = redis.register_script(_OPEN)
 
-    async def open(self, model: str, cache: common_pb2.CacheParams, *, kept: bool) -> Session:
-        """Opens a session with an empty log."""
-        session = Session(secrets.token_urlsafe(16), model, cache, kept, "", time.time())
-        async with self._redis.pipeline(transaction=True) as pipe:
-            self._add(pipe, session)
-            await pipe.execute()
+    async def open(
+        self, model: str, cache: common_pb2.CacheParams, *, kept: bool, tenant: str = "", limit: int | None = None
+    ) -> Session:
+        """Opens a session with an empty log.
+
+        Args:
+            limit: kept sessions that the tenant may have.
+        Raises:
+            ResourceExhausted: it has as many.
+        """
+        session = Session(secrets.token_urlsafe(16), model, cache, kept, "", time.time(), tenant=tenant)
+        await self._add(session, limit)
         return session
 
-    async def branch(self, identifier: str) -> Session:
+    async def branch(self, identifier: str, tenant: str = "", limit: int | None = None) -> Session:
         """Opens a kept session as a copy of another.
 
         Raises:
-            NotFound: there is no such session.
+            NotFound: the tenant has no such session.
             FailedPrecondition: the session is generating.
+            ResourceExhausted: the tenant has `limit` sessions.
         """
-        async with self.held(identifier, lambda _: None):
-            origin = await self.get(identifier)
+        async with self.held(identifier, lambda _: None, tenant=tenant):
+            origin = await self.get(identifier, tenant)
             branch = replace(
                 origin, id=secrets.token_urlsafe(16), kept=True, opened_at=time.time(), branch_of=identifier
             )
             async with self._redis.pipeline(transaction=True) as pipe:
-                self._add(pipe, branch)
                 for key in (session_keys.tokens, session_keys.pages):
                     pipe.copy(key(identifier), key(branch.id))
                     pipe.expire(key(branch.id), self._ttl_s)
                 await pipe.execute()
+            try:
+                await self._add(branch, limit)
+            except ResourceExhausted:
+                await self._redis.delete(*session_keys.all_of(branch.id))
+                raise
         return branch
 
-    def _add(self, pipe: Any, session: Session) -> None:
-        """Writes a session's facts and adds it to the index."""
-        facts: dict[Any, Any] = {
+    async def _add(self, session: Session, limit: int | None) -> None:
+        """Writes a session's facts and adds it to the indexes."""
+        facts: dict[str, Any] = {
             "model": session.model,
             "cache": session.cache.SerializeToString(),
             "kept": int(session.kept),
             "worker": session.worker,
             "opened_at": repr(session.opened_at),
             "branch_of": session.branch_of,
+            "tenant": session.tenant,
         }
-        pipe.hset(session_keys.facts(session.id), mapping=facts)
-        pipe.expire(session_keys.facts(session.id), self._ttl_s if session.kept else TEMPORARY_TTL_S)
-        pipe.zadd(session_keys.INDEX, {session.id: session.opened_at})
+        ttl_s = self._ttl_s if session.kept else TEMPORARY_TTL_S
+        added = await self._open(
+            keys=[session_keys.facts(session.id), session_keys.INDEX, session_keys.index(session.tenant)],
+            args=[
+                *(limit if limit and session.kept else 0, session.id, session.opened_at, ttl_s, session_keys.facts("")),
+                *(part for fact in facts.items() for part in fact),
+            ],
+        )
+        if not added:
+            raise ResourceExhausted(
+                f"the tenant has {limit} sessions open, the most it may have; close one, or wait until one expires",
+                reason=EXCEEDED,
+            )
 
-    async def get(self, identifier: str) -> Session:
-        """Raises:
-        NotFound: no session has this id, or it has expired.
+    async def get(self, identifier: str, tenant: str | None = "") -> Session:
+        """A session of a tenant; None is any tenant.
+
+        Raises:
+            NotFound: the tenant has no session with this id, or it has expired.
         """
         facts = await self._redis.hgetall(session_keys.facts(identifier))
-        if not facts:
+        session = _session(identifier, facts) if facts else None
+        if session is None or tenant not in (None, session.tenant):
             raise _unknown(identifier)
-        return _session(identifier, facts)
+        return session
 
     async def tokens(self, identifier: str) -> list[int]:
         """The whole token log."""
@@ -132,22 +182,24 @@ class SessionDirectory:
         raw: Any = await self._redis.get(session_keys.pages(identifier)) or b""
         return [raw[at : at + PAGE_ID_BYTES] for at in range(0, len(raw), PAGE_ID_BYTES)]
 
-    async def close(self, identifier: str) -> Session:
+    async def close(self, identifier: str, tenant: str | None = "") -> Session:
         """Deletes a session. A running generation loses its hold and ends.
 
         Raises:
-            NotFound: there is no such session.
+            NotFound: the tenant has no such session; None is any tenant.
         """
-        session = await self.get(identifier)
+        session = await self.get(identifier, tenant)
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(*session_keys.all_of(identifier))
-            pipe.zrem(session_keys.INDEX, identifier)
+            for index in (session_keys.INDEX, session_keys.index(session.tenant)):
+                pipe.zrem(index, identifier)
             await pipe.execute()
         return session
 
-    async def list(self) -> list[Listing]:
-        """Every session, oldest first."""
-        listed: Any = await self._redis.zrange(session_keys.INDEX, 0, -1)
+    async def list(self, tenant: str | None = "") -> list[Listing]:
+        """Every session of a tenant, oldest first; None is all tenants."""
+        index = session_keys.INDEX if tenant is None else session_keys.index(tenant)
+        listed: Any = await self._redis.zrange(index, 0, -1)
         identifiers = [raw.decode() for raw in listed]
         async with self._redis.pipeline(transaction=False) as pipe:
             for identifier in identifiers:
@@ -163,23 +215,26 @@ class SessionDirectory:
             else:
                 expired.append(identifier)
         if expired:
-            await self._redis.zrem(session_keys.INDEX, *expired)
+            for each in {index, session_keys.INDEX}:
+                await self._redis.zrem(each, *expired)
         return found
 
     @contextlib.asynccontextmanager
-    async def held(self, identifier: str, lost: Callable[[Lost], None], patience_s: float = 0.0) -> AsyncIterator[Hold]:
+    async def held(
+        self, identifier: str, lost: Callable[[Lost], None], patience_s: float = 0.0, tenant: str = ""
+    ) -> AsyncIterator[Hold]:
         """Holds a session for one generation.
 
         Args:
             lost: called when the session is closed, or taken by another generation, meanwhile.
             patience_s: how long to wait for another generation to release it.
         Raises:
-            NotFound: there is no such session.
+            NotFound: the tenant has no such session.
             FailedPrecondition: another generation holds it.
         """
         ends = time.monotonic() + patience_s
         keys = [session_keys.facts(identifier), session_keys.hold(identifier)]
-        while (fence := int(await self._scripts.acquire(keys=keys, args=[HOLD_TTL_S]))) <= 0:
+        while (fence := int(await self._scripts.acquire(keys=keys, args=[HOLD_TTL_S, tenant]))) <= 0:
             if fence < 0:
                 raise _unknown(identifier)
             if time.monotonic() >= ends:
@@ -201,6 +256,7 @@ def _session(identifier: str, facts: Any) -> Session:
         facts[b"worker"].decode(),
         float(facts[b"opened_at"]),
         facts.get(b"branch_of", b"").decode(),
+        facts.get(b"tenant", b"").decode(),
     )
 
 

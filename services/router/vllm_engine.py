@@ -19,6 +19,7 @@ from smg_grpc_proto.generated import common_pb2 as smg
 
 from services.common.errors import InvalidArgument, StatusError
 from services.router import validation, vllm_requests
+from services.router.callers import Callers
 from services.router.prompts import Prompts
 from services.router.service import InferenceService
 from services.router.tokenizer_files import TokenizerFiles
@@ -38,11 +39,12 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
     """The workers of this router as one engine of one rank. A generation is a call of `Inference`, so it is checked,
     queued, placed and resumed like any other; a second engine is a second router."""
 
-    def __init__(self, inference: InferenceService, pool: WorkerPool, prompts: Prompts) -> None:
-        self._inference, self._pool = inference, pool
+    def __init__(self, inference: InferenceService, callers: Callers, pool: WorkerPool, prompts: Prompts) -> None:
+        self._inference, self._callers, self._pool = inference, callers, pool
         self._tokenizer = prompts.tokenizer
         self._files = TokenizerFiles(prompts.tokenizer)
-        self._running: dict[str, asyncio.Event] = {}  # by request id; set when the request is aborted
+        # By tenant and request id; set when the request is aborted.
+        self._running: dict[tuple[str, str], asyncio.Event] = {}
         self._started, self._received_at = time.monotonic(), 0.0
 
     async def Generate(
@@ -51,7 +53,7 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
         self._received_at = time.time()
         generation = vllm_requests.generation(request)
         answer = Answer(stream=request.stream, choices=min(max(1, generation.choices), validation.MAX_CHOICES))
-        with self._abortable(request.request_id) as aborted:
+        with self._abortable(self._callers.of(context).tenant, request.request_id) as aborted:
             async with contextlib.aclosing(_until(aborted, self._inference.Generate(generation, context))) as replies:
                 async for reply in replies:
                     for response in answer.of(reply):
@@ -61,10 +63,11 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
                     yield response
 
     async def Abort(self, request: vllm.AbortRequest, context: grpc.aio.ServicerContext) -> vllm.AbortResponse:
-        """Ends requests; those that have ended, or were never here, are none of its concern."""
+        """Ends the caller's requests; those that have ended, or were never here, are none of its concern."""
+        tenant = self._callers.of(context).tenant
         for identifier in request.request_ids:
-            if identifier in self._running:
-                self._running[identifier].set()
+            if aborted := self._running.get((tenant, identifier)):
+                aborted.set()
         return vllm.AbortResponse()
 
     async def HealthCheck(
@@ -161,22 +164,22 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
         raise _unserved("this engine has no profiler")
 
     @contextlib.contextmanager
-    def _abortable(self, identifier: str) -> Iterator[asyncio.Event]:
+    def _abortable(self, tenant: str, identifier: str) -> Iterator[asyncio.Event]:
         """An event that `Abort` sets.
 
         Raises:
-            InvalidArgument: the id is empty, too long, or that of a request that runs.
+            InvalidArgument: the id is empty, too long, or that of a request of the tenant that runs.
         """
         size = len(identifier.encode())
         if not 0 < size <= MAX_REQUEST_ID_BYTES:
             raise InvalidArgument(f"request_id has {size} bytes; send 1 to {MAX_REQUEST_ID_BYTES}")
-        if identifier in self._running:
+        if (tenant, identifier) in self._running:
             raise InvalidArgument(f'request_id "{identifier}" is running; send another id, or abort that request')
-        aborted = self._running[identifier] = asyncio.Event()
+        aborted = self._running[tenant, identifier] = asyncio.Event()
         try:
             yield aborted
         finally:
-            del self._running[identifier]
+            del self._running[tenant, identifier]
 
 
 async def _until(ended: asyncio.Event, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:

@@ -20,7 +20,7 @@ from services.router.placement import Policy, place
 from services.router.sessions import Session
 
 REFRESH_S = 1.0
-DESCRIBE_DEADLINE_S = 5.0
+DESCRIBE_DEADLINE_S = DROP_DEADLINE_S = 5.0
 RETRY_AFTER_MS = 2000
 
 log = structlog.get_logger()
@@ -113,6 +113,17 @@ class WorkerPool:
 
     def get(self, address: str) -> WorkerLink | None:
         return self._links.get(address)
+
+    async def drop(self, session: Session) -> None:
+        """Frees a session's cache. A worker that does not answer frees it later, when it needs the memory."""
+        link = self.get(session.worker)
+        if link is None:
+            return
+        try:
+            asked = worker_pb2.DropRequest(session_id=session.id, tenant=session.tenant)
+            await link.stub.Drop(asked, timeout=DROP_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            log.warning("could not drop a cache", worker=link.address, status=error.code().name)
 
     async def start(self) -> None:
         await self.refresh()

@@ -48,7 +48,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._scheduler.cancel(generation)
 
     async def Drop(self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DropReply:
-        existed = await asyncio.wrap_future(self._scheduler.drop(request.session_id))
+        existed = await asyncio.wrap_future(self._scheduler.drop(request.session_id, request.tenant))
         return worker_pb2.DropReply(existed=existed)
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DrainReply:

@@ -13,7 +13,7 @@ from services.common.settings import WorkerSettings
 from services.worker.memory_controller import MemoryController
 from services.worker.methods import Methods
 from services.worker.session import Session, page_salt
-from services.worker.session_cache import SessionCache
+from services.worker.session_cache import SessionCache, session_name
 
 
 class Sessions:
@@ -44,13 +44,13 @@ class Sessions:
             ConfigError: the request has an unknown preset, or a target out of range.
         """
         method = self.methods.get(request.cache)
-        session = self.idle.take(request.session_id)
+        session = self.idle.take(session_name(request))
         if session is not None:
             if session.continues_in(tokens, method):
                 session.resume(tokens)
                 return session
             session.close()
-        origin = self.idle.peek(request.branch_of)
+        origin = self.idle.peek((request.tenant, request.branch_of))
         if origin is not None and origin.continues_in(tokens, method):
             branch = origin.fork()
             branch.resume(tokens)
@@ -75,7 +75,7 @@ class Sessions:
     def close(self, request: worker_pb2.RunRequest, session: Session) -> None:
         """Ends the use of a session. It stays in the session cache if the request says so and its cache is complete."""
         if request.keep and request.session_id and not session.prefilling:
-            self.idle.put(request.session_id, session)
+            self.idle.put(session_name(request), session)
         else:
             session.close()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
         assert "The router is at 127.0.0.1:" in up.stdout
         url = up.stdout.split("OpenAI's API is at ")[1].split("/v1")[0]
         assert qaq("health", url).returncode == 0
+        asks_for_its_key(up.stdout, url, state_directory)
         again = qaq("up", "--port", "0")
         assert (again.returncode, "a stack is running already" in again.stderr) == (1, True)
         running = state.load()
@@ -60,6 +64,8 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
         assert len(found["routers"]) == 1
         assert found["restarts"] == {}
         a_worker_goes_first_and_says_so(running, tmp_path)
+        assert found["keys"] == str(state_directory)
+        nothing_shows_its_keys(state_directory, place)
     finally:
         stopped = qaq("down")
     assert stopped.returncode == 0, stopped.stderr
@@ -112,6 +118,37 @@ def a_worker_goes_first_and_says_so(running: StackState, place: Path) -> None:
     shown = qaq("status", "--json", place / "status.json")
     assert "worker-0 was started again once" in shown.stdout
     assert json.loads((place / "status.json").read_text())["restarts"]["worker-0"]["restarts"] == 1
+
+
+def asks_for_its_key(said: str, url: str, directory: Path) -> None:
+    """`qaq up` says where the key is and not what it is, and OpenAI's API wants it."""
+    path = directory / "client.key"
+    key = path.read_text().strip()
+    assert f'export QAQ_API_KEY="$(cat {path})"' in said
+    assert f'export OPENAI_API_KEY="$(cat {path})"' in said
+    assert key not in said
+    for given, status in (("", 401), ("none", 401), (key, 200)):
+        request = urllib.request.Request(f"{url}/v1/models", headers={"authorization": f"Bearer {given}"})
+        try:
+            answered = urllib.request.urlopen(request, timeout=30).status
+        except urllib.error.HTTPError as error:
+            answered = error.code
+        assert answered == status
+    other = qaq("generate", "Hi", "--max-new-tokens", "1", QAQ_API_KEY="qaq_of-nobody")
+    assert (other.returncode, "this key is of no tenant" in other.stderr) == (1, True)
+
+
+def nothing_shows_its_keys(directory: Path, place: Path) -> None:
+    """Neither the list of processes, nor their environments, nor a log; and only their owner reads the files."""
+    files = [directory / name for name in ("client.key", "operator.key", "tenants.json")]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    keys = [path.read_text().strip().encode() for path in files[:2]]
+    shown = [path.read_bytes() for path in [directory / "stack.log", *place.rglob("*.log"), *place.rglob("*.err")]]
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            shown.append(" ".join([*process.cmdline(), *process.environ().values()]).encode())
+    assert len(shown) > 5
+    assert not any(key in text for key in keys for text in shown)
 
 
 def failed(result: object, *sentences: str) -> None:

@@ -188,22 +188,26 @@ class CloseSessionReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ListSessionsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("all_tenants",)
+    ALL_TENANTS_FIELD_NUMBER: _ClassVar[int]
+    all_tenants: bool
+    def __init__(self, all_tenants: _Optional[bool] = ...) -> None: ...
 
 class SessionInfo(_message.Message):
-    __slots__ = ("session_id", "tokens", "worker", "running", "opened_at")
+    __slots__ = ("session_id", "tokens", "worker", "running", "opened_at", "tenant")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     OPENED_AT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     tokens: int
     worker: str
     running: bool
     opened_at: float
-    def __init__(self, session_id: _Optional[str] = ..., tokens: _Optional[int] = ..., worker: _Optional[str] = ..., running: _Optional[bool] = ..., opened_at: _Optional[float] = ...) -> None: ...
+    tenant: str
+    def __init__(self, session_id: _Optional[str] = ..., tokens: _Optional[int] = ..., worker: _Optional[str] = ..., running: _Optional[bool] = ..., opened_at: _Optional[float] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class ListSessionsReply(_message.Message):
     __slots__ = ("sessions",)

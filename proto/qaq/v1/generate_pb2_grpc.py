@@ -135,13 +135,15 @@ class InferenceServicer:
 
     def CloseSession(self, request, context):
         """Deletes a session and ends its running generation with ABORTED. NOT_FOUND if there is no such session.
+        An operator's key closes the session of any tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns the caller's sessions.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

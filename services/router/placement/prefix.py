@@ -19,20 +19,23 @@ SLACK = 1
 
 
 class PrefixLocality(Policy):
-    """Remembers the workers of recent prompts by their first `TOKENS` tokens."""
+    """Remembers the workers of recent prompts by their tenant and their first `TOKENS` tokens.
+
+    Where a tenant's prompt goes tells nothing of what other tenants sent.
+    """
 
     def __init__(self) -> None:
-        self._workers: OrderedDict[tuple[int, ...], str] = OrderedDict()
+        self._workers: OrderedDict[tuple[str, tuple[int, ...]], str] = OrderedDict()
 
     def choose(self, session: Session, prompt: Sequence[int], workers: Sequence[C]) -> C | None:
-        address = self._workers.get(tuple(prompt[:TOKENS]))
+        address = self._workers.get((session.tenant, tuple(prompt[:TOKENS])))
         known = next((worker for worker in workers if worker.address == address), None)
         return known if known is not None and spare(known, workers, SLACK) else None
 
     def placed(self, session: Session, prompt: Sequence[int], address: str) -> None:
         if len(prompt) < TOKENS:
             return
-        beginning = tuple(prompt[:TOKENS])
+        beginning = session.tenant, tuple(prompt[:TOKENS])
         self._workers[beginning] = address
         self._workers.move_to_end(beginning)
         if len(self._workers) > REMEMBERED:

@@ -11,6 +11,7 @@ from qaq_core import Originals
 from services.common.errors import ResourceExhausted, Unavailable
 from services.common.settings import WorkerSettings
 from services.worker.generation import Generation
+from services.worker.session_cache import Name, session_name
 
 RETRY_AFTER_MS = 1000
 
@@ -26,7 +27,7 @@ class RequestQueue:
         self._originals, self._settings = originals, settings
         self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
-        self._drops: list[tuple[str, Future[bool]]] = []
+        self._drops: list[tuple[Name, Future[bool]]] = []
         self._stopping = self._draining = False
 
     def __len__(self) -> int:
@@ -70,14 +71,14 @@ class RequestQueue:
             generation.call.cancelled = True
             self._changed.notify()
 
-    def drop(self, session_id: str) -> Future[bool]:
+    def drop(self, name: Name) -> Future[bool]:
         """Asks for a session to be dropped; the future tells whether it existed."""
         dropped: Future[bool] = Future()
         with self._changed:
             if self._stopping:
                 dropped.set_result(False)
                 return dropped
-            self._drops.append((session_id, dropped))
+            self._drops.append((name, dropped))
             self._changed.notify()
         return dropped
 
@@ -105,10 +106,10 @@ class RequestQueue:
         with self._changed:
             self._changed.wait(seconds)
 
-    def first(self, busy_sessions: Collection[str]) -> Generation | None:
+    def first(self, busy_sessions: Collection[Name]) -> Generation | None:
         """The oldest waiting generation whose session is not busy."""
         with self._changed:
-            return next((g for g in self._waiting if g.request.session_id not in busy_sessions), None)
+            return next((g for g in self._waiting if session_name(g.request) not in busy_sessions), None)
 
     def remove(self, generation: Generation) -> None:
         with self._changed:
@@ -124,7 +125,7 @@ class RequestQueue:
             waiting, self._waiting = self._waiting, deque()
             return list(waiting)
 
-    def take_drops(self) -> list[tuple[str, Future[bool]]]:
+    def take_drops(self) -> list[tuple[Name, Future[bool]]]:
         """Removes and returns the sessions to drop."""
         with self._changed:
             drops, self._drops = self._drops, []

@@ -27,6 +27,7 @@ from services.worker.request import RequestValidator
 from services.worker.scheduler.preemption import Preemption
 from services.worker.scheduler.queue import RETRY_AFTER_MS, RequestQueue
 from services.worker.scheduler.step import RunningBatch
+from services.worker.session_cache import session_name
 from services.worker.sessions import Sessions
 from services.worker.state import WorkerState, summarize
 
@@ -123,9 +124,9 @@ class Scheduler:
         """Frees it within one step. Does nothing if it has ended."""
         self._queue.cancel(generation)
 
-    def drop(self, session_id: str) -> Future[bool]:
-        """Frees a session's cache and ends its generation; False if there is no such session."""
-        return self._queue.drop(session_id)
+    def drop(self, session_id: str, tenant: str = "") -> Future[bool]:
+        """Frees a session's cache and ends its generation; False if the tenant has no such session."""
+        return self._queue.drop((tenant, session_id))
 
     @property
     def state(self) -> WorkerState:
@@ -216,11 +217,11 @@ class Scheduler:
     def _drop_sessions(self) -> None:
         """Drops the sessions that callers of `drop` named. Publishes the state before it answers them."""
         dropped = []
-        for session_id, answer in self._queue.take_drops():
-            running = [g for g in self.batch.active if g.request.session_id == session_id]
+        for name, answer in self._queue.take_drops():
+            running = [g for g in self.batch.active if session_name(g.request) == name]
             for generation in running:
                 self.batch.fail(generation, FailedPrecondition("the session was dropped; open a new one"))
-            dropped.append((answer, self.sessions.idle.drop(session_id) or bool(running)))
+            dropped.append((answer, self.sessions.idle.drop(name) or bool(running)))
         if dropped:
             self._publish()
         for answer, existed in dropped:

@@ -16,6 +16,7 @@ from services.worker.constraints import MaskThread
 from services.worker.generation import UNFINISHED, Generation, Reply, arrival_order, session_of
 from services.worker.replies import Replies
 from services.worker.session import Session
+from services.worker.session_cache import Name, session_name
 from services.worker.sessions import Sessions
 from services.worker.state import record_finished
 
@@ -71,9 +72,9 @@ class RunningBatch:
         return sum(generation.slots for generation in self.running)
 
     @property
-    def busy_sessions(self) -> set[str]:
-        """Session ids of active generations."""
-        return {g.request.session_id for g in self.active} - {""}
+    def busy_sessions(self) -> set[Name]:
+        """Sessions of active generations."""
+        return {session_name(g.request) for g in self.active if g.request.session_id}
 
     @property
     def decoding(self) -> list[Generation]:

@@ -7,12 +7,16 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from qaq.v1 import common_pb2
 from redis.asyncio import Redis
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 
 from qaq_core.models import load_tokenizer
+from services.common.keys import WithMetadata, authorization
 from services.common.settings import RouterSettings
+from services.router.vllm_engine import SERVICE_NAME
+from tests.services.tenancy import Tenancy
 
 from .conftest import CONTEXT, CountingWorker, router_channel
 from .test_generation import mortal
@@ -246,3 +250,28 @@ async def _runs_at_most(engine: Stub, sequences: int) -> bool:
 
 async def _waits(engine: Stub) -> bool:
     return (await engine.GetLoads(vllm.GetLoadsRequest())).loads[0].num_waiting_reqs == 1
+
+
+async def test_every_method_needs_the_key_of_a_tenant(
+    worker: CountingWorker, smg_settings: RouterSettings, tmp_path: Path
+) -> None:
+    tenancy = Tenancy(tmp_path / "tenants.json")
+    methods = vllm.DESCRIPTOR.services_by_name["VllmEngine"].methods
+    async with router_channel(smg_settings.model_copy(update={"tenants_file": tenancy.path})) as channel:
+        for method in methods:
+            kind = channel.unary_stream if method.server_streaming else channel.unary_unary
+            call = kind(f"/{SERVICE_NAME}/{method.name}")
+            for metadata in ((), authorization(tenancy.keys["nobody"])):
+                assert (await refusal(call(b"", metadata=metadata, timeout=10))).code() is Code.UNAUTHENTICATED
+        assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())).status
+        ada, bob = (WithMetadata(Stub(channel), authorization(tenancy.keys[name])) for name in ("ada", "bob"))
+        worker.gate.clear()
+        running = aiter(ada.Generate(request()))
+        await anext(running)
+        await bob.Abort(vllm.AbortRequest(request_ids=["one"]))
+        same = aiter(bob.Generate(request()))  # an id is of one request of a tenant
+        await anext(same)
+        worker.gate.set()
+        for call in (running, same):
+            assert (await responses(call))[-1].finish_reason == "length"
+        assert [asked.tenant for asked in worker.asked] == ["ada", "bob"]

@@ -116,3 +116,28 @@ async def test_budget_costs_idle_sessions_first(make_scheduler: MakeScheduler, i
         with pytest.raises(ResourceExhausted, match="QAQ_KV_BUDGET_BYTES"):
             await outcome(scheduler.submit(request(tokens * 2, 1, cache=EXACT)))
         assert (await outcome(scheduler.submit(request(tokens * 2, 1)))).tokens  # in fewer bits it fits
+
+
+async def test_a_tenant_finds_no_cache_of_another_one(make_scheduler: MakeScheduler, ids: Ids, gate: Gate) -> None:
+    """Neither by a session's id nor as its branch; and it neither replaces nor drops it."""
+    gate.open()
+    log = ids(STORY)
+    async with make_scheduler(prefix_reuse=False) as scheduler:
+
+        async def turn(tenant: str, tokens: list[int], **session: str) -> list[int]:
+            asked = request(tokens, 1, cache=EXACT, keep=True, tenant=tenant, **session)
+            return (await outcome(scheduler.submit(asked))).tokens
+
+        log += await turn("ada", log, session_id="s")
+        log += ids(LISTS)
+        for session in ({"session_id": "s"}, {"session_id": "t", "branch_of": "s"}):
+            gate.batches.clear()
+            await turn("bob", log, **session)
+            assert gate.batches[0] == (1, len(log))
+        assert scheduler.state.sessions == 3
+        assert await asyncio.wrap_future(scheduler.drop("s", "bob"))
+        assert not await asyncio.wrap_future(scheduler.drop("s", "bob"))
+        gate.batches.clear()
+        await turn("ada", log, session_id="s")
+        assert gate.batches[0] == (1, len(ids(LISTS)) + 1)
+        assert await asyncio.wrap_future(scheduler.drop("s", "ada"))

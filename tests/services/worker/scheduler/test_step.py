@@ -42,7 +42,7 @@ async def test_a_quantized_batch_decides_as_each_alone(make_scheduler: MakeSched
             return scheduler.submit(request(prompts[name], 20, session_id=session, keep=True))
 
         def kept(session: str) -> SequenceCache:
-            found = scheduler.sessions.idle.peek(session)
+            found = scheduler.sessions.idle.peek(("", session))
             assert found is not None
             return found.sequence
 
