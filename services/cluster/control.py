@@ -85,7 +85,7 @@ def scale(running: StackState, workers: int, report: Report) -> None:
     except Exception as error:
         raise StackError(f"Ray at {running.ray_address} does not answer ({error}); try `qaq down`") from error
     try:
-        Launcher(running.settings, running.redis["url"], report).scale(workers)
+        Launcher(running.settings, running.redis["url"], running.secret, report).scale(workers)
     finally:
         ray.shutdown()
     state.save(running.model_copy(update={"settings": running.settings.model_copy(update={"workers": workers})}))

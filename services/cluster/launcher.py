@@ -25,12 +25,15 @@ class Launcher:
     """Starts, lists and stops the actors of one stack.
 
     Args:
+        secret: of workers and cache services.
         report: called with (name, stage, progress from 0 to 1 or None) while actors start.
     """
 
-    def __init__(self, settings: StackSettings, redis_url: str, report: Report) -> None:
+    def __init__(self, settings: StackSettings, redis_url: str, secret: str, report: Report) -> None:
         self._settings = settings
         self._redis_url = SecretStr(redis_url)
+        # The secret file of the environment has been read: without this the roles would see both.
+        self.secret: dict[str, Any] = {"secret": SecretStr(secret), "secret_file": None}
         self._report = report
 
     def start_all(self) -> dict[str, str]:
@@ -82,12 +85,13 @@ class Launcher:
             ray.kill(handle, no_restart=True)
 
     def _originals(self, index: int) -> Any:
-        return launch(f"originals-{index}", OriginalsActor, OriginalsSettings(redis_url=self._redis_url, port=0))
+        settings = OriginalsSettings(redis_url=self._redis_url, port=0, **self.secret)
+        return launch(f"originals-{index}", OriginalsActor, settings)
 
     def _worker(self, index: int) -> Any:
         gpu = self._settings.device.startswith("cuda")
         model = self._settings.model_dump(include=set(ModelSettings.model_fields))
-        settings = WorkerSettings(redis_url=self._redis_url, port=0, **model)
+        settings = WorkerSettings(redis_url=self._redis_url, port=0, **self.secret, **model)
         return launch(f"worker-{index}", WorkerActor, settings, gpus=1 if gpu else 0)
 
     def _wait(self, actors: Mapping[str, Any]) -> dict[str, str]:

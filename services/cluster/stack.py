@@ -14,10 +14,12 @@ from pathlib import Path
 
 import grpc
 import psutil
+from pydantic import ValidationError
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
 from services.cluster.state import StackError, StackSettings, StackState
 from services.common.embedded_redis import EmbeddedRedis
+from services.common.settings import PageSettings
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no data of ours goes through it
 READY_TIMEOUT_S = 30.0
@@ -48,11 +50,12 @@ class LocalStack:
         with contextlib.ExitStack() as stack:
             _check_port(self._settings.port, "--port")
             _check_port(self._settings.http_port or 0, "--http-port")
+            secret = chosen_secret()
             redis = self._redis(stack)
             directory, address = self._ray(stack)
             from services.cluster.launcher import Launcher  # imported here because Ray reads the environment at import
 
-            launcher = Launcher(self._settings, redis.url, self._report)
+            launcher = Launcher(self._settings, redis.url, secret, self._report)
             stack.callback(lambda: launcher.stop(launcher.names()))
             addresses = launcher.start_all()
             router = addresses["router"]
@@ -68,6 +71,7 @@ class LocalStack:
             ray_address=address,
             ray_directory=directory,
             redis=redis.state(),
+            secret=secret,
         )
 
     def stop(self) -> None:
@@ -127,6 +131,14 @@ class LocalStack:
                         return
                 time.sleep(0.1)
         raise StackError(f"the router at {router} does not see {workers} worker(s); see its log")
+
+
+def chosen_secret() -> str:
+    """The secret that the environment has, or a new one."""
+    try:
+        return PageSettings().secret.get_secret_value() or secrets.token_hex(32)
+    except ValidationError as error:
+        raise StackError(f"QAQ_SECRET or QAQ_SECRET_FILE: {error.errors()[0]['msg']}") from error
 
 
 def ray_environment(directory: Path) -> None:

@@ -47,12 +47,13 @@ class StackSettings(ModelSettings):
 
 
 class StackState(BaseModel):
-    """A running stack. It contains the Redis password, so its file has mode 0600.
+    """A running stack. It contains the Redis password and the stack's secret, so its file has mode 0600.
 
     Attributes:
         pid, born: process id and creation time of the owner; a later process may have the same pid.
         router, gateway: addresses as host:port; the gateway may be None.
         redis: the argument of `EmbeddedRedis.attach`.
+        secret: of the workers and cache services.
     """
 
     settings: StackSettings
@@ -63,6 +64,7 @@ class StackState(BaseModel):
     ray_address: str
     ray_directory: Path
     redis: dict[str, Any]
+    secret: str = Field(default="", repr=False)
 
     @property
     def alive(self) -> bool:

@@ -53,6 +53,12 @@ class FailedPrecondition(StatusError):
     code = Code.FAILED_PRECONDITION
 
 
+class PermissionDenied(StatusError):
+    """The caller may not do this."""
+
+    code = Code.PERMISSION_DENIED
+
+
 class ResourceExhausted(StatusError):
     """A limit is reached: try again later, or with less."""
 

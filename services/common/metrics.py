@@ -28,7 +28,9 @@ requantize_failures = Counter(
     "qaq_requantize_failures_total", "Batches that failed because the originals store did not answer"
 )
 originals_missing = Counter("qaq_originals_missing_total", "Rows without an original in the store")
-originals_corrupt = Counter("qaq_originals_corrupt_total", "Stored pages that do not match their header or checksum")
+originals_corrupt = Counter(
+    "qaq_originals_corrupt_total", "Stored pages that were not used: checksum, seal, model or values are wrong"
+)
 pages_unacked = Gauge("qaq_pages_unacked", "Pages that the originals store has not acknowledged yet")
 put_retries = Counter("qaq_put_retries_total", "Times that a page was sent again")
 redis_row_reads = Counter("qaq_redis_row_reads_total", "Rows of originals read from Redis")

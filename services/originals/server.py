@@ -10,6 +10,7 @@ from qaq.v1 import originals_pb2_grpc
 from services.common import log, metrics
 from services.common.redis import check, connect
 from services.common.registry import Registry
+from services.common.secret import check_secret
 from services.common.server import GrpcServer, run_until_signal
 from services.common.settings import OriginalsSettings
 from services.originals.service import OriginalsService
@@ -29,14 +30,17 @@ class OriginalsServer:
         """Starts the service and returns its address, host:port.
 
         Raises:
-            RedisUnreachableError, PortTakenError: the message says what to do; nothing is left running.
+            RedisUnreachableError, SecretMissingError, PortTakenError: the message says what to do; nothing is left
+                running.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
+            check_secret(settings)
             redis = connect(settings.redis_url)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
-            service = OriginalsService(PageStore(redis, settings.page_ttl_s))
+            secret = settings.secret.get_secret_value()
+            service = OriginalsService(PageStore(redis, settings.page_ttl_s, secret), secret)
             stack.callback(service.close)
             server = GrpcServer(
                 settings.host,

@@ -86,7 +86,8 @@ class Composed:
         environment = dict(service["environment"]) | {"QAQ_REDIS_URL": self.redis_url}
         if environment.get("QAQ_HOST") == "0.0.0.0":
             environment["QAQ_HOST"] = self._hosts[name]
-        given = {key: _default(value) for key, value in environment.items()}
+        secrets = str(self._directory / "secrets")
+        given = {key: _default(value).replace("/run/secrets", secrets) for key, value in environment.items()}
         return self._spawn(name, [sys.executable, "-m", "services.cli", *service["command"]], given)
 
     def _spawn(self, name: str, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
