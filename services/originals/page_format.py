@@ -154,7 +154,7 @@ class PageFormat:
         rows = _rows(stored, shape)
         if not header.fits(rows).all():
             raise CorruptPageError("rows do not match their checksums")
-        return header, memoryview(np.ascontiguousarray(rows[:, :-CHECKSUM_BYTES]).reshape(-1))
+        return header, np.ascontiguousarray(rows[:, :-CHECKSUM_BYTES]).reshape(-1).data
 
     def _page_key(self, page_id: bytes, facts: bytes) -> bytes:
         return blake3(page_id + facts, key=self._key).digest()

@@ -64,5 +64,7 @@ def shape_bytes(shape: PageShape) -> bytes:
 
 def read_shape(raw: bytes) -> PageShape | None:
     """The shape that `shape_bytes` wrote; None if it is none of a page."""
-    dtype, *dims = _SHAPE.unpack(raw)
-    return PageShape(*dims, DTYPES[dtype]) if dtype < len(DTYPES) and all(dims) and dims[-1] % 16 == 0 else None
+    dtype, layers, kv_heads, tokens, head_dim = _SHAPE.unpack(raw)
+    if dtype >= len(DTYPES) or not (layers and kv_heads and tokens and head_dim) or head_dim % 16:
+        return None
+    return PageShape(layers, kv_heads, tokens, head_dim, DTYPES[dtype])

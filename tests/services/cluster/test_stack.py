@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from services.cluster.launcher import Launcher
 from services.cluster.stack import chosen_secret
 from services.cluster.state import StackError, StackSettings
 from services.common.settings import OriginalsSettings, WorkerSettings
@@ -25,6 +24,8 @@ def test_each_stack_has_a_secret_of_its_own() -> None:
 
 
 def test_the_secret_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from services.cluster.launcher import Launcher  # imports Ray, which takes a second
+
     path = tmp_path / "secret"
     path.write_text("a secret of a deployment\n")
     monkeypatch.setenv("QAQ_SECRET_FILE", str(path))
