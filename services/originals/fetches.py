@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 async def read_pages(
-    replies: AsyncIterable[pb.FetchReply], page_ids: Sequence[bytes], shape: PageShape, seals: Seals
+    replies: AsyncIterable[pb.FetchReply | None], page_ids: Sequence[bytes], shape: PageShape, seals: Seals
 ) -> list[Page | None]:
     """The pages in the order of their ids; None where one is missing or must not be used.
 
@@ -31,10 +31,12 @@ async def read_pages(
     pages: list[Page | None] = []
     page: wire.PageAssembly | None = None
     async for reply in replies:
+        if reply is None:  # what gRPC makes of bytes that are no message
+            raise InvalidArgument("it is no message of this protocol")
         chunk = reply.chunk
         if page is None:
             if len(pages) == len(page_ids) or chunk.page_id != page_ids[len(pages)]:
-                raise InvalidArgument("it was not asked for")
+                raise InvalidArgument("a page was not asked for")
             if chunk.missing:
                 pages.append(None)
                 continue
@@ -47,7 +49,7 @@ async def read_pages(
             pages.append(_usable(page, seals))
             page = None
     if len(pages) < len(page_ids):
-        raise InvalidArgument("the stream ended before it was complete")
+        raise InvalidArgument("the stream ended before its last page")
     return pages
 
 

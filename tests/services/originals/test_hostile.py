@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,40 @@ async def hostile() -> AsyncIterator[tuple[Hostile, RemoteOriginals]]:
     yield service, remote
     await asyncio.to_thread(remote.close)
     await server.stop(0)
+
+
+class Noise(grpc.GenericRpcHandler):
+    """Answers every call with bytes that are no message."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        async def one(request: bytes, context: Any) -> bytes:
+            return b"\xff\xff\xff"
+
+        async def some(request: bytes, context: Any) -> AsyncIterator[bytes]:
+            yield b"\xff\xff\xff"
+
+        streams = details.method.endswith("/Fetch")
+        return grpc.unary_stream_rpc_method_handler(some) if streams else grpc.unary_unary_rpc_method_handler(one)
+
+
+async def test_bytes_that_are_no_message_fail(quantizer: Quantizer) -> None:
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Noise(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    remote = RemoteOriginals.at([f"127.0.0.1:{port}"])
+    request = make_request([PAGE, NEXT], 9, quantizer.meta_bytes)
+    try:
+        for call in (
+            remote.match([PAGE.id]),
+            remote.fetch([PAGE.id], SHAPE),
+            remote.requantize(request, quantizer),
+        ):
+            with pytest.raises(OriginalsError):
+                await wait(call)
+    finally:
+        await asyncio.to_thread(remote.close)
+        await server.stop(0)
 
 
 async def wait(future: Future[T]) -> T:
