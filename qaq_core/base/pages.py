@@ -82,14 +82,14 @@ class Page:
         return cls(page_id, shape, flat.view(shape.dims))
 
 
-def page_id(model_fingerprint: str, dtype: str, tenant_salt: bytes, parent: bytes, token_ids: Sequence[int]) -> bytes:
+def page_id(model_fingerprint: str, dtype: str, salt: bytes, parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Content address of a page: the same prefix of the same model has the same id on any worker.
 
     `parent` is the id of the page before (empty for the first). A salt per tenant keeps one tenant
     from probing another's prefixes.
     """
     digest = blake3()
-    for part in (model_fingerprint.encode(), dtype.encode(), tenant_salt, parent):
+    for part in (model_fingerprint.encode(), dtype.encode(), salt, parent):
         digest.update(len(part).to_bytes(4, "little"))
         digest.update(part)
     digest.update(np.asarray(token_ids, dtype="<i4").tobytes())

@@ -76,8 +76,11 @@ async def _run(
     ids = loaded.tokenizer.encode(builtin_text())
     if len(ids) < context + repeats:
         raise ConfigError(f"the built-in text has {len(ids)} tokens; ask for a shorter context")
-    originals = RemoteOriginals.registered(redis_url)
-    scheduler = Scheduler(loaded, originals, WorkerSettings(model=loaded.name), asyncio.get_running_loop())
+    settings = WorkerSettings(model=loaded.name)
+    originals = RemoteOriginals.registered(
+        redis_url, secret=settings.secret.get_secret_value(), identity=loaded.identity
+    )
+    scheduler = Scheduler(loaded, originals, settings, asyncio.get_running_loop())
     scheduler.start()
     computed, fetched = [], []
     try:

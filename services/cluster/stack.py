@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import psutil
+from pydantic import ValidationError
 from qaq.v1 import generate_pb2, generate_pb2_grpc
 
 from services.cluster import roles
@@ -22,6 +23,7 @@ from services.common.channel import open_blocking_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.identity import Identity
 from services.common.keys import WithMetadata, authorization
+from services.common.settings import PageSettings
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no data of ours goes through it
 READY_TIMEOUT_S = 30.0
@@ -53,11 +55,12 @@ class LocalStack:
         """
         with contextlib.ExitStack() as stack:
             roles.check_ports(self._settings)
+            secret = chosen_secret()
             redis = self._redis(stack)
             address = self._ray(stack)
             from services.cluster.launcher import Launcher  # imported here because Ray reads the environment at import
 
-            access = Access(redis=redis.state(), certificates=self._certificates())
+            access = Access(redis=redis.state(), certificates=self._certificates(), secret=secret)
             keys = self._keys()
             launcher = Launcher(self._settings, access, self._report, _who_may_call(self._settings, keys))
             stack.callback(lambda: launcher.stop(launcher.names()))
@@ -76,6 +79,7 @@ class LocalStack:
             redis=access.redis,
             certificates=access.certificates,
             keys=keys.directory if keys else None,
+            secret=secret,
         )
 
     def stop(self) -> None:
@@ -162,6 +166,14 @@ def _who_may_call(settings: StackSettings, keys: StackKeys | None) -> dict[str, 
     if keys is not None:
         return {"tenants_file": keys.tenants}
     return {} if settings.keys else {"tenants_file": None}
+
+
+def chosen_secret() -> str:
+    """The secret that the environment has, or a new one."""
+    try:
+        return PageSettings().secret.get_secret_value() or secrets.token_hex(32)
+    except ValidationError as error:
+        raise StackError(f"QAQ_SECRET or QAQ_SECRET_FILE: {error.errors()[0]['msg']}") from error
 
 
 def ray_environment(directory: Path) -> None:

@@ -80,12 +80,12 @@ class Owner(BaseModel):
 
 
 class StackState(Owner):
-    """A running stack. It contains Redis' passwords, so its file has mode 0600.
+    """A running stack. It contains Redis' passwords and the stack's secret, so its file has mode 0600.
 
     Attributes:
         router, gateway: addresses as host:port; the gateway may be None.
         redis: the argument of `EmbeddedRedis.attach`.
-        certificates: see `Access`.
+        certificates, secret: see `Access`.
         keys: the directory of the stack's keys; None if its router asks for none, or has a tenants file of its own.
     """
 
@@ -95,6 +95,7 @@ class StackState(Owner):
     ray_address: str
     redis: dict[str, Any]
     certificates: Path | None = None
+    secret: str = Field(default="", repr=False)
     keys: Path | None = None
 
     def key(self, role: Role) -> str:
@@ -103,7 +104,7 @@ class StackState(Owner):
 
     @property
     def access(self) -> Access:
-        return Access(redis=self.redis, certificates=self.certificates)
+        return Access(redis=self.redis, certificates=self.certificates, secret=self.secret)
 
 
 def directory() -> Path:

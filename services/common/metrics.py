@@ -49,7 +49,9 @@ requantize_failures = Counter(
     "qaq_requantize_failures_total", "Batches that failed because the originals store did not answer"
 )
 originals_missing = Counter("qaq_originals_missing_total", "Rows without an original in the store")
-originals_corrupt = Counter("qaq_originals_corrupt_total", "Stored pages that do not match their header or checksum")
+originals_corrupt = Counter(
+    "qaq_originals_corrupt_total", "Stored pages that were not used: checksum, seal, model or values are wrong"
+)
 pages_unacked = Gauge("qaq_pages_unacked", "Pages that the originals store has not acknowledged yet")
 page_bytes = Gauge("qaq_page_bytes", "Bytes of pages and codecs in Redis, with their keys")
 page_budget_bytes = Gauge("qaq_page_budget_bytes", "Bytes that pages and codecs may take in Redis now")

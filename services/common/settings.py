@@ -9,10 +9,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, FilePath, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
+MIN_SECRET = 16
+"""Characters."""
 
 WeightForm = Literal["auto", "plain", "float32", "bfloat16", "int8", "int4"]
 PresetName = Literal["balanced", "paper", "fp16"]
@@ -39,7 +41,9 @@ class CommonSettings(BaseSettings):
         insecure: be open to a network without TLS.
     """
 
-    model_config = SettingsConfigDict(env_prefix="QAQ_", extra="ignore", validate_default=True)
+    model_config = SettingsConfigDict(
+        env_prefix="QAQ_", extra="ignore", validate_default=True, hide_input_in_errors=True
+    )
 
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     host: str = "127.0.0.1"
@@ -50,6 +54,33 @@ class CommonSettings(BaseSettings):
     tls_key: Path | None = None
     tls_ca: Path | None = None
     insecure: bool = False
+
+
+class PageSettings(CommonSettings):
+    """Settings of the roles that make and keep pages.
+
+    Attributes:
+        secret: the same for all workers and cache services of a deployment, at least 16 characters. Page ids, seals
+            and checksums are keyed with it. Empty is for one machine alone.
+        secret_file: a file that holds the secret, instead.
+    """
+
+    secret_file: FilePath | None = None
+    secret: SecretStr = SecretStr("")
+
+    @field_validator("secret")
+    @classmethod
+    def _read_secret(cls, secret: SecretStr, info: ValidationInfo) -> SecretStr:
+        path = info.data.get("secret_file")
+        if path is not None:
+            if secret.get_secret_value():
+                raise ValueError("a secret file is set too; set one of them")
+            secret = SecretStr(path.read_text().strip())
+        if (path is not None or secret.get_secret_value()) and len(secret.get_secret_value()) < MIN_SECRET:
+            raise ValueError(
+                f"the secret has fewer than {MIN_SECRET} characters; `openssl rand -hex 32` makes a good one"
+            )
+        return secret
 
 
 class RouterSettings(CommonSettings):
@@ -100,7 +131,7 @@ class GatewaySettings(CommonSettings):
     client_certificates: bool = False
 
 
-class WorkerSettings(CommonSettings):
+class WorkerSettings(PageSettings):
     """Settings of a worker.
 
     Attributes:
@@ -122,7 +153,6 @@ class WorkerSettings(CommonSettings):
         staging_budget_bytes: originals in host memory that the store has not acknowledged; above it, no generation is
             admitted.
         requantize_wait: decode waits for re-quantized rows, as in the paper.
-        tenant_salt: a secret of this deployment that goes into every page id.
         prefix_reuse: prompts begin with their stored pages.
         prefix_sharing: who finds a stored prefix: the tenant that sent it first, or all tenants.
         prefix_recompute_tokens: last tokens of a prompt that are computed even if they are stored. The attention of
@@ -150,14 +180,13 @@ class WorkerSettings(CommonSettings):
     recovery_bytes_per_s: float = Field(default=8 * MIB, gt=0)
     staging_budget_bytes: int = Field(default=2048 * MIB, ge=1)
     requantize_wait: bool = False
-    tenant_salt: SecretStr = SecretStr("")
     prefix_reuse: bool = True
     prefix_sharing: Literal["tenant", "all"] = "tenant"
     prefix_recompute_tokens: int = Field(default=128, ge=1)
     prefix_timeout_s: float = Field(default=10.0, gt=0)
 
 
-class OriginalsSettings(CommonSettings):
+class OriginalsSettings(PageSettings):
     """Settings of a cache service.
 
     Attributes:

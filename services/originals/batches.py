@@ -8,6 +8,7 @@ import numpy as np
 
 from qaq_core.base.errors import OriginalsError
 from qaq_core.base.rows import RowReply, RowRequest
+from qaq_core.base.widths import HALF
 from services.originals.wire import MAX_REPLY_BYTES, MAX_ROWS
 
 
@@ -34,7 +35,7 @@ def merge(request: RowRequest, parts: Sequence[np.ndarray], replies: Sequence[Ro
     """The reply to the whole request, with the rows in the order of the request.
 
     Raises:
-        OriginalsError: a reply has another size than its rows.
+        OriginalsError: a reply has another size than its rows, or no numbers.
     """
     found = np.zeros(len(request), dtype=bool)
     sizes = request.payload_bytes()
@@ -50,4 +51,8 @@ def merge(request: RowRequest, parts: Sequence[np.ndarray], replies: Sequence[Ro
         source = np.cumsum(sizes[present]) - sizes[present]
         shift = np.repeat(begins[present] - source, sizes[present])
         planes[np.arange(len(reply.planes)) + shift] = reply.planes
+    plain = np.flatnonzero(found & (request.want == HALF))
+    numbers = planes[begins[plain, None] + np.arange(2 * request.shape.head_dim)].view(np.float16)
+    if not np.isfinite(numbers).all():
+        raise OriginalsError("a cache service sent rows that hold NaN or infinity")
     return RowReply(found, planes)

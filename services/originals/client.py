@@ -20,11 +20,12 @@ from services.common.channel import Dial, open_channel
 from services.common.identity import Identity
 from services.common.redis import connect
 from services.common.registry import Registry
-from services.originals import wire
+from services.originals.fetches import read_pages
 from services.originals.held import HeldPages
 from services.originals.puts import Puts
 from services.originals.replicas import Finder, Replicas, Stub
 from services.originals.requests import REQUEST_TIMEOUT_S, RowRequests
+from services.originals.seals import Seals
 
 FETCH_TIMEOUT_S = 30.0
 MATCH_TIMEOUT_S = 5.0
@@ -39,6 +40,8 @@ class RemoteOriginals:
 
     Args:
         find: lists the addresses of the cache services; runs on this object's loop.
+        secret: of the deployment. identity: of the model whose pages these are, see `LoadedModel.identity`. Pages are
+            sealed with both; a page with another seal is as if it were not stored.
         rows_timeout: seconds that a requantization may take.
         on_close: runs on the loop at the end, to close what `find` uses.
         dial: opens a channel to a cache service.
@@ -48,12 +51,15 @@ class RemoteOriginals:
         self,
         find: Finder,
         *,
+        secret: str = "",
+        identity: str = "",
         rows_timeout: float = REQUEST_TIMEOUT_S,
         on_close: Callable[[], Awaitable[None]] | None = None,
         dial: Dial = open_channel,
     ) -> None:
         self._find, self._dial = find, dial
         self._on_close = on_close
+        self._seals = Seals(secret, identity)
         self._rows_timeout = rows_timeout
         self._pending = 0
         self._counting = threading.Lock()
@@ -61,23 +67,26 @@ class RemoteOriginals:
         self._background.submit(self._open()).result()
 
     @classmethod
-    def at(cls, addresses: Sequence[str]) -> RemoteOriginals:
+    def at(cls, addresses: Sequence[str], *, secret: str = "", identity: str = "") -> RemoteOriginals:
         """A client of the services at these addresses, host:port."""
 
         async def find() -> Sequence[str]:
             return addresses
 
-        return cls(find)
+        return cls(find, secret=secret, identity=identity)
 
     @classmethod
-    def registered(cls, redis_url: str | SecretStr, identity: Identity | None = None) -> RemoteOriginals:
+    def registered(
+        cls, redis_url: str | SecretStr, who: Identity | None = None, *, secret: str = "", identity: str = ""
+    ) -> RemoteOriginals:
         """A client of the services that are registered in Redis, now and later."""
-        redis = connect(redis_url, identity, retries=1, max_connections=2)
+        redis = connect(redis_url, who, retries=1, max_connections=2)
 
         async def find() -> Sequence[str]:
             return [member.address for member in await Registry(redis).members("originals")]
 
-        return cls(find, on_close=redis.aclose, dial=partial(open_channel, identity=identity, role="originals"))
+        dial = partial(open_channel, identity=who, role="originals")
+        return cls(find, secret=secret, identity=identity, on_close=redis.aclose, dial=dial)
 
     def put(self, pages: Sequence[Page]) -> Future[None]:
         """Done when every page is acknowledged; their data must not change before."""
@@ -126,7 +135,7 @@ class RemoteOriginals:
     async def _open(self) -> None:
         self._replicas = Replicas(self._find, self._dial)
         self._held = HeldPages(self._replicas)
-        self._puts = Puts(self._replicas, self._held)
+        self._puts = Puts(self._replicas, self._held, self._seals)
         self._requests = RowRequests(self._replicas, self._rows_timeout)
         self._tellers = [asyncio.create_task(tell()) for tell in (self._held.keep_touching, self._held.keep_telling)]
 
@@ -143,6 +152,10 @@ class RemoteOriginals:
             return 0
         request = pb.MatchRequest(page_ids=page_ids)
         reply = await self._replicas.call(page_ids[0], lambda stub: stub.Match(request, timeout=MATCH_TIMEOUT_S))
+        if not 0 <= reply.pages <= len(page_ids):
+            raise OriginalsError(
+                f"a cache service matched {reply.pages} of {len(page_ids)} pages; is it of another version?"
+            )
         return int(reply.pages)
 
     async def _fetch(self, page_ids: list[bytes], shape: PageShape) -> list[Page | None]:
@@ -151,23 +164,13 @@ class RemoteOriginals:
 
         request = pb.FetchRequest(page_ids=page_ids, holder=self._held.holder)
 
-        async def call(stub: Stub) -> dict[bytes, Page]:
-            pages = {}
-            page: wire.PageAssembly | None = None
-            async for reply in stub.Fetch(request, timeout=FETCH_TIMEOUT_S):
-                if reply.chunk.missing:
-                    continue
-                page = page or wire.PageAssembly(reply.chunk)
-                if page.add(reply.chunk):
-                    pages[page.page_id] = page.page()
-                    page = None
-            return pages
+        async def call(stub: Stub) -> list[Page | None]:
+            replies = stub.Fetch(request, timeout=FETCH_TIMEOUT_S)
+            return await read_pages(replies, page_ids, shape, self._seals)
 
         pages = await self._replicas.call(page_ids[0], call)
-        if any(page.shape != shape for page in pages.values()):
-            raise OriginalsError(f"stored pages are not {shape}; do the workers differ in page_tokens?")
-        self._held.hold(pages, told=True)
-        return [pages.get(page_id) for page_id in page_ids]
+        self._held.hold([page.id for page in pages if page is not None], told=True)
+        return pages
 
 
 def _closed() -> OriginalsError:

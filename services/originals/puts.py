@@ -15,6 +15,7 @@ from services.common.log import once
 from services.originals import wire
 from services.originals.held import HeldPages
 from services.originals.replicas import NoAnswerError, Replicas
+from services.originals.seals import Seals
 
 PUTS_IN_FLIGHT = 4
 PUT_TIMEOUT_S = 15.0
@@ -25,8 +26,8 @@ log = structlog.get_logger()
 class Puts:
     """Sends pages, a few at a time, and each one again until a replica acknowledges it. Belongs to one event loop."""
 
-    def __init__(self, replicas: Replicas, held: HeldPages) -> None:
-        self._replicas, self._held = replicas, held
+    def __init__(self, replicas: Replicas, held: HeldPages, seals: Seals) -> None:
+        self._replicas, self._held, self._seals = replicas, held, seals
         self._in_flight = asyncio.Semaphore(PUTS_IN_FLIGHT)
 
     async def put(self, pages: Sequence[Page]) -> None:
@@ -59,9 +60,10 @@ class Puts:
 
     async def _put_once(self, page: Page) -> None:
         data = page.to_bytes()
+        seal = self._seals.make(page.id, page.shape, data)
 
         async def requests() -> AsyncIterator[pb.PutRequest]:
-            for chunk in wire.page_chunks(page.id, page.shape, data):
+            for chunk in wire.page_chunks(page.id, page.shape, seal, data):
                 yield pb.PutRequest(chunk=chunk, holder=self._held.holder)
 
         await self._replicas.call(page.id, lambda stub: stub.Put(requests(), timeout=PUT_TIMEOUT_S), tries=1)

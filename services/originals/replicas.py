@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from qaq_core.base.errors import OriginalsError
 from services.common import metrics
 from services.common.channel import Dial, open_channel
-from services.common.errors import StatusError
+from services.common.errors import InvalidArgument, StatusError
 from services.common.log import once
 
 T = TypeVar("T")
@@ -61,7 +61,10 @@ class Replicas:
         for left in reversed(range(tries)):
             address = choose(key, await self.usable())
             try:
-                return await call(Stub(self._channels[address]))
+                answer = await call(Stub(self._channels[address]))
+                if answer is None:  # what gRPC makes of bytes that are no message
+                    raise InvalidArgument("it is no message of this protocol")
+                return answer
             except grpc.aio.AioRpcError as error:
                 if error.code() in _NOT_RUNNING:
                     self._avoided[address] = time.monotonic() + AVOID_S
@@ -69,7 +72,7 @@ class Replicas:
                         continue
                 raise _translated(address, error) from error
             except StatusError as error:  # from the checks of `wire`
-                raise OriginalsError(f"cache service {address} sent a broken page: {error}") from error
+                raise OriginalsError(f"cache service {address} sent a broken answer: {error}") from error
         raise AssertionError("unreachable: the last try returns or raises")
 
     async def usable(self) -> list[str]:

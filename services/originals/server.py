@@ -12,6 +12,7 @@ from services.common import log, metrics
 from services.common.identity import identity
 from services.common.redis import check, connect
 from services.common.registry import Registry
+from services.common.secret import check_secret
 from services.common.server import GrpcServer, run_until_signal
 from services.common.settings import OriginalsSettings
 from services.common.tasks import ended
@@ -34,10 +35,12 @@ class OriginalsServer:
         """Starts the service and returns its address, host:port.
 
         Raises:
-            RedisUnreachableError, ConfigError, PortTakenError: the message says what to do; nothing is left running.
+            RedisUnreachableError, SecretMissingError, ConfigError, PortTakenError: the message says what to do; nothing is
+                left running.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
+            check_secret(settings)
             who = identity(settings)
             redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
@@ -46,7 +49,8 @@ class OriginalsServer:
             keeper = Keeper(redis, PageIndex(redis, settings.page_ttl_s), budget)
             await keeper.step()
             stack.push_async_callback(ended, asyncio.create_task(keeper.run(), name="page budget"))
-            service = OriginalsService(PageStore(redis, settings.page_ttl_s, budget))
+            secret = settings.secret.get_secret_value()
+            service = OriginalsService(PageStore(redis, settings.page_ttl_s, secret, budget), secret)
             stack.callback(service.close)
             server = GrpcServer(
                 settings.host,

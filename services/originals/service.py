@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from qaq.v1 import originals_pb2 as pb
 from qaq.v1 import originals_pb2_grpc
@@ -16,20 +17,25 @@ from qaq_core import Quantizer
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.rows import RowRequest
 from services.common import metrics
-from services.common.errors import InvalidArgument
+from services.common.errors import InvalidArgument, PermissionDenied
+from services.common.log import once
 from services.originals import wire
 from services.originals.quantizers import Quantizers
+from services.originals.seals import Seals
 from services.originals.store import PageStore
 
 MAX_IDS = 65_536
 MAX_CODEC_BYTES = 256 << 20
 
+log = structlog.get_logger()
+
 
 class OriginalsService(originals_pb2_grpc.OriginalsServicer):
     """The calls of the service. The server's interceptor turns Redis errors and `StatusError`s into statuses."""
 
-    def __init__(self, store: PageStore) -> None:
+    def __init__(self, store: PageStore, secret: str = "") -> None:
         self._store = store
+        self._seals = Seals(secret)
         # One thread keeps the event loop free. Torch uses several cores for large batches; replicas use more.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requantize")
         self._quantizers = Quantizers(store, self._threads)
@@ -46,13 +52,25 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
             wire.check_holder(request.holder)
             if page.add(request.chunk):
                 # The next page is read when Redis has this one: a stream needs memory for one page.
-                new = await self._store.put(page.page_id, page.shape, page.data, request.holder)
+                new = await self._put(page, request.holder)
                 reply.pages_stored += new
                 reply.pages_known += not new
                 page = None
         if page is not None:
             raise InvalidArgument("the stream ended inside a page; its last chunk must say so")
         return reply
+
+    async def _put(self, page: wire.PageAssembly, holder: str) -> bool:
+        """Stores a page. The first one of an id is kept, unless it is not whole or not of this deployment."""
+        if not self._seals.fits(page.seal, page.page_id, page.shape, page.data):
+            raise PermissionDenied(
+                f"page {page.page_id.hex()[:12]}… is not sealed with this cache service's secret; give it and the "
+                "workers the same QAQ_SECRET"
+            )
+        facts = (page.page_id, page.shape, page.seal, page.data, holder)
+        return await self._store.put(*facts) or (
+            not await self._store.holds(page.page_id) and await self._store.put(*facts)
+        )
 
     async def PutCodec(self, requests: AsyncIterator[pb.PutCodecRequest], context: Any) -> pb.PutCodecReply:
         codec_id, tables = b"", bytearray()
@@ -92,9 +110,7 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
             quantizer = await self._quantizers.get(request.codec_id)
             rows = wire.row_request_of(request, quantizer.meta_bytes)
             values = await self._store.rows(rows)
-            found = np.array([value is not None for value in values], dtype=bool)
-            raw = bytearray().join(value for value in values if value is not None)
-            planes = await self._in_thread(_requantize, quantizer, rows.select(found), raw)
+            found, planes = await self._in_thread(_requantize, quantizer, rows, values)
         self._count(found, len(planes))
         return pb.RequantizeReply(found=found.astype(np.uint8).tobytes(), planes=planes)
 
@@ -134,13 +150,20 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
         metrics.originals_missing.inc(len(found) - hits)
 
 
-def _requantize(quantizer: Quantizer, rows: RowRequest, raw: bytearray) -> bytes:
-    """The planes that rows lack, one row after another; `raw` are their originals."""
+def _requantize(quantizer: Quantizer, rows: RowRequest, values: Sequence[bytes | None]) -> tuple[np.ndarray, bytes]:
+    """Which rows have originals that are numbers, and the planes that those rows lack, one after another."""
+    found = np.array([value is not None for value in values], dtype=bool)
+    raw = bytearray().join(value for value in values if value is not None)
     if not raw:
-        return b""
-    originals = torch.frombuffer(raw, dtype=rows.shape.torch_dtype).view(len(rows), rows.shape.head_dim)
+        return found, b""
+    originals = torch.frombuffer(raw, dtype=rows.shape.torch_dtype).view(-1, rows.shape.head_dim).float()
+    numbers = torch.isfinite(originals).all(1)
+    if not bool(numbers.all()):
+        found[found] = numbers.numpy()
+        if once("rows that are no numbers"):
+            log.warning("originals hold NaN or infinity; their rows are treated as missing")
     try:
-        return quantizer.requantize(rows, originals.float()).tobytes()
+        return found, quantizer.requantize(rows.select(found), originals[numbers]).tobytes()
     except (ConfigError, IndexError, RuntimeError) as error:
         raise InvalidArgument(f"the codec's tables do not fit pages of {rows.shape}: {error}") from error
 

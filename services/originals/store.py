@@ -1,18 +1,17 @@
-"""Pages in Redis: one string each, a fixed header and the raw values.
+"""Pages and codecs in Redis, one string each; `page_format` has the stored form of a page.
 
-Header, 64 bytes little-endian: magic, version, dtype, layers, kv_heads, tokens, head_dim, bytes of data, BLAKE3 of
-these fields and the data (16 bytes), zeros. Reading a whole page verifies the checksum; reading rows verifies that
-the header is valid and has the requested shape.
+Whatever is read of a page is verified. What does not fit is as if it were not stored, and is removed, so that it can
+be put again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import struct
+import contextlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import structlog
-from blake3 import blake3
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError, WatchError
 
@@ -25,13 +24,10 @@ from services.common.log import once
 from services.common.redis import is_full
 from services.originals.budget import Budget
 from services.originals.index import PageIndex
+from services.originals.page_format import HEADER_BYTES, Header, PageFormat, stored_bytes
+from services.originals.seals import Seal
 
-HEADER_BYTES = 64
 RETRY_AFTER_MS = 2000
-_MAGIC, _VERSION = b"QAQP", 1
-_FIELDS = struct.Struct("<4sHH4IQ")
-_SUM_BYTES = 16
-_DTYPES = ("float32", "float16", "bfloat16")
 _WRITES_IN_FLIGHT = 4
 """Pages on their way to Redis, which needs memory for each beside the budget."""
 _SLACK = 4 << 20
@@ -39,42 +35,6 @@ _SLACK = 4 << 20
 _COMMANDS = 2048  # per pipeline: bounds the memory for commands and replies
 
 log = structlog.get_logger()
-
-
-def pack_page(shape: PageShape, data: bytes | bytearray | memoryview) -> bytes:
-    """The stored form of a page."""
-    fields = _fields(shape)
-    return b"".join((fields, _checksum(fields, data), bytes(HEADER_BYTES - len(fields) - _SUM_BYTES), data))
-
-
-def read_header(raw: bytes) -> tuple[PageShape, bytes]:
-    """Shape and checksum of a stored page's first 64 bytes.
-
-    Raises:
-        CorruptPageError: the header is not valid.
-    """
-    if len(raw) < HEADER_BYTES:
-        raise CorruptPageError("the header is truncated")
-    magic, version, dtype, layers, kv_heads, tokens, head_dim, size = _FIELDS.unpack_from(raw)
-    if magic != _MAGIC or version != _VERSION or dtype >= len(_DTYPES):
-        raise CorruptPageError("the header is not of this version")
-    shape = PageShape(layers, kv_heads, tokens, head_dim, _DTYPES[dtype])
-    if shape.nbytes != size:
-        raise CorruptPageError("the header names a size that is not that of its shape")
-    return shape, raw[_FIELDS.size : _FIELDS.size + _SUM_BYTES]
-
-
-def unpack_page(raw: bytes) -> tuple[PageShape, memoryview]:
-    """Shape and data of a stored page.
-
-    Raises:
-        CorruptPageError: header, length or checksum is wrong.
-    """
-    shape, checksum = read_header(raw)
-    data = memoryview(raw)[HEADER_BYTES:]
-    if len(data) != shape.nbytes or _checksum(_fields(shape), data) != checksum:
-        raise CorruptPageError("the data does not match its checksum")
-    return shape, data
 
 
 class PageStore:
@@ -85,21 +45,23 @@ class PageStore:
     Args:
         ttl_s: seconds until a page or codec expires that is neither put nor touched again.
         budget: of the bytes of all pages and codecs in Redis.
+        secret: of the deployment. Pages that were stored with another one are as if they were not stored.
 
     Attributes:
         row_reads: rows read from Redis by this object.
         evicted, refused: pages and codecs that this object dropped for others, and that it could not store.
     """
 
-    def __init__(self, redis: Redis, ttl_s: int, budget: Budget | None = None) -> None:
+    def __init__(self, redis: Redis, ttl_s: int, secret: str = "", budget: Budget | None = None) -> None:
         self._redis = redis
+        self._format = PageFormat(secret)
         self._index = PageIndex(redis, ttl_s)
         self._budget = budget or Budget()
         self._writing = asyncio.Semaphore(_WRITES_IN_FLIGHT)
         self.row_reads = self.evicted = self.refused = 0
 
     async def put(
-        self, page_id: bytes, shape: PageShape, data: bytes | bytearray | memoryview, holder: str = ""
+        self, page_id: bytes, shape: PageShape, seal: Seal, data: bytes | bytearray | memoryview, holder: str = ""
     ) -> bool:
         """Stores a page; returns when Redis has it. False if it was stored already; its expiry is then postponed.
 
@@ -110,7 +72,7 @@ class PageStore:
         Raises:
             ResourceExhausted: all others are held, too. InvalidArgument: it is larger than the whole budget.
         """
-        return await self._store(_page_key(page_id), pack_page(shape, data), holder)
+        return await self._store(_page_key(page_id), self._format.pack(page_id, shape, seal, data), holder)
 
     async def match(self, page_ids: Sequence[bytes]) -> int:
         """Length of the longest chain of pages, from the first, that is stored."""
@@ -120,41 +82,55 @@ class PageStore:
             there = await pipe.execute()
         return there.index(0) if 0 in there else len(there)
 
-    async def get(self, page_id: bytes) -> tuple[PageShape, memoryview] | None:
+    async def get(self, page_id: bytes) -> tuple[PageShape, Seal, memoryview] | None:
         """A whole page; None if it is missing or corrupt. A corrupt page is removed, so that it can be put again."""
         key = _page_key(page_id)
         raw = await self._redis.get(key)
         if not isinstance(raw, bytes):
             return None
         try:
-            return unpack_page(raw)
+            header, data = self._format.unpack(page_id, raw)
         except CorruptPageError as error:
-            _count_corrupt(page_id, error)
+            metrics.originals_corrupt.inc()
+            if once(f"corrupt {page_id.hex()}"):
+                log.warning("corrupt page; treated as missing", page=page_id.hex(), reason=str(error))
             await self._discard(key, raw)
             return None
+        return header.shape, header.seal, data
+
+    async def holds(self, page_id: bytes) -> bool:
+        """Whether a page is stored, by header and length. Anything else that is stored under its id is removed."""
+        return 0 in await self._headers({0: page_id})
 
     async def rows(self, request: RowRequest) -> list[bytes | None]:
-        """Original values of rows, read by GETRANGE; None where the page is missing or corrupt.
+        """Original values of rows, read by GETRANGE; None where the page is missing or the row corrupt.
+
+        A page with a corrupt row is removed, so that it can be put again.
 
         Raises:
             InvalidArgument: a page is stored with another shape.
         """
-        shape, page, offset = request.shape, request.page.tolist(), request.offset.tolist()
-        valid = await self._valid_pages(request.page_ids, shape)
-        keys = {number: _page_key(request.page_ids[number]) for number in valid}
-        wanted = [row for row, number in enumerate(page) if number in valid]
+        headers = await self._headers(request.page_ids)
+        for number, header in headers.items():
+            if header.shape != request.shape:
+                name = request.page_ids[number].hex()[:12]
+                raise InvalidArgument(f"page {name}… is stored as {header.shape} and the request has {request.shape}")
+        page, place = request.page.tolist(), (request.offset // request.shape.row_bytes).tolist()
+        wanted = [row for row, number in enumerate(page) if number in headers]
+        spans = [(request.page_ids[page[row]], *headers[page[row]].span(place[row])) for row in wanted]
+        stored = dict(zip(wanted, await self._ranges(spans), strict=True))
+        self.row_reads += len(wanted)
+        metrics.redis_row_reads.inc(len(wanted))
+        of_page: defaultdict[int, list[int]] = defaultdict(list)
+        for row in wanted:
+            of_page[page[row]].append(row)
         values: list[bytes | None] = [None] * len(request)
-        for start in range(0, len(wanted), _COMMANDS):
-            rows = wanted[start : start + _COMMANDS]
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for row in rows:
-                    first = HEADER_BYTES + offset[row]
-                    pipe.getrange(keys[page[row]], first, first + shape.row_bytes - 1)
-                read = await pipe.execute()
-            self.row_reads += len(rows)
-            metrics.redis_row_reads.inc(len(rows))
-            for row, value in zip(rows, read, strict=True):
-                values[row] = value if len(value) == shape.row_bytes else None
+        for number, rows in of_page.items():
+            found = headers[number].rows([place[row] for row in rows], [stored[row] for row in rows])
+            for row, value in zip(rows, found, strict=True):
+                values[row] = value
+            if None in found:
+                await self.get(request.page_ids[number])  # which counts and removes it, unless it was replaced
         return values
 
     async def touch(self, page_ids: Sequence[bytes], holder: str = "") -> int:
@@ -247,14 +223,35 @@ class PageStore:
             log.warning(message)
         return ResourceExhausted(message, retry_after_ms=RETRY_AFTER_MS, reason="pages-full")
 
-    async def _valid_pages(self, page_ids: Mapping[int, bytes], shape: PageShape) -> set[int]:
-        """Numbers of the pages that are stored with a valid header."""
+    async def _headers(self, page_ids: Mapping[int, bytes]) -> dict[int, Header]:
+        """The headers of the pages that are stored and have the right length. The others are removed."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for page_id in page_ids.values():
+                pipe.exists(_page_key(page_id))
                 pipe.getrange(_page_key(page_id), 0, HEADER_BYTES - 1)
-            headers = await pipe.execute()
-        stored = zip(page_ids.items(), headers, strict=True)
-        return {page for (page, page_id), header in stored if _is_valid(page_id, header, shape)}
+                pipe.strlen(_page_key(page_id))
+            replies = iter(await pipe.execute())
+        headers = {}
+        for (page, page_id), there, raw, size in zip(page_ids.items(), replies, replies, replies, strict=True):
+            if not there:
+                continue
+            with contextlib.suppress(CorruptPageError):
+                header = self._format.header(page_id, raw)
+                if size == stored_bytes(header.shape):
+                    headers[page] = header
+                    continue
+            await self.get(page_id)
+        return headers
+
+    async def _ranges(self, spans: Sequence[tuple[bytes, int, int]]) -> list[bytes]:
+        """What is stored of pages: of each id from a first to a last byte."""
+        read: list[bytes] = []
+        for start in range(0, len(spans), _COMMANDS):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for page_id, first, last in spans[start : start + _COMMANDS]:
+                    pipe.getrange(_page_key(page_id), first, last)
+                read += await pipe.execute()
+        return read
 
     async def _lengths(self, keys: Sequence[bytes]) -> int:
         async with self._redis.pipeline(transaction=False) as pipe:
@@ -275,36 +272,6 @@ class PageStore:
                 await pipe.execute()
             except WatchError:
                 log.info("a corrupt page was replaced by another client before its removal", key=key)
-
-
-def _is_valid(page_id: bytes, header: bytes, shape: PageShape) -> bool:
-    if not header:
-        return False
-    try:
-        stored, _ = read_header(header)
-    except CorruptPageError as error:
-        _count_corrupt(page_id, error)
-        return False
-    if stored != shape:
-        raise InvalidArgument(f"page {page_id.hex()[:12]}… is stored as {stored} and the request has {shape}")
-    return True
-
-
-def _count_corrupt(page_id: bytes, error: CorruptPageError) -> None:
-    metrics.originals_corrupt.inc()
-    if once(f"corrupt {page_id.hex()}"):
-        log.warning("corrupt page; treated as missing", page=page_id.hex(), reason=str(error))
-
-
-def _fields(shape: PageShape) -> bytes:
-    dtype = _DTYPES.index(shape.dtype)
-    return _FIELDS.pack(
-        _MAGIC, _VERSION, dtype, shape.layers, shape.kv_heads, shape.tokens, shape.head_dim, shape.nbytes
-    )
-
-
-def _checksum(fields: bytes, data: bytes | bytearray | memoryview) -> bytes:
-    return blake3(fields).update(data).digest(_SUM_BYTES)
 
 
 def _page_key(page_id: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from qaq.v1 import originals_pb2 as pb
@@ -11,6 +12,7 @@ from qaq.v1 import originals_pb2 as pb
 from qaq_core.base.pages import Page, PageShape
 from qaq_core.base.rows import ROW_ARRAYS, RowRequest
 from services.common.errors import InvalidArgument
+from services.originals.seals import DTYPES, SEAL_PART_BYTES, Seal
 
 PAGE_ID_BYTES = 32
 CODEC_ID_BYTES = 16
@@ -22,7 +24,6 @@ MAX_REPLY_BYTES = 3_500_000
 # RoPE tables are as long as the largest position, so positions are bounded.
 MAX_POSITION = 1 << 20
 _HOLDER = re.compile(r"[0-9A-Za-z]{0,32}")
-_DTYPES = ("float32", "float16", "bfloat16")
 _DTYPES_ON_WIRE = {name: dtype.newbyteorder("<") for name, dtype in ROW_ARRAYS.items()}
 
 
@@ -38,8 +39,8 @@ def shape_message(shape: PageShape) -> pb.PageShape:
 
 def shape_of(message: pb.PageShape) -> PageShape:
     """Raises InvalidArgument unless it is the shape of a page of at most MAX_PAGE_BYTES."""
-    if message.dtype not in _DTYPES:
-        raise InvalidArgument(f"shape.dtype is {message.dtype!r} and must be one of {', '.join(_DTYPES)}")
+    if message.dtype not in DTYPES:
+        raise InvalidArgument(f"shape.dtype is {message.dtype!r} and must be one of {', '.join(DTYPES)}")
     for name in ("layers", "kv_heads", "tokens", "head_dim"):
         # int16 arrays index layers, heads and tokens.
         if not 1 <= getattr(message, name) < 1 << 15:
@@ -65,16 +66,13 @@ def check_holder(holder: str) -> None:
         raise InvalidArgument("holder must have at most 32 letters and digits; leave it empty to hold nothing")
 
 
-def page_chunks(page_id: bytes, shape: PageShape, data: memoryview | bytes) -> Iterator[pb.PageChunk]:
-    """A page as chunks of at most 1 MiB; the first carries the shape."""
+def page_chunks(page_id: bytes, shape: PageShape, seal: Seal, data: memoryview | bytes) -> Iterator[pb.PageChunk]:
+    """A page as chunks of at most 1 MiB; the first carries shape and seal."""
+    first: dict[str, Any] = {"shape": shape_message(shape), **seal._asdict()}
     for start in range(0, len(data), CHUNK_BYTES):
         end = start + CHUNK_BYTES
-        yield pb.PageChunk(
-            page_id=page_id,
-            shape=shape_message(shape) if start == 0 else None,
-            data=bytes(data[start:end]),
-            last=end >= len(data),
-        )
+        yield pb.PageChunk(page_id=page_id, data=bytes(data[start:end]), last=end >= len(data), **first)
+        first = {}
 
 
 class PageAssembly:
@@ -85,8 +83,15 @@ class PageAssembly:
         check_page_ids([first.page_id])
         if not first.HasField("shape"):
             raise InvalidArgument("the first chunk of a page must carry its shape")
+        for name in Seal._fields:
+            size = len(getattr(first, name))
+            if size != SEAL_PART_BYTES:
+                raise InvalidArgument(
+                    f"{name} has {size} bytes and must have {SEAL_PART_BYTES} in a page's first chunk"
+                )
         self.page_id = first.page_id
         self.shape = shape_of(first.shape)
+        self.seal = Seal(first.model, first.mac)
         self.data = bytearray()
 
     def add(self, chunk: pb.PageChunk) -> bool:

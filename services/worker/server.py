@@ -16,6 +16,7 @@ from services.common import log, metrics
 from services.common.identity import identity
 from services.common.redis import check, connect
 from services.common.registry import Registry
+from services.common.secret import check_secret
 from services.common.server import GrpcServer, run_until_signal
 from services.common.settings import WorkerSettings
 from services.originals.client import RemoteOriginals
@@ -49,18 +50,23 @@ class WorkerServer:
         """Loads the model, serves it, and returns the address as host:port.
 
         Raises:
-            RedisUnreachableError, ModelLoadError, UnsupportedModelError, ConfigError, PortTakenError: the
-                message says what to change. Nothing is left running.
+            RedisUnreachableError, SecretMissingError, ModelLoadError, UnsupportedModelError, ConfigError,
+                PortTakenError: the message says what to change. Nothing is left running.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
+            check_secret(settings)
             who = identity(settings)
             redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
-            originals = RemoteOriginals.registered(settings.redis_url, who)
+            loaded = await asyncio.to_thread(self._load)
+            originals = RemoteOriginals.registered(
+                settings.redis_url, who, secret=settings.secret.get_secret_value(), identity=loaded.identity
+            )
             stack.push_async_callback(asyncio.to_thread, originals.close)
-            loaded, scheduler = await asyncio.to_thread(self._load, originals, asyncio.get_running_loop())
+            loop = asyncio.get_running_loop()
+            scheduler = await asyncio.to_thread(self._prepare, loaded, originals, loop)
             scheduler.start()
             stack.push_async_callback(asyncio.to_thread, scheduler.stop)
             server = GrpcServer(settings.host, settings.port, advertise_host=settings.advertise_host, identity=who)
@@ -87,21 +93,24 @@ class WorkerServer:
         await self.drain()
         await self._resources.aclose()
 
-    def _load(self, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, Scheduler]:
+    def _load(self) -> LoadedModel:
         settings = self._settings
-        loaded = self._loaded
-        if loaded is None:
-            loaded = load_model(settings.model, settings.device, settings.dtype, self._report, settings.weights)
-            if settings.compiled:
-                compile_layers(loaded.model, self._report)
+        if self._loaded is not None:
+            return self._loaded
+        loaded = load_model(settings.model, settings.device, settings.dtype, self._report, settings.weights)
+        if settings.compiled:
+            compile_layers(loaded.model, self._report)
+        return loaded
+
+    def _prepare(self, loaded: LoadedModel, originals: RemoteOriginals, loop: asyncio.AbstractEventLoop) -> Scheduler:
         # The scheduler's thread keeps the interpreter busy; by default the event loop waits 5 ms for the lock.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._report("preparing the cache", 0.0)
         with calibration.shown(self._report):
-            scheduler = Scheduler(loaded, originals, settings, loop)
+            scheduler = Scheduler(loaded, originals, self._settings, loop)
         scheduler.grammars.prepare()
         self._report("ready", 1.0)
-        return loaded, scheduler
+        return scheduler
 
     def _report(self, stage: str, done: float) -> None:
         self.progress = (stage, done)

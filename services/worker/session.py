@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from blake3 import blake3
 
 from qaq_core import Method, Originals, PageShape, SequenceCache, page_id
+from services.common.secret import derive_key
 from services.worker.prefix import PrefixLoad
 
 
 def page_salt(secret: str, tenant: str) -> bytes:
     """The salt of a tenant's page ids: without the secret and the tenant's name nobody can compute them."""
-    return blake3(tenant.encode(), key=blake3(secret.encode()).digest()).digest()
+    return blake3(tenant.encode(), key=derive_key(secret, "page ids")).digest()
 
 
 class PageNames:

@@ -57,7 +57,7 @@ class Sessions:
             return branch
         settings = self._settings
         tenant = "" if settings.prefix_sharing == "all" else request.tenant
-        salt = page_salt(settings.tenant_salt.get_secret_value(), tenant)
+        salt = page_salt(settings.secret.get_secret_value(), tenant)
         session = Session(method, self._originals, self._fingerprint, tokens, salt, settings.requantize_wait)
         if settings.prefix_reuse:
             session.load(request.page_ids, settings.prefix_recompute_tokens, settings.prefix_timeout_s)

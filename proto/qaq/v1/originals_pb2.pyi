@@ -21,18 +21,22 @@ class PageShape(_message.Message):
     def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., tokens: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class PageChunk(_message.Message):
-    __slots__ = ("page_id", "shape", "data", "last", "missing")
+    __slots__ = ("page_id", "shape", "data", "last", "missing", "model", "mac")
     PAGE_ID_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
     page_id: bytes
     shape: PageShape
     data: bytes
     last: bool
     missing: bool
-    def __init__(self, page_id: _Optional[bytes] = ..., shape: _Optional[_Union[PageShape, _Mapping]] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ..., missing: _Optional[bool] = ...) -> None: ...
+    model: bytes
+    mac: bytes
+    def __init__(self, page_id: _Optional[bytes] = ..., shape: _Optional[_Union[PageShape, _Mapping]] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ..., missing: _Optional[bool] = ..., model: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class PutRequest(_message.Message):
     __slots__ = ("chunk", "holder")

@@ -80,7 +80,7 @@ class OriginalsServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Put(self, request_iterator, context):
-        """Stores pages; replies when Redis has all of them.
+        """Stores pages; replies when Redis has all of them. PERMISSION_DENIED: a page's seal was made with another secret.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

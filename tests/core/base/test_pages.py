@@ -36,14 +36,14 @@ def test_a_name_depends_on_everything_it_is_made_of() -> None:
     parts = {
         "model_fingerprint": "m",
         "dtype": "float32",
-        "tenant_salt": b"s",
+        "salt": b"s",
         "parent": b"p",
         "token_ids": [1, 2],
     }
     other = {
         "model_fingerprint": "n",
         "dtype": "float16",
-        "tenant_salt": b"t",
+        "salt": b"t",
         "parent": b"q",
         "token_ids": [2, 1],
     }

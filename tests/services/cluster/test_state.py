@@ -26,6 +26,7 @@ def running(**changes: object) -> StackState:
         "ray_address": "127.0.0.1:2",
         "directory": "/tmp/none",
         "redis": {"url": "redis://:secret@127.0.0.1:3/0", "description": "d", "pid": None},
+        "secret": "s" * 64,
         **changes,
     }
     return StackState.model_validate(fields)

@@ -22,6 +22,7 @@ from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import OriginalsSettings
 from services.originals.client import RemoteOriginals
+from services.originals.seals import Seal, Seals
 from services.originals.server import OriginalsServer
 
 SHAPE = PageShape(layers=3, kv_heads=2, tokens=4, head_dim=16)
@@ -36,6 +37,11 @@ def make_pages(count: int, shape: PageShape = SHAPE, seed: int = 0) -> list[Page
         data = torch.randn(shape.dims, generator=generator).to(shape.torch_dtype)
         pages.append(Page(page_id("model", shape.dtype, b"", parent, [seed, i]), shape, data))
     return pages
+
+
+def seal(page: Page, secret: str = "", model: str = "") -> Seal:
+    """The seal of a worker that serves that model."""
+    return Seals(secret, model).make(page.id, page.shape, page.to_bytes())
 
 
 def make_request(pages: list[Page], rows: int, meta_bytes: int, seed: int = 0) -> RowRequest:

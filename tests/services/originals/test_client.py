@@ -26,7 +26,6 @@ from services.common.settings import OriginalsSettings
 from services.originals import batches, held, quantizers, replicas
 from services.originals.client import RemoteOriginals
 from services.originals.server import OriginalsServer
-from services.originals.store import HEADER_BYTES
 from tests.core.rows import rotated
 from tests.services.metric import value
 from tests.services.originals.conftest import SHAPE, getranges, make_pages, make_request
@@ -128,9 +127,9 @@ async def test_the_answer_depends_on_what_redis_holds(
     first = (await wait(remote.requantize(request, quantizer))).planes.reshape(40, -1)
     # One stored original changes its sign: the rows made of it change, and no others.
     layer, side, head, token = (int(getattr(request, name)[0]) for name in ("layer", "side", "head", "token"))
-    negated = (-pages[0].data[layer, side, head, token]).numpy().tobytes()
-    place = HEADER_BYTES + int(SHAPE.row_offset(layer, side, head, token))
-    await redis.setrange(f"qaq:page:{pages[0].id.hex()}", place, negated)
+    pages[0].data[layer, side, head, token] *= -1
+    await redis.flushdb()
+    await wait(remote.put(pages))
     second = (await wait(remote.requantize(request, quantizer))).planes.reshape(40, -1)
     changed = (first != second).any(1)
     flipped = (request.layer == layer) & (request.side == side) & (request.head == head) & (request.token == token)

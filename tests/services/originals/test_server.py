@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from services.common.embedded_redis import EmbeddedRedis, free_port
 from services.common.redis import RedisUnreachableError
 from services.common.registry import Registry
+from services.common.secret import SecretMissingError
 from services.common.server import PortTakenError
 from services.common.settings import OriginalsSettings
 from services.originals.server import OriginalsServer
@@ -27,7 +28,11 @@ asyncio.run(serve(OriginalsSettings()))
 
 
 async def test_a_process_serves_until_it_is_asked_to_end(redis: Redis, redis_server: EmbeddedRedis) -> None:
-    environment = os.environ | {"QAQ_REDIS_URL": redis_server.url, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {
+        "QAQ_REDIS_URL": redis_server.url,
+        "QAQ_SECRET": "s" * 64,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", RUN, env=environment, stderr=asyncio.subprocess.PIPE
     )
@@ -61,3 +66,10 @@ async def test_on_a_taken_port_nothing_is_left(redis: Redis, redis_server: Embed
         with pytest.raises(PortTakenError):
             await server.start()
     assert await Registry(redis).members("originals") == []
+
+
+@pytest.mark.parametrize("changes", [{"host": "0.0.0.0"}, {"redis_url": "redis://10.9.8.7:6379/0"}])
+async def test_beyond_loopback_it_needs_a_secret(changes: dict) -> None:
+    server = OriginalsServer(OriginalsSettings.model_validate(changes))
+    with pytest.raises(SecretMissingError, match="QAQ_SECRET"):
+        await server.start()

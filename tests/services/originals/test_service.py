@@ -21,8 +21,9 @@ from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import OriginalsSettings
 from services.originals import wire
+from services.originals.page_format import PageFormat
 from services.originals.server import OriginalsServer
-from tests.services.originals.conftest import SHAPE, getranges, make_pages, make_request, status
+from tests.services.originals.conftest import SHAPE, getranges, make_pages, make_request, seal, status
 
 Code = grpc.StatusCode
 Stub = originals_pb2_grpc.OriginalsStub
@@ -31,7 +32,7 @@ ID = bytes(range(32))
 
 async def chunks(*pages: Page) -> AsyncIterator[pb.PutRequest]:
     for page in pages:
-        for piece in wire.page_chunks(page.id, page.shape, page.to_bytes()):
+        for piece in wire.page_chunks(page.id, page.shape, seal(page), page.to_bytes()):
             yield pb.PutRequest(chunk=piece)
 
 
@@ -65,14 +66,17 @@ async def test_a_large_page_is_sent_in_chunks(stub: Stub) -> None:
     assert b"".join(chunk.data for chunk in replies) == bytes(page.to_bytes())
 
 
-def piece(data: bytes = bytes(SHAPE.nbytes), last: bool = True, page_id: bytes = ID, **shape: Any) -> pb.PageChunk:
+def piece(
+    data: bytes = bytes(SHAPE.nbytes), last: bool = True, page_id: bytes = ID, mac: bytes = bytes(16), **shape: Any
+) -> pb.PageChunk:
     facts = wire.shape_message(dataclasses.replace(SHAPE, **shape))
-    return pb.PageChunk(page_id=page_id, shape=facts, data=data, last=last)
+    return pb.PageChunk(page_id=page_id, shape=facts, model=bytes(16), mac=mac, data=data, last=last)
 
 
 BAD_PUTS = {
     "short id": ([piece(page_id=b"short")], "must have 32"),
     "no shape": ([pb.PageChunk(page_id=ID, data=b"x", last=True)], "must carry its shape"),
+    "no seal": ([piece(mac=b"")], "mac has 0 bytes and must have 16"),
     "dtype": ([piece(dtype="int8")], "float32, float16, bfloat16"),
     "no layers": ([piece(layers=0)], "shape.layers is 0"),
     "negative": ([piece(tokens=-1)], "shape.tokens is -1"),
@@ -93,6 +97,63 @@ async def test_bad_puts(stub: Stub, redis: Redis, name: str) -> None:
     assert code is Code.INVALID_ARGUMENT
     assert said in message
     assert await redis.keys("qaq:page:*") == []
+
+
+async def test_a_page_that_is_not_sealed_with_the_secret_is_refused(stub: Stub, redis: Redis) -> None:
+    """By content, id, shape and secret; so whoever reaches the port cannot put a false page first."""
+    page, other = make_pages(2)
+    own = seal(page)
+    for page_id, shape, mark, data in (
+        (page.id, page.shape, own, other.to_bytes()),
+        (other.id, page.shape, own, page.to_bytes()),
+        (page.id, dataclasses.replace(SHAPE, dtype="float16", tokens=8), own, page.to_bytes()),
+        (page.id, page.shape, own._replace(model=bytes(16)), page.to_bytes()),
+        (page.id, page.shape, seal(page, secret="another one, of an attacker"), page.to_bytes()),
+    ):
+        pieces = list(wire.page_chunks(page_id, shape, mark, data))
+        code, message = await status(stub.Put(messages(*pieces), timeout=10))
+        assert code is Code.PERMISSION_DENIED
+        assert "the same QAQ_SECRET" in message
+    assert await redis.keys("qaq:page:*") == []
+    assert (await stub.Put(chunks(page), timeout=10)).pages_stored == 1
+
+
+async def test_a_false_page_does_not_keep_the_right_one_out(stub: Stub, redis: Redis) -> None:
+    """Written to Redis itself, by somebody without the secret: garbage, another page, and one cut off."""
+    page, other = make_pages(2)
+    await stub.Put(chunks(page, other), timeout=10)
+    own, key = await redis.get(f"qaq:page:{page.id.hex()}"), f"qaq:page:{page.id.hex()}"
+    forged = bytes(PageFormat("the secret of an attacker").pack(page.id, SHAPE, seal(page), page.to_bytes()))
+    for false in (
+        b"",
+        b"x",
+        bytes(len(own)),
+        await redis.get(f"qaq:page:{other.id.hex()}"),
+        forged,
+        own[:-1],
+        own + b"x",
+    ):
+        await redis.set(key, false, ex=5)
+        reply = await stub.Put(chunks(page), timeout=10)
+        assert (reply.pages_stored, reply.pages_known) == (1, 0)
+        assert await redis.get(key) == own
+        assert await redis.ttl(key) > 1000
+    assert (await stub.Put(chunks(page), timeout=10)).pages_known == 1
+
+
+async def test_rows_without_numbers_are_missing(stub: Stub, redis: Redis, quantizer: Quantizer) -> None:
+    """A page of NaN fails no batch."""
+    pages = make_pages(3)
+    pages[1].data[:, :, 1] = torch.nan
+    pages[2].data[0] = torch.inf
+    await stub.Put(chunks(*pages), timeout=10)
+    await put_codec(stub, quantizer)
+    rows = make_request(pages, 200, 1)
+    reply = await stub.Requantize(wire.row_request_message(rows, quantizer.id), timeout=10)
+    bad = ((rows.page == 1) & (rows.head == 1)) | ((rows.page == 2) & (rows.layer == 0))
+    assert 0 < bad.sum() < 200
+    assert list(reply.found) == (~bad).tolist()
+    assert len(reply.planes) == rows.payload_bytes()[~bad].sum()
 
 
 async def test_bad_codecs(stub: Stub, quantizer: Quantizer) -> None:

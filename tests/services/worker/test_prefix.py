@@ -67,11 +67,11 @@ async def test_a_hit_holds_the_bits_that_computing_it_gives(make_scheduler: Make
         assert torch.equal(mine.data, theirs.data)
 
 
-async def test_a_salt_hides_a_prefix(make_scheduler: MakeScheduler, ids: Ids) -> None:
+async def test_a_secret_hides_a_prefix(make_scheduler: MakeScheduler, ids: Ids) -> None:
     tokens, store = ids(STORY * 4), InProcessOriginals()
     async with (
-        make_scheduler(store, tenant_salt="one", **SMALL) as one,
-        make_scheduler(store, tenant_salt="two", **SMALL) as two,
+        make_scheduler(store, secret="the secret of one deployment", **SMALL) as one,
+        make_scheduler(store, secret="the secret of another", **SMALL) as two,
     ):
         held = await outcome(one.submit(request(tokens, 1, cache=EXACT, session_id="s", keep=True)))
         loaded = []

@@ -55,13 +55,13 @@ async def test_pages_of_two_turns(
     store = InProcessOriginals()
     log = prompt = ids("The tide tables were pinned beside the door. " * 5)
     told: list[bytes] = []
-    async with make_scheduler(store, page_tokens=16, tenant_salt="pepper") as scheduler:
+    async with make_scheduler(store, page_tokens=16, secret="a secret of a deployment") as scheduler:
         for _ in range(2):
             result = await outcome(scheduler.submit(request(log, 20, session_id="s", keep=True)))
             log = [*log, *result.tokens]
             told = result.pages
         assert store.match(told).result() == len(told) == (len(log) - 1) // 16
-        names, parent, salt = [], b"", page_salt("pepper", "")
+        names, parent, salt = [], b"", page_salt("a secret of a deployment", "")
         for start in range(0, len(log) // 16 * 16, 16):
             parent = page_id(smollm2.fingerprint, "float32", salt, parent, log[start : start + 16])
             names.append(parent)

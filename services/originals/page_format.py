@@ -1,0 +1,170 @@
+"""The stored form of a page: a header, and the rows, each with its checksum behind it.
+
+The header has 64 bytes, little-endian: magic, version, shape, seal, checksum. The checksum of a row is 8 bytes: a
+universal hash of the row (multilinear, Lemire and Kaser 2014, two lanes of 32 bits) under a mask of the row's own, the
+construction of Wegman and Carter. Numpy computes it for all rows of a page at once. The keys and masks of a page are
+BLAKE3's output for the deployment's secret, the page's id and the header, whose seal depends on all rows; so no key
+serves two contents, no checksum fits other rows, places or pages, and without the secret nobody can make one.
+"""
+
+from __future__ import annotations
+
+import hmac
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from blake3 import blake3
+
+from qaq_core.base.errors import CorruptPageError
+from qaq_core.base.pages import PageShape
+from services.common.secret import derive_key
+from services.originals.seals import SEAL_PART_BYTES, SHAPE_BYTES, Seal, read_shape, shape_bytes
+
+CHECKSUM_BYTES = 8
+_BEGIN = struct.Struct("<4sH")
+_MAGIC, _VERSION = b"QAQP", 2
+_SEAL_AT = _BEGIN.size + SHAPE_BYTES
+_CHECKSUM_AT = _SEAL_AT + 2 * SEAL_PART_BYTES
+HEADER_BYTES = _CHECKSUM_AT + CHECKSUM_BYTES
+
+_WORD, _LONG = np.dtype("<u4"), np.dtype("<u8")
+_LANES = 2
+_HALF = np.uint64(32)
+
+Data = bytes | bytearray | memoryview
+
+
+def stored_bytes(shape: PageShape) -> int:
+    """Bytes of a stored page."""
+    return HEADER_BYTES + shape.nbytes // shape.row_bytes * (shape.row_bytes + CHECKSUM_BYTES)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a page, verified or just made.
+
+    Attributes:
+        key: 32 bytes, for the checksums of this page.
+    """
+
+    shape: PageShape
+    seal: Seal
+    key: bytes
+
+    def span(self, place: int) -> tuple[int, int]:
+        """First and last byte of a row and its checksum in the stored page.
+
+        Args:
+            place: of the row, counted from the first of the page.
+        """
+        size = self.shape.row_bytes + CHECKSUM_BYTES
+        first = HEADER_BYTES + place * size
+        return first, first + size - 1
+
+    def rows(self, places: Sequence[int], stored: Sequence[bytes]) -> list[bytes | None]:
+        """Rows as they were put, None where what is stored is not that row.
+
+        Args:
+            stored: for each place what lies at its `span`.
+        """
+        size = self.shape.row_bytes + CHECKSUM_BYTES
+        whole = b"".join([one if len(one) == size else bytes(size) for one in stored])
+        masks = b"".join([self._masks.digest(CHECKSUM_BYTES, seek=CHECKSUM_BYTES * place) for place in places])
+        fits = self.fits(np.frombuffer(whole, np.uint8).reshape(-1, size), masks)
+        return [one[:-CHECKSUM_BYTES] if right else None for one, right in zip(stored, fits.tolist(), strict=True)]
+
+    def fits(self, rows: np.ndarray, masks: bytes | None = None) -> np.ndarray:
+        """bool [n]: whether the checksums fit the rows in front of them, uint8 [n, row_bytes + 8]."""
+        bare, behind = rows[:, :-CHECKSUM_BYTES], rows[:, -CHECKSUM_BYTES:]
+        return np.asarray((self.checksums(bare, masks) == behind).all(1))
+
+    def checksums(self, rows: np.ndarray, masks: bytes | None = None) -> np.ndarray:
+        """uint8 [n, 8]: the checksums of rows, uint8 [n, row_bytes].
+
+        Args:
+            masks: of these rows; None if they are the first rows of the page.
+        """
+        masks = self._masks.digest(CHECKSUM_BYTES * len(rows)) if masks is None else masks
+        words = np.ascontiguousarray(rows).view(_WORD).astype(_LONG)
+        one, other = (np.einsum("rw,lw->lr", words, self._keys[:, 1:]) + self._keys[:, :1]) >> _HALF
+        return ((one | other << _HALF) ^ np.frombuffer(masks, _LONG)).astype(_LONG).view(np.uint8).reshape(-1, 8)
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        """uint64 [lanes, 1 + words of a row]: what is added, and a factor for each word."""
+        size = 1 + self.shape.row_bytes // _WORD.itemsize
+        raw = blake3(b"keys", key=self.key).digest(_LANES * size * _LONG.itemsize)
+        return np.frombuffer(raw, _LONG).reshape(_LANES, size)
+
+    @cached_property
+    def _masks(self) -> blake3:
+        return blake3(b"masks", key=self.key)
+
+
+class PageFormat:
+    """Packs and reads stored pages.
+
+    Args:
+        secret: of the deployment.
+    """
+
+    def __init__(self, secret: str) -> None:
+        self._key = derive_key(secret, "page checksums")
+
+    def pack(self, page_id: bytes, shape: PageShape, seal: Seal, data: Data) -> memoryview:
+        """The stored form of a page, whose seal must be right."""
+        facts = b"".join((_BEGIN.pack(_MAGIC, _VERSION), shape_bytes(shape), *seal))
+        key = self._page_key(page_id, facts)
+        stored = bytearray(stored_bytes(shape))
+        stored[:HEADER_BYTES] = facts + _checksum(key)
+        rows, bare = _rows(stored, shape), np.frombuffer(data, np.uint8).reshape(-1, shape.row_bytes)
+        rows[:, :-CHECKSUM_BYTES] = bare
+        rows[:, -CHECKSUM_BYTES:] = Header(shape, seal, key).checksums(bare)
+        return memoryview(stored)
+
+    def header(self, page_id: bytes, stored: Data) -> Header:
+        """The header of a stored page of which at least the first `HEADER_BYTES` are given.
+
+        Raises:
+            CorruptPageError: it is not one of this version that was written under this id and with this secret.
+        """
+        facts, checksum = bytes(stored[:_CHECKSUM_AT]), bytes(stored[_CHECKSUM_AT:HEADER_BYTES])
+        if len(checksum) < CHECKSUM_BYTES:
+            raise CorruptPageError("the header is cut off")
+        if facts[: _BEGIN.size] != _BEGIN.pack(_MAGIC, _VERSION):
+            raise CorruptPageError("it is not a page of this version")
+        key, shape = self._page_key(page_id, facts), read_shape(facts[_BEGIN.size : _SEAL_AT])
+        if shape is None or not hmac.compare_digest(_checksum(key), checksum):
+            raise CorruptPageError("the header does not match its checksum")
+        return Header(shape, Seal(facts[_SEAL_AT:-SEAL_PART_BYTES], facts[-SEAL_PART_BYTES:]), key)
+
+    def unpack(self, page_id: bytes, stored: Data) -> tuple[Header, memoryview]:
+        """Header and data of a stored page.
+
+        Raises:
+            CorruptPageError: header, length or a checksum is wrong.
+        """
+        header = self.header(page_id, stored)
+        shape = header.shape
+        if len(stored) != stored_bytes(shape):
+            raise CorruptPageError(f"{len(stored):,} bytes are stored of {stored_bytes(shape):,}")
+        rows = _rows(stored, shape)
+        if not header.fits(rows).all():
+            raise CorruptPageError("rows do not match their checksums")
+        return header, np.ascontiguousarray(rows[:, :-CHECKSUM_BYTES]).reshape(-1).data
+
+    def _page_key(self, page_id: bytes, facts: bytes) -> bytes:
+        return blake3(page_id + facts, key=self._key).digest()
+
+
+def _checksum(key: bytes) -> bytes:
+    """Of the header, on which the key depends."""
+    return blake3(b"header", key=key).digest(CHECKSUM_BYTES)
+
+
+def _rows(stored: Data, shape: PageShape) -> np.ndarray:
+    """uint8 [rows, bytes of a row and its checksum], without a copy."""
+    return np.frombuffer(stored, np.uint8, offset=HEADER_BYTES).reshape(-1, shape.row_bytes + CHECKSUM_BYTES)
