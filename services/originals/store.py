@@ -173,7 +173,7 @@ class PageStore:
                 batch = []
         return pages + len(batch), nbytes + await self._lengths(batch)
 
-    async def _store(self, key: str, value: bytes, holder: str, replace: bool = False) -> bool:
+    async def _store(self, key: str, value: bytes | memoryview, holder: str, replace: bool = False) -> bool:
         """Sets a key within the budget; whether it was new. Makes room as long as there is something to drop."""
         async with self._writing:
             while True:
