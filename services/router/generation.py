@@ -28,13 +28,20 @@ from services.router.token_log import LogWriter
 from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
 
 PLACEMENT_RETRY_S = 0.25
+LOG_RETRY_S = 0.5
 FRUITLESS = 3
 """Workers in a row that may go away without a new token. After that the generation itself is taken for the cause."""
 
 _LOST: dict[Lost, str] = {
     "closed": "was closed while it generated",
-    "taken": "is generating for another call, which took it while this router did not answer",
+    "taken": "is generating for another call, which has taken it",
+    "gone": "was lost when Redis lost its data; open another one",
 }
+
+_UNWRITTEN = (
+    "every token has come, but Redis does not answer, so that the session does not have the last of them; rejoin the "
+    "session when Redis is back"
+)
 
 log = structlog.get_logger()
 
@@ -46,7 +53,7 @@ class GenerationStream:
     """A generation from its placement on a worker to its last message.
 
     Args:
-        hold: on the session. page_ids: of the session's stored pages.
+        hold: on the session; also an attribute. page_ids: of the session's stored pages.
         request: for the first worker. Its token_ids are the session's log, then the new prompt, then the tokens that
             were generated before. Each new token is appended, for the worker that may have to resume.
         patience_s: seconds to wait for a worker to resume on.
@@ -63,12 +70,13 @@ class GenerationStream:
         patience_s: float,
         latency: RelayLatency,
     ) -> None:
-        self._pool, self._session, self._hold = pool, session, hold
+        self._pool, self._session, self.hold = pool, session, hold
         self._request, self._patience_s = request, patience_s
         self._latency, self._times = latency, TokenTimes(request.choices)
         self._echo = EchoOnce()
         history = request.history_tokens
         self._log = LogWriter(hold, history, request.token_ids[history:], lambda: self.abort(hold.lost))
+        hold.known = self._known
         self._pages = SessionPages(hold, page_ids)
         self._request.page_ids[:] = page_ids
         self._cached_on = session.worker
@@ -104,9 +112,9 @@ class GenerationStream:
                             reply = self._reply(message)
                             if reply is None:
                                 continue
-                            if reply.HasField("finished"):
+                            if reply.HasField("finished") and self._session.kept:
                                 # The session's next turn may begin once the client has this: it reads the log.
-                                await self._log.flush()
+                                await self._complete_log(ends)
                             yield reply
                             # The next reply is requested when gRPC has taken this one.
                             if reply.HasField("token"):
@@ -144,8 +152,9 @@ class GenerationStream:
         if self._aborted:
             raise asyncio.CancelledError
         if self._session.kept and link.address != self._cached_on:
-            await self._hold.set_worker(link.address)
-            self._cached_on = link.address
+            with contextlib.suppress(RedisError):  # the next turn may be computed again; this one need not end
+                await self.hold.set_worker(link.address)
+                self._cached_on = link.address
         link.calls += 1
         self._call = link.stub.Run(self._request, timeout=max(0.0, deadline_s))
         try:
@@ -208,6 +217,27 @@ class GenerationStream:
             return no_worker()
         message = "the worker went away while it generated, and no other worker could resume; send the request again"
         return StatusError(message, code=_GONE, retry_after_ms=RETRY_AFTER_MS)
+
+    def _known(self) -> Sequence[int]:
+        """The session's log. Its turn is in it once a token has come."""
+        tokens = self._request.token_ids
+        return tokens if self._log.began else tokens[: self._request.history_tokens]
+
+    async def _complete_log(self, ends: float) -> None:
+        """Returns when Redis has every token. All have come, so that an outage of Redis is waited for.
+
+        Raises:
+            StatusError: Redis did not answer for `patience_s`, or until the deadline.
+        """
+        ends = min(ends, time.monotonic() + self._patience_s)
+        while True:
+            try:
+                return await self._log.flush()
+            except RedisError as error:
+                if time.monotonic() > ends:
+                    raise StatusError(_UNWRITTEN, code=_GONE, retry_after_ms=RETRY_AFTER_MS) from error
+                log.warning("Redis does not take the end of a log; trying again", session=self._session.id)
+            await asyncio.sleep(LOG_RETRY_S)
 
     async def _flush(self) -> None:
         """Writes what the session's next turn needs."""

@@ -30,7 +30,8 @@ from services.common.channel import open_channel
 from services.common.redis import connect
 from services.common.settings import GatewaySettings
 from services.gateway.server import GatewayServer
-from tests.faults.conftest import PAGE_TOKENS, Processes
+from tests.faults.conftest import PAGE_TOKENS
+from tests.faults.processes import Processes
 
 Stub = generate_pb2_grpc.InferenceStub
 STORY = "The ferryman counted his passengers twice, because one of them was a ghost who paid like the others. " * 4
