@@ -6,6 +6,7 @@ their counters.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -47,7 +48,7 @@ class History:
     def longest_gap(self, since: float, until: float) -> float:
         """Seconds of its longest silence between two tokens that falls into a time, or 0."""
         times = [entry.at for entry in self.entries]
-        pairs = zip(times, times[1:], strict=False)
+        pairs = itertools.pairwise(times)
         return max((after - before for before, after in pairs if after > since and before < until), default=0.0)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from qaq_eval.serving.chaos import Chaos, Fault, NotWhole, Role, Stack
+from qaq_eval.serving.chaos import Chaos, Fault, NotWhole, Role
 from qaq_eval.serving.chaos_result import ChaosResult, outcome, sentence, table
 from qaq_eval.serving.listeners import Listener, listening
 from services.cli.terminal import screen
@@ -60,7 +60,9 @@ async def faults(
         spare: workers beside the two that make the stack whole. A killed one starts while the next fault is made.
     """
     began, not_whole = time.monotonic(), None
-    order = random.Random(seed).sample([fault for fault, count in plan.items() for _ in range(count)], sum(plan.values()))
+    order = random.Random(seed).sample(
+        [fault for fault, count in plan.items() for _ in range(count)], sum(plan.values())
+    )
     expected: dict[Role, int] = {"worker": 2, "router": 2, "cache service": 1, "Redis": 1}
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qaq-faults-")))

@@ -37,7 +37,7 @@ class Processes:
     """
 
     def __init__(self, redis: EmbeddedRedis, directory: Path, environment: Mapping[str, str] | None = None) -> None:
-        self.redis = redis
+        self.redis, self.model = redis, str(default_model_path())
         self._directory, self._environment = directory, dict(environment or {})
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -51,7 +51,7 @@ class Processes:
         """
         port = free_port()
         address = f"{host}:{port}"
-        given = {"QAQ_REDIS_URL": self.redis.url, "QAQ_MODEL": str(default_model_path()), "QAQ_HOST": host}
+        given = {"QAQ_REDIS_URL": self.redis.url, "QAQ_MODEL": self.model, "QAQ_HOST": host}
         with open(self._directory / f"{role}-{port}.log", "wb") as log:
             self._running[address] = subprocess.Popen(
                 [*inside, sys.executable, "-m", "services.cli", role, "--port", str(port)],

@@ -19,9 +19,7 @@ SCHEMA = Path(__file__).parents[2] / "qaq_eval" / "schemas" / "bench_chaos.json"
 async def test_nothing_is_lost_whatever_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos, "STOP_S", (9.0, 10.0))  # longer than it takes to notice
     monkeypatch.setattr(chaos, "PAUSE_S", (0.2, 0.5))
-    result = await faults(
-        dict.fromkeys(LONG, 1), seconds=300, clients=4, tokens=400, preset="fp16", spare=0, seed=3
-    )
+    result = await faults(dict.fromkeys(LONG, 1), seconds=300, clients=4, tokens=400, preset="fp16", spare=0, seed=3)
     jsonschema.validate(json.loads(result.model_dump_json()), json.loads(SCHEMA.read_text()))
     assert result.whole, (sentence(result), result.damages)
     assert {Fault(row.role, row.how): row.times for row in result.faults} == dict.fromkeys(LONG, 1)

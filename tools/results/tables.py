@@ -261,8 +261,10 @@ def _fault_rows(runs: Runs) -> Iterator[list[object]]:
 
 def _heard(runs: Runs) -> str:
     result, found = runs.first, runs.first["verdict"]
-    changed = "" if found["changed"] is None else (
-        f"; {found['changed']} of {found['compared']} differ from an undisturbed one in their first tokens"
+    changed = (
+        ""
+        if found["changed"] is None
+        else (f"; {found['changed']} of {found['compared']} differ from an undisturbed one in their first tokens")
     )
     return (
         f"{result['clients']} clients with preset `{result['preset']}`, {result['workers']} workers, "

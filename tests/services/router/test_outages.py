@@ -175,9 +175,7 @@ async def test_a_session_that_a_client_closed_stays_closed(
         assert [key async for key in redis.scan_iter("qaq:session*")] == [f"qaq:session:{session}:closed".encode()]
 
 
-async def test_a_client_that_rejoins_takes_the_session_at_once(
-    redis: Redis, settings: RouterSettings
-) -> None:
+async def test_a_client_that_rejoins_takes_the_session_at_once(redis: Redis, settings: RouterSettings) -> None:
     """Its router lives, and only the connection is lost; on the other router, and on the same one."""
     async with waiting(redis, settings) as (worker, client), running_router(settings) as other:
         for router in (other, client):
@@ -186,7 +184,7 @@ async def test_a_client_that_rejoins_takes_the_session_at_once(
             first = await begun(client, session)
             again = router.Rejoin(generate_pb2.RejoinRequest(session_id=session, received=1))
             assert (await again.read()).WhichOneof("event") in ("prefill", "token")
+            worker.gate.set()
             with pytest.raises(grpc.aio.AioRpcError, match="another call, which has taken it"):
-                worker.gate.set()
                 await replies(first)
             assert (await replies(again))[-1].HasField("finished")

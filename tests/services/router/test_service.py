@@ -300,8 +300,7 @@ async def test_bad_input_gets_its_status_and_a_sentence(
 
 
 async def test_invalid_utf8_is_an_invalid_argument(router_settings: RouterSettings, worker: CountingWorker) -> None:
-    from services.router.hold import LEFT_TTL_S
-from services.router.server import RouterServer
+    from services.router.server import RouterServer
 
     router = RouterServer(router_settings)
     address = await router.start()
