@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(processes: Processes) -> Iterator[Served]:
+def served(processes: Processes) -> Served:
     """A worker, a router and a gateway."""
     worker, router = processes.start("worker"), processes.start("router")
     processes.until_serving(worker, router)
@@ -40,7 +40,7 @@ def served(processes: Processes) -> Iterator[Served]:
     processes.until_answering(gateway)
     with urllib.request.urlopen(f"http://{gateway}/v1/models", timeout=30) as answer:
         model = json.load(answer)["data"][0]["id"]
-    yield Served(processes, worker, gateway, model)
+    return Served(processes, worker, gateway, model)
 
 
 def sent(served: Served, **more: Any) -> socket.socket:

@@ -6,7 +6,7 @@ import ast
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ def test_nothing_is_decided_by_the_wall_clock() -> None:
 
 
 @pytest.fixture
-def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file with the seconds by which the clock of a Redis that is started now is wrong."""
     if not LIBRARIES:
         pytest.skip("libfaketime is not installed")
@@ -57,7 +57,7 @@ def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    yield path
+    return path
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ async def test_a_stream_outlives_a_jump_of_redis_clock(redis: Redis, clock: Path
         call = client.Generate(request(new=6, session_id=session))
         while (await call.read()).WhichOneof("event") != "token":
             pass
-        clock.write_text(f"{jump:+d}\n")
+        await asyncio.to_thread(clock.write_text, f"{jump:+d}\n")
         seconds, _ = await redis.time()
         assert abs(seconds - time.time() - jump) < 60
         await asyncio.sleep(3)  # a refresh of the hold, a heartbeat

@@ -18,6 +18,7 @@ from services.common.errors import Unavailable
 from services.common.routers import Routers, named
 from services.common.streams import Stream
 from tests.e2e.command import qaq, until_nothing_is_left, watched
+from tests.faults.hearing import Heard, listen
 
 pytestmark = pytest.mark.ray
 SCHEMA = Path(__file__).parents[2] / "qaq_eval" / "schemas" / "bench_chaos.json"
@@ -56,17 +57,15 @@ async def test_without_its_raylet_a_stack_ends_and_says_so(monkeypatch: pytest.M
                 sampling=common_pb2.SamplingParams(temperature=0),
                 stop=common_pb2.StopParams(max_new_tokens=2000, ignore_eos=True),
             )
-            heard = 0
+            owned = psutil.Process(running.pid).children(recursive=True)
+            (raylet,) = [child for child in owned if child.name() == "raylet"]
+            heard = Heard()
+
+            async def kill() -> None:
+                raylet.kill()
+
             with pytest.raises(Unavailable, match="the router went away after"):
-                async for reply in Stream(routers, request, 120, ()):
-                    heard += reply.HasField("token")
-                    if reply.HasField("token") and reply.token.index == 8:
-                        (raylet,) = [
-                            child
-                            for child in psutil.Process(running.pid).children(recursive=True)
-                            if child.name() == "raylet"
-                        ]
-                        raylet.kill()
-            assert heard > 8
+                await listen(aiter(Stream(routers, request, 120, ())), heard, 8, kill)
+            assert len(heard.tokens) >= 8
             await routers.close()
         until_nothing_is_left(place)

@@ -111,7 +111,7 @@ async def test_a_full_redis_stops_no_stream_and_is_left_behind(client: Stub, red
 
 
 async def test_a_full_disk_stops_no_stream_and_is_left_behind(disk: Path, client: Stub, redis: Redis) -> None:
-    if not disk.is_mount():
+    if not await asyncio.to_thread(disk.is_mount):
         pytest.skip("no small disk can be mounted here")
     session, filler, filled = await opened(client), disk / "filler", asyncio.Event()
 
