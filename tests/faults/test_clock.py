@@ -17,6 +17,7 @@ from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 from services.common.settings import RouterSettings
 from tests.services.router.conftest import running_router, running_worker
+from tests.services.router.test_outages import rest
 from tests.services.router.test_service import replies, request, until
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ async def test_a_stream_outlives_a_jump_of_redis_clock(redis: Redis, clock: Path
         assert abs(seconds - time.time() - jump) < 60
         await asyncio.sleep(3)  # a refresh of the hold, a heartbeat
         worker.gate.set()
-        assert [reply.WhichOneof("event") for reply in await replies(call)] == ["token"] * 5 + ["finished"]
+        assert [reply.WhichOneof("event") for reply in await rest(call)] == ["token"] * 5 + ["finished"]
 
         async def seen() -> bool:
             return (await client.GetModel(generate_pb2.GetModelRequest())).workers == 1
