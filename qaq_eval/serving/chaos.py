@@ -32,7 +32,8 @@ STOP_S = (2.0, 14.0)
 """How long a process is stopped: some wake up before anybody has noticed, some after all have."""
 PAUSE_S = (0.5, 3.0)
 RECOVERY_S = 180.0
-POLL_S = 0.1
+POLL_S = 0.2
+LOOK_S = 2.0
 
 _KINDS: Mapping[str, Kind] = {"worker": "worker", "cache service": "originals", "router": "router"}
 
@@ -80,6 +81,8 @@ class Stack:
     def __init__(self, redis: Redis, expected: Mapping[Role, int]) -> None:
         self.expected = expected
         self._registry = Registry(redis)
+        self._pids: dict[str, int] = {}
+        self._looked_at = -LOOK_S
 
     async def living(self, role: Role) -> list[Victim]:
         """Its processes that are registered, run, and are not stopped."""
@@ -87,12 +90,20 @@ class Stack:
             members = await self._registry.members(_KINDS[role])
         except RedisError:
             return []
-        pids = listening_pids()
-        found = (Victim(role, pids.get(_port(member.address), 0), member.address) for member in members)
-        return [victim for victim in found if _runs(victim.pid)]
+        addresses = [member.address for member in members]
+        if any(not _runs(self._pids.get(address, 0)) for address in addresses):
+            self._look()
+        victims = [Victim(role, self._pids.get(address, 0), address) for address in addresses]
+        return [victim for victim in victims if _runs(victim.pid)]
 
     async def killed(self, victim: Victim) -> None:
         """Is called when a process was killed."""
+
+    def _look(self) -> None:
+        """Finds the process of each address, at most every `LOOK_S`: that takes a look at every process there is."""
+        if time.monotonic() - self._looked_at > LOOK_S:
+            self._pids = {f"{address}:{port}": pid for (address, port), pid in listening().items()}
+            self._looked_at = time.monotonic()
 
 
 class Chaos:
@@ -169,10 +180,11 @@ def any_fault(roles: Sequence[Role], seed: int) -> Iterable[Fault]:
         yield Fault(rng.choice(roles), rng.choice(get_args(How)))
 
 
-def listening_pids() -> dict[int, int]:
-    """The process that listens at each TCP port of this machine, as far as it may be known."""
+def listening() -> dict[tuple[str, int], int]:
+    """The process that listens at each address and TCP port of this machine, as far as it may be known."""
     connections = psutil.net_connections(kind="tcp")
-    return {c.laddr.port: c.pid for c in connections if c.status == psutil.CONN_LISTEN and c.pid}
+    found = [c for c in connections if c.status == psutil.CONN_LISTEN and c.pid]
+    return {(c.laddr.ip, c.laddr.port): c.pid for c in found}
 
 
 def _runs(pid: int) -> bool:
@@ -180,7 +192,3 @@ def _runs(pid: int) -> bool:
         return pid > 0 and psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def _port(address: str) -> int:
-    return int(address.rpartition(":")[2])

@@ -119,7 +119,7 @@ class ProcessStack(Stack):
     async def living(self, role: Role) -> list[Victim]:
         if role != "Redis":
             return await super().living(role)
-        pid = self._processes.redis.pid
+        pid = self._processes.redis.pid  # its clients' addresses are not announced
         return [Victim("Redis", pid)] if pid else []
 
     async def killed(self, victim: Victim) -> None:
