@@ -77,14 +77,16 @@ async def measure(address: str, prompts: Sequence[Sequence[int]]) -> None:
             again: list[int | None] = []
             for first in range(0, len(prompts), TOGETHER):
                 asked = prompts[first : first + TOGETHER]
-                whole = await asyncio.gather(*(ran(stub, preset, "one", prompt, 0, ()) for prompt in asked))
+                whole = await asyncio.gather(*(ran(stub, preset, f"{preset} once", prompt, 0, ()) for prompt in asked))
                 rest = await asyncio.gather(
                     *(
-                        ran(stub, preset, "one", [*p, *w.tokens[: NEW // 2]], NEW // 2, w.pages_at_half)
+                        ran(stub, preset, f"{preset} once", [*p, *w.tokens[: NEW // 2]], NEW // 2, w.pages_at_half)
                         for p, w in zip(asked, whole, strict=True)
                     )
                 )
-                control = await asyncio.gather(*(ran(stub, preset, preset, prompt, 0, ()) for prompt in asked))
+                control = await asyncio.gather(
+                    *(ran(stub, preset, f"{preset} again", prompt, 0, ()) for prompt in asked)
+                )
                 resumed += [parted(w.tokens[NEW // 2 :], r.tokens) for w, r in zip(whole, rest, strict=True)]
                 again += [parted(w.tokens, c.tokens) for w, c in zip(whole, control, strict=True)]
                 print(told(f"{preset}, resumed", resumed), told(f"{preset}, run again", again), sep="\n", flush=True)
