@@ -44,10 +44,10 @@ def known_names() -> frozenset[str]:
     files = [path for source in SOURCES for kind in ("py", "proto") for path in (ROOT / source).rglob(f"*.{kind}")]
     words = {word for path in files for word in re.findall(r"[A-Za-z_]\w+", path.read_text())}
     stems = {path.stem for source in SOURCES for path in (ROOT / source).rglob("*.*")}
-    return frozenset(words | {f"QAQ_{word.upper()}" for word in words} | stems | tests() | ELSEWHERE)
+    return frozenset(words | {f"QAQ_{word.upper()}" for word in words} | stems | names_of_tests() | ELSEWHERE)
 
 
-def tests() -> set[str]:
+def names_of_tests() -> set[str]:
     """The names of all tests."""
     return {
         name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
@@ -94,7 +94,7 @@ def test_every_failure_is_shown_by_a_test() -> None:
     for row in rows:
         shown = re.findall(r"`(test_\w+)`", row.rpartition("|")[2])
         assert shown, row
-        assert set(shown) <= tests(), row
+        assert set(shown) <= names_of_tests(), row
 
 
 def test_every_page_is_reached() -> None:

@@ -240,6 +240,8 @@ def _demo(runs: Runs) -> Iterator[tuple[str, str, str]]:
 
 def faults(measured: Sequence[Runs]) -> str:
     """`make faults`: what was broken, and what the clients lost."""
+    if not measured:
+        return "No run is recorded."
     head = ["what", "times", "streams lost", "tokens lost", "tokens repeated", "median gap", "worst gap", "source"]
     rows = table(head, (cells for runs in measured for cells in _fault_rows(runs)))
     return "\n\n".join([rows, bullets(_heard(runs) for runs in measured)])
