@@ -138,7 +138,8 @@ def crash(redis: EmbeddedRedis, *, data: bool = True) -> None:
     process.kill()
     process.wait(STOP_S)
     if not data:
-        shutil.rmtree(redis.directory / "appendonlydir")
+        for path in redis.directory.glob("appendonly*"):  # a folder or a file, by its version
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     redis.start()
 
 
