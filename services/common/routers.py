@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import grpc
 from qaq.v1 import generate_pb2_grpc
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from services.common.channel import Dial, open_channel
 from services.common.errors import Unavailable
@@ -33,15 +34,26 @@ def named(addresses: str) -> Find:
 
 
 def registered(redis: Redis) -> Find:
-    """The registered routers, in random order, which balances the clients.
+    """The registered routers, in random order, which balances the clients. While Redis does not answer, those that
+    were found last.
 
     Raises:
-        Unavailable: none is registered.
+        Unavailable: none is registered, or Redis has not answered yet.
     """
     registry = Registry(redis)
+    addresses: list[str] = []
 
     async def find() -> Sequence[str]:
-        addresses = [member.address for member in await registry.members("router")]
+        nonlocal addresses
+        try:
+            addresses = [member.address for member in await registry.members("router")]
+        except RedisError as error:
+            if not addresses:
+                raise Unavailable(
+                    "the routers cannot be listed because Redis does not answer; check that it runs and that "
+                    "QAQ_REDIS_URL is right",
+                    retry_after_ms=RETRY_AFTER_MS,
+                ) from error
         if not addresses:
             raise Unavailable("no router is registered; start one with `qaq router`", retry_after_ms=RETRY_AFTER_MS)
         return random.sample(addresses, len(addresses))

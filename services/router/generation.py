@@ -29,14 +29,14 @@ from services.router.token_log import LogWriter
 from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
 
 PLACEMENT_RETRY_S = 0.25
-LOG_PATIENCE_S = 10.0
 HINT_TIMEOUT_S = 1.0
 FRUITLESS = 3
 """Workers in a row that may go away without a new token. After that the generation itself is taken for the cause."""
 
 _LOST: dict[Lost, str] = {
     "closed": "was closed while it generated",
-    "taken": "is generating for another call, which took it while this router did not answer",
+    "taken": "is generating for another call, which has taken it",
+    "gone": "was lost when Redis lost its data; open another one",
 }
 
 log = structlog.get_logger()
@@ -49,7 +49,7 @@ class GenerationStream:
     """A generation from its placement on a worker to its last message.
 
     Args:
-        hold: on the session. page_ids: of the session's stored pages.
+        hold: on the session; also an attribute. page_ids: of the session's stored pages.
         request: for the first worker. Its token_ids are the session's log, then the new prompt, then the tokens that
             were generated before. Each new token is appended, for the worker that may have to resume.
         meter: counts the tokens for the tenant's quota.
@@ -68,12 +68,13 @@ class GenerationStream:
         patience_s: float,
         latency: RelayLatency,
     ) -> None:
-        self._pool, self._session, self._hold = pool, session, hold
+        self._pool, self._session, self.hold = pool, session, hold
         self._request, self._meter, self._patience_s = request, meter, patience_s
         self._latency, self._times = latency, TokenTimes(request.choices)
         self._echo = EchoOnce()
         history = request.history_tokens
         self._log = LogWriter(hold, history, request.token_ids[history:], lambda: self.abort(hold.lost))
+        hold.known = self._known
         self._pages = SessionPages(hold, page_ids)
         self._request.page_ids[:] = page_ids
         self._cached_on = session.worker
@@ -110,7 +111,7 @@ class GenerationStream:
                             if reply is None:
                                 continue
                             if reply.HasField("finished"):
-                                await self._complete_log()
+                                await self._complete_log(ends)
                             yield reply
                             # The next reply is requested when gRPC has taken this one.
                             if reply.HasField("token"):
@@ -150,7 +151,7 @@ class GenerationStream:
         if self._session.kept and link.address != self._cached_on:
             # A hint for the next turn: neither this one waits for Redis long, nor does it fail.
             with contextlib.suppress(RedisError, TimeoutError):
-                await asyncio.wait_for(self._hold.set_worker(link.address), HINT_TIMEOUT_S)
+                await asyncio.wait_for(self.hold.set_worker(link.address), HINT_TIMEOUT_S)
                 self._cached_on = link.address
         link.calls += 1
         self._call = link.stub.Run(self._request, timeout=max(0.0, deadline_s))
@@ -216,16 +217,21 @@ class GenerationStream:
         message = "the worker went away while it generated, and no other worker could resume; send the request again"
         return StatusError(message, code=_GONE, retry_after_ms=RETRY_AFTER_MS)
 
-    async def _complete_log(self) -> None:
+    def _known(self) -> Sequence[int]:
+        """The session's log. Its turn is in it once a token has come."""
+        tokens = self._request.token_ids
+        return tokens if self._log.began else tokens[: self._request.history_tokens]
+
+    async def _complete_log(self, ends: float) -> None:
         """Writes the rest of the log. A kept session's next turn reads it, and may begin once the client has the end.
 
         Raises:
-            Unavailable: Redis refuses it, or does not answer, for `LOG_PATIENCE_S`.
+            Unavailable: Redis refuses it, or does not answer, for `patience_s` or until the deadline.
         """
         if not self._session.kept:
             return
         try:
-            await self._log.flush(LOG_PATIENCE_S)
+            await self._log.flush(min(self._patience_s, ends - time.monotonic()))
         except RedisError as error:
             message = (
                 f"every token was sent, but Redis does not take the last ones into the log of session "

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from functools import partial
 
 import grpc
 import structlog
@@ -19,7 +18,7 @@ from services.router import validation
 from services.router.admission import Admission
 from services.router.callers import Callers
 from services.router.generation import GenerationStream
-from services.router.hold import HOLD_TTL_S, Hold, Lost
+from services.router.hold import Hold, Lost
 from services.router.metrics import RelayLatency
 from services.router.prompts import Conversation, Prompts
 from services.router.quotas import Meter, TenantQuotas
@@ -226,12 +225,14 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[Replies]:
         """The replies of a session's last turn, from the first token that its log does not have.
 
-        Tokens that are generated again are the same as before, because the request has a seed.
+        Tokens that are generated again are the same as before, because the request has a seed. The session is taken
+        from the router that has it: whether that one is dead, hangs, or is only cut off, its client is here.
         """
         async with (
             self._admitted(context, rejoined=True) as (tenant, meter),
-            self._held(await self._sessions.get(request.session_id, tenant), HOLD_TTL_S) as (session, hold),
+            self._held(await self._sessions.get(request.session_id, tenant), take=True) as (session, hold),
         ):
+            self._abort(session.id, "taken")
             run = validation.rejoin(request, await self._sessions.turn(session.id))
             log, begins = await self._sessions.tokens(session.id), run.history_tokens + len(run.token_ids)
             known = log[begins : begins + request.received]  # fewer, if the router was killed before it wrote all
@@ -263,7 +264,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
             ):
                 yield replies
         finally:
-            del self._streams[session.id]
+            if self._streams.get(session.id) is stream:  # else a client has rejoined here
+                del self._streams[session.id]
 
     def _abort(self, session_id: str, reason: Lost) -> None:
         """Ends the generation of a session that was lost, if it runs here."""
@@ -277,16 +279,26 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         return await self._sessions.open(self._pool.model.name, request.cache, kept=False, tenant=tenant)
 
     @contextlib.asynccontextmanager
-    async def _held(self, session: Session, patience_s: float = 0.0) -> AsyncIterator[tuple[Session, Hold]]:
-        """Holds a session. One that is for this call alone is deleted at the end."""
-        lost = partial(self._abort, session.id)
-        async with self._sessions.held(session.id, lost, patience_s, session.tenant) as hold:
+    async def _held(self, session: Session, *, take: bool = False) -> AsyncIterator[tuple[Session, Hold]]:
+        """Holds a session. One that is for this call alone is deleted at the end, or a minute after its client has
+        gone away."""
+
+        def lost(reason: Lost) -> None:
+            stream = self._streams.get(session.id)
+            if stream is not None and stream.hold is hold:  # else a client has rejoined here, with another hold
+                stream.abort(reason)
+
+        async with self._sessions.held(session.id, lost, session.tenant, take=take) as hold:
+            ending = hold.forget
             try:
                 yield session, hold
+            except (asyncio.CancelledError, GeneratorExit):
+                ending = hold.leave
+                raise
             finally:
                 if not session.kept:
                     with contextlib.suppress(RedisError):  # it expires by itself
-                        await hold.forget()
+                        await ending()
 
     def _model(self, name: str) -> common_pb2.ModelInfo:
         model = self._pool.model

@@ -25,5 +25,10 @@ def hold(identifier: str) -> str:
     return f"qaq:session:{identifier}:run"
 
 
+def closed(identifier: str) -> str:
+    """Says for a minute that a client closed the session: one that is missing without it, Redis has lost."""
+    return f"qaq:session:{identifier}:closed"
+
+
 def all_of(identifier: str) -> tuple[str, ...]:
     return tuple(key(identifier) for key in (facts, tokens, pages, hold))

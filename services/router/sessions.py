@@ -10,7 +10,6 @@ A session belongs to the tenant that opened it. For another tenant it does not e
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 import time
@@ -26,10 +25,11 @@ from services.common.errors import EXCEEDED, FailedPrecondition, NotFound, Resou
 from services.router import session_keys
 from services.router.hold import HOLD_TTL_S, Hold, Lost, Scripts
 
-RETRY_S = 0.1
 PAGE_ID_BYTES = 32
 TEMPORARY_TTL_S = 60
 """How long a session for one call is kept before the call holds it, should the call end there."""
+CLOSED_TTL_S = 60
+"""How long it is known that a client closed a session: longer than a generation needs to notice."""
 
 
 # Answers 0 if the tenant has as many open sessions as it may have; expired ones are removed before that is said.
@@ -190,6 +190,7 @@ class SessionDirectory:
         """
         session = await self.get(identifier, tenant)
         async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(session_keys.closed(identifier), 1, ex=CLOSED_TTL_S)
             pipe.delete(*session_keys.all_of(identifier))
             for index in (session_keys.INDEX, session_keys.index(session.tenant)):
                 pipe.zrem(index, identifier)
@@ -221,28 +222,27 @@ class SessionDirectory:
 
     @contextlib.asynccontextmanager
     async def held(
-        self, identifier: str, lost: Callable[[Lost], None], patience_s: float = 0.0, tenant: str = ""
+        self, identifier: str, lost: Callable[[Lost], None], tenant: str = "", *, take: bool = False
     ) -> AsyncIterator[Hold]:
         """Holds a session for one generation.
 
         Args:
             lost: called when the session is closed, or taken by another generation, meanwhile.
-            patience_s: how long to wait for another generation to release it.
+            take: take it from a generation that holds it.
         Raises:
             NotFound: the tenant has no such session.
             FailedPrecondition: another generation holds it.
         """
-        ends = time.monotonic() + patience_s
         keys = [session_keys.facts(identifier), session_keys.hold(identifier)]
-        while (fence := int(await self._scripts.acquire(keys=keys, args=[HOLD_TTL_S, tenant]))) <= 0:
-            if fence < 0:
-                raise _unknown(identifier)
-            if time.monotonic() >= ends:
-                raise FailedPrecondition(
-                    f'session "{identifier}" is generating; wait for its stream to end, or use another session'
-                )
-            await asyncio.sleep(RETRY_S)
-        hold = Hold(self._scripts, identifier, fence)
+        fence = int(await self._scripts.acquire(keys=keys, args=[HOLD_TTL_S, tenant, int(take)]))
+        if fence < 0:
+            raise _unknown(identifier)
+        if fence == 0:
+            raise FailedPrecondition(
+                f'session "{identifier}" is generating; wait for its stream to end, or use another session'
+            )
+        facts: Any = await self._redis.hgetall(session_keys.facts(identifier))
+        hold = Hold(self._scripts, identifier, fence, facts)
         async with hold.kept(lost):
             yield hold
 

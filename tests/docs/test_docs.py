@@ -44,7 +44,14 @@ def known_names() -> frozenset[str]:
     files = [path for source in SOURCES for kind in ("py", "proto") for path in (ROOT / source).rglob(f"*.{kind}")]
     words = {word for path in files for word in re.findall(r"[A-Za-z_]\w+", path.read_text())}
     stems = {path.stem for source in SOURCES for path in (ROOT / source).rglob("*.*")}
-    return frozenset(words | {f"QAQ_{word.upper()}" for word in words} | stems | ELSEWHERE)
+    return frozenset(words | {f"QAQ_{word.upper()}" for word in words} | stems | names_of_tests() | ELSEWHERE)
+
+
+def names_of_tests() -> set[str]:
+    """The names of all tests."""
+    return {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
@@ -78,6 +85,16 @@ def test_lines_are_not_too_long(page: Path) -> None:
     """Tables and links apart, which cannot be broken."""
     long = [line for line in prose(page) if len(line) > LONGEST and not line.startswith(("|", "    "))]
     assert not long
+
+
+def test_every_failure_is_shown_by_a_test() -> None:
+    """Each row of the table names one that exists."""
+    rows = re.findall(r"^\| (?!event|---)(.+) \|$", (ROOT / "docs" / "failures.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for row in rows:
+        shown = re.findall(r"`(test_\w+)`", row.rpartition("|")[2])
+        assert shown, row
+        assert set(shown) <= names_of_tests(), row
 
 
 def test_every_page_is_reached() -> None:

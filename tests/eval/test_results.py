@@ -33,6 +33,7 @@ SCHEMAS = {
     "qaq bench serve": "bench_serve",
     "qaq bench prefix": "bench_prefix",
     "qaq bench elastic": "bench_elastic",
+    "python -m tests.faults": "bench_chaos",
 }
 
 

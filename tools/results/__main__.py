@@ -25,6 +25,7 @@ def page(results: Results) -> str:
     kernels = [runs for runs in speed if runs.source == "speed/attention"]
     decode = [runs for runs in speed if runs not in kernels]
     serving = results.runs("serving")
+    faults = results.runs("faults")
     return f"""# Results
 
 `make results` writes this page from the JSON files beside it. None of the figures is from a GPU. The models are GGUF
@@ -73,6 +74,15 @@ included in the time.
 {tables.serving(serving)}
 
 {tables.sources(serving)}
+
+## Faults
+
+`make faults` breaks a stack of real processes while clients stream, one fault at a time ([failures](../failures.md)).
+A gap is the longest silence of a stream between a fault and the moment at which everything ran again.
+
+{tables.faults(faults)}
+
+{tables.sources(faults)}
 """
 
 

@@ -238,6 +238,43 @@ def _demo(runs: Runs) -> Iterator[tuple[str, str, str]]:
     yield "`qaq demo`", "rows quantized again", runs.figure("rows_requantized", shape="{:,.0f}")
 
 
+def faults(measured: Sequence[Runs]) -> str:
+    """`make faults`: what was broken, and what the clients lost."""
+    if not measured:
+        return "No run is recorded."
+    head = ["what", "times", "streams lost", "tokens lost", "tokens repeated", "median gap", "worst gap", "source"]
+    rows = table(head, (cells for runs in measured for cells in _fault_rows(runs)))
+    return "\n\n".join([rows, bullets(_heard(runs) for runs in measured)])
+
+
+def _fault_rows(runs: Runs) -> Iterator[list[object]]:
+    for row in runs.first["faults"]:
+        yield [
+            f"{row['role']} {row['how']}",
+            row["times"],
+            row["streams_lost"],
+            row["tokens_lost"],
+            row["tokens_repeated"],
+            f"{row['gap_median_seconds']:.1f} s",
+            f"{row['gap_worst_seconds']:.1f} s",
+            runs.link,
+        ]
+
+
+def _heard(runs: Runs) -> str:
+    result, found = runs.first, runs.first["verdict"]
+    changed = (
+        ""
+        if found["changed"] is None
+        else (f"; {found['changed']} of {found['compared']} differ from an undisturbed one in their first tokens")
+    )
+    return (
+        f"{result['clients']} clients with preset `{result['preset']}`, {result['workers']} workers, "
+        f"{result['routers']} routers, {result['seconds'] / 60:.0f} minutes: {found['tokens']:,} tokens of "
+        f"{found['streams']:,} streams, of which {found['finished']:,} came to their end{changed} ({runs.link})"
+    )
+
+
 _SERVING: dict[str, Callable[[Runs], Iterator[tuple[str, str, str]]]] = {
     "streams": _streams,
     "loaded_ttft_ms": _prefix,

@@ -11,8 +11,9 @@ import pytest
 from qaq.v1 import generate_pb2
 from redis.asyncio import Redis
 
-from services.common.embedded_redis import free_port
+from services.common.embedded_redis import EmbeddedRedis, free_port
 from services.common.errors import Unavailable
+from services.common.redis import connect
 from services.common.registry import Registry
 from services.common.routers import Find, Routers, named, registered
 from tests.services.common.routing import Foreseen, serving
@@ -90,3 +91,16 @@ async def test_those_that_are_registered(redis: Redis) -> None:
             announce("router", nobody(), {}),
         ):
             assert await who(routers) == one.address
+
+
+async def test_the_last_list_is_used_while_redis_does_not_answer() -> None:
+    with EmbeddedRedis() as server:
+        redis = connect(server.url)
+        async with serving(Foreseen()) as router, Registry(redis).announce("router", router.address, {}):
+            find = registered(redis)
+            assert await find() == [router.address]
+            server.terminate()
+            assert await find() == [router.address]
+            with pytest.raises(Unavailable, match="Redis does not answer"):
+                await registered(redis)()
+        await redis.aclose()

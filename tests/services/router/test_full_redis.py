@@ -16,7 +16,7 @@ from services.common import registry
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 from services.common.settings import RouterSettings
-from services.router import generation, hold, sessions
+from services.router import hold, sessions
 from services.router.sessions import SessionDirectory
 from tests.services.junk import filled
 
@@ -122,10 +122,10 @@ async def test_the_last_tokens_are_written_when_redis_is_back(
 
 
 async def test_a_log_that_cannot_be_written_is_said(
-    small: EmbeddedRedis, settings: RouterSettings, other: Redis, monkeypatch: pytest.MonkeyPatch
+    small: EmbeddedRedis, settings: RouterSettings, other: Redis
 ) -> None:
     """After every token has come. Who rejoins the session gets the same ones."""
-    monkeypatch.setattr(generation, "LOG_PATIENCE_S", 0.1)
+    settings = settings.model_copy(update={"resume_timeout_s": 0.1})
     async with running_worker(other) as worker, router_channel(settings) as channel:
         client = Stub(channel)
         session, stream, count = await half(client, worker)

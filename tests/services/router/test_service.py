@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from qaq_core.models import load_tokenizer
 from services.common.settings import RouterSettings
+from services.router.hold import LEFT_TTL_S
 
 from .conftest import CONTEXT, CountingWorker, running_router, running_worker
 
@@ -137,19 +138,23 @@ async def test_cancelling_ends_the_workers_call_and_keeps_the_session(client: St
     assert list(worker.asked[1].token_ids[: n + 1]) == [*worker.asked[0].token_ids, n]
 
 
-async def test_a_cancelled_call_for_itself_frees_its_session(
+async def test_a_cancelled_call_for_itself_leaves_its_session_for_a_minute(
     client: Stub, worker: CountingWorker, redis: Redis
 ) -> None:
+    """Its client may have lost the connection alone."""
     worker.gate.clear()
     call = client.Generate(request())
     while (await call.read()).WhichOneof("event") != "token":
         pass
     call.cancel()
 
-    async def gone() -> bool:
-        return not [key async for key in redis.scan_iter("qaq:session*")]
+    async def left() -> bool:
+        return not [key async for key in redis.scan_iter("qaq:session:*:run")]
 
-    await until(gone, "the session was forgotten")
+    await until(left, "the session was released")
+    keys = [key async for key in redis.scan_iter("qaq:session*")]
+    assert len(keys) == 2, keys  # facts and log
+    assert all([0 < await redis.ttl(key) <= LEFT_TTL_S for key in keys])
     assert len(worker.ended) == 1
 
 
