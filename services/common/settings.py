@@ -61,7 +61,7 @@ class GatewaySettings(CommonSettings):
 
     Attributes:
         router: host:port of the routers, separated by commas, in order of preference. None takes the registered ones.
-        max_body_bytes: of a request.
+        max_body_bytes: of a request. max_bodies_bytes: of all requests that have not been answered.
         cors_origins: origins whose pages may call the gateway, separated by commas; "*" is any. None if empty.
     """
 
@@ -69,6 +69,7 @@ class GatewaySettings(CommonSettings):
     router: str | None = None
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_body_bytes: int = Field(default=16 * MIB, ge=1)
+    max_bodies_bytes: int = Field(default=256 * MIB, ge=1)
     cors_origins: str = ""
 
 
@@ -134,7 +135,9 @@ class OriginalsSettings(CommonSettings):
 
     Attributes:
         page_ttl_s: seconds until an unused page expires in Redis. Workers touch the pages of their sessions every 60 s.
+        upload_budget_bytes: of pages and tables that have not come completely; one host has three quarters of it.
     """
 
     port: int = Field(default=0, ge=0, le=65535)
     page_ttl_s: int = Field(default=3600, ge=180)
+    upload_budget_bytes: int = Field(default=512 * MIB, ge=1)

@@ -10,6 +10,8 @@ from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from qaq.v1 import common_pb2, generate_pb2
 
+from services.common.errors import InvalidArgument
+from services.common.limits import MAX_CHOICES
 from services.common.routers import Routers
 from services.gateway.replies import Json
 from services.gateway.requests import default_sampling
@@ -17,12 +19,19 @@ from services.gateway.requests import default_sampling
 SHORT_DEADLINE_S = 30.0
 
 
-async def served(routers: Routers, name: str = "") -> common_pb2.ModelInfo:
-    """Raises:
-    grpc.aio.AioRpcError: NOT_FOUND if another model is served.
+async def served(routers: Routers, name: str = "", choices: int = 1) -> common_pb2.ModelInfo:
+    """The served model.
+
+    Args:
+        choices: of one prompt, that will be asked for.
+    Raises:
+        grpc.aio.AioRpcError: NOT_FOUND if another model is served.
+        InvalidArgument: too many choices.
     """
     async with routers.stub() as stub:
         reply = await stub.GetModel(generate_pb2.GetModelRequest(model=name), timeout=SHORT_DEADLINE_S)
+    if choices > (most := reply.max_choices or MAX_CHOICES):
+        raise InvalidArgument(f"n is {choices}; send 1 to {most}")
     return reply.model
 
 

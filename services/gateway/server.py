@@ -18,6 +18,7 @@ from services.common.routers import Routers, named, registered
 from services.common.server import PortTakenError, reachable, run_until_signal
 from services.common.settings import GatewaySettings
 from services.gateway.app import make_app
+from services.gateway.connections import Connection
 
 GRACE_S = 2
 STOP_S = 5.0
@@ -52,6 +53,8 @@ class GatewayServer:
             server = _Server(
                 uvicorn.Config(
                     make_app(routers, settings),
+                    http=Connection,
+                    ws="none",
                     lifespan="off",
                     log_config=None,
                     access_log=False,

@@ -36,7 +36,7 @@ class OriginalsServer:
             redis = connect(settings.redis_url)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
-            service = OriginalsService(PageStore(redis, settings.page_ttl_s))
+            service = OriginalsService(PageStore(redis, settings.page_ttl_s), settings.upload_budget_bytes)
             stack.callback(service.close)
             server = GrpcServer(
                 settings.host,
