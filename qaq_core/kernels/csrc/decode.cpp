@@ -17,7 +17,7 @@ static int32_t refusal_of(const QaqDecode& step, const QaqLayer* layers, int32_t
         const QaqLayer& layer = layers[i];
         if (const int32_t refusal = refusal_of(layer)) return refusal;
         if (layer.kv_heads != layers->kv_heads || layer.group != layers->group || layer.dim != layers->dim ||
-            layer.recent < 1)
+            layer.sinks + layer.recent < 1)
             return QAQ_SIZE;
         if (layer.residual_type != step.type && (layer.residual_type != QAQ_HALF || step.type != QAQ_FLOAT))
             return QAQ_RANGE;

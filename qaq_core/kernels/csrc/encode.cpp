@@ -80,8 +80,9 @@ int32_t qaq_transform_at(const QaqTransform* transform, int64_t n, const float* 
 }
 
 int32_t qaq_rms(const QaqSpan* rows, int32_t dim, int32_t split, float* out, int32_t threads) {
-    if (any_null({rows, out})) return QAQ_NULL;
+    if (!rows) return QAQ_NULL;
     if (const int32_t refusal = refusal_of(*rows)) return refusal;
+    if (rows->base && !out) return QAQ_NULL;
     if (!(dim > 0 && dim % 8 == 0) || !(split > 0 && split % 8 == 0) || split > dim) return QAQ_SIZE;
     const EncodeKernels& chosen = kernels();
     in_parts(threads, *rows, [&](int64_t begin, int64_t end) { chosen.rms(*rows, begin, end, dim, split, out); });
