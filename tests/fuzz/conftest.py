@@ -58,15 +58,18 @@ class Fuzzed:
         """Everything is given back, and a request is answered."""
         await self._until_settled()
         assert not self.errors, self.errors[0]
+        asked = generate_pb2.GenerateRequest(
+            prompt="Hello",
+            choices=8,  # all places
+            stop=common_pb2.StopParams(max_new_tokens=2, ignore_eos=True),
+        )
         async with grpc.aio.insecure_channel(self.addresses["router"]) as channel:
-            call = generate_pb2_grpc.InferenceStub(channel).Generate(
-                generate_pb2.GenerateRequest(
-                    prompt="Hello",
-                    choices=8,  # all places
-                    stop=common_pb2.StopParams(max_new_tokens=2, ignore_eos=True),
-                ),
-                timeout=30,
-            )
+            stub, ends = generate_pb2_grpc.InferenceStub(channel), asyncio.get_running_loop().time() + SETTLE_S
+            while not (await stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)).workers:
+                # A machine that is busy may have held up this process, heartbeats included.
+                assert asyncio.get_running_loop().time() < ends
+                await asyncio.sleep(0.1)
+            call = stub.Generate(asked, timeout=60)
             assert [reply.WhichOneof("event") async for reply in call].count("finished") == 8
         await self._until_settled()
 

@@ -36,6 +36,13 @@ _TEXTS = (
     "ab " * 20_000,
 )
 _FIELD = FieldDescriptor
+_PYTHON: dict[int, type] = {
+    _FIELD.TYPE_DOUBLE: float,
+    _FIELD.TYPE_FLOAT: float,
+    _FIELD.TYPE_BOOL: bool,
+    _FIELD.TYPE_STRING: str,
+    _FIELD.TYPE_BYTES: bytes,
+}
 
 
 class Messages:
@@ -86,21 +93,23 @@ class Messages:
         count = self._random.choice((0, 1, 1, 2, 3, 20, self._random.choice((20, 1100, 70_000))))
         entries = getattr(message, field.name)
         if field.message_type is None:
-            entries.extend(self._scalar(field) for _ in range(count))
+            few = [self._scalar(field) for _ in range(min(count, 20))]
+            entries.extend(few * (count // max(1, len(few))))
         elif field.message_type.GetOptions().map_entry:
             key, value = field.message_type.fields
             for _ in range(min(count, 1100)):
                 if value.message_type is None:
                     entries[self._scalar(key)] = self._scalar(value)
         else:
-            for _ in range(min(count, 20) if depth else min(count, 5000)):
-                entries.add().CopyFrom(self.message(field.message_type, depth + 2 if count > 20 else depth + 1))
+            few = [self.message(field.message_type, depth + 1) for _ in range(min(count, 6))]
+            entries.extend(few * (min(count, 20 if depth else 5000) // max(1, len(few))))
 
     def _set(self, message: Message, field: FieldDescriptor) -> None:
         setattr(message, field.name, self._scalar(field))
 
     def _scalar(self, field: FieldDescriptor) -> Any:
-        random, hints = self._random, self._hints.get(field.name)
+        random, kind = self._random, _PYTHON.get(field.type, int)
+        hints = [hint for hint in self._hints.get(field.name, ()) if isinstance(hint, kind)]
         if hints and random.random() < 0.7:
             return random.choice(hints)
         if field.type in (_FIELD.TYPE_DOUBLE, _FIELD.TYPE_FLOAT):

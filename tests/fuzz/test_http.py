@@ -21,7 +21,7 @@ from tests.fuzz.generators import Json
 
 REQUESTS = LONG or 300
 TOGETHER = 8
-ANSWER_S = 40.0
+ANSWER_S = 90.0
 METHODS = ("HEAD", "OPTIONS", "PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get", "POST", "GET", "DELETE")
 TYPES = ("text/plain", "", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/jsonp", "é")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
