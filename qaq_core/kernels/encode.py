@@ -113,12 +113,19 @@ class NativeEncoder:
         place = layer * linear.key_mean.shape[1] + head
         if far is not None:  # a table of the rows' own, by row
             kinds, position = torch.zeros(len(linear.kind), dtype=torch.long), torch.arange(len(rows))
-            given.angles, given.angles_stride, given.kind, given.kinds = far.data_ptr(), far.numel(), kinds.data_ptr(), 1
+            given.angles, given.angles_stride, given.kind, given.kinds = (
+                far.data_ptr(),
+                far.numel(),
+                kinds.data_ptr(),
+                1,
+            )
             alive = far, kinds
         parts = (originals.float().contiguous(), place, position.contiguous(), place.argsort(), rows)
         checked(
             self._library.qaq_transform_at,
-            ctypes.byref(given), c_int64(len(rows)), *(c_void_p(part.data_ptr()) for part in parts)
+            ctypes.byref(given),
+            c_int64(len(rows)),
+            *(c_void_p(part.data_ptr()) for part in parts),
         )
         del alive
         return rows

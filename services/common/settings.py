@@ -61,14 +61,15 @@ class GatewaySettings(CommonSettings):
 
     Attributes:
         router: host:port of the routers, separated by commas, in order of preference. None takes the registered ones.
-        max_body_bytes: of a request. max_bodies_bytes: of all requests that have not been answered.
+        max_body_bytes: of a request; a longer one would hold the event loop for over 50 ms.
+        max_bodies_bytes: of all requests that have not been answered.
         cors_origins: origins whose pages may call the gateway, separated by commas; "*" is any. None if empty.
     """
 
     port: int = Field(default=8000, ge=0, le=65535)
     router: str | None = None
     request_timeout_s: float = Field(default=600.0, gt=0)
-    max_body_bytes: int = Field(default=16 * MIB, ge=1)
+    max_body_bytes: int = Field(default=8 * MIB, ge=1)
     max_bodies_bytes: int = Field(default=256 * MIB, ge=1)
     cors_origins: str = ""
 

@@ -30,7 +30,8 @@ class _Part:
     """What is known of a piece of a body.
 
     Attributes:
-        first, last: rules that it may begin and end with. beside: pairs of rules that may stand beside each other in it.
+        first, last: rules that it may begin and end with.
+        beside: pairs of rules that may stand beside each other in it.
         empty: whether an empty text fits it.
     """
 

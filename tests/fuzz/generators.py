@@ -15,7 +15,23 @@ Hints = Mapping[str, Sequence[Any]]
 """Values that make sense, by a field's name, so that not everything is refused by its first check."""
 
 DEPTH = 6
-_FLOATS = (0.0, -0.0, 1.0, 0.5, -1.0, 2.0, 16.0, 1e-45, 1e-5, 3.4e38, -3.4e38, float("nan"), float("inf"), -float("inf"))
+MOST_BYTES = 6 << 20  # of a list: more than any request may have
+_FLOATS = (
+    0.0,
+    -0.0,
+    1.0,
+    0.5,
+    -1.0,
+    2.0,
+    16.0,
+    1e-45,
+    1e-5,
+    3.4e38,
+    -3.4e38,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+)
 _TEXTS = (
     "",
     "x",
@@ -94,7 +110,8 @@ class Messages:
         entries = getattr(message, field.name)
         if field.message_type is None:
             few = [self._scalar(field) for _ in range(min(count, 20))]
-            entries.extend(few * (count // max(1, len(few))))
+            size = sum(len(one) if isinstance(one, str | bytes) else 8 for one in few)
+            entries.extend(few * _copies(count, few, size))
         elif field.message_type.GetOptions().map_entry:
             key, value = field.message_type.fields
             for _ in range(min(count, 1100)):
@@ -102,7 +119,7 @@ class Messages:
                     entries[self._scalar(key)] = self._scalar(value)
         else:
             few = [self.message(field.message_type, depth + 1) for _ in range(min(count, 6))]
-            entries.extend(few * (min(count, 20 if depth else 5000) // max(1, len(few))))
+            entries.extend(few * _copies(min(count, 20 if depth else 5000), few, sum(one.ByteSize() for one in few)))
 
     def _set(self, message: Message, field: FieldDescriptor) -> None:
         setattr(message, field.name, self._scalar(field))
@@ -127,6 +144,11 @@ class Messages:
             return random.choice((0, 1, 2, 7, 16, 17, 255, random.randrange(50_000), 2**bits - 1))
         ends = (2 ** (bits - 1) - 1, -(2 ** (bits - 1)))
         return random.choice((0, 1, 1, 2, 3, 8, 16, 17, -1, 128, random.randrange(50_000), *ends))
+
+
+def _copies(count: int, few: Sequence[Any], size: int) -> int:
+    """How often a few values are sent, that together are `count` and not too long."""
+    return max(1, min(count // max(1, len(few)), MOST_BYTES // max(1, size)))
 
 
 class Json:
@@ -193,7 +215,7 @@ class Json:
             case 3:
                 return b'{"user":' * random.choice((50, 300, 50_000)) + b"1" + b"}" * random.choice((0, 50, 300))
             case 4:
-                return raw.replace(b":", b": NaN, \"x\":", 1)
+                return raw.replace(b":", b': NaN, "x":', 1)
             case 5:
                 return b"\xef\xbb\xbf" + raw
             case _:

@@ -171,7 +171,7 @@ async def test_whatever_is_sent_is_answered(fuzzed: Fuzzed) -> None:
     caller = await run(fuzzed, MESSAGES, seed=2)
     print(dict(caller.codes), f"{(resident() - before) >> 20} MB more")
     assert not caller.wrong, "\n".join(caller.wrong[:20])
-    assert caller.codes["OK"] and caller.codes["INVALID_ARGUMENT"], "some messages are valid, others are not"
+    assert min(caller.codes["OK"], caller.codes["INVALID_ARGUMENT"]) > 0, "some messages are valid, others are not"
     await fuzzed.check()
     assert resident() - before < GROWTH
 

@@ -23,12 +23,22 @@ REQUESTS = LONG or 300
 TOGETHER = 8
 ANSWER_S = 90.0
 METHODS = ("HEAD", "OPTIONS", "PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get", "POST", "GET", "DELETE")
-TYPES = ("text/plain", "", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/jsonp", "é")
+TYPES = (
+    "text/plain",
+    "",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=x",
+    "application/jsonp",
+    "é",
+)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 HINTS: dict[str, Any] = {
     "model": ["", "tiny", None],
     "prompt": ["Hello", ["Hello", "there"], [1, 2, 3], [[1, 2], "x"]],
-    "messages": [[{"role": "user", "content": "Hello"}], [{"role": "user", "content": [{"type": "text", "text": "x"}]}]],
+    "messages": [
+        [{"role": "user", "content": "Hello"}],
+        [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+    ],
     "role": ["user", "system", "assistant", "tool", "developer"],
     "content": ["Hello", None],
     "n": [1, 1, 2, 8, 9, 0],
@@ -132,7 +142,7 @@ class Client:
             path = path.replace(name, random.choice(PATHS))
         path += random.choice(("", "", "", "?x=%ff&y", "?" + "a=b&" * 100))
         body = b"" if schema is None and random.random() < 0.8 else self._json.text(schema or {})
-        headers = [f"host: x", "connection: close"]
+        headers = ["host: x", "connection: close"]
         kind = "application/json" if random.random() < 0.9 else random.choice(TYPES)
         if body or schema:
             headers.append(f"content-type: {kind}")
@@ -180,18 +190,21 @@ class Client:
         return made if self._random.random() < 0.8 else made.replace(b"\r\n", b"\n", 1)
 
     def _no_http(self) -> bytes:
-        return self._random.choice(
-            (
-                self._random.randbytes(200),
-                b"GET /\r\n\r\n",
-                b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-                b"GET / HTTP/9.9\r\nhost: x\r\n\r\n",
-                b"GET http://[ HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 2\r\n"
-                b"content-length: 3\r\n\r\n{}}",
+        return (
+            self._random.choice(
+                (
+                    self._random.randbytes(200),
+                    b"GET /\r\n\r\n",
+                    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+                    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+                    b"GET / HTTP/9.9\r\nhost: x\r\n\r\n",
+                    b"GET http://[ HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+                    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 2\r\n"
+                    b"content-length: 3\r\n\r\n{}}",
+                )
             )
-        ) + b"\r\n\r\n"
+            + b"\r\n\r\n"
+        )
 
 
 def _answer(raw: bytes) -> Answer | None:
@@ -204,6 +217,8 @@ def _answer(raw: bytes) -> Answer | None:
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
     if headers.get("transfer-encoding") == "chunked":
         body = _joined(body)
+    elif "content-length" in headers:
+        body = body[: int(headers["content-length"])]  # the next answer may follow
     return Answer(int(first.split()[1]), headers, body)
 
 
@@ -252,7 +267,7 @@ async def test_whatever_is_sent_is_answered(fuzzed: Fuzzed) -> None:
     client = await run(fuzzed, REQUESTS, seed=2)
     print(dict(client.statuses), f"{(resident() - before) >> 20} MB more")
     assert not client.wrong, "\n".join(client.wrong[:20])
-    assert client.statuses[200] and client.statuses[400], "some requests are valid, others are not"
+    assert min(client.statuses[200], client.statuses[400]) > 0, "some requests are valid, others are not"
     await fuzzed.check()
     assert resident() - before < GROWTH
 

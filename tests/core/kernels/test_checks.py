@@ -30,9 +30,9 @@ pytestmark = pytest.mark.skipif(LOADED is None, reason="the C++ library is not b
 
 CALLS = int(os.environ.get("QAQ_FUZZ", "3000"))
 FUNCTIONS = (
-    "qaq_attend qaq_decode qaq_transform qaq_transform_at qaq_rms qaq_encode qaq_update_statistic qaq_weigh qaq_widths "
-    "qaq_width_changes qaq_count qaq_repack qaq_narrow"
-).split()
+    *("qaq_attend", "qaq_decode", "qaq_transform", "qaq_transform_at", "qaq_rms", "qaq_encode", "qaq_update_statistic"),
+    *("qaq_weigh", "qaq_widths", "qaq_width_changes", "qaq_count", "qaq_repack", "qaq_narrow"),
+)
 # Arrays of indices and sizes, by structure: their type, and how many there are.
 ARRAYS: dict[type[Structure], dict[str, tuple[Any, Any]]] = {
     TransformTables: {"kind": (c_int64, lambda one: one.layers)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 
 import grpc
 import pytest
@@ -19,7 +19,7 @@ from services.common.settings import OriginalsSettings
 from services.originals import uploads
 from services.originals.server import OriginalsServer
 from services.originals.uploads import Uploads
-from tests.services.originals.conftest import make_pages
+from tests.services.originals.conftest import make_pages, status
 from tests.services.originals.test_service import chunks
 
 A, B = "ipv4:10.0.0.1:5000", "ipv6:[::1]:5000"
@@ -79,13 +79,17 @@ async def test_unfinished_tables_hold_a_bounded_number_of_bytes(small: originals
         call.cancel()
     await asyncio.wait(pending)
     pages = make_pages(2)
-    while True:  # until the cancelled calls have ended there too
-        try:
-            assert (await small.Put(chunks(*pages), timeout=10)).pages_stored == 2
-            break
-        except grpc.aio.AioRpcError as error:
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            await asyncio.sleep(0.05)
+    while (code := await outcome(small.Put(chunks(*pages), timeout=10))) is grpc.StatusCode.RESOURCE_EXHAUSTED:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)  # the cancelled calls have not ended there yet
+    assert code is grpc.StatusCode.OK
+
+
+async def outcome(call: Awaitable[object]) -> grpc.StatusCode:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 async def silent() -> AsyncIterator[pb.PutRequest]:
@@ -96,10 +100,10 @@ async def silent() -> AsyncIterator[pb.PutRequest]:
 async def test_silent_uploads_leave_places_for_others(small: originals_pb2_grpc.OriginalsStub) -> None:
     calls = [asyncio.ensure_future(small.Put(silent(), timeout=60)) for _ in range(300)]
     most = uploads.MAX_UPLOADS * 3 // 4
-    while sum(call.done() for call in calls) < len(calls) - most:
-        await asyncio.sleep(0.05)
-    codes = {call.exception().code() for call in calls if call.done()}  # type: ignore[union-attr]
-    assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    over = iter(asyncio.as_completed(calls))
+    for _ in range(len(calls) - most):
+        code, _ = await status(next(over))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (await small.Match(pb.MatchRequest(page_ids=[bytes(32)]), timeout=10)).pages == 0
     for call in calls:
         call.cancel()
