@@ -25,6 +25,7 @@ MARKS_OF_FIXTURES = {"smollm2": ["model"], "model_path": ["model"], "redis_serve
 MARKS_OF_FOLDERS = {
     "e2e": ["model", "redis", "slow"],
     "faults": ["model", "redis", "slow"],
+    "fuzz": ["model", "redis", "slow"],
     "clients": ["model", "redis", "slow"],
 }
 

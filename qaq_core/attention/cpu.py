@@ -17,7 +17,7 @@ import torch
 from qaq_core.allocation.attention_statistics import StepObserver
 from qaq_core.attention.fallback import KernelWithFallback, restored_outputs, transformed_queries
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
-from qaq_core.kernels import LAYER, REDUCTIONS, TYPES, Describer
+from qaq_core.kernels import LAYER, REDUCTIONS, TYPES, Describer, checked
 from qaq_core.quantization.codecs import Codec
 
 SINGLE_THREAD_BELOW = 1 << 19
@@ -71,8 +71,7 @@ class CpuAttention(KernelWithFallback):
         for name, rows in (("query", query), ("transformed", asked), ("out_residual", exact), ("out_packed", middle)):
             calls[name] = rows.data_ptr() + place
         calls["stride"] = batch * dim
-        if self.library.qaq_attend(c_void_p(calls.ctypes.data), c_int32(batch), c_int32(self.threads(size))):
-            raise MemoryError("no memory for the attention kernel's scratch")
+        checked(self.library.qaq_attend, c_void_p(calls.ctypes.data), c_int32(batch), c_int32(self.threads(size)))
         out = exact.add_(restored_outputs(transforms, layer, middle)) if transforms else exact
         return out.transpose(0, 1).unsqueeze(2)
 

@@ -21,6 +21,10 @@ class QuantizationError(QAQError, ValueError):
     """Rows cannot be quantized: NaN, infinite or beyond the codec's range. Names the layer."""
 
 
+class KernelError(QAQError, RuntimeError):
+    """The C++ library refused what it was given: a pointer, a size or an index that is none. It is a fault of QAQ."""
+
+
 class OriginalsError(QAQError):
     """The originals store refused or failed; nothing that was not acknowledged is lost."""
 

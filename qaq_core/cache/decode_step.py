@@ -19,7 +19,7 @@ from qaq_core.attention.cpu import CpuAttention
 from qaq_core.attention.fallback import supports_head_dim
 from qaq_core.cache.method import Method
 from qaq_core.cache.sequence import SequenceCache
-from qaq_core.kernels import LAYER, REDUCTIONS, SIDES, TYPES, DecodeStep, addresses
+from qaq_core.kernels import LAYER, REDUCTIONS, SIDES, TYPES, DecodeStep, addresses, checked
 
 
 class Step(Protocol):
@@ -157,8 +157,7 @@ class NativeStep:
             call.originals = self._originals_at[layer]
 
     def _run(self, records: int, count: int) -> None:
-        if self._library.qaq_decode(byref(self._call), c_void_p(records), c_int32(count), self._threads):
-            raise MemoryError("no memory for the attention kernel's scratch")
+        checked(self._library.qaq_decode, byref(self._call), c_void_p(records), c_int32(count), self._threads)
 
 
 class NativeDraft(NativeStep):

@@ -4,7 +4,7 @@ from qaq_core.kernels.allocate import NativeAllocator
 from qaq_core.kernels.choice import KERNELS, kernel_name, make_encoder, native_library
 from qaq_core.kernels.encode import NativeEncoder
 from qaq_core.kernels.layers import LAYER, REDUCTIONS, SIDES, Describer, addresses
-from qaq_core.kernels.library import load_library, missing_library
+from qaq_core.kernels.library import checked, load_library, missing_library
 from qaq_core.kernels.repack import NativeRepacker
 from qaq_core.kernels.structures import INTERFACE, TYPES, DecodeStep
 
@@ -21,6 +21,7 @@ __all__ = [
     "NativeEncoder",
     "NativeRepacker",
     "addresses",
+    "checked",
     "kernel_name",
     "load_library",
     "make_encoder",

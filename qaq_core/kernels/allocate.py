@@ -21,6 +21,7 @@ from qaq_core.allocation.attention_statistics import (
 )
 from qaq_core.allocation.policies.balanced import FLOOR, OWN, REACH, SINKS, BalancedPolicy
 from qaq_core.base.pages import KEY, VALUE
+from qaq_core.kernels.library import checked
 from qaq_core.kernels.repack import head_stride
 from qaq_core.kernels.structures import SideRows, StatisticUpdate, Weigh
 from qaq_core.quantization.codecs import Codec
@@ -66,7 +67,7 @@ class _Rules:
             smooth=smooth.data_ptr(),
             weight=weight.data_ptr(),
         )
-        self._library.qaq_weigh(ctypes.byref(job))
+        checked(self._library.qaq_weigh, ctypes.byref(job))
         return weight
 
     def update_statistic(self, state: torch.Tensor, observed: torch.Tensor, keep: float, position: int) -> None:
@@ -89,7 +90,7 @@ class _Rules:
             step=LOG2_STEP,
             seed=DITHER * position,
         )
-        self._library.qaq_update_statistic(ctypes.byref(job))
+        checked(self._library.qaq_update_statistic, ctypes.byref(job))
 
     def widths(self, side: int, weight: torch.Tensor, meta: torch.Tensor, factor: float) -> torch.Tensor:
         """Widths uint8 [layers, kv_heads, n] of rows with meta bytes [layers, kv_heads, n, 1].
@@ -99,7 +100,7 @@ class _Rules:
         """
         widths = torch.empty(weight.shape, dtype=torch.uint8)
         rows = self._rows(side, weight, meta)
-        self._library.qaq_widths(ctypes.byref(rows), c_float(factor), c_void_p(widths.data_ptr()))
+        checked(self._library.qaq_widths, ctypes.byref(rows), c_float(factor), c_void_p(widths.data_ptr()))
         return widths
 
     def width_changes(
@@ -116,7 +117,7 @@ class _Rules:
         index = torch.empty(weight.numel(), dtype=torch.int64)
         held, wanted = torch.empty(2, weight.numel(), dtype=torch.uint8).unbind()
         out = (c_void_p(part.data_ptr()) for part in (index, held, wanted))
-        count = self._library.qaq_width_changes(ctypes.byref(rows), *map(c_float, factors), *out)
+        count = checked(self._library.qaq_width_changes, ctypes.byref(rows), *map(c_float, factors), *out)
         return index[:count].clone(), held[:count].clone(), wanted[:count].clone()
 
     def _rows(self, side: int, weight: torch.Tensor, meta: torch.Tensor) -> SideRows:

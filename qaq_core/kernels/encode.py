@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from qaq_core.base.pages import KEY
+from qaq_core.kernels.library import checked
 from qaq_core.kernels.structures import TYPES, CellTables, Encode, NativeRotation, Span, TransformTables
 from qaq_core.quantization.codecs import Codec, GaussianCodec
 from qaq_core.quantization.codecs.base import Cells
@@ -87,7 +89,8 @@ class NativeEncoder:
         layers, _, n, _ = originals.shape
         rows = originals if overwrite and originals.dtype == torch.float32 else torch.empty(originals.shape)
         given, alive = _tables(linear, side, start + n)
-        bad = self._library.qaq_transform(
+        bad = checked(
+            self._library.qaq_transform,
             ctypes.byref(given),
             ctypes.byref(_span(originals)),
             c_int32(TYPES[originals.dtype]),
@@ -105,11 +108,24 @@ class NativeEncoder:
         linear = self._linear(originals)
         if linear is None or not len(originals) or not _there(linear, layer, head, position):
             return self._reference.rows_at(side, originals, layer, head, position)
-        rows, (given, alive) = torch.empty(originals.shape), _tables(linear, side, int(position.max()) + 1)
+        rows, far = torch.empty(originals.shape), linear.angles_far(layer, position) if side == KEY else None
+        given, alive = _tables(linear, side, 0 if far is not None else int(position.max()) + 1)
         place = layer * linear.key_mean.shape[1] + head
+        if far is not None:  # a table of the rows' own, by row
+            kinds, position = torch.zeros(len(linear.kind), dtype=torch.long), torch.arange(len(rows))
+            given.angles, given.angles_stride, given.kind, given.kinds = (
+                far.data_ptr(),
+                far.numel(),
+                kinds.data_ptr(),
+                1,
+            )
+            alive = far, kinds
         parts = (originals.float().contiguous(), place, position.contiguous(), place.argsort(), rows)
-        self._library.qaq_transform_at(
-            ctypes.byref(given), c_int64(len(rows)), *(c_void_p(part.data_ptr()) for part in parts)
+        checked(
+            self._library.qaq_transform_at,
+            ctypes.byref(given),
+            c_int64(len(rows)),
+            *(c_void_p(part.data_ptr()) for part in parts),
         )
         del alive
         return rows
@@ -122,7 +138,8 @@ class NativeEncoder:
         assert isinstance(codec, GaussianCodec)
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         rms = torch.empty(*rows.shape[:-1], 2 if codec.split else 1)
-        self._library.qaq_rms(
+        checked(
+            self._library.qaq_rms,
             ctypes.byref(_span(rows)),
             c_int32(dim),
             c_int32(8 * codec.split or dim),
@@ -162,8 +179,8 @@ class NativeEncoder:
             units=self._layouts(side, dim).units.data_ptr(),
         )
         pointers = (part if part is None else part.data_ptr() for part in held)
-        job = Encode(cells, _span(rows), *pointers)
-        self._library.qaq_encode(ctypes.byref(job), _threads(rows))
+        job = Encode(cells, _span(rows), *pointers, out.numel())
+        checked(self._library.qaq_encode, ctypes.byref(job), _threads(rows))
 
     def _linear(self, originals: torch.Tensor) -> LinearTransform | None:
         """The transform, if the library can apply it to these originals."""
@@ -202,8 +219,10 @@ def _tables(transform: LinearTransform, side: int, stop: int) -> tuple[Transform
     mean, angles = transform.centers(side, stop)
     matrices = transform.matrices[side]
     given = TransformTables(
+        layers=mean.shape[0],
         kv_heads=mean.shape[1],
         dim=mean.shape[2],
+        kinds=0 if angles is None else len(angles),
         matrices=matrices.data_ptr(),
         means=mean.data_ptr(),
         angles=None if angles is None else angles.data_ptr(),

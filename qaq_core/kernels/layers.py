@@ -91,7 +91,7 @@ class Describer:
         records = self.nothing(packed.layers)
         alive: list[object] = []
         records["packed"], records["start"] = len(packed), packed.start
-        records["block_tokens"] = packed_rows.BLOCK_TOKENS
+        records["block_tokens"], records["blocks"] = packed_rows.BLOCK_TOKENS, len(packed.sides[0].pools)
         records["tags"] = addresses(packed.tags)
         records["tags_head_stride"] = packed.tags.stride(1)
         transform = packed.quantizer.transform

@@ -13,7 +13,29 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+from qaq_core.base.errors import KernelError
 from qaq_core.kernels.structures import INTERFACE, compiled, declared, difference
+
+_REFUSALS = {
+    -2: "a pointer that it needs is null",
+    -3: "sizes do not fit each other",
+    -4: "a type, a width, an index or a position is out of range",
+}
+"""QaqRefusal of csrc/interface.h."""
+
+
+def checked(function: Any, *arguments: Any) -> int:
+    """Calls a function of the library. Returns what it returns.
+
+    Raises:
+        KernelError: it refused its arguments. MemoryError: it has no memory for scratch.
+    """
+    result: int = function(*arguments)
+    if result == -1:
+        raise MemoryError("no memory for a kernel's scratch")
+    if result < 0:
+        raise KernelError(f"{function.__name__} cannot be called like this: {_REFUSALS.get(result, result)}")
+    return result
 
 
 @cache

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from qaq_core.base.widths import HALF, WIDTHS
+from qaq_core.kernels.library import checked
 from qaq_core.kernels.structures import Narrow, Repack
 from qaq_core.storage.repack import Moves, Rows
 
-_Pointers = c_void_p * len(WIDTHS)
+_Pointers, _Counts = c_void_p * len(WIDTHS), c_int64 * len(WIDTHS)
 
 
 class NativeRepacker:
@@ -23,7 +24,8 @@ class NativeRepacker:
         """See `Repacker`."""
         layers, heads, tokens = tags.shape
         counts = torch.empty(layers, heads, len(WIDTHS), dtype=torch.int64)
-        self._library.qaq_count(
+        checked(
+            self._library.qaq_count,
             c_void_p(tags.data_ptr()),
             c_int64(head_stride(tags)),
             c_int32(layers * heads),
@@ -46,7 +48,7 @@ class NativeRepacker:
             elif count:
                 rows[width] = held[width]
         index, keep, planes, offsets = (t.contiguous() for t in (moves.index, moves.keep, moves.planes, moves.offsets))
-        held_at, rows_at = _pointers(held), _pointers(fresh)
+        held_at, rows_at, held_rows, room = _pointers(held), _pointers(fresh), _counts(held), _counts(fresh)
         job = Repack(
             heads=before.shape[0] * before.shape[1],
             before=before.shape[2],
@@ -58,14 +60,17 @@ class NativeRepacker:
             tags_after=after.data_ptr(),
             after_stride=head_stride(after),
             held=ctypes.addressof(held_at),
+            held_rows=ctypes.addressof(held_rows),
             rows=ctypes.addressof(rows_at),
+            room=ctypes.addressof(room),
             moves=len(index),
             index=index.data_ptr(),
             keep=keep.data_ptr(),
             planes=planes.data_ptr(),
+            plane_bytes=planes.numel(),
             offsets=offsets.data_ptr(),
         )
-        self._library.qaq_repack(ctypes.byref(job))
+        checked(self._library.qaq_repack, ctypes.byref(job))
         return rows
 
     def narrow(self, held: Rows, half_bit: int, before: torch.Tensor, after: torch.Tensor, side: int) -> Rows:
@@ -76,7 +81,7 @@ class NativeRepacker:
             for width, count in zip(WIDTHS[1:], counts[1:], strict=True)
             if count
         }
-        held_at, rows_at = _pointers(held), _pointers(rows)
+        held_at, rows_at, held_rows, room = _pointers(held), _pointers(rows), _counts(held), _counts(rows)
         job = Narrow(
             heads=before.shape[0] * before.shape[1],
             tokens=before.shape[2],
@@ -87,15 +92,21 @@ class NativeRepacker:
             after=after.data_ptr(),
             after_stride=head_stride(after),
             held=ctypes.addressof(held_at),
+            held_rows=ctypes.addressof(held_rows),
             rows=ctypes.addressof(rows_at),
+            room=ctypes.addressof(room),
         )
-        self._library.qaq_narrow(ctypes.byref(job))
+        checked(self._library.qaq_narrow, ctypes.byref(job))
         return rows
 
 
 def _pointers(rows: Rows) -> Any:
     """Addresses of the rows of each of WIDTHS; null for widths without rows."""
     return _Pointers(*(rows[width].data_ptr() if width in rows else None for width in WIDTHS))
+
+
+def _counts(rows: Rows) -> Any:
+    return _Counts(*(len(rows[width]) if width in rows else 0 for width in WIDTHS))
 
 
 def head_stride(tags: torch.Tensor) -> int:

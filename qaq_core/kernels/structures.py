@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 16
+INTERFACE = 17
 """QAQ_INTERFACE of csrc/interface.h: changes with a function's arguments or a field's meaning."""
 
 
@@ -54,7 +54,7 @@ class Layer(Structure):
     """QaqLayer of csrc/attention.h."""
 
     _fields_ = [
-        *_fields(c_int32, "kv_heads group dim sinks recent packed block_tokens"),
+        *_fields(c_int32, "kv_heads group dim sinks recent packed block_tokens blocks"),
         *_fields(c_int32, "start first residual_type reduction"),
         *_fields(c_void_p, "query transformed"),
         ("stride", c_int64),
@@ -87,7 +87,7 @@ class TransformTables(Structure):
     """QaqTransform of csrc/encode.h."""
 
     _fields_ = [
-        *_fields(c_int32, "kv_heads dim"),
+        *_fields(c_int32, "layers kv_heads dim kinds"),
         *_fields(c_void_p, "matrices means angles"),
         ("angles_stride", c_int64),
         ("kind", c_void_p),
@@ -110,7 +110,12 @@ class CellTables(Structure):
 class Encode(Structure):
     """QaqEncode of csrc/encode.h."""
 
-    _fields_ = [("cells", CellTables), ("rows", Span), *_fields(c_void_p, "scales offset have want begin out")]
+    _fields_ = [
+        ("cells", CellTables),
+        ("rows", Span),
+        *_fields(c_void_p, "scales offset have want begin out"),
+        ("out_bytes", c_int64),
+    ]
 
 
 class Weigh(Structure):
@@ -160,9 +165,11 @@ class Repack(Structure):
         ("before_stride", c_int64),
         ("tags_after", c_void_p),
         ("after_stride", c_int64),
-        *_fields(c_void_p, "held rows"),
+        *_fields(c_void_p, "held held_rows rows room"),
         ("moves", c_int64),
-        *_fields(c_void_p, "index keep planes offsets"),
+        *_fields(c_void_p, "index keep planes"),
+        ("plane_bytes", c_int64),
+        ("offsets", c_void_p),
     ]
 
 
@@ -175,7 +182,7 @@ class Narrow(Structure):
         ("before_stride", c_int64),
         ("after", c_void_p),
         ("after_stride", c_int64),
-        *_fields(c_void_p, "held rows"),
+        *_fields(c_void_p, "held held_rows rows room"),
     ]
 
 

@@ -10,6 +10,9 @@ from qaq_core.base.errors import ModelLoadError
 from qaq_core.models.checkpoint import Checkpoint, first_line, locate
 from qaq_core.models.gguf import Progress, converted_tokenizer, silent
 
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.model")
+"""What a tokenizer may be read from."""
+
 
 def load_tokenizer(source: str, progress: Progress | None = None) -> Any:
     """The tokenizer of a model; its weights are not read.
@@ -34,6 +37,10 @@ def tokenizer_of(checkpoint: Checkpoint, progress: Progress) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:
+        if not any(found for kind in _FILES for found in directory.glob(kind)):
+            raise ModelLoadError(
+                f"there is no tokenizer in {directory}; put the model's tokenizer.json and tokenizer_config.json there"
+            ) from error
         raise ModelLoadError(
             f"the tokenizer in {directory} cannot be loaded; download it again ({first_line(error)})"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -10,8 +11,11 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from services.common.errors import InvalidArgument, to_status
+from services.common.errors import InvalidArgument, ResourceExhausted, to_status
 from services.common.roles import Guard
+
+MESSAGE_S = 15.0
+"""How long a client may take for its call's next message: a call that is silent holds one of the server's places."""
 
 log = structlog.get_logger()
 
@@ -24,6 +28,9 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     Requests are decoded here instead of by gRPC, so that a malformed request (for example with invalid UTF-8) or a
     request that is too large gets INVALID_ARGUMENT and a message. Unexpected errors are logged with their traceback and
     reach the caller as INTERNAL without details.
+
+    Every method is given to gRPC as one that reads a stream, which is the same to a client: gRPC itself would wait for
+    the message of a unary call without an end.
 
     Args:
         guard: checks the caller first.
@@ -44,28 +51,36 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         return self._wrap(handler, details.method)
 
     def _wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
-        kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
-        behaviour = getattr(handler, kind)
-        decode = self._decode_each if handler.request_streaming else self._decode
         admit = self._guard.check if self._guard else _anyone
+        behaviour = getattr(handler, f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}")
 
-        async def unary(raw: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def given(raw: AsyncIterator[bytes]) -> Any:
+            """What the method takes: its message, or all of them."""
+            messages = aiter(raw)
+            if handler.request_streaming:
+                return self._all(messages, handler.request_deserializer)
+            message = await _next(messages)
+            if message is None:
+                raise InvalidArgument("the call has no message; send one")
+            return self._decode(message, handler.request_deserializer)
+
+        async def unary(raw: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
             try:
                 admit(method, context)
-                return await behaviour(decode(raw, handler.request_deserializer), context)
+                return await behaviour(await given(raw), context)
             except Exception as error:
                 await _abort(context, error, method)
 
-        async def stream(raw: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async def stream(raw: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
                 admit(method, context)
-                async with aclosing(behaviour(decode(raw, handler.request_deserializer), context)) as replies:
+                async with aclosing(behaviour(await given(raw), context)) as replies:
                     async for reply in replies:
                         yield reply
             except Exception as error:
                 await _abort(context, error, method)
 
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        make = getattr(grpc, f"stream_{_arity(handler.response_streaming)}_rpc_method_handler")
         wrapped = stream if handler.response_streaming else unary
         return make(wrapped, request_deserializer=None, response_serializer=handler.response_serializer)
 
@@ -83,13 +98,28 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                 "this server's"
             ) from error
 
-    async def _decode_each(self, raw: AsyncIterator[bytes], deserialize: Deserializer) -> AsyncIterator[Any]:
-        async for message in raw:
+    async def _all(self, messages: AsyncIterator[bytes], deserialize: Deserializer) -> AsyncIterator[Any]:
+        while (message := await _next(messages)) is not None:
             yield self._decode(message, deserialize)
 
 
 def _anyone(method: str, context: Any) -> None:
     """Of a server that does not know its callers."""
+
+
+async def _next(messages: AsyncIterator[bytes]) -> bytes | None:
+    """The next message of a call; None at its end.
+
+    Raises:
+        ResourceExhausted: the client takes too long.
+    """
+    try:
+        async with asyncio.timeout(MESSAGE_S):
+            return await anext(messages, None)
+    except TimeoutError as error:
+        raise ResourceExhausted(
+            f"no message came for {MESSAGE_S:g} s; send a call's messages without such a pause"
+        ) from error
 
 
 def _arity(streaming: bool) -> str:

@@ -22,6 +22,9 @@ from services.common.roles import Guard
 MAX_REQUEST_BYTES = 5 << 20
 # More than the limit, so that most oversized requests get a message instead of a transport error.
 _TRANSPORT_BYTES = 16 << 20
+# A silent connection is closed, and every one is at times renewed. Running calls end first: without a grace period
+# after the age gRPC waits for them.
+_IDLE_MS, _AGE_MS, _HANDSHAKE_MS = 300_000, 3_600_000, 10_000
 STOP_S = 5.0
 """How long a server that stops waits for cancelled handlers, after its grace period."""
 
@@ -42,7 +45,8 @@ class GrpcServer:
         host, port: address to bind; port 0 takes any free port.
         advertise_host: host name of this machine for other servers, if it is not `host`.
         max_request_bytes: larger requests get INVALID_ARGUMENT.
-        max_concurrent_rpcs: further calls get RESOURCE_EXHAUSTED.
+        max_concurrent_rpcs: further calls get RESOURCE_EXHAUSTED. One connection has three quarters of them at most;
+            its other calls wait at their client.
         identity: serves with TLS, and only what the caller's role may call. None serves in clear, to everybody.
         certificates: callers must show a certificate. Otherwise they are clients, and are asked for none.
         interceptors: see every call before the services do. Their errors become statuses.
@@ -93,6 +97,10 @@ class GrpcServer:
                 # Otherwise a second server on the same port would share its connections instead of failing.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", _TRANSPORT_BYTES),
+                ("grpc.max_concurrent_streams", max(1, self._max_concurrent_rpcs * 3 // 4)),
+                ("grpc.max_connection_idle_ms", _IDLE_MS),
+                ("grpc.max_connection_age_ms", _AGE_MS),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),

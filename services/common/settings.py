@@ -116,7 +116,8 @@ class GatewaySettings(CommonSettings):
 
     Attributes:
         router: host:port of the routers, separated by commas, in order of preference. None takes the registered ones.
-        max_body_bytes: of a request.
+        max_body_bytes: of a request; a longer one would hold the event loop for over 50 ms.
+        max_bodies_bytes: of all requests that have not been answered.
         cors_origins: origins whose pages may call the gateway, separated by commas; "*" is any. None if empty.
         https: with a certificate, serve HTTP with TLS too. Without, it is for loopback.
         client_certificates: with TLS, clients must show a certificate.
@@ -125,7 +126,8 @@ class GatewaySettings(CommonSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     router: str | None = None
     request_timeout_s: float = Field(default=600.0, gt=0)
-    max_body_bytes: int = Field(default=16 * MIB, ge=1)
+    max_body_bytes: int = Field(default=8 * MIB, ge=1)
+    max_bodies_bytes: int = Field(default=256 * MIB, ge=1)
     cors_origins: str = ""
     https: bool = True
     client_certificates: bool = False
@@ -194,8 +196,10 @@ class OriginalsSettings(PageSettings):
             60 s.
         page_budget_bytes: bytes that pages and codecs may take in Redis. None takes Redis' maxmemory without a reserve
             for sessions and heartbeats: an eighth, at least 16 MiB. Unbounded if Redis has no maxmemory either.
+        upload_budget_bytes: of pages and tables that have not come completely; one host has three quarters of it.
     """
 
     port: int = Field(default=0, ge=0, le=65535)
     page_ttl_s: int = Field(default=3600, ge=180)
     page_budget_bytes: int | None = Field(default=None, ge=1)
+    upload_budget_bytes: int = Field(default=512 * MIB, ge=1)

@@ -16,22 +16,21 @@ from services.common.settings import GatewaySettings
 from services.common.streams import Asked, Stream
 from services.gateway import constraints, errors, models, requests, sessions, texts, tools
 from services.gateway.answers import load_parser
+from services.gateway.bodies import Bodies
 from services.gateway.caller import caller
 from services.gateway.calls import ClientGone, Tagged, events, merged, while_connected
 from services.gateway.replies import Answer, Json
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.schema import Request as Body
 from services.gateway.shapes import Chat, Completion
-from services.gateway.wire import EXPOSED_HEADERS, JsonRoute, Wire
-
-CLIENT_CLOSED_REQUEST = 499  # for the access log: the client does not read it
+from services.gateway.wire import CLIENT_CLOSED_REQUEST, EXPOSED_HEADERS, Identified, JsonRoute, Wire
 
 
 def make_app(routers: Routers, settings: GatewaySettings) -> FastAPI:
     """The FastAPI application."""
     app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None)
     errors.install(app)
-    app.add_middleware(Wire, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Wire, bodies=Bodies(settings.max_bodies_bytes, settings.max_body_bytes))
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         app.add_middleware(
@@ -41,6 +40,7 @@ def make_app(routers: Routers, settings: GatewaySettings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )
+    app.add_middleware(Identified)  # the outermost
     for part in (models.routes(routers), texts.routes(routers), sessions.routes(routers)):
         app.include_router(part)
     app.include_router(_generations(routers, settings.request_timeout_s))
@@ -57,14 +57,14 @@ def _generations(routers: Routers, timeout_s: float) -> APIRouter:
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        model = await models.served(routers, caller(request), body.model)
+        model = await models.served(routers, caller(request), body.model, body.n)
         echo = [prompt if isinstance(prompt, str) else None for prompt in body.prompts] if body.echo else None
         answer = Answer(Completion(body.logprobs, body.echo, body.prompt_logprobs), model, body.n, echo)
         return await respond(body, request, requests.completions(body, model), answer)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        model = await models.served(routers, caller(request), body.model)
+        model = await models.served(routers, caller(request), body.model, body.n)
         asked = requests.chat(body, model)
         readers = tools.prepare(body, asked, model)
         if readers is not None:

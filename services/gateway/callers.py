@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
 from services.common.errors import PermissionDenied
 from services.common.roles import may_call, role_of
+from services.gateway.connections import Connection
 from services.gateway.errors import response
 
 CALLED = "qaq.v1.Inference"
 
 
-class ClientsOnly(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class ClientsOnly(Connection):
     """Answers 403 to certificates of roles that may not call the router."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         certificate = transport.get_extra_info("ssl_object").getpeercert() or {}
         names = [name for kind, name in certificate.get("subjectAltName", ()) if kind == "URI"]

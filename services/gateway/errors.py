@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -39,8 +40,14 @@ _CODES = {
 }
 _INVALID = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
 
-_KINDS = ("str", "int", "float", "bool", "TextPart")  # pydantic's names of the types that a field may have
-_PATHS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_OF_HTTP = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+}
 
 # The router's messages begin with a field of the gRPC API; HTTP has other names for some.
 _FIELD = re.compile(r"(?:(?:sampling|stop|output)\.)?([a-z_]+)(?=[\[.: ])")
@@ -82,7 +89,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        told = described(str(error.detail), error.status_code, _PATHS.get(error.status_code))
+        told = described(str(error.detail), error.status_code, _OF_HTTP.get(error.status_code))
         return JSONResponse(told, error.status_code, headers=error.headers)
 
 
@@ -133,10 +140,23 @@ def _named(message: str) -> tuple[str, str | None]:
 def _malformed(error: RequestValidationError) -> dict[str, Any]:
     # Of the errors of a field that may have several types, that of the type which fits best is the deepest one.
     wrong = max(error.errors(), key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
-    parts = [str(part) for part in wrong["loc"][1:]]
-    place = ".".join(part for part in parts if part.isdecimal() or (part.isidentifier() and part not in _KINDS))[:200]
+    place = ".".join(_place(wrong["loc"][1:], error.body, wrong["type"] == "missing"))[:200]
     if wrong["type"] == "extra_forbidden":
         message = f"{place} is not supported here; leave it out"
     else:
         message = f"{place or 'the body'}: {str(wrong['msg']).removeprefix('Value error, ')}"
     return described(message, 400, _INVALID.get(wrong["type"], "invalid_value"), place or None)
+
+
+def _place(parts: Sequence[Any], sent: Any, missing: bool) -> Iterator[str]:
+    """The parts of a place that the client has sent. Others are pydantic's: the type that it tried of several.
+
+    Args:
+        sent: the body. missing: the last part is a field that was not sent.
+    """
+    for left, part in zip(reversed(range(len(parts))), parts, strict=True):
+        if (isinstance(sent, dict) and part in sent) or (isinstance(sent, list) and part in range(len(sent))):
+            sent = sent[part]
+            yield str(part)
+        elif missing and not left:
+            yield str(part)

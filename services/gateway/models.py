@@ -11,7 +11,8 @@ from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from qaq.v1 import common_pb2, generate_pb2
 
-from services.common.errors import Metadata
+from services.common.errors import InvalidArgument, Metadata
+from services.common.limits import MAX_CHOICES
 from services.common.metrics import GATEWAY
 from services.common.routers import Routers
 from services.gateway.caller import caller
@@ -21,13 +22,20 @@ from services.gateway.requests import default_sampling
 SHORT_DEADLINE_S = 30.0
 
 
-async def served(routers: Routers, metadata: Metadata, name: str = "") -> common_pb2.ModelInfo:
-    """Raises:
-    grpc.aio.AioRpcError: NOT_FOUND if another model is served, UNAUTHENTICATED without a key.
+async def served(routers: Routers, metadata: Metadata, name: str = "", choices: int = 1) -> common_pb2.ModelInfo:
+    """The served model.
+
+    Args:
+        choices: of one prompt, that will be asked for.
+    Raises:
+        grpc.aio.AioRpcError: NOT_FOUND if another model is served, UNAUTHENTICATED without a key.
+        InvalidArgument: too many choices.
     """
     asked = generate_pb2.GetModelRequest(model=name)
     async with routers.stub() as stub:
         reply = await stub.GetModel(asked, timeout=SHORT_DEADLINE_S, metadata=metadata)
+    if choices > (most := reply.max_choices or MAX_CHOICES):
+        raise InvalidArgument(f"n is {choices}; send 1 to {most}")
     return reply.model
 
 

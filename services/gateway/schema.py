@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from services.common.errors import InvalidArgument
 from services.common.limits import (
     MAX_BIASED_TOKENS,
-    MAX_CHOICES,
     MAX_REPETITION_PENALTY,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
@@ -71,7 +70,7 @@ class Request(WithoutEffect, Constrained):
     model: Name = ""
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, lt=2**31)] = 1  # as many as workers decode: `models.served` knows
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     frequency_penalty: Penalty | None = None
@@ -139,7 +138,7 @@ class CompletionRequest(Request):
     @model_validator(mode="after")
     def _answers_are_bounded(self) -> CompletionRequest:
         answers = self.n * len(self.prompts)
-        if answers > MAX_ANSWERS:
+        if len(self.prompts) > 1 and answers > MAX_ANSWERS:
             raise InvalidArgument(f"n is {self.n}, which makes {answers} answers; ask for at most {MAX_ANSWERS}")
         if self.best_of not in (None, self.n):
             raise InvalidArgument(f"best_of is {self.best_of}, but answers are not chosen between; leave it out")

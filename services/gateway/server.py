@@ -23,6 +23,7 @@ from services.common.server import PortTakenError, reachable, run_until_signal
 from services.common.settings import GatewaySettings
 from services.gateway.app import make_app
 from services.gateway.callers import ClientsOnly
+from services.gateway.connections import Connection
 
 GRACE_S = 2
 STOP_S = 5.0
@@ -60,11 +61,12 @@ class GatewayServer:
             server = _Server(
                 uvicorn.Config(
                     make_app(routers, settings),
+                    ws="none",
                     lifespan="off",
                     log_config=None,
                     access_log=False,
                     timeout_graceful_shutdown=GRACE_S,
-                    **_https(settings, who),
+                    **_http(settings, who),
                 )
             )
             task = asyncio.create_task(server.serve(sockets=[bound]), name="http")
@@ -97,22 +99,20 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _https(settings: GatewaySettings, who: Identity | None) -> dict[str, Any]:
-    """The arguments of uvicorn that make it serve HTTPS.
+def _http(settings: GatewaySettings, who: Identity | None) -> dict[str, Any]:
+    """The arguments of uvicorn for its connections, which are HTTPS if there is a certificate.
 
     Raises:
         ConfigError: HTTP is to be served in clear, and not on loopback.
     """
     if who is None:
-        return {}
+        return {"http": Connection}
     if not settings.https:
         require_loopback(settings.host, f"the gateway binds {settings.host} without HTTPS", settings)
-        return {}
+        return {"http": Connection}
     context = tls.server_context(who, certificates=settings.client_certificates)
-    served: dict[str, Any] = {"ssl_context_factory": lambda *_: context}
-    if settings.client_certificates:
-        served["http"] = ClientsOnly
-    return served
+    connection = ClientsOnly if settings.client_certificates else Connection
+    return {"ssl_context_factory": lambda *_: context, "http": connection}
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -14,94 +15,108 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common import metrics
 from services.common.errors import LIMITS
+from services.gateway.bodies import Bodies, Body, check_values
 from services.gateway.errors import described
 
 REQUEST_ID_HEADER = "x-request-id"
+REQUEST_ID = "qaq.request_id"  # in the scope
 EXPOSED_HEADERS = (
     *(REQUEST_ID_HEADER, "retry-after", "retry-after-ms"),
     *(f"{LIMITS}{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
 )
+CLIENT_CLOSED_REQUEST = 499  # for the access log: the client does not read it
 _MAX_ID = 128
 
 log = structlog.get_logger()
 
 
-class Wire:
-    """Wraps an app. Each response has a request id, the client's if it sent one.
+class Identified:
+    """Wraps an app. Each response has a request id, the client's if it sent one."""
 
-    Args:
-        max_body_bytes: of a request. A longer one is refused before it is read; one that does not say its length, when
-            it has become too long.
-    """
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        request_id, status, begun = _request_id(headers), 0, time.perf_counter()
+        request_id = scope[REQUEST_ID] = _request_id(Headers(scope=scope))
 
         async def identified(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
+        await self._app(scope, receive, identified)
+
+
+class Wire:
+    """Wraps an app that is wrapped by `Identified`.
+
+    Args:
+        bodies: of requests. One that is too long is refused before it is read; one that does not say its length, when
+            it has become too long.
+    """
+
+    def __init__(self, app: ASGIApp, bodies: Bodies) -> None:
+        self._app, self._bodies = app, bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, request_id, status, begun = Headers(scope=scope), scope[REQUEST_ID], 0, time.perf_counter()
+        body = Body(self._bodies, receive, expected=_has_body(headers))
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if not body.complete:  # nobody reads the rest of it
+                    MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
         try:
-            await self._limited(headers)(scope, self._bounded(receive), identified)
+            await self._limited(headers)(scope, body.receive, noted)
+        except ClientDisconnect:
+            status = status or CLIENT_CLOSED_REQUEST
         except Exception as error:
             log.error("unexpected error", request=request_id, path=scope["path"], exc_info=error)
             if status:
                 raise  # the response has begun: its connection is closed
-            await _internal(request_id)(scope, receive, identified)
+            await _internal(request_id)(scope, receive, noted)
         finally:
+            body.close()
             path = getattr(scope.get("route"), "path", "other")
             metrics.http_requests.labels(path, status).inc()
             metrics.http_seconds.labels(path).observe(time.perf_counter() - begun)
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """Reads a body until it has become too long."""
-        left = self._max_body_bytes
-
-        async def received() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise HTTPException(413, f"the body is too long; send at most {self._max_body_bytes:,} bytes")
-            return message
-
-        return received
-
     def _limited(self, headers: Headers) -> ASGIApp:
         """The app, or a refusal of a body that is too long."""
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) <= self._max_body_bytes:
+        length, limit = headers.get("content-length", "0"), self._bodies.limit
+        if length.isdecimal() and int(length[:20]) <= limit:
             return self._app
-        return JSONResponse(
-            described(f"the body is {length} bytes; send at most {self._max_body_bytes:,}", 413, "request_too_large"),
-            413,
-            headers={"connection": "close"},
-        )
+        message = f"the body is {length[:20]} bytes; send at most {limit:,}"
+        return JSONResponse(described(message, 413, "request_too_large"), 413)
 
 
 class JsonRequest(Request):
-    """A request whose JSON must be valid Unicode, of finite numbers, and not too deep."""
+    """A request whose JSON must be valid Unicode, of finite numbers, and neither too deep nor of too many values."""
 
     async def json(self) -> Any:
         """Raises:
         HTTPException: it is not.
         """
+        body = await self.body()
+        check_values(body)
+        await asyncio.sleep(0)  # others are heard: counting and parsing take up to 50 ms each
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            return from_json(body, allow_inf_nan=False, cache_strings="keys")
         except ValueError as error:
             raise HTTPException(400, f"the body is not valid JSON: {error}") from error
 
@@ -113,9 +128,25 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
+            if self.body_field is not None:
+                _check_type(request.headers.get("content-type", ""))
             return await handle(JsonRequest(request.scope, request.receive))
 
         return handler
+
+
+def _check_type(given: str) -> None:
+    """Raises:
+    HTTPException: a body of that type is not JSON.
+    """
+    kind = given.partition(";")[0].strip().lower()
+    if not kind.startswith("application/") or not (kind.endswith(("/json", "+json"))):
+        told = f'the content-type is "{given[:100]}"' if given else "there is no content-type"
+        raise HTTPException(415, f"{told}; send the body as application/json")
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _request_id(headers: Headers) -> str:

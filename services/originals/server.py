@@ -50,7 +50,9 @@ class OriginalsServer:
             await keeper.step()
             stack.push_async_callback(ended, asyncio.create_task(keeper.run(), name="page budget"))
             secret = settings.secret.get_secret_value()
-            service = OriginalsService(PageStore(redis, settings.page_ttl_s, secret, budget), secret)
+            service = OriginalsService(
+                PageStore(redis, settings.page_ttl_s, secret, budget), secret, settings.upload_budget_bytes
+            )
             stack.callback(service.close)
             server = GrpcServer(
                 settings.host,

@@ -23,6 +23,7 @@ from services.originals import wire
 from services.originals.quantizers import Quantizers
 from services.originals.seals import Seals
 from services.originals.store import PageStore
+from services.originals.uploads import Uploads
 
 MAX_IDS = 65_536
 MAX_CODEC_BYTES = 256 << 20
@@ -31,11 +32,20 @@ log = structlog.get_logger()
 
 
 class OriginalsService(originals_pb2_grpc.OriginalsServicer):
-    """The calls of the service. The server's interceptor turns Redis errors and `StatusError`s into statuses."""
+    """The calls of the service. The server's interceptor turns Redis errors and `StatusError`s into statuses.
 
-    def __init__(self, store: PageStore, secret: str = "") -> None:
+    Args:
+        secret: of the deployment; pages must be sealed with it.
+        upload_bytes: of pages and tables that have not come completely.
+
+    Attributes:
+        uploads: calls that send pages or tables, and what they hold.
+    """
+
+    def __init__(self, store: PageStore, secret: str = "", upload_bytes: int = 512 << 20) -> None:
         self._store = store
         self._seals = Seals(secret)
+        self.uploads = Uploads(upload_bytes)
         # One thread keeps the event loop free. Torch uses several cores for large batches; replicas use more.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requantize")
         self._quantizers = Quantizers(store, self._threads)
@@ -47,15 +57,18 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
     async def Put(self, requests: AsyncIterator[pb.PutRequest], context: Any) -> pb.PutReply:
         reply = pb.PutReply()
         page: wire.PageAssembly | None = None
-        async for request in requests:
-            page = page or wire.PageAssembly(request.chunk)
-            wire.check_holder(request.holder)
-            if page.add(request.chunk):
-                # The next page is read when Redis has this one: a stream needs memory for one page.
-                new = await self._put(page, request.holder)
-                reply.pages_stored += new
-                reply.pages_known += not new
-                page = None
+        with self.uploads.begin(context.peer()) as upload:
+            async for request in requests:
+                page = page or wire.PageAssembly(request.chunk)
+                wire.check_holder(request.holder)
+                upload.add(len(request.chunk.data))
+                if page.add(request.chunk):
+                    # The next page is read when Redis has this one: a stream needs memory for one page.
+                    new = await self._put(page, request.holder)
+                    reply.pages_stored += new
+                    reply.pages_known += not new
+                    page = None
+                    upload.drop()
         if page is not None:
             raise InvalidArgument("the stream ended inside a page; its last chunk must say so")
         return reply
@@ -74,19 +87,23 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
 
     async def PutCodec(self, requests: AsyncIterator[pb.PutCodecRequest], context: Any) -> pb.PutCodecReply:
         codec_id, tables = b"", bytearray()
-        async for request in requests:
-            _check_codec_id(request.codec_id)
-            if codec_id and request.codec_id != codec_id:
-                raise InvalidArgument("the stream names two codecs; send one per call")
-            codec_id = request.codec_id
-            tables += request.tables
-            if len(tables) > MAX_CODEC_BYTES:
-                raise InvalidArgument(f"the tables are over {MAX_CODEC_BYTES:,} bytes")
-        _check_codec_id(codec_id)
-        quantizer = await self._quantizers.parse(bytes(tables))
-        if quantizer.id != codec_id:
-            raise InvalidArgument("codec_id is not the fingerprint of the tables; send the quantizer's own id")
-        await self._store.put_codec(codec_id, bytes(tables))
+        with self.uploads.begin(context.peer()) as upload:
+            async for request in requests:
+                _check_codec_id(request.codec_id)
+                if codec_id and request.codec_id != codec_id:
+                    raise InvalidArgument("the stream names two codecs; send one per call")
+                codec_id = request.codec_id
+                if len(tables) + len(request.tables) > MAX_CODEC_BYTES:
+                    raise InvalidArgument(f"the tables are over {MAX_CODEC_BYTES:,} bytes")
+                upload.add(len(request.tables))
+                tables += request.tables
+            _check_codec_id(codec_id)
+            raw = bytes(tables)
+            del tables
+            quantizer = await self._quantizers.parse(raw)
+            if quantizer.id != codec_id:
+                raise InvalidArgument("codec_id is not the fingerprint of the tables; send the quantizer's own id")
+            await self._store.put_codec(codec_id, raw)
         return pb.PutCodecReply()
 
     async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:

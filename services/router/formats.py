@@ -26,6 +26,7 @@ from services.common.limits import (
     MAX_TOOLS,
     MAX_TOOLS_BYTES,
 )
+from services.router.grammars import TooLargeError, beside_itself
 
 Asked = generate_pb2.ChatRequest | generate_pb2.TokenizeRequest
 
@@ -59,6 +60,7 @@ def constraint(request: common_pb2.Constraint) -> None:
         case "grammar":
             _size("constraint.grammar", request.grammar, MAX_GRAMMAR_BYTES)
             _check_size("constraint.grammar", _expanded("constraint.grammar", request.grammar, rules=True))
+            _unambiguous("constraint.grammar", request.grammar)
         case "choice":
             _choice(request.choice)
         case "structural_tag":
@@ -165,12 +167,26 @@ def _patterns(field: str, level: list[Any]) -> None:
                 size += sum(_expanded(field, pattern) for pattern in patterns if isinstance(pattern, str))
                 if isinstance(grammar := value.get("grammar"), str):
                     size += _expanded(field, grammar, rules=True)
+                    _unambiguous(field, grammar)
                 declared = value.get("properties")
                 properties += len(declared) if isinstance(declared, dict) else 0
         level = [part for whole in level for part in _parts(whole)]
     _check_size(field, size)
     if properties > MAX_PROPERTIES:
         raise InvalidArgument(f"{field} declares {properties} properties; declare at most {MAX_PROPERTIES}")
+
+
+def _unambiguous(field: str, grammar: str) -> None:
+    """Checks that a grammar's texts cannot be read in ever more ways."""
+    try:
+        name = beside_itself(grammar)
+    except TooLargeError as error:
+        raise InvalidArgument(f"{field} cannot be checked: {error}") from error
+    if name is not None:
+        raise InvalidArgument(
+            f'{field} lets the rule "{name[:100]}" stand beside itself, as in x ::= "a" | x x, so that a text has too '
+            "many readings; write a text in between, or repeat with * or +"
+        )
 
 
 def _expanded(field: str, text: str, rules: bool = False) -> int:

@@ -129,7 +129,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     async def GetModel(
         self, request: generate_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.GetModelReply:
-        return generate_pb2.GetModelReply(model=self._model(request.model), workers=len(self._pool.ready))
+        model, pool = self._model(request.model), self._pool
+        return generate_pb2.GetModelReply(model=model, workers=len(pool.ready), max_choices=pool.max_choices)
 
     async def OpenSession(
         self, request: generate_pb2.OpenSessionRequest, context: grpc.aio.ServicerContext
@@ -307,7 +308,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
 
     def _limits(self, name: str) -> validation.Limits:
         model = self._model(name)
-        return validation.Limits(self._settings.max_prompt_bytes, model.context_length, model.vocab_size)
+        sizes = self._settings.max_prompt_bytes, model.context_length, model.vocab_size, self._pool.max_choices
+        return validation.Limits(*sizes)
 
     def _deadline(self, context: grpc.aio.ServicerContext) -> float:
         """Seconds that a generation may take: the client's deadline, at most `request_timeout_s`."""

@@ -37,12 +37,13 @@ class Limits:
 
     Attributes:
         prompt_bytes: of a prompt in UTF-8, or of all messages of a chat.
-        context: tokens. vocabulary: number of token ids.
+        context: tokens. vocabulary: number of token ids. choices: of one prompt.
     """
 
     prompt_bytes: int
     context: int
     vocabulary: int
+    choices: int = MAX_CHOICES
 
 
 def generate(request: generate_pb2.GenerateRequest, limits: Limits) -> None:
@@ -211,8 +212,8 @@ def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest
             raise InvalidArgument(
                 f"choices is {request.choices}, but a session has one text; send 1, or branch the session"
             )
-    if not 0 <= request.choices <= MAX_CHOICES:
-        raise InvalidArgument(f"choices is {request.choices}; send 1 to {MAX_CHOICES}")
+    if not 0 <= request.choices <= limits.choices:
+        raise InvalidArgument(f"choices is {request.choices}; send 1 to {limits.choices}")
     _sampling(request.sampling, limits)
     _stop(request.stop, limits)
     _output(request.output)

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from services.common import metrics
 from services.common.channel import Dial, open_channel
 from services.common.errors import Unavailable
+from services.common.limits import MAX_CHOICES
 from services.common.log import once
 from services.common.registry import Registry
 from services.common.tasks import ended
@@ -95,6 +96,12 @@ class WorkerPool:
     def capacity(self) -> int:
         """Sequences that the ready workers can decode at once."""
         return sum(link.facts.max_sequences for link in self._links.values() if link.facts)
+
+    @property
+    def max_choices(self) -> int:
+        """The most choices of one prompt that a ready worker can decode."""
+        most = max((link.facts.max_sequences for link in self._links.values() if link.facts), default=MAX_CHOICES)
+        return min(most, MAX_CHOICES)
 
     @property
     def model(self) -> common_pb2.ModelInfo:

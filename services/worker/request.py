@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from qaq.v1 import worker_pb2
 
 from qaq_core.models import LoadedModel
@@ -63,6 +65,9 @@ class RequestValidator:
         for name, ids in (("stop.stop_token_ids", request.stop.stop_token_ids), ("sampling.logit_bias", bias)):
             if ids and (min(ids) < 0 or max(ids) >= self.vocabulary):
                 raise InvalidArgument(f"{name} must have token ids from 0 to {self.vocabulary - 1}")
+        wrong = next((token for token, value in bias.items() if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise InvalidArgument(f"sampling.logit_bias[{wrong}] is {bias[wrong]}; send a finite number")
         decoders = [self._decoder(request, choice, grammar) for choice in range(max(1, request.choices))]
         logprobs = Logprobs(request.output, self._tokens)
         return Generation(request, decoders, logprobs, self._loaded.eos_token_ids, context)

@@ -154,12 +154,14 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelReply(_message.Message):
-    __slots__ = ("model", "workers")
+    __slots__ = ("model", "workers", "max_choices")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHOICES_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelInfo
     workers: int
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., workers: _Optional[int] = ...) -> None: ...
+    max_choices: int
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., workers: _Optional[int] = ..., max_choices: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("model", "cache", "branch_of")

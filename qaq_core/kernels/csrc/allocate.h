@@ -44,16 +44,18 @@ struct QaqStatisticUpdate {
 };
 
 // Updates the state of a decaying mean square with a step's attention (qaq_core/allocation/attention_statistics.py).
-void qaq_update_statistic(const QaqStatisticUpdate* job);
+// Returns 0 or a QaqRefusal, as the functions below.
+int32_t qaq_update_statistic(const QaqStatisticUpdate* job);
 
-void qaq_weigh(const QaqWeigh* job);
+int32_t qaq_weigh(const QaqWeigh* job);
 
 // Widths [heads][count] in half bits, for weights times `factor`.
-void qaq_widths(const QaqSideRows* rows, float factor, uint8_t* widths);
+int32_t qaq_widths(const QaqSideRows* rows, float factor, uint8_t* widths);
 
 // Finds the rows that are wider than weights times `upper` ask for, or narrower than weights times `lower` do; NaN
 // finds none. Writes their flat indices, ascending, their widths, and the widths for weights times `target`, all of
-// which have room for all rows. Returns the number of rows found.
+// which have room for all rows. Returns the number of rows found, or a
+// QaqRefusal.
 int64_t qaq_width_changes(const QaqSideRows* rows, float upper, float target, float lower, int64_t* index,
                           uint8_t* held, uint8_t* wanted);
 }

@@ -34,6 +34,7 @@ struct QaqSide {
 
 struct QaqLayer {
     int32_t kv_heads, group, dim, sinks, recent, packed, block_tokens;
+    int32_t blocks;  // of packed tokens
     int32_t start;  // position of the first packed token
     int32_t first;  // index of the first token that the query sees
     int32_t residual_type, reduction;
@@ -54,6 +55,6 @@ struct QaqLayer {
 };
 
 // Attends in `count` layers, one of each of several sequences, on up to `threads` threads including the caller's.
-// Returns 0, or -1 if there is no memory for scratch.
+// Returns 0 or a QaqRefusal.
 int qaq_attend(const QaqLayer* layers, int32_t count, int32_t threads);
 }

@@ -18,6 +18,7 @@ struct QaqDecode {
 };
 
 // `layers` describe the sequences with the new token, which is the last recent one and is written there. Their queries
-// and outputs are not read. Returns 0, or -1 if there is no memory for scratch.
+// and outputs are not read. Returns 0 or a
+// QaqRefusal.
 int qaq_decode(const QaqDecode* step, const QaqLayer* layers, int32_t count, int32_t threads);
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "checks.h"
 #include "encode_kernels.h"
 #include "isa.h"
 #include "threads.h"
@@ -18,8 +19,18 @@ static void in_parts(int32_t threads, const QaqSpan& span, Part part) {
     in_parallel(threads, int((n + size - 1) / size), [&](int i) { part(i * size, std::min(n, (i + 1) * size)); });
 }
 
+static int64_t positions_of(const QaqTransform& transform) { return transform.angles_stride / transform.dim; }
+
 int32_t qaq_transform(const QaqTransform* transform, const QaqSpan* originals, int32_t type, int64_t start,
                       const QaqSpan* rows, int32_t threads) {
+    if (any_null({transform, originals, rows})) return QAQ_NULL;
+    for (const int32_t refusal : {refusal_of(*transform), refusal_of(*originals), refusal_of(*rows)})
+        if (refusal) return refusal;
+    if (!is_type(type)) return QAQ_RANGE;
+    if (originals->layers > transform->layers || originals->heads != transform->kv_heads ||
+        rows->layers != originals->layers || rows->heads != originals->heads || rows->tokens != originals->tokens)
+        return QAQ_SIZE;
+    if (start < 0 || (transform->angles && start + originals->tokens > positions_of(*transform))) return QAQ_RANGE;
     const EncodeKernels& chosen = kernels();
     const int64_t size = type == QAQ_FLOAT ? 4 : 2, n = originals->tokens;
     const int32_t layers = int32_t(originals->layers);
@@ -41,8 +52,17 @@ int32_t qaq_transform(const QaqTransform* transform, const QaqSpan* originals, i
     return bad;
 }
 
-void qaq_transform_at(const QaqTransform* transform, int64_t n, const float* originals, const int64_t* place,
-                      const int64_t* position, const int64_t* order, float* out) {
+int32_t qaq_transform_at(const QaqTransform* transform, int64_t n, const float* originals, const int64_t* place,
+                         const int64_t* position, const int64_t* order, float* out) {
+    if (!is_count(n)) return QAQ_SIZE;
+    if (!transform || (n && any_null({originals, place, position, order, out}))) return QAQ_NULL;
+    if (const int32_t refusal = refusal_of(*transform)) return refusal;
+    const int64_t places = int64_t(transform->layers) * transform->kv_heads;
+    const int64_t positions = transform->angles ? positions_of(*transform) : INT64_MAX;
+    for (int64_t r = 0; r < n; ++r)
+        if (place[r] < 0 || place[r] >= places || position[r] < 0 || position[r] >= positions || order[r] < 0 ||
+            order[r] >= n)
+            return QAQ_RANGE;
     const EncodeKernels& chosen = kernels();
     const int64_t dim = transform->dim;
     RowToMake chunk[ROW_CHUNK];
@@ -56,14 +76,44 @@ void qaq_transform_at(const QaqTransform* transform, int64_t n, const float* ori
         }
         chosen.transform(*transform, mine, QAQ_FLOAT, chunk, count);
     }
+    return 0;
 }
 
-void qaq_rms(const QaqSpan* rows, int32_t dim, int32_t split, float* out, int32_t threads) {
+int32_t qaq_rms(const QaqSpan* rows, int32_t dim, int32_t split, float* out, int32_t threads) {
+    if (!rows) return QAQ_NULL;
+    if (const int32_t refusal = refusal_of(*rows)) return refusal;
+    if (rows->base && !out) return QAQ_NULL;
+    if (!(dim > 0 && dim % 8 == 0) || !(split > 0 && split % 8 == 0) || split > dim) return QAQ_SIZE;
     const EncodeKernels& chosen = kernels();
     in_parts(threads, *rows, [&](int64_t begin, int64_t end) { chosen.rms(*rows, begin, end, dim, split, out); });
+    return 0;
 }
 
-void qaq_encode(const QaqEncode* job, int32_t threads) {
+static int32_t refusal_of(const QaqEncode& job) {
+    const QaqCells& cells = job.cells;
+    if (const int32_t refusal = refusal_of(job.rows)) return refusal;
+    const int64_t n = job.rows.layers * job.rows.heads * job.rows.tokens;
+    if (any_null({cells.edges, cells.below, cells.units})) return QAQ_NULL;
+    if (n && any_null({job.scales, job.have, job.want, job.begin})) return QAQ_NULL;
+    if (job.out_bytes && !job.out) return QAQ_NULL;
+    if (!is_dim(cells.dim) || cells.split < 8 || cells.split % 8 || cells.split > cells.dim || cells.bins < 1)
+        return QAQ_SIZE;
+    if (cells.below[0] < 0 || cells.below[cells.bins - 1] > 255) return QAQ_RANGE;
+    for (int u = 0; u < cells.dim; ++u)
+        if (cells.units[u] < 0 || cells.units[u] >= cells.dim) return QAQ_RANGE;
+    for (int64_t i = 0; i < n; ++i) {
+        const bool half = job.want[i] == HALF_BITS[HALF];
+        if (!half && (job.want[i] > 16 || job.have[i] > job.want[i])) return QAQ_RANGE;
+        const int64_t size = half ? 2 * cells.dim : job.want[i] * cells.dim / 16 - job.have[i] * cells.dim / 16;
+        if (job.begin[i] < 0 || job.begin[i] > job.out_bytes - size) return QAQ_SIZE;
+    }
+    return 0;
+}
+
+int32_t qaq_encode(const QaqEncode* job, int32_t threads) {
+    if (!job) return QAQ_NULL;
+    if (const int32_t refusal = refusal_of(*job)) return refusal;
     const EncodeKernels& chosen = kernels();
     in_parts(threads, job->rows, [&](int64_t begin, int64_t end) { chosen.encode(*job, begin, end); });
+    return 0;
 }

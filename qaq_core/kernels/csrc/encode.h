@@ -19,7 +19,7 @@ struct QaqSpan {
 
 // One side's tables of a linear transform.
 struct QaqTransform {
-    int32_t kv_heads, dim;  // dim: a multiple of 8
+    int32_t layers, kv_heads, dim, kinds;  // dim: a multiple of 8
     const float* matrices;  // [layers][kv_heads][dim of the original][dim of the row]
     const float* means;     // [layers][kv_heads][dim]
     const float* angles;  // [kinds][angles_stride / dim][dim], cosines and sines by position; null: means have no RoPE
@@ -29,17 +29,18 @@ struct QaqTransform {
 };
 
 // Transforms originals of a QaqType at consecutive positions from `start` on to rows of floats, which may overwrite
-// originals that are floats. Returns the first layer with a row that is not finite, or the number of layers.
+// originals that are floats. Returns the first layer with a row that is not finite, the number of layers if there is
+// none, or a QaqRefusal.
 int32_t qaq_transform(const QaqTransform* transform, const QaqSpan* originals, int32_t type, int64_t start,
                       const QaqSpan* rows, int32_t threads);
 
 // Transforms n single rows: out [n][dim] of originals [n][dim]. `place` (layer · kv_heads + head) and `position` are by
-// row; `order` lists the rows sorted by place.
-void qaq_transform_at(const QaqTransform* transform, int64_t n, const float* originals, const int64_t* place,
-                      const int64_t* position, const int64_t* order, float* out);
+// row; `order` lists the rows sorted by place. Returns 0 or a QaqRefusal, as the functions below.
+int32_t qaq_transform_at(const QaqTransform* transform, int64_t n, const float* originals, const int64_t* place,
+                         const int64_t* position, const int64_t* order, float* out);
 
 // Root mean squares of n rows, of the dims before `split` and from it on: out [n][2], or [n] if split is dim.
-void qaq_rms(const QaqSpan* rows, int32_t dim, int32_t split, float* out, int32_t threads);
+int32_t qaq_rms(const QaqSpan* rows, int32_t dim, int32_t split, float* out, int32_t threads);
 
 // A codec's cells and the units of a row.
 struct QaqCells {
@@ -62,7 +63,8 @@ struct QaqEncode {
     const uint8_t* want;
     const int64_t* begin;  // [n], where a row's bytes begin in `out`
     uint8_t* out;
+    int64_t out_bytes;
 };
 
-void qaq_encode(const QaqEncode* job, int32_t threads);
+int32_t qaq_encode(const QaqEncode* job, int32_t threads);
 }

@@ -45,6 +45,7 @@ static const QaqField fields[] = {
     FIELD(QaqLayer, recent),
     FIELD(QaqLayer, packed),
     FIELD(QaqLayer, block_tokens),
+    FIELD(QaqLayer, blocks),
     FIELD(QaqLayer, start),
     FIELD(QaqLayer, first),
     FIELD(QaqLayer, residual_type),
@@ -84,8 +85,10 @@ static const QaqField fields[] = {
     FIELD(QaqSpan, strides),
 
     STRUCTURE(QaqTransform),
+    FIELD(QaqTransform, layers),
     FIELD(QaqTransform, kv_heads),
     FIELD(QaqTransform, dim),
+    FIELD(QaqTransform, kinds),
     FIELD(QaqTransform, matrices),
     FIELD(QaqTransform, means),
     FIELD(QaqTransform, angles),
@@ -112,6 +115,7 @@ static const QaqField fields[] = {
     FIELD(QaqEncode, want),
     FIELD(QaqEncode, begin),
     FIELD(QaqEncode, out),
+    FIELD(QaqEncode, out_bytes),
 
     STRUCTURE(QaqWeigh),
     FIELD(QaqWeigh, heads),
@@ -165,11 +169,14 @@ static const QaqField fields[] = {
     FIELD(QaqRepack, tags_after),
     FIELD(QaqRepack, after_stride),
     FIELD(QaqRepack, held),
+    FIELD(QaqRepack, held_rows),
     FIELD(QaqRepack, rows),
+    FIELD(QaqRepack, room),
     FIELD(QaqRepack, moves),
     FIELD(QaqRepack, index),
     FIELD(QaqRepack, keep),
     FIELD(QaqRepack, planes),
+    FIELD(QaqRepack, plane_bytes),
     FIELD(QaqRepack, offsets),
 
     STRUCTURE(QaqNarrow),
@@ -182,7 +189,9 @@ static const QaqField fields[] = {
     FIELD(QaqNarrow, after),
     FIELD(QaqNarrow, after_stride),
     FIELD(QaqNarrow, held),
+    FIELD(QaqNarrow, held_rows),
     FIELD(QaqNarrow, rows),
+    FIELD(QaqNarrow, room),
     {nullptr, nullptr, 0, 0},
 };
 

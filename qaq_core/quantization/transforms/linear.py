@@ -104,10 +104,9 @@ class LinearTransform:
     def rows_at(
         self, side: int, originals: torch.Tensor, layer: torch.Tensor, head: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
-        mean, angles = self.centers(side, int(position.max()) + 1 if len(position) else 0)
-        center = mean[layer, head]
-        if angles is not None:
-            center = rotate_pairs(center, angles[self.kind[layer], position])
+        center = (self.value_mean if side else self.key_mean)[layer, head]
+        if side == KEY:
+            center = rotate_pairs(center, self._angles.at(self.kind[layer], position))
         centered = (originals.float() - center).double()
         rows = torch.empty(originals.shape, device=originals.device)
         heads = self.key_mean.shape[1]
@@ -130,6 +129,11 @@ class LinearTransform:
             them, None for values.
         """
         return (self.key_mean, self._angles(stop)) if side == KEY else (self.value_mean, None)
+
+    def angles_far(self, layer: torch.Tensor, position: torch.Tensor) -> torch.Tensor | None:
+        """RoPE's cosines and sines [n, head_dim] of single positions, if a table of all up to there is too large."""
+        far = self._angles.far(int(position.max()) + 1)
+        return self._angles.at(self.kind[layer], position) if far else None
 
     def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         inverse = self._key_inverse[layer]

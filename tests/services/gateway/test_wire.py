@@ -49,7 +49,6 @@ def error(answer: httpx2.Response, status: int) -> dict[str, Any]:
         b'{"temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
         b'{"user": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
         b'{"n": 0, "messages": [{"role": "user", "content": "x"}]}',
-        b'{"n": 1000000000, "messages": [{"role": "user", "content": "x"}]}',
         b'{"n": ' + b"9" * 10_000 + b', "messages": [{"role": "user", "content": "x"}]}',
         b'{"' + b"x" * 5_000 + b'": 1, "messages": [{"role": "user", "content": "x"}]}',
         json.dumps({"messages": [{"role": "wizard"}] * 1000}).encode(),
