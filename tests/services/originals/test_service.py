@@ -156,6 +156,17 @@ async def test_rows_without_numbers_are_missing(stub: Stub, redis: Redis, quanti
     assert len(reply.planes) == rows.payload_bytes()[~bad].sum()
 
 
+async def test_rows_beyond_every_codec_fail_no_service(stub: Stub, redis: Redis, quantizer: Quantizer) -> None:
+    """The largest numbers of a dtype are numbers; the rows that they give are clipped or refused."""
+    (page,) = make_pages(1)
+    page.data[:] = torch.finfo(torch.float32).max
+    await stub.Put(chunks(page), timeout=10)
+    await put_codec(stub, quantizer)
+    rows = wire.row_request_message(make_request([page], 50, 1), quantizer.id)
+    reply = await stub.Requantize(rows, timeout=10)
+    assert len(reply.found) == 50
+
+
 async def test_bad_codecs(stub: Stub, quantizer: Quantizer) -> None:
     tables = quantizer.to_bytes()
     for codec_id, raw, said in (

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 import torch
 from pydantic import SecretStr
+from qaq.v1 import common_pb2, originals_pb2_grpc
+from qaq.v1 import originals_pb2 as pb
 from redis.asyncio import Redis
 
-from qaq_core import OriginalsError, Page, page_id
+from qaq_core import OriginalsError, Page, PageShape, page_id
 from qaq_core.models import LoadedModel
 from services.common import metrics
 from services.common.embedded_redis import EmbeddedRedis
+from services.common.server import GrpcServer
 from services.common.settings import OriginalsSettings
+from services.originals import wire
 from services.originals.client import RemoteOriginals
+from services.originals.seals import Seal
 from services.originals.server import OriginalsServer
 from services.worker.session import page_salt
 from tests.services.metric import value
@@ -85,6 +91,55 @@ async def test_a_bad_page_is_computed_and_stored_anew(
         remote.close()
     # The worker's page of NaN is no false one: it stays, and the prompt is computed from there each time.
     assert loaded == [16, 16 if damage == "NaN" else whole]
+
+
+class Lying(originals_pb2_grpc.OriginalsServicer):
+    """A cache service that claims to have everything and answers with what nobody put."""
+
+    async def Put(self, requests: AsyncIterator[pb.PutRequest], context: Any) -> pb.PutReply:
+        async for _ in requests:
+            pass
+        return pb.PutReply(pages_stored=1)
+
+    async def PutCodec(self, requests: AsyncIterator[pb.PutCodecRequest], context: Any) -> pb.PutCodecReply:
+        async for _ in requests:
+            pass
+        return pb.PutCodecReply()
+
+    async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
+        return pb.MatchReply(pages=len(request.page_ids))
+
+    async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[pb.FetchReply]:
+        for name in request.page_ids:
+            shape = PageShape(30, 3, 16, 64)
+            for chunk in wire.page_chunks(name, shape, Seal(bytes(16), bytes(16)), b"\xff" * shape.nbytes):
+                yield pb.FetchReply(chunk=chunk)
+
+    async def Requantize(self, request: pb.RequantizeRequest, context: Any) -> pb.RequantizeReply:
+        return pb.RequantizeReply(found=b"\xff" * len(request.side), planes=b"\xff" * 1000)
+
+
+async def test_a_lying_cache_service_harms_no_worker(
+    smollm2: LoadedModel, make_scheduler: MakeScheduler, ids: Ids
+) -> None:
+    server, tokens = GrpcServer(), ids(STORY * 3)
+    server.add("qaq.v1.Originals", originals_pb2_grpc.add_OriginalsServicer_to_server, Lying())
+    remote = RemoteOriginals.at([await server.start()], secret=SECRET, identity=smollm2.identity)
+    before = value(metrics.originals_corrupt), value(metrics.requantize_failures)
+    try:
+        async with make_scheduler(remote, secret=SECRET, requantize_wait=True, **SMALL) as scheduler:
+            result = await outcome(scheduler.submit(request(tokens, 4, cache=EXACT)))
+            assert result.tokens == expected(smollm2, tokens, 4)
+            assert result.done is not None
+            assert result.done.usage.loaded_tokens == 0
+            # This one asks for rows while it decodes.
+            result = await outcome(scheduler.submit(request(tokens, 20, cache=common_pb2.CacheParams(target_bits=1.0))))
+            assert len(result.tokens) == 20
+    finally:
+        remote.close()
+        await server.stop(0)
+    assert value(metrics.originals_corrupt) > before[0]
+    assert value(metrics.requantize_failures) > before[1], "rows were asked for"
 
 
 async def test_without_the_secret_nobody_finds_or_forges_a_page(
