@@ -43,5 +43,6 @@ class StackKeys:
             if self.path(role).exists() and tenants.hashed(self.key(role)) in valid:
                 continue
             key = tenants.add_key(self.tenants, name, role=role, replace=True)
-            with open(os.open(self.path(role), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            self.path(role).unlink(missing_ok=True)
+            with open(os.open(self.path(role), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(key + "\n")

@@ -199,8 +199,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         ):
             history = await self._sessions.tokens(session.id)
             prompt = await encode(history)
-            meter.tokens += len(prompt)
             validation.fits(len(history), len(prompt), request.stop, self._pool.model.context_length)
+            meter.tokens += len(prompt)
             run = worker_pb2.RunRequest(
                 session_id=session.id,
                 token_ids=prompt,

@@ -32,7 +32,8 @@ CLOSED_TTL_S = 60
 """How long it is known that a client closed a session: longer than a generation needs to notice."""
 
 
-# Answers 0 if the tenant has as many open sessions as it may have; expired ones are removed before that is said.
+# Answers 0 if the tenant has as many open sessions as it may have; expired ones are removed before that is said. Of the
+# indexes two entries are looked at each time, so that expired ones are never many more than the others.
 _OPEN = """
 local limit = tonumber(ARGV[1])
 if limit > 0 and redis.call('ZCARD', KEYS[3]) >= limit then
@@ -42,6 +43,11 @@ if limit > 0 and redis.call('ZCARD', KEYS[3]) >= limit then
     if not kept then redis.call('ZREM', KEYS[3], id) elseif kept == '1' then open = open + 1 end
   end
   if open >= limit then return 0 end
+end
+for index = 2, 3 do
+  for _, id in ipairs(redis.call('ZRANDMEMBER', KEYS[index], 2)) do
+    if redis.call('EXISTS', ARGV[5] .. id) == 0 then redis.call('ZREM', KEYS[index], id) end
+  end
 end
 redis.call('HSET', KEYS[1], unpack(ARGV, 6))
 redis.call('EXPIRE', KEYS[1], ARGV[4])

@@ -98,6 +98,18 @@ async def test_closing_ends_a_generation_of_any_router(
         assert await asyncio.wait_for(lost.get(), 10) == "closed"
 
 
+async def test_the_indexes_do_not_grow_with_what_expired(directory: SessionDirectory, redis: Redis) -> None:
+    for round_ in range(2):
+        for _ in range(100):
+            session = await directory.open("m", common_pb2.CacheParams(), kept=True, tenant="ada")
+            if round_ == 0:
+                await redis.delete(session_keys.facts(session.id))
+    for index in (session_keys.INDEX, session_keys.index("ada")):
+        assert 100 <= await redis.zcard(index) < 160
+    assert len(await directory.list("ada")) == 100
+    assert await directory.list() == []
+
+
 @pytest.mark.parametrize("expired", ["the hold alone", "a refresh after it"])
 async def test_an_expired_hold_that_nobody_took_is_taken_again(
     directory: SessionDirectory, redis: Redis, monkeypatch: pytest.MonkeyPatch, expired: str
