@@ -136,10 +136,12 @@ $(MEASURE)/%.json: | $(DEVELOPED)
 	$(BIN)/python tools/measure.py $@ $(env-$(firstword $(subst /, ,$*))) $(BIN)/qaq $(run-$(patsubst %/,%,$(dir $*)))
 
 # Breaks a stack of processes some 240 times under 8 streams and counts what they lose: about an hour. The short form is
-# part of `make test`. A run that was stopped goes on: make faults FAULTS="--minutes 10" breaks for ten minutes more.
-FAULTS =
+# part of `make test`. It goes on where it was stopped: make faults FAULTS="--minutes 10" breaks for ten minutes more.
+# To begin again, remove the journal.
+FAULTS = --minutes 60
 faults: | $(DEVELOPED)
-	$(BIN)/python tools/measure.py $(MEASURE)/faults/run-1.json $(BIN)/python -m tests.faults $(FAULTS)
+	$(BIN)/python tools/measure.py $(MEASURE)/faults/run-1.json \
+		$(BIN)/python -m tests.faults --journal $(MEASURE)/faults.journal $(FAULTS)
 
 # Writes the page, the plot and the paper's tables from the JSON in docs/results. To adopt new figures first:
 # cp build/quality/*.json docs/results/quality/ or cp -r build/measure/. docs/results/

@@ -1,7 +1,7 @@
 """`python -m tests.faults`: breaks a stack of processes as often as asked, and prints what its clients lost.
 
-With --json it can be stopped and run again: it goes on with what has not been broken yet. The exit code is 1 if
-something was lost, and 3 if the time was over before everything had been broken.
+With --journal it can be stopped and run again: it goes on with what has not been broken yet. The exit code is 1 if
+something was lost.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +40,7 @@ LONG: dict[Fault, int] = {
     Fault("Redis", "stopped"): 20,
 }
 UNDISTURBED_TOKENS = 128
+SAVE_EVERY = 5
 
 # Pages of streams that have ended go soon: Redis reads all of its data again whenever it was killed.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "QAQ_PAGE_TTL_S": "180"}
@@ -52,12 +55,14 @@ async def faults(
     preset: str,
     spare: int = 1,
     seed: int = 0,
+    save: Callable[[ChaosResult], None] = lambda _: None,
 ) -> ChaosResult:
     """Makes the faults of a plan in a random order.
 
     Args:
         tokens: length of the longest streams.
         spare: workers beside the two that make the stack whole. A killed one starts while the next fault is made.
+        save: gets the result so far, now and then.
     """
     began, not_whole = time.monotonic(), None
     order = random.Random(seed).sample(
@@ -77,7 +82,24 @@ async def faults(
             for place in range(clients)
         ]
         undisturbed = await _undisturbed(listeners, min(tokens, UNDISTURBED_TOKENS))
-        chaos = Chaos(ProcessStack(processes, redis, expected), listeners, seed, screen.print)
+
+        def result() -> ChaosResult:
+            facts = {
+                "stream_tokens": tokens,
+                "preset": preset,
+                "workers": 2 + spare,
+                "routers": 2,
+                "seconds": time.monotonic() - began,
+                "not_whole": not_whole,
+            }
+            return outcome(chaos, listeners, undisturbed, facts)
+
+        def report(line: str) -> None:
+            screen.print(line, highlight=False)
+            if len(chaos.broken) % SAVE_EVERY == 0:
+                save(result())
+
+        chaos = Chaos(ProcessStack(processes, redis, expected), listeners, seed, report)
         try:
             async with listening(listeners):
                 await chaos.run(order, seconds)
@@ -85,15 +107,7 @@ async def faults(
             not_whole = str(error)
         finally:
             await redis.aclose()
-    facts = {
-        "stream_tokens": tokens,
-        "preset": preset,
-        "workers": 2 + spare,
-        "routers": 2,
-        "seconds": time.monotonic() - began,
-        "not_whole": not_whole,
-    }
-    return outcome(chaos, listeners, undisturbed, facts)
+    return result()
 
 
 async def _undisturbed(listeners: list[Listener], tokens: int) -> dict[str, list[int]]:
@@ -110,30 +124,42 @@ def main(
     preset: str = "fp16",
     spare: Annotated[int, typer.Option(min=0, help="Workers beyond two.")] = 1,
     seed: int = 0,
-    json: Annotated[Path | None, typer.Option(help="Write the result here; go on from it if it exists.")] = None,
+    journal: Annotated[Path | None, typer.Option(help="Keep the result here; go on from it if it exists.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
 ) -> None:
     """Breaks a stack of processes and prints what its clients lost."""
     log.configure("error")
-    before = ChaosResult.model_validate_json(json.read_text()) if json is not None and json.exists() else None
+    before = ChaosResult.model_validate_json(journal.read_text()) if journal and journal.exists() else None
     wanted = {fault: -int(-count * share // 1) for fault, count in LONG.items()}
     left = {fault: count - (before.times(fault) if before else 0) for fault, count in wanted.items()}
     plan = {fault: count for fault, count in left.items() if count > 0}
     seed += sum(row.times for row in before.faults) if before else 0  # another order than before
-    result = asyncio.run(
-        faults(plan, seconds=60 * minutes, clients=clients, tokens=tokens, preset=preset, spare=spare, seed=seed)
-    )
-    whole = before + result if before else result
-    if json is not None:
-        json.write_text(whole.model_dump_json(indent=1) + "\n")
+
+    def save(result: ChaosResult) -> ChaosResult:
+        whole = before + result if before else result
+        for path in (journal, json):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(whole.model_dump_json(indent=1) + "\n")
+        return whole
+
+    sizes = {"clients": clients, "tokens": tokens, "spare": spare, "seed": seed}
+
+    async def run() -> ChaosResult:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # else its processes would be left
+        return await faults(plan, seconds=60 * minutes, preset=preset, save=save, **sizes)
+
+    whole = save(asyncio.run(run()))
     screen.print(table(whole))
     screen.print(sentence(whole), highlight=False)
     for damage in whole.damages:
         screen.print(damage, highlight=False)
+    if any(whole.times(fault) < count for fault, count in wanted.items()):
+        screen.print("Not everything was broken yet; with --journal the next run goes on.")
     if not whole.whole:
         sys.exit(1)
-    if any(whole.times(fault) < count for fault, count in wanted.items()):
-        screen.print("The time was over before everything was broken; run it again to go on.")
-        sys.exit(3)
 
 
 if __name__ == "__main__":

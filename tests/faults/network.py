@@ -103,7 +103,7 @@ class Host:
 
     @contextlib.contextmanager
     def cut(self) -> Iterator[None]:
-        """Nothing passes the cable while the context lasts, and nobody is told."""
+        """Nothing passes the cable while the context lasts, and nobody on this host is told."""
         _ip("-n", self._name, "link", "set", "cable", "down")
         try:
             yield

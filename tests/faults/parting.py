@@ -22,9 +22,9 @@ from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from tests.faults.processes import Processes
 
-STREAMS = 24
+STREAMS = 16
 TOGETHER = 8
-PROMPT, NEW = 256, 192
+PROMPT, NEW = 256, 128
 
 
 @dataclass

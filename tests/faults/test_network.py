@@ -118,12 +118,13 @@ async def test_a_slow_network_to_redis_slows_no_stream_down(hosts: Hosts, client
 
 
 async def test_a_slow_network_between_hosts_loses_nothing(hosts: Hosts, client: Stub) -> None:
-    session, _ = await on_the_far_host(client, hosts)
-    try:
-        with hosts.other.delayed(200):
-            heard = await hear(client, session, " Later")
-    except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        pytest.skip(f"the network cannot be delayed here: {error}")
+    with contextlib.ExitStack() as cable:
+        try:
+            cable.enter_context(hosts.other.delayed(200))
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            pytest.skip(f"the network cannot be delayed here: {error}")
+        session, _ = await on_the_far_host(client, hosts)
+        heard = await hear(client, session, " Later")
     assert heard.usage.generated_tokens == NEW
 
 
