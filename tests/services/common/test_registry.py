@@ -9,7 +9,10 @@ import pytest
 from redis.asyncio import Redis
 
 from services.common import registry as module
+from services.common.embedded_redis import EmbeddedRedis
+from services.common.redis import connect
 from services.common.registry import Member, Registry
+from tests.services.junk import filled
 from tests.services.metric import value
 
 
@@ -96,3 +99,36 @@ async def test_a_member_leaves_in_the_middle_of_a_heartbeat(redis: Redis, monkey
         async with registry.announce("worker", "127.0.0.1:1", {}):
             await asyncio.sleep(wait * 0.0001)
     assert await registry.members("worker") == []
+
+
+async def test_a_heart_beats_on_after_any_error(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
+    registry, beats = Registry(redis), 0
+
+    def facts() -> dict[str, int]:
+        nonlocal beats
+        beats += 1
+        if beats == 2:
+            raise ZeroDivisionError("unforeseen")
+        return {"beats": beats}
+
+    async def goes_on() -> bool:
+        return (await registry.members("worker"))[0].info["beats"] > 3
+
+    async with registry.announce("worker", "a:1", facts):
+        await until(goes_on)
+
+
+async def test_a_full_redis_keeps_its_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(module, "TTL_S", 1)
+    with EmbeddedRedis(maxmemory="4mb") as server:
+        client = connect(server.url)
+        registry = Registry(client)
+        async with registry.announce("worker", "a:1", {}), filled(client):
+            for _ in range(15):
+                assert [member.address for member in await registry.members("worker")] == ["a:1"]
+                await asyncio.sleep(0.1)
+            async with registry.announce("originals", "a:2", {}):  # one can even come
+                assert len(await registry.members("originals")) == 1
+        await client.aclose()

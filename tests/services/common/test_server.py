@@ -31,6 +31,16 @@ ERRORS = {
     "corrupt": (core.CorruptPageError("page 7"), Code.DATA_LOSS, "page 7"),
     "originals": (core.OriginalsError("store failed"), Code.UNAVAILABLE, "store failed"),
     "oom": (redis_errors.OutOfMemoryError("OOM"), Code.RESOURCE_EXHAUSTED, "Redis is full"),
+    "oom in a script": (
+        redis_errors.ResponseError("Error running script: @user_script:6: -OOM command not allowed when used memory >"),
+        Code.RESOURCE_EXHAUSTED,
+        "Redis is full",
+    ),
+    "disk": (
+        redis_errors.ResponseError("MISCONF Errors writing to the AOF file: No space left on device"),
+        Code.UNAVAILABLE,
+        "cannot write to its disk",
+    ),
     "down": (redis_errors.ConnectionError("refused"), Code.UNAVAILABLE, "Redis does not answer"),
     "late": (TimeoutError(), Code.DEADLINE_EXCEEDED, "deadline"),
     "bug": (ZeroDivisionError("secret detail"), Code.INTERNAL, "internal error"),

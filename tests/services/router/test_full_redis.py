@@ -107,6 +107,25 @@ async def test_members_that_are_lost_come_back(settings: RouterSettings, other: 
         await until(answered, "an answer")
 
 
+async def test_a_router_looks_for_workers_after_any_error(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "REFRESH_S", 0.02)
+    pool, failures = workers.WorkerPool(registry.Registry(redis), make("load")), [ZeroDivisionError("unforeseen")]
+    await pool.start()
+
+    def refreshed() -> None:
+        if failures:
+            raise failures.pop()
+
+    async def ready() -> bool:
+        return len(pool.ready) == 1
+
+    pool.refreshed = refreshed
+    async with running_worker(redis):
+        await until(ready, "a worker")
+    assert failures == []
+    await pool.stop()
+
+
 async def test_the_last_tokens_are_written_when_redis_is_back(
     small: EmbeddedRedis, settings: RouterSettings, other: Redis
 ) -> None:
