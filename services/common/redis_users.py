@@ -18,9 +18,11 @@ from services.common.private_files import write_private
 User = Literal["router", "worker", "originals", "gateway", "operator", "client"]
 USERS: tuple[User, ...] = get_args(User)
 
-# No command that reaches keys without naming them, or other clients.
-_COMMANDS = "-@all +@read +@write +@connection +@transaction -@dangerous -@admin -@blocking -scan -randomkey -dbsize"
-_SCRIPTS = "+eval +evalsha +script|load +time"
+# No command that reaches keys without naming them, or other clients. Scripts have the rights of who runs them.
+_COMMANDS = (
+    "-@all +@read +@write +@connection +@transaction -@dangerous -@admin -@blocking -scan -randomkey -dbsize "
+    "+eval +evalsha +script|load +time"
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Rights:
 
 
 RIGHTS: Mapping[User, Rights] = {
-    "router": Rights(("qaq:session*", "qaq:quota:*"), ("router",), ("worker",), _SCRIPTS),
+    "router": Rights(("qaq:session*", "qaq:quota*"), ("router",), ("worker",)),
     "worker": Rights((), ("worker",), ("originals",)),
-    # For its statistics it counts the pages, and sees the names of other keys thereby; for its budget, Redis' memory.
-    "originals": Rights(("qaq:page*", "qaq:codec*"), ("originals",), (), f"{_SCRIPTS} +scan +info +memory|usage"),
+    # It counts the pages, and sees the names of other keys thereby, and how much memory there is.
+    "originals": Rights(("qaq:page*", "qaq:codec*"), ("originals",), (), "+scan +info"),
     "gateway": Rights((), ("gateway",), ("router",)),
     "operator": Rights((), (), ("router", "worker", "originals", "gateway")),
     "client": Rights((), (), ("router",)),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import AuthenticationError, NoPermissionError
+from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
 from qaq_core.base.errors import ConfigError
 from services.common.embedded_redis import EmbeddedRedis
@@ -48,7 +48,6 @@ FOREIGN: dict[str, list[tuple[str, ...]]] = {
         ("GET", "qaq:page:00"),
         ("SET", "qaq:page:00", "x"),
         ("SCAN", "0"),
-        ("EVAL", "return redis.call('GET', 'qaq:session:a')", "0"),
     ],
     "originals": [
         ("HGETALL", "qaq:session:a"),
@@ -92,6 +91,12 @@ async def test_what_is_not_its_own_is_refused(client: Redis, user: User) -> None
     for command in (*FOREIGN["all"], *FOREIGN[user]):
         with pytest.raises(NoPermissionError):
             await client.execute_command(*command)
+
+
+@pytest.mark.parametrize("user", sorted(set(USERS) - {"router"}))
+async def test_a_script_has_the_rights_of_who_runs_it(client: Redis, user: User) -> None:
+    with pytest.raises(ResponseError, match="NOPERM|can't access|permission"):
+        await client.eval("return redis.call('GET', 'qaq:session:a')", 0)
 
 
 @pytest.mark.parametrize("user", USERS)

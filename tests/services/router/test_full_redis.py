@@ -16,7 +16,8 @@ from services.common import registry
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 from services.common.settings import RouterSettings
-from services.router import hold, sessions
+from services.router import hold, sessions, workers
+from services.router.placement import make
 from services.router.sessions import SessionDirectory
 from tests.services.junk import filled
 
