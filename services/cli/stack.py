@@ -40,9 +40,7 @@ def up(
     model: Model = None,
     workers: Workers = 1,
     originals: Annotated[int, typer.Option(min=1, help="Number of cache services.")] = 1,
-    port: Annotated[
-        int, typer.Option(envvar="QAQ_PORT", help="The router's port; 0 takes any free port.")
-    ] = 7700,
+    port: Annotated[int, typer.Option(envvar="QAQ_PORT", help="The router's port; 0 takes any free port.")] = 7700,
     http_port: Annotated[
         int | None,
         typer.Option(envvar="QAQ_HTTP_PORT", help="Also serve OpenAI's API on this port; 0 takes any free port."),

@@ -16,6 +16,7 @@ from prometheus_client import (
 
 from qaq_core.base.errors import QAQError
 
+
 class MetricsPortError(QAQError):
     """The port of the metrics cannot be bound. The message has the address."""
 

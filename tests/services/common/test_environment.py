@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qaq_core.kernels.choice import KERNELS
 from qaq_core.base.errors import ConfigError
+from qaq_core.kernels.choice import KERNELS
 from services.common import environment
 
 ROOT = Path(__file__).parents[3]
