@@ -1,7 +1,7 @@
 """What a stack consists of on this machine, its processes and its directory, and the end of both.
 
 Every process of a stack has the stack's directory in its environment, under MARK, or descends from one that has. Redis
-writes its title over its environment, but works in the directory.
+and some of Ray's processes write their titles over their environment, but have files open in the directory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ TERMINATE_S = 3.0
 KILL_S = 5.0
 _ROUNDS = 5
 _REDIS = ("redis-server", "valkey-server")
+_RAY = "ray::"
 
 
 def processes(directory: Path, *, descendants: bool = False) -> list[psutil.Process]:
@@ -57,7 +58,10 @@ def _marked(process: psutil.Process, directory: Path) -> bool:
             return False
         if process.environ().get(MARK) == str(directory):
             return True
-        return process.name() in _REDIS and Path(process.cwd()).is_relative_to(directory)
+        title = next(iter(process.cmdline()), "")
+        if process.name() in _REDIS or title.startswith(_RAY):
+            files = [process.cwd(), *(file.path for file in process.open_files())]
+            return any(Path(file).is_relative_to(directory) for file in files)
     return False
 
 

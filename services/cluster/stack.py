@@ -103,7 +103,7 @@ class LocalStack:
         return directory
 
     def _ray(self, stack: contextlib.ExitStack) -> str:
-        """Starts Ray's head. Returns its address. Ray opens its own directory to everybody, but not the one above it."""
+        """Starts Ray's head. Returns its address. Ray opens its directory to everybody, but not the one above it."""
         self._report("ray", "starting", None)
         directory = self._owner.directory
         with open(os.open(directory / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -124,7 +124,10 @@ class LocalStack:
                 _node_ip_address="127.0.0.1",
             )
         except Exception as error:
-            raise StackError(f"Ray did not start ({error}); check the space in {directory.parent}") from error
+            raise StackError(
+                f"Ray did not start ({error}); if this machine is very busy, try again, else check the space in "
+                f"{directory.parent}"
+            ) from error
         address = str(ray.get_runtime_context().gcs_address)
         self._report("ray", f"head at {address}", 1.0)
         return address
@@ -186,12 +189,14 @@ def ray_environment(directory: Path) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(directory / "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray has an address of this machine in mind that others can reach, and listens there, unless it is without clusters.
+    # Ray replaces a loopback address by one that others can reach, and listens there, unless it has no clusters.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # When memory is short, Ray would end the actors that were started last: the router and the gateway. The kernel ends
     # the largest first, and before it a worker, see `actors.WorkerActor`.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     os.environ.setdefault("RAY_worker_oom_score_adjustment", "0")
+    # An actor that imports slowly on a busy machine is not started over and over again.
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
     # Ray runs actors at niceness 15: beside anything else that computes, they would get next to nothing.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Without this, Ray gives an actor that reserves no CPU a single compute thread.

@@ -212,7 +212,9 @@ class PageIndex:
             redis.register_script(script) for script in (_PUT, _TOUCH, _RELEASE, _LEAVE, _EVICT, _SWEEP)
         )
 
-    async def put(self, key: str, value: bytes | memoryview, holder: str, budget: int | None, *, replace: bool = False) -> Put:
+    async def put(
+        self, key: str, value: bytes | memoryview, holder: str, budget: int | None, *, replace: bool = False
+    ) -> Put:
         """Stores a value within the budget, and counts it. It then has one holder more.
 
         Args:

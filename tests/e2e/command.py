@@ -46,8 +46,11 @@ def left(directory: Path) -> list[str]:
     found = [f"{path} is there" for path in directory.glob("qaq-*")]
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            # Redis writes its title over its environment, but works in its directory.
-            mine = process.environ().get("TMPDIR") == str(directory) or process.cwd().startswith(str(directory))
+            mine = process.environ().get("TMPDIR") == str(directory)
+            # Redis and Ray write titles over their environments, but have files in the directory.
+            if not mine and next(iter(process.cmdline()), "").startswith(("ray::", "/")):
+                files = [process.cwd(), *(file.path for file in process.open_files())]
+                mine = any(file.startswith(str(directory)) for file in files)
             if mine and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(process.cmdline()))
     return found

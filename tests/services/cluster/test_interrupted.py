@@ -60,11 +60,10 @@ def started(command: str, line: str) -> subprocess.Popen[str]:
     ("command", "line", "signals"),
     [
         ("up", "redis: starting", [SIGTERM]),
-        ("up", "redis: ", [SIGHUP]),
-        ("demo", "ray: starting", [SIGINT]),
         ("up", "ray: starting", [SIGINT, SIGINT]),
+        ("demo", "ray: starting", [SIGHUP]),
         ("up", "ray: head", [SIGKILL]),
-        ("demo", "router: ", [SIGTERM, SIGTERM]),
+        ("demo", "worker-0: loading", [SIGTERM, SIGTERM]),
     ],
 )
 def test_the_command(command: str, line: str, signals: list[signal.Signals], place: Path) -> None:
@@ -86,8 +85,6 @@ def test_what_owns_the_stack(victim: str, line: str, place: Path) -> None:
     owner = claim.current()
     assert isinstance(owner, Owner)
     assert owner.directory.stat().st_mode & 0o777 == 0o700
-    again = qaq("up", "--port", "0")
-    assert (again.returncode, "a stack is starting or stopping already" in again.stderr) == (1, True)
     guard = psutil.Process(owner.pid)
     (host,) = guard.children()
     assert "services.cluster.host" in host.cmdline()
@@ -108,7 +105,9 @@ def test_what_owns_the_stack(victim: str, line: str, place: Path) -> None:
 
 
 def test_down_while_it_starts(place: Path) -> None:
-    process = started("up", "ray: starting")
+    process = started("up", "redis: ")
+    again = qaq("up", "--port", "0")
+    assert (again.returncode, "a stack is starting or stopping already" in again.stderr) == (1, True)
     assert control.down()
     assert process.wait(60) == 1
     until_nothing_is_left(place)

@@ -61,7 +61,7 @@ def test_a_place_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "file").write_text("")
     for place in ("/proc/qaq", str(tmp_path / "file" / "state")):
         monkeypatch.setenv("QAQ_STATE_DIR", place)
-        with pytest.raises(StackError, match="cannot be written.*set QAQ_STATE_DIR"):
+        with pytest.raises(StackError, match=r"cannot be written.*set QAQ_STATE_DIR"):
             state.save(running())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import urllib.request
 from concurrent.futures import Future
@@ -69,6 +70,15 @@ def test_metrics_are_served() -> None:
         text = reply.read().decode()
     for name in ("qaq_originals_corrupt_total", "TYPE qaq_kv_bits gauge", "qaq_kv_lambda", "qaq_pages_unacked"):
         assert name in text
+
+
+def test_a_port_of_metrics_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(metrics.MetricsPortError, match=f"127.0.0.1:{port} .*choose another --metrics-port"):
+            metrics.serve(port)
 
 
 def test_background_work_that_swallows_a_cancel_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,10 @@ async def test_what_was_not_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert answer.headers["x-request-id"] == "mine"
         metrics = (await http.get("/metrics")).text
         assert 'qaq_http_requests_total{path="/broken",status="500"} 1.0' in metrics
+        assert "process_resident_memory_bytes" in metrics
+        names = {line.split("{")[0].split(" ")[0] for line in metrics.splitlines() if line.startswith("qaq_")}
+        own = ("qaq_http_", "qaq_registry_failures_")
+        assert {name for name in names if not name.startswith(own)} == set()  # workers and routers tell theirs
 
 
 async def test_errors_name_the_field() -> None:
