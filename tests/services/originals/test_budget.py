@@ -28,11 +28,12 @@ from services.originals import held, wire
 from services.originals.budget import Budget, Keeper, reserve
 from services.originals.client import RemoteOriginals
 from services.originals.index import PageIndex
+from services.originals.page_format import stored_bytes
 from services.originals.server import OriginalsServer
 from services.originals.store import PageStore
 from services.router.sessions import SessionDirectory
 from tests.services.metric import value
-from tests.services.originals.conftest import SHAPE, make_pages, status
+from tests.services.originals.conftest import SHAPE, make_pages, seal, status
 
 MIB = 1 << 20
 LARGE = PageShape(layers=16, kv_heads=4, tokens=32, head_dim=64)  # 1 MiB
@@ -41,12 +42,12 @@ WRITTEN = int(os.environ.get("QAQ_BUDGET_MIB", 1024)) * MIB
 
 def within(pages: int) -> Budget:
     """A budget with room for so many pages of SHAPE, and not for one more."""
-    return Budget(pages * (SHAPE.nbytes + 1000) + 1000)
+    return Budget(pages * (stored_bytes(SHAPE) + 1000) + 1000)
 
 
 async def put(store: PageStore, pages: list[Page], holder: str = "") -> None:
     for page in pages:
-        await store.put(page.id, page.shape, page.to_bytes(), holder)
+        await store.put(page.id, page.shape, seal(page), page.to_bytes(), holder)
 
 
 async def stored(store: PageStore, pages: list[Page]) -> list[bool]:
@@ -80,7 +81,7 @@ def test_the_budget_follows_redis() -> None:
 
 
 async def test_pages_that_nobody_holds_go_before_anything_is_refused(redis: Redis) -> None:
-    store = PageStore(redis, 600, within(4))
+    store = PageStore(redis, 600, budget=within(4))
     free, held_ones, new = make_pages(3), make_pages(1, seed=1), make_pages(3, seed=2)
     await put(store, free)
     await put(store, held_ones, "aa")
@@ -93,7 +94,7 @@ async def test_pages_that_nobody_holds_go_before_anything_is_refused(redis: Redi
 
 
 async def test_pages_that_are_held_are_never_dropped_for_others(redis: Redis) -> None:
-    store = PageStore(redis, 600, within(3))
+    store = PageStore(redis, 600, budget=within(3))
     pages, more = make_pages(3), make_pages(1, seed=1)
     await put(store, pages, "aa")
     before = value(metrics.pages_refused)
@@ -112,14 +113,14 @@ async def test_pages_that_are_held_are_never_dropped_for_others(redis: Redis) ->
 
 
 async def test_a_page_that_can_never_fit_says_so(redis: Redis) -> None:
-    store = PageStore(redis, 600, Budget(2000))
+    store = PageStore(redis, 600, budget=Budget(2000))
     with pytest.raises(InvalidArgument, match="QAQ_PAGE_BUDGET_BYTES"):
         await put(store, make_pages(1))
 
 
 async def test_codecs_are_bytes_of_the_budget_too(redis: Redis) -> None:
     """They go like pages that nobody holds; the worker puts one again when it is needed."""
-    store = PageStore(redis, 600, within(3))
+    store = PageStore(redis, 600, budget=within(3))
     for number in range(20):
         await store.put_codec(bytes([number]) * 16, bytes(3000))
     pages = make_pages(2)
@@ -147,7 +148,7 @@ async def test_the_keeper_makes_room_for_what_else_grows() -> None:
         budget, index = Budget(), PageIndex(client, 600)
         keeper = Keeper(client, index, budget)
         await keeper.step()
-        store = PageStore(client, 600, budget)
+        store = PageStore(client, 600, budget=budget)
         held_ones, free = make_pages(10, LARGE), make_pages(24, LARGE, seed=1)
         await put(store, held_ones, "aa")
         await put(store, free)

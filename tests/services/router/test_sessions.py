@@ -58,7 +58,7 @@ async def test_a_closed_session_is_gone_with_its_log(directory: SessionDirectory
         assert not await hold.write(1, [2])
         assert hold.lost == "closed"
         await hold.set_worker("w:1")
-    assert [key async for key in redis.scan_iter("qaq:session*")] == []
+    assert [key async for key in redis.scan_iter("qaq:session*")] == [session_keys.closed(hold.session).encode()]
     with pytest.raises(NotFound, match="does not exist or has expired"):
         await directory.get(hold.session)
     with pytest.raises(NotFound):
