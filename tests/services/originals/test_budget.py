@@ -181,7 +181,7 @@ async def serving(url: str, **settings: int) -> AsyncIterator[str]:
 
 async def chunks(*pages: Page, holder: str = "") -> AsyncIterator[pb.PutRequest]:
     for page in pages:
-        for piece in wire.page_chunks(page.id, page.shape, page.to_bytes()):
+        for piece in wire.page_chunks(page.id, page.shape, seal(page), page.to_bytes()):
             yield pb.PutRequest(chunk=piece, holder=holder)
 
 

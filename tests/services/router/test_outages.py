@@ -158,7 +158,7 @@ async def test_a_session_that_redis_lost_is_written_down_again(
         if not kept:
             assert left == []
             return
-        assert left == [f"qaq:session:{session}", f"qaq:session:{session}:tokens", "qaq:sessions"]
+        assert left == [f"qaq:session:{session}", f"qaq:session:{session}:tokens", "qaq:sessions", "qaq:sessions:"]
         n = len(worker.asked[-1].token_ids)
         assert await log_of(redis, session) == [*worker.asked[-1].token_ids, *range(n, n + NEW)]
 
