@@ -62,7 +62,7 @@ class RenewedChannel(grpc.aio.Channel):
 
     def __init__(self, address: str, identity: Identity, role: Role | None) -> None:
         self._address, self._identity, self._role = address, identity, role
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving: dict[asyncio.Task[None], grpc.aio.Channel] = {}
         self._pems = identity.pems
         self._inner = self._open()
 
@@ -73,10 +73,11 @@ class RenewedChannel(grpc.aio.Channel):
         await self.close()
 
     async def close(self, grace: float | None = None) -> None:
-        for task in self._leaving:
+        left = dict(self._leaving)
+        for task in left:
             task.cancel()
-        await asyncio.gather(*self._leaving, return_exceptions=True)
-        await self._inner.close(grace)
+        await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.gather(*(channel.close(grace) for channel in (self._inner, *left.values())))
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
         return self._current().get_state(try_to_connect)
@@ -110,8 +111,8 @@ class RenewedChannel(grpc.aio.Channel):
             self._pems, left = pems, self._inner
             self._inner = self._open()
             task = asyncio.get_running_loop().create_task(left.close(LEAVE_S))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._leaving[task] = left
+            task.add_done_callback(self._leaving.pop)
         return self._inner
 
     def _callable(self, kind: str, method: tuple[Any, ...], options: dict[str, Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from qaq_core.base.errors import ConfigError
+from services.common.log import once
 from services.common.settings import CommonSettings
 
 CHECK_S = 1.0
@@ -119,7 +120,8 @@ def require_loopback(host: str, what: str, settings: CommonSettings) -> None:
             f"{what}, and there is no TLS: set QAQ_TLS_CERT, QAQ_TLS_KEY and QAQ_TLS_CA (`qaq certificates` makes "
             "them), or QAQ_INSECURE=1 to be open to that network"
         )
-    log.warning("without TLS: whoever reaches the network can read and change everything", reason=what)
+    if once(what):
+        log.warning("without TLS: whoever reaches the network can read and change everything", reason=what)
 
 
 def is_loopback(host: str) -> bool:

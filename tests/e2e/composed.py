@@ -94,7 +94,7 @@ class Composed:
         (self._directory / "data").mkdir()
         config = (ROOT / "deploy" / "redis.conf").read_text()
         for there, here in (
-            ("/run/secrets", str(self.secrets / "redis")),
+            ("/run/qaq", str(self.secrets / "redis")),
             ("/data", str(self._directory / "data")),
             ("0.0.0.0", self._hosts["redis"]),
         ):
@@ -111,7 +111,7 @@ class Composed:
 
     def _role(self, name: str, service: dict[str, Any]) -> subprocess.Popen[bytes]:
         assert service["env_file"] == f"deploy/secrets/{name}/redis.env"
-        assert f"./deploy/secrets/{name}:/run/secrets:ro" in service["volumes"]
+        assert f"./deploy/secrets/{name}:/run/qaq:ro" in service["volumes"]
         environment = dict(service["environment"]) | {"QAQ_REDIS_URL": self.redis_url(name)}
         if environment.get("QAQ_HOST") == "0.0.0.0":
             environment["QAQ_HOST"] = self._hosts[name]
@@ -121,7 +121,7 @@ class Composed:
 
     def _here(self, name: str, value: str) -> str:
         """A value of the environment with the place of the secrets outside its container."""
-        return value.replace("/run/secrets", str(self.secrets / name))
+        return value.replace("/run/qaq", str(self.secrets / name))
 
     def _spawn(self, name: str, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         with open(self._directory / f"{name}.log", "wb") as log:

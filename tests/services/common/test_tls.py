@@ -181,6 +181,24 @@ async def test_everything_is_replaced_while_a_stream_runs(served: tuple[str, Cou
         assert await call.read() is grpc.aio.EOF
 
 
+async def test_a_closed_channel_gives_its_calls_their_time_on_old_connections_too(
+    served: tuple[str, Counting], place: Path
+) -> None:
+    address, service = served
+    channel = open_channel(address, of(place, "client"), "router")
+    call = Stub(channel).Generate(pb.GenerateRequest(stop={"max_new_tokens": 1}))
+    await call.wait_for_connection()
+    issue(place)
+    assert await tokenize(channel) == [4]
+    closing = asyncio.create_task(channel.close(30))
+    await asyncio.sleep(0.05)
+    service.step.release()
+    assert (await call.read()).session_id == "0"
+    assert await call.read() is grpc.aio.EOF
+    await closing
+    assert not channel._leaving
+
+
 async def test_a_renewal_that_is_half_done_changes_nothing(served: tuple[str, Counting], place: Path) -> None:
     address, _ = served
     identity = of(place, "client")
