@@ -15,6 +15,7 @@ from types import FrameType
 import psutil
 
 from services.cluster import claim, roles, state
+from services.cluster.remains import MARK
 from services.cluster.stack import python_path, ray_environment
 from services.cluster.state import StackError, StackSettings, StackState
 from services.common.extras import require
@@ -109,7 +110,8 @@ def _spawn(settings: StackSettings, errors: int, *, attached: bool) -> subproces
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
-        env=os.environ | {"PYTHONPATH": python_path()},
+        # Without the mark of a stack in which this process may run: it would end with that one.
+        env={k: v for k, v in os.environ.items() if k != MARK} | {"PYTHONPATH": python_path()},
         text=True,
         start_new_session=True,
     )
@@ -129,6 +131,8 @@ def _started(guard: subprocess.Popen[str], report: Report) -> StackState:
             raise StackError(event["failed"])
         report(*event["report"])
     code = guard.wait()
+    if code == 0:
+        raise StackError("the stack was stopped while it started")
     raise StackError(f"the stack's process ended with code {code}; see {state.directory() / 'stack.log'}")
 
 

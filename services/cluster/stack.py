@@ -106,8 +106,11 @@ class LocalStack:
         """Starts Ray's head. Returns its address. Ray opens its directory to everybody, but not the one above it."""
         self._report("ray", "starting", None)
         directory = self._owner.directory
-        with open(os.open(directory / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        try:
+            with open(os.open(directory / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+        except OSError as error:
+            raise StackError(f"{directory} cannot be written ({error.strerror}); make room, or set TMPDIR") from error
         ray_environment(directory)
         import ray
 

@@ -17,7 +17,6 @@ MIN_SECRET = 16
 """Characters."""
 
 WeightForm = Literal["auto", "plain", "float32", "bfloat16", "int8", "int4"]
-PresetName = Literal["balanced", "paper", "fp16"]
 
 
 def _device(name: str) -> str:
@@ -26,7 +25,14 @@ def _device(name: str) -> str:
     return name
 
 
+def _preset(name: str) -> str:
+    if name not in ("balanced", "paper", "fp16"):
+        raise ValueError(f"unknown preset {name!r}; take balanced, paper or fp16")
+    return name
+
+
 Device = Annotated[str, AfterValidator(_device)]
+PresetName = Annotated[str, AfterValidator(_preset)]
 
 
 class CommonSettings(BaseSettings):

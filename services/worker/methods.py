@@ -13,7 +13,7 @@ from qaq.v1 import common_pb2
 
 from qaq_core import ConfigError, Method, make_method
 from qaq_core.cache import PRESETS
-from qaq_core.calibration import Calibration, Progress, calibrate
+from qaq_core.calibration import Progress, calibrate
 from qaq_core.models import LoadedModel, ModelShape
 from services.common.errors import Unavailable
 from services.common.settings import WorkerSettings
@@ -100,7 +100,7 @@ class Methods:
             # Families of presets, such as the baselines of an evaluation, need not store originals or resume.
             raise ConfigError(f"preset {key.preset[:50]!r} is not served; use one of {', '.join(PRESETS)}")
         model, fingerprint = self._loaded.model, self._loaded.fingerprint
-        known: dict[str, Calibration] = {}
+        known: dict[str, Any] = {}
         # Measuring needs gradients.
         with torch.inference_mode(False), torch.enable_grad():
             if progress is not None and key.preset in _MEASURED:

@@ -57,7 +57,7 @@ def left(directory: Path) -> list[str]:
 
 
 def until_nothing_is_left(directory: Path) -> None:
-    for _ in range(200):
+    for _ in range(900):
         if not left(directory):
             return
         time.sleep(0.1)

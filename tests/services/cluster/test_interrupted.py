@@ -70,7 +70,7 @@ def test_the_command(command: str, line: str, signals: list[signal.Signals], pla
     process = started(command, line)
     for number in signals:
         process.send_signal(number)
-    assert process.wait(60) != 0
+    assert process.wait(200) != 0
     assert process.stderr is not None
     until_nothing_is_left(place)
     assert claim.current() is None
@@ -90,7 +90,7 @@ def test_what_owns_the_stack(victim: str, line: str, place: Path) -> None:
     assert "services.cluster.host" in host.cmdline()
     for one in {"guard": [guard], "host": [host], "stack": [guard, host]}[victim]:
         one.kill()
-    assert process.wait(60) == 1
+    assert process.wait(200) == 1
     assert process.stderr is not None
     told = process.stderr.read()
     assert "the stack's process ended" in told
@@ -109,6 +109,9 @@ def test_down_while_it_starts(place: Path) -> None:
     again = qaq("up", "--port", "0")
     assert (again.returncode, "a stack is starting or stopping already" in again.stderr) == (1, True)
     assert control.down()
-    assert process.wait(60) == 1
+    assert process.wait(200) == 1
+    assert process.stderr is not None
+    assert "the stack was stopped while it started" in process.stderr.read()
+    process.stderr.close()
     until_nothing_is_left(place)
     assert not control.down()

@@ -44,7 +44,7 @@ def run() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def marked(directory: Path, command: list[str], **more: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, env=os.environ | {MARK: str(directory)}, stdout=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(command, env=os.environ | {MARK: str(directory)}, stdout=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload]
 
 
 def test_processes_end_and_others_stay(directory: Path, run: list[subprocess.Popen[str]]) -> None:

@@ -113,6 +113,13 @@ def test_the_path_comes_before_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert embedded_redis.find_server() == ("redis-server", tmp_path / "redis-server")
 
 
+def test_a_place_without_room(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (Path("/proc/qaq-redis"), tmp_path / "file" / "redis"):
+        with pytest.raises(RedisStartError, match=f"Redis cannot write in {place}"):
+            EmbeddedRedis(directory=place).start()
+
+
 def test_no_server_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(embedded_redis, "find_spec", lambda name: None)
