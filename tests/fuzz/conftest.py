@@ -38,6 +38,9 @@ GROWTH = 100 << 20
 LONG = int(os.environ.get("QAQ_FUZZ", "0"))
 """How much longer form is asked for: about how many messages. QAQ_FUZZ=10000 pytest tests/fuzz"""
 
+SEED = int(os.environ.get("QAQ_FUZZ_SEED", "1"))
+"""Other messages with another one."""
+
 SETTLE_S = 20.0
 
 

@@ -15,10 +15,10 @@ import pytest
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from qaq.v1 import common_pb2, generate_pb2, originals_pb2, worker_pb2
 
-from tests.fuzz.conftest import GROWTH, LONG, Fuzzed, resident
+from tests.fuzz.conftest import GROWTH, LONG, SEED, Fuzzed, resident
 from tests.fuzz.generators import Messages
 
-MESSAGES = LONG or 300
+MESSAGES = LONG or 200
 TOGETHER = 12
 ANSWER_S = 90.0
 """Longest time for an answer that is not a stream of tokens."""
@@ -26,7 +26,11 @@ ANSWER_S = 90.0
 TOKENS_S = 3.0
 """After this long a stream of tokens is cancelled."""
 
-NOT_ALLOWED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
+Code = grpc.StatusCode
+NOT_ALLOWED = (Code.INTERNAL, Code.UNKNOWN, Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
+OWN_WORD = "Internal error from Core"
+"""What grpc.aio's client says, not the server, of a call that ended while it was writing."""
+
 SCHEMA = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
 HINTS: dict[str, Any] = {
     "model": ["", "tiny", "other"],
@@ -130,7 +134,7 @@ class Caller:
         except grpc.aio.AioRpcError as error:
             code = error.code()
             self.codes[code.name] += 1
-            if code in NOT_ALLOWED or code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if code in NOT_ALLOWED and error.details() != OWN_WORD:
                 sent = given.hex()[:400] if isinstance(given, bytes) else "a stream"
                 self.wrong.append(f"{method.full_name} {code.name}: {error.details()} <- {sent}")
 
@@ -165,10 +169,10 @@ async def run(stack: Fuzzed, messages: int, seed: int) -> Caller:
 
 @pytest.mark.timeout(120 + LONG)
 async def test_whatever_is_sent_is_answered(fuzzed: Fuzzed) -> None:
-    await run(fuzzed, MESSAGES // 4, seed=1)
+    await run(fuzzed, MESSAGES // 4, seed=0)
     await fuzzed.check()
     before = resident()
-    caller = await run(fuzzed, MESSAGES, seed=2)
+    caller = await run(fuzzed, MESSAGES, seed=SEED)
     print(dict(caller.codes), f"{(resident() - before) >> 20} MB more")
     assert not caller.wrong, "\n".join(caller.wrong[:20])
     assert min(caller.codes["OK"], caller.codes["INVALID_ARGUMENT"]) > 0, "some messages are valid, others are not"

@@ -16,10 +16,10 @@ import pytest
 from services.common.routers import Routers, named
 from services.common.settings import GatewaySettings
 from services.gateway.app import make_app
-from tests.fuzz.conftest import GROWTH, LONG, Fuzzed, resident
+from tests.fuzz.conftest import GROWTH, LONG, SEED, Fuzzed, resident
 from tests.fuzz.generators import Json
 
-REQUESTS = LONG or 300
+REQUESTS = LONG or 200
 TOGETHER = 8
 ANSWER_S = 90.0
 METHODS = ("HEAD", "OPTIONS", "PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get", "POST", "GET", "DELETE")
@@ -261,10 +261,10 @@ async def run(stack: Fuzzed, requests: int, seed: int) -> Client:
 
 @pytest.mark.timeout(120 + LONG)
 async def test_whatever_is_sent_is_answered(fuzzed: Fuzzed) -> None:
-    await run(fuzzed, REQUESTS // 4, seed=1)
+    await run(fuzzed, REQUESTS // 4, seed=0)
     await fuzzed.check()
     before = resident()
-    client = await run(fuzzed, REQUESTS, seed=2)
+    client = await run(fuzzed, REQUESTS, seed=SEED)
     print(dict(client.statuses), f"{(resident() - before) >> 20} MB more")
     assert not client.wrong, "\n".join(client.wrong[:20])
     assert min(client.statuses[200], client.statuses[400]) > 0, "some requests are valid, others are not"

@@ -13,11 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from qaq_core.base import rope
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY
 from qaq_core.base.rows import RowRequest
 from qaq_core.kernels import NativeEncoder, load_library, make_encoder
 from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.quantization.transforms import LinearTransform
 from tests.core.rows import page_shape, quantizers, request, rotated
 
 LAYERS, HEADS, DIM, ROWS = 2, 2, 32, 40
@@ -186,3 +188,19 @@ def test_a_codec_for_rows_of_another_size_is_refused_when_it_is_used() -> None:
 def test_tables_are_encoded_in_cpp() -> None:
     quantizer = Quantizer.from_bytes(BASE.to_bytes(), make_encoder=make_encoder())
     assert isinstance(quantizer.encoder(torch.device("cpu")), NativeEncoder)
+
+
+def test_rows_far_away_are_the_same_with_and_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch and in C++; a table up to the largest position could have gigabytes."""
+    random, originals = np.random.default_rng(3), torch.randn(ROWS, DIM)
+    rows, raw = rows_of(BASE, random), BASE.to_bytes()
+    quantizers = [Quantizer.from_bytes(raw), Quantizer.from_bytes(raw, make_encoder=make_encoder())]
+    with_table = [quantizer.requantize(rows, originals) for quantizer in quantizers]
+    monkeypatch.setattr(rope, "TABLE_BYTES", 0)
+    quantizers = [Quantizer.from_bytes(raw), Quantizer.from_bytes(raw, make_encoder=make_encoder())]
+    without = [quantizer.requantize(rows, originals) for quantizer in quantizers]
+    for planes in (*with_table, *without):
+        assert np.array_equal(planes, with_table[0])
+    transform = quantizers[0].transform
+    assert isinstance(transform, LinearTransform)
+    assert not transform._angles._table.numel()
