@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
 
 Stub = generate_pb2_grpc.InferenceStub
-STORY = "The ferryman counted his passengers twice, because one of them was a ghost who paid like the others. " * 4
-NEW = 64
+STORY = "The ferryman counted his passengers twice, because one of them was a ghost who paid like the others. " * 2
+NEW = 40
 EXACT = common_pb2.CacheParams(preset="fp16")
 
 
