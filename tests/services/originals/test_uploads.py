@@ -103,7 +103,8 @@ async def test_silent_uploads_leave_places_for_others(small: originals_pb2_grpc.
     over = iter(asyncio.as_completed(calls))
     for _ in range(len(calls) - most):
         code, _ = await status(next(over))
-        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        # UNAVAILABLE: a call that gRPC began before it knew how many one connection may have.
+        assert code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
     assert (await small.Match(pb.MatchRequest(page_ids=[bytes(32)]), timeout=10)).pages == 0
     for call in calls:
         call.cancel()
