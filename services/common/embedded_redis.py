@@ -61,7 +61,9 @@ class EmbeddedRedis:
         pid, directory: of a started server; None for a configured one.
     """
 
-    def __init__(self, configured_url: str | None = None, *, maxmemory: str | None = None, persist: bool = False) -> None:
+    def __init__(
+        self, configured_url: str | None = None, *, maxmemory: str | None = None, persist: bool = False
+    ) -> None:
         self._configured = configured_url is not None
         self._maxmemory = maxmemory or str(psutil.virtual_memory().total // 4)
         self._persist = persist

@@ -224,7 +224,7 @@ class GenerationStream:
             await self._log.flush(LOG_PATIENCE_S)
         except RedisError as error:
             message = (
-                f'every token was sent, but Redis does not take the last ones into the log of session '
+                f"every token was sent, but Redis does not take the last ones into the log of session "
                 f'"{self._session.id}": its next turn would lack them; rejoin it once Redis works'
             )
             raise Unavailable(message, retry_after_ms=RETRY_AFTER_MS) from error
