@@ -32,7 +32,7 @@ from services.originals.server import OriginalsServer
 from services.originals.store import PageStore
 from services.router.sessions import SessionDirectory
 from tests.services.metric import value
-from tests.services.originals.conftest import SHAPE, make_pages, status
+from tests.services.originals.conftest import make_pages, status
 
 MIB = 1 << 20
 LARGE = PageShape(layers=16, kv_heads=4, tokens=32, head_dim=64)  # 1 MiB

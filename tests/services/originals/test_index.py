@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections import defaultdict
@@ -51,7 +52,7 @@ async def alive(redis: Redis, keys: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("seed", range(2))
 async def test_the_sum_is_that_of_what_is_stored(redis: Redis, seed: int) -> None:
-    """Two cache services put, touch, release, drop, lose and sweep at random: nothing held goes, and every byte counts."""
+    """Two cache services put, touch, release, drop and sweep at random: nothing held goes, and every byte counts."""
     rng, services = random.Random(seed), [PageIndex(redis, TTL_S) for _ in range(2)]
     keys = [f"qaq:page:{number}" for number in range(30)]
     budget, holders = 60_000, defaultdict[str, set[str]](set)
@@ -124,7 +125,7 @@ async def test_the_hold_of_a_holder_that_died_runs_out(redis: Redis) -> None:
     index = PageIndex(redis, TTL_S, hold_s=0.05)
     await index.put("k", b"v", "dead", None)
     await index.put("dead before", b"v", "dead", None)
-    time.sleep(0.06)
+    await asyncio.sleep(0.06)
     await index.touch(["k"], "aa")  # and does not come to be held by the dead one again
     assert b"dead" not in await redis.hget(FACTS, "k")
     assert await index.evict(0) == 1
