@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
@@ -87,24 +88,32 @@ class HeldPages:
             self._changed.set()
 
     async def _touch(self, page_ids: Sequence[bytes]) -> None:
-        def touch(stub: Stub, part: Sequence[bytes]) -> Awaitable[Any]:
-            return stub.Touch(pb.TouchRequest(page_ids=part, holder=self.holder), timeout=TOUCH_TIMEOUT_S)
-
-        await self._send(touch, page_ids)
+        for part in _parts(page_ids):
+            request = pb.TouchRequest(page_ids=part, holder=self.holder)
+            await self._send(part[0], partial(_touch, request))
 
     async def _release(self, page_ids: Sequence[bytes]) -> None:
-        def release(stub: Stub, part: Sequence[bytes]) -> Awaitable[Any]:
-            return stub.Release(pb.ReleaseRequest(page_ids=part, holder=self.holder), timeout=TOUCH_TIMEOUT_S)
+        for part in _parts(page_ids):
+            request = pb.ReleaseRequest(page_ids=part, holder=self.holder)
+            await self._send(part[0], partial(_release, request))
 
-        await self._send(release, page_ids)
+    async def _send(self, page_id: bytes, call: Callable[[Stub], Awaitable[Any]]) -> None:
+        try:
+            await self._replicas.call(page_id, call)
+        except OriginalsError as error:
+            # Held pages are touched again within a minute, and other holds run out by themselves.
+            if once("touch"):
+                log.warning("cannot tell the store which pages are held; trying again later", error=str(error))
 
-    async def _send(self, call: Callable[[Stub, Sequence[bytes]], Awaitable[Any]], page_ids: Sequence[bytes]) -> None:
-        """Calls for some pages at a time, the last ones first: they are the first to be dropped."""
-        for start in reversed(range(0, len(page_ids), _IDS_PER_CALL)):
-            part = page_ids[start : start + _IDS_PER_CALL]
-            try:
-                await self._replicas.call(part[0], lambda stub, part=part: call(stub, part))
-            except OriginalsError as error:
-                # Held pages are touched again within a minute, and other holds run out by themselves.
-                if once("touch"):
-                    log.warning("cannot tell the store which pages are held; trying again later", error=str(error))
+
+def _parts(page_ids: Sequence[bytes]) -> list[Sequence[bytes]]:
+    """Ids of one call each, the last ones first: they are the first to be free."""
+    return [page_ids[start : start + _IDS_PER_CALL] for start in range(0, len(page_ids), _IDS_PER_CALL)][::-1]
+
+
+def _touch(request: pb.TouchRequest, stub: Stub) -> Awaitable[Any]:
+    return stub.Touch(request, timeout=TOUCH_TIMEOUT_S)
+
+
+def _release(request: pb.ReleaseRequest, stub: Stub) -> Awaitable[Any]:
+    return stub.Release(request, timeout=TOUCH_TIMEOUT_S)

@@ -18,7 +18,7 @@ from redis.exceptions import NoScriptError
 FREE, FACTS, BYTES = "qaq:pages:free", "qaq:pages:facts", "qaq:pages:bytes"
 HOLD_S = 150.0
 """How long a hold lasts. Holders renew it every 60 s; what a dead one held is free when it runs out."""
-ENTRY_BYTES = 640
+ENTRY_BYTES = 768
 """What Redis needs for an entry here, and for a key that expires, beside what MEMORY USAGE counts."""
 KEYS_PER_CALL = 256
 """Keys that one script call looks at: Redis does nothing else meanwhile."""

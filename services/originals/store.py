@@ -142,7 +142,9 @@ class PageStore:
         await self._index.release([_page_key(page_id) for page_id in page_ids], holder)
 
     async def put_codec(self, codec_id: bytes, tables: bytes) -> None:
-        """Stores a quantizer, also in place of a damaged one. It goes like a page that nobody holds; its worker then puts it again.
+        """Stores a quantizer, also in place of a damaged one.
+
+        It goes like a page that nobody holds; its worker then puts it again.
 
         Raises:
             ResourceExhausted, InvalidArgument: as `put`.

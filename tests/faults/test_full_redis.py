@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import grpc
 import pytest
@@ -16,17 +16,18 @@ from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 from services.common.registry import TTL_S
 from tests.faults.conftest import PAGE_TOKENS, Processes
-from tests.faults.test_processes import EXACT, Heard, Stub, asked, hear, listen, opened
-from tests.services.junk import filled
+from tests.faults.test_processes import Heard, Stub, listen, opened
+from tests.services.junk import filled, refused
 
 BALANCED = common_pb2.CacheParams(preset="balanced")
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """Over a Redis of 64 MB, of which 48 are for pages: 1,000 tokens of SmolLM2."""
+    """Over a Redis of 32 MB, of which 16 are for pages: 340 tokens of SmolLM2."""
     with contextlib.ExitStack() as stack:
-        made = Processes(stack.enter_context(EmbeddedRedis(maxmemory="64mb")), tmp_path_factory.mktemp("full"))
+        redis = stack.enter_context(EmbeddedRedis(maxmemory="32mb"))
+        made = Processes(redis, tmp_path_factory.mktemp("full"))
         stack.callback(made.stop)
         yield made
 
@@ -47,18 +48,29 @@ async def redis(processes: Processes) -> AsyncIterator[Redis]:
     await redis.aclose()
 
 
+async def turn(
+    client: Stub, session: str, prompt: str, new: int, event: Callable[[], Awaitable[None]] | None = None
+) -> int:
+    """The number of tokens that came; `event` happens when two have."""
+    stop = common_pb2.StopParams(max_new_tokens=new, ignore_eos=True)
+    request = generate_pb2.GenerateRequest(
+        prompt=prompt, session_id=session, sampling=common_pb2.SamplingParams(temperature=0), stop=stop
+    )
+    heard = Heard()
+    await listen(client.Generate(request, timeout=300), heard, 2, event)
+    return len(heard.tokens)
+
+
 async def stats(cache_service: str) -> originals_pb2.StatsReply:
     async with open_channel(cache_service) as channel:
-        return await originals_pb2_grpc.OriginalsStub(channel).Stats(originals_pb2.StatsRequest(), timeout=10)
+        return await originals_pb2_grpc.OriginalsStub(channel).Stats(originals_pb2.StatsRequest(), timeout=30)
 
 
 async def test_sessions_that_need_more_pages_than_fit(cache_service: str, client: Stub) -> None:
-    """None of them is refused: those that are idle give way to those that run."""
-    sessions = [await opened(client, BALANCED) for _ in range(6)]
-    for turn in range(2):
-        for number, session in enumerate(sessions):
-            heard = await hear(client, session, f"Chapter {number}, part {turn}. " + "The ferryman rowed on. " * 20)
-            assert heard.usage.generated_tokens == 64
+    """None of them is refused: those that are idle give way to those that run, and go on when it is their turn."""
+    sessions = [await opened(client, BALANCED) for _ in range(4)]
+    for number, session in enumerate([*sessions, sessions[0]]):
+        assert await turn(client, session, f"Chapter {number}. " + "The ferryman rowed on. " * 22, 8) == 8
     figures = await stats(cache_service)
     assert figures.evicted > 0
     assert figures.refused == 0
@@ -67,19 +79,19 @@ async def test_sessions_that_need_more_pages_than_fit(cache_service: str, client
 
 async def test_another_program_fills_redis(cache_service: str, client: Stub, redis: Redis) -> None:
     """The stream that runs goes on; new sessions are refused; with room everything works, without any restart."""
-    session, heard = await opened(client, BALANCED), Heard()
+    session = await opened(client, BALANCED)
     async with contextlib.AsyncExitStack() as stack:
-        full = filled(redis)
-        await listen(client.Generate(asked(session), timeout=300), heard, 8, lambda: stack.enter_async_context(full))
-        assert len(heard.tokens) == 64
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            while True:  # a full Redis has a little room again and again
-                await opened(client)
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert dict(refused.value.trailing_metadata() or ())["retry-after-ms"]
+
+        async def fill() -> None:
+            await stack.enter_async_context(filled(redis))
+
+        assert await turn(client, session, "The ferryman rowed on. " * 8, 40, fill) == 40
+        error = await refused(lambda: opened(client))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(error.trailing_metadata() or ())["retry-after-ms"]
         await asyncio.sleep(TTL_S + 2)
         assert (await client.GetModel(generate_pb2.GetModelRequest())).workers == 1
-    assert len((await hear(client, session, " Then the ferryman")).tokens) == 64
-    assert len((await hear(client, await opened(client, EXACT))).tokens) == 64
+    for each in (session, await opened(client)):
+        assert await turn(client, each, " Then the ferryman", 4) == 4
     while not (await stats(cache_service)).pages:  # noqa: ASYNC110 (nobody tells when the waiting pages have arrived)
         await asyncio.sleep(0.1)

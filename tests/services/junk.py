@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
+import grpc
+import pytest
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
 
@@ -39,3 +42,13 @@ async def _fill(redis: Redis) -> None:
         with contextlib.suppress(OutOfMemoryError):
             while True:
                 await redis.set(f"{PREFIX}{next(_numbers)}", bytes(size))
+
+
+async def refused(call: Callable[[], Awaitable[Any]]) -> grpc.aio.AioRpcError:
+    """The error of a call that may succeed before: a full Redis has a little room again and again."""
+    for _ in range(1000):
+        try:
+            await call()
+        except grpc.aio.AioRpcError as error:
+            return error
+    pytest.fail("it was never refused")

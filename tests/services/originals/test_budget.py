@@ -42,7 +42,8 @@ WRITTEN = int(os.environ.get("QAQ_BUDGET_MIB", 1024)) * MIB
 
 def within(pages: int) -> Budget:
     """A budget with room for so many pages of SHAPE, and not for one more."""
-    return Budget(pages * (stored_bytes(SHAPE) + 1000) + 1000)
+    each = stored_bytes(SHAPE) + 1100  # less or more by some 300: allocators round differently
+    return Budget(int((pages + 0.5) * each))
 
 
 async def put(store: PageStore, pages: list[Page], holder: str = "") -> None:
