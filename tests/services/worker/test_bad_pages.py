@@ -27,6 +27,8 @@ from services.worker.session import page_salt
 from tests.services.metric import value
 from tests.services.worker.conftest import EXACT, STORY, MakeScheduler, expected, outcome, request
 
+pytestmark = pytest.mark.slow
+
 Ids = Callable[[str], list[int]]
 SMALL = {"page_tokens": 16, "prefix_recompute_tokens": 1}
 SECRET = "a secret of a deployment"

@@ -18,6 +18,7 @@ from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import RedisUnreachableError
 from services.common.registry import Registry
+from services.common.secret import SecretMissingError
 from services.common.server import PortTakenError
 from services.common.settings import OriginalsSettings, WorkerSettings
 from services.originals.server import OriginalsServer
@@ -193,6 +194,8 @@ async def test_what_keeps_it_from_starting(
     url = SecretStr(redis_server.url)
     with pytest.raises(RedisUnreachableError):
         await WorkerServer(WorkerSettings(model="x", redis_url=SecretStr("redis://127.0.0.1:9/0"))).start()
+    with pytest.raises(SecretMissingError, match="QAQ_SECRET"):
+        await WorkerServer(WorkerSettings(model="x", redis_url=url, host="0.0.0.0")).start()
     with pytest.raises(ModelLoadError, match="is not there"):
         await WorkerServer(WorkerSettings(model=str(tmp_path / "no.gguf"), redis_url=url)).start()
     first = WorkerServer(WorkerSettings(model="x", redis_url=url), loaded=smollm2)
