@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import secrets
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -66,7 +67,8 @@ class Authority:
     def make(cls, directory: Path) -> Authority:
         """A new one, written to `ca.pem` and `ca-key.pem`."""
         key = ec.generate_private_key(ec.SECP256R1())
-        name = _name("QAQ CA")
+        # CAs of one name, both trusted while one replaces the other, would be taken for each other.
+        name = _name(f"QAQ CA {secrets.token_hex(4)}")
         signs = x509.KeyUsage(
             digital_signature=True,
             content_commitment=False,
@@ -82,6 +84,7 @@ class Authority:
             _builder(name, name, key, CA_DAYS)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(signs, critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .sign(key, hashes.SHA256())
         )
         write_private(directory / "ca-key.pem", _key_pem(key))
@@ -112,12 +115,14 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri(role))]
         names += [_host(name) for name in (server_name(role), server_name(None), *hosts)]
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         certificate = (
             _builder(_name(f"QAQ {role}"), self._certificate.subject, key, days)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+            .add_extension(issuer, critical=False)
             .sign(self._key, hashes.SHA256())
         )
         ca_path, cert_path, key_path = files(directory, role)
