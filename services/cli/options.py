@@ -68,7 +68,7 @@ TargetCompression = Annotated[
 TargetError = Annotated[
     float | None, typer.Option(help="KL divergence in nats per token, for balanced; overrides both other targets.")
 ]
-Tenant = Annotated[str | None, typer.Option(envvar="QAQ_TENANT", help="Tenant of the call.")]
+Tenant = Annotated[str | None, typer.Option(envvar="QAQ_TENANT", help="Tenant of the call, where no key says it.")]
 
 
 def model_or_default(model: str | None) -> str:

@@ -283,3 +283,15 @@ async def test_no_key_is_logged_or_written_to_redis(
     for name, key in tenancy.keys.items():
         assert key not in seen, name
         assert not any(key.encode() in (value or b"") for value in [*written, *named])
+
+
+async def test_a_router_that_others_reach_says_that_it_knows_nobody(
+    redis: Redis, router_settings: RouterSettings, tenancy: Tenancy
+) -> None:
+    for path, said in ((None, 1), (tenancy.path, 0)):
+        settings = router_settings.model_copy(update={"host": "0.0.0.0", "tenants_file": path})
+        with structlog.testing.capture_logs() as logs:
+            router = RouterServer(settings)
+            await router.start()
+            await router.stop()
+        assert len([each for each in logs if "no tenants file" in each["event"]]) == said
