@@ -17,6 +17,7 @@ from qaq.v1 import generate_pb2, generate_pb2_grpc
 from services.cluster import roles
 from services.cluster.access import Access
 from services.cluster.keys import StackKeys
+from services.cluster.slow_start import patient
 from services.cluster.state import Owner, StackError, StackSettings, StackState
 from services.common.certificates import issue
 from services.common.channel import open_blocking_channel
@@ -27,6 +28,7 @@ from services.common.settings import PageSettings
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no data of ours goes through it
 READY_TIMEOUT_S = 30.0
+RAY_TIMEOUT_S = 180.0
 
 Report = Callable[[str, str, float | None], None]
 
@@ -116,19 +118,20 @@ class LocalStack:
 
         stack.callback(ray.shutdown)
         try:
-            ray.init(
-                address="local",
-                namespace="qaq",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="error",
-                _temp_dir=str(directory / "r"),
-                _node_ip_address="127.0.0.1",
-            )
+            with patient(RAY_TIMEOUT_S):
+                ray.init(
+                    address="local",
+                    namespace="qaq",
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level="error",
+                    _temp_dir=str(directory / "r"),
+                    _node_ip_address="127.0.0.1",
+                )
         except Exception as error:
             raise StackError(
-                f"Ray did not start ({error}); if this machine is very busy, try again, else check the space in "
+                f"Ray did not start ({error}); try again when this machine is less busy, or check the space in "
                 f"{directory.parent}"
             ) from error
         address = str(ray.get_runtime_context().gcs_address)
