@@ -28,8 +28,9 @@ SHORT = [
 async def test_nothing_is_lost_whatever_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos, "STOP_S", (9.0, 9.5))  # longer than it takes to notice
     monkeypatch.setattr(chaos, "PAUSE_S", (0.2, 0.5))
+    monkeypatch.setattr(chaos, "RECOVERY_S", 900.0)  # other tests may run beside it
     plan = dict.fromkeys(SHORT, 1)
-    result = await faults(plan, seconds=400, clients=2, tokens=400, preset="fp16", spare=0, seed=3)
+    result = await faults(plan, seconds=1500, clients=2, tokens=400, preset="fp16", spare=0, seed=3)
     jsonschema.validate(json.loads(result.model_dump_json()), json.loads(SCHEMA.read_text()))
     assert result.whole, (sentence(result), result.damages)
     assert {Fault(row.role, row.how): row.times for row in result.faults} == plan
