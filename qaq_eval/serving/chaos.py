@@ -31,7 +31,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 STOP_S = (2.0, 14.0)
 """How long a process is stopped: some wake up before anybody has noticed, some after all have."""
 PAUSE_S = (0.5, 3.0)
-RECOVERY_S = 180.0
+RECOVERY_S = 300.0
 POLL_S = 0.2
 LOOK_S = 2.0
 

@@ -90,7 +90,8 @@ class Verdict(BaseModel):
 
     def __add__(self, other: Verdict) -> Verdict:
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in Verdict.model_fields)
-        return Verdict(**{name: (a or 0) + (b or 0) if (a, b) != (None, None) else None for name, a, b in pairs})
+        sums = {name: None if a is b is None else (a or 0) + (b or 0) for name, a, b in pairs}
+        return Verdict.model_validate(sums)
 
 
 def check(histories: Sequence[History], undisturbed: Mapping[str, Sequence[int]] | None = None) -> list[Damage]:

@@ -229,7 +229,7 @@ class Hold:
         keys = (session_keys.facts, session_keys.closed, session_keys.tokens, session_keys.hold)
         names = [*(key(self.session) for key in keys), session_keys.INDEX]
         facts = [part for pair in self._facts.items() for part in pair]
-        args = [self._fence, self._scripts.ttl_s, _raw(tokens), self.session, *facts]
+        args: list[Any] = [self._fence, self._scripts.ttl_s, _raw(tokens), self.session, *facts]
         await self._scripts.restore(keys=names, args=args)
 
 

@@ -240,6 +240,7 @@ class SessionDirectory:
             FailedPrecondition: another generation holds it.
         """
         keys = [session_keys.facts(identifier), session_keys.hold(identifier)]
+        facts: Any = await self._redis.hgetall(keys[0])  # before it is taken: a call cancelled here holds nothing
         fence = int(await self._scripts.acquire(keys=keys, args=[HOLD_TTL_S, tenant, int(take)]))
         if fence < 0:
             raise _unknown(identifier)
@@ -247,8 +248,7 @@ class SessionDirectory:
             raise FailedPrecondition(
                 f'session "{identifier}" is generating; wait for its stream to end, or use another session'
             )
-        facts: Any = await self._redis.hgetall(session_keys.facts(identifier))
-        hold = Hold(self._scripts, identifier, fence, facts)
+        hold = Hold(self._scripts, identifier, fence, facts | {b"fence": str(fence).encode()})
         async with hold.kept(lost):
             yield hold
 

@@ -61,7 +61,7 @@ def sent(served: Served, gateway: str = "", **more: Any) -> socket.socket:
 async def until_idle(served: Served) -> None:
     """Waits until nothing of a client is left: no sequence, no cache, no hold."""
     redis = connect(served.processes.redis.url)
-    async with open_channel(served.worker) as channel, asyncio.timeout(60):
+    async with open_channel(served.worker) as channel, asyncio.timeout(300):
         stub = worker_pb2_grpc.WorkerStub(channel)
         while True:
             described = await stub.Describe(worker_pb2.DescribeRequest(), timeout=30)

@@ -68,7 +68,7 @@ async def log_length(redis: Redis, session: str) -> int:
 
 async def until_answered(client: Stub) -> None:
     """Waits until a new call is served again."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await hear(client, await opened(client))

@@ -15,7 +15,7 @@ from services.common.errors import FailedPrecondition, NotFound
 from services.router import hold as module
 from services.router import session_keys, token_log
 from services.router.hold import Hold, Lost
-from services.router.sessions import SessionDirectory
+from services.router.sessions import CLOSED_TTL_S, SessionDirectory
 from services.router.token_log import LogWriter
 
 
@@ -58,7 +58,9 @@ async def test_a_closed_session_is_gone_with_its_log(directory: SessionDirectory
         assert not await hold.write(1, [2])
         assert hold.lost == "closed"
         await hold.set_worker("w:1")
-    assert [key async for key in redis.scan_iter("qaq:session*")] == [session_keys.closed(hold.session).encode()]
+    (left,) = [key.decode() async for key in redis.scan_iter("qaq:session*")]
+    assert left == session_keys.closed(hold.session)
+    assert 0 < await redis.ttl(left) <= CLOSED_TTL_S
     with pytest.raises(NotFound, match="does not exist or has expired"):
         await directory.get(hold.session)
     with pytest.raises(NotFound):
@@ -128,6 +130,43 @@ async def test_an_expired_hold_that_nobody_took_is_taken_again(
     assert lost == []
     assert await directory.tokens(session.id) == [1, 2]
     assert not await redis.exists(session_keys.hold(session.id))
+
+
+async def test_what_redis_lost_is_written_down_again_unless_it_is_over(
+    directory: SessionDirectory, redis: Redis
+) -> None:
+    session = await directory.open("m", common_pb2.CacheParams(preset="paper"), kept=True)
+    async with directory.held(session.id, lambda _: None) as hold:
+        await hold.write(0, [1, 2])
+        await hold.set_worker("w:1")
+        await redis.flushall()
+        assert not await hold.write(2, [3]), "the log is not known"
+        assert hold.lost == "gone"
+    async with opened(directory) as hold:
+        hold.known = lambda: [1, 2, 3]
+        await hold.write(0, [1, 2])
+        await hold.set_worker("w:1")
+        await redis.flushall()
+        assert await hold.write(2, [3])
+        restored = await directory.get(hold.session)
+        assert (restored.worker, restored.kept) == ("w:1", True)
+        assert await directory.tokens(hold.session) == [1, 2, 3]
+        assert [listing.running for listing in await directory.list()] == [True]
+        await redis.flushall()
+        await hold.forget()
+        assert await redis.dbsize() == 0
+
+
+async def test_a_session_is_taken_by_who_rejoins(directory: SessionDirectory, redis: Redis) -> None:
+    session, lost = await directory.open("m", common_pb2.CacheParams(), kept=True), list[Lost]()
+    async with (
+        directory.held(session.id, lost.append) as before,
+        directory.held(session.id, lambda _: None, take=True) as after,
+    ):
+        assert await after.write(0, [1])
+        assert not await before.write(0, [2])
+        assert before.lost == "taken"
+    assert await directory.tokens(session.id) == [1]
 
 
 async def test_a_refresh_that_arrives_after_the_release_takes_nothing(
