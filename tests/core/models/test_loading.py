@@ -222,3 +222,11 @@ def test_transformers_tokenizer_is_unchanged(smollm2: LoadedModel, model_path: P
     fresh = AutoTokenizer.from_pretrained(model_path.parent, gguf_file=model_path.name)
     text = "The quick brown fox; 12345 + 678 = ?"
     assert fresh.encode(text) == smollm2.tokenizer.encode(text)
+
+
+def test_a_model_without_a_tokenizer(tiny: Path) -> None:
+    for file in tiny.iterdir():
+        if not file.name.startswith(("config", "model.", "generation")):
+            file.unlink()
+    with pytest.raises(ModelLoadError, match="there is no tokenizer in .*; put the model's tokenizer.json"):
+        load_tokenizer(str(tiny))

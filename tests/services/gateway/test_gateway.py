@@ -152,7 +152,7 @@ async def test_what_is_not_of_openais_api(openai: AsyncOpenAI, served: Served, s
         ({"max_tokens": 0}, 400, "max_tokens is 0"),
         ({"max_tokens": 2**40}, 400, "max_tokens: Input should be less than"),
         ({"max_tokens": 9000}, 400, "max_tokens is 9000"),
-        ({"n": 99}, 400, "n: Input should be less than or equal to 16"),
+        ({"n": 99}, 400, "n is 99; send 1 to 8"),
         ({"stop": [""]}, 400, r"stop\[0\] is empty"),
         ({"logit_bias": {"99999": 1}}, 400, "logit_bias names token 99999"),
         ({"prompt": ""}, 400, "prompt is empty"),

@@ -329,3 +329,11 @@ async def test_a_chat_with_an_opening_and_a_constraint(client: Stub, worker: Cou
     asked.constraint.regex = "a{5000}"
     with pytest.raises(grpc.aio.AioRpcError, match="repeats something 5000 times"):
         await replies(client.Chat(asked))
+
+
+async def test_choices_are_bounded_by_what_workers_decode(client: Stub, worker: CountingWorker) -> None:
+    told = await client.GetModel(generate_pb2.GetModelRequest())
+    assert told.max_choices == worker.max_sequences == 8
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await replies(client.Generate(request(choices=9)))
+    assert (caught.value.code(), caught.value.details()) == (Code.INVALID_ARGUMENT, "choices is 9; send 1 to 8")
