@@ -133,7 +133,8 @@ def _lost(layer: int | None, operation: str = "") -> UnsupportedModelError:
     return UnsupportedModelError(
         f"layer {layer} updated a QAQ cache, but its attention did not reach the cache{used}: the model does not "
         "attend through transformers' attention interface, was switched to another attention implementation after the "
-        "cache was made, is a copy that never had QAQ's, or changes the keys or values that `update` returned; make "
+        "cache was made, is a copy that never had QAQ's, is compiled as a whole by torch.compile (compile_layers in "
+        "qaq_core.models compiles its layers), or changes the keys or values that `update` returned; make "
         "the cache with QAQCache.for_model(model) of the very model that generates, or use DynamicCache"
     )
 
@@ -178,13 +179,16 @@ def qaq_attention(
             position_ids=position_ids,
             **kwargs,
         )
+    check_outputs(kwargs)
     _check_kind(module, query, attention_mask, dropout, kwargs)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if source is None:
         out = torch.ops.qaq.attend(query, key, value, factor, sliding_window)
     else:
-        if source.layer == 0:
-            source.cache.check_model(getattr(module, "config", None))
+        if source.layer == 0:  # a configuration is slow to read
+            config = getattr(module, "config", None)
+            source.cache.check_model(config)
+            check_outputs({"output_attentions": getattr(config, "output_attentions", False)})
         given = LayerInput(source.layer, query, source.keys, source.values, factor, sliding_window)
         out = _attend(source.cache, given, position_ids, attention_mask)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
@@ -205,6 +209,15 @@ def _source(key: torch.Tensor, value: torch.Tensor, cache: Attendable | None) ->
     raise _lost(_updated.layer)
 
 
+def check_outputs(asked: dict[str, Any]) -> None:
+    """Raises ConfigError if a layer is asked for what a QAQ cache does not make."""
+    if asked.get("output_attentions"):
+        raise ConfigError(
+            "a QAQ cache computes no attention probabilities that it could return: leave output_attentions unset, or "
+            "use DynamicCache with attn_implementation='eager'"
+        )
+
+
 def _check_kind(
     module: torch.nn.Module, query: torch.Tensor, mask: torch.Tensor | None, dropout: float, others: dict[str, Any]
 ) -> None:
@@ -213,11 +226,6 @@ def _check_kind(
         raise UnsupportedModelError("attention with learned sinks or capped logits is not supported by a QAQ cache")
     if others.get("position_bias") is not None:
         raise UnsupportedModelError("attention with a bias on its scores is not supported by a QAQ cache")
-    if others.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
-        raise ConfigError(
-            "a QAQ cache computes no attention probabilities that it could return: leave output_attentions unset, or "
-            "use DynamicCache with attn_implementation='eager'"
-        )
     if dropout:
         raise UnsupportedModelError("a QAQ cache attends without dropout: call model.eval() before")
     if mask is None and query.shape[2] > 1:

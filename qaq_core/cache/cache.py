@@ -77,9 +77,9 @@ class QAQCache(ForwardPasses, Cache):
             UnsupportedModelError: keys or values are not those of the model that the cache was made for, or attention
                 did not reach the cache after the update before.
         """
-        shape = self.method.shape
-        heads = (shape.kv_heads, shape.head_dim)
-        if layer_idx >= shape.layers or key_states.shape[1::2] != heads or value_states.shape[1::2] != heads:
+        shape, new = self.method.shape, key_states.shape
+        fits = new[1] == shape.kv_heads and new[3] == shape.head_dim and value_states.shape == new
+        if layer_idx >= shape.layers or not fits:
             raise UnsupportedModelError(
                 f"this cache was made for {shape.layers} layers of {shape.kv_heads} KV heads with head_dim "
                 f"{shape.head_dim}, not for layer {layer_idx} with keys {list(key_states.shape)} and values "

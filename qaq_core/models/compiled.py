@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from qaq_core.attention.base import LayerInput
-from qaq_core.attention.interface import Attendable, use_qaq_attention
+from qaq_core.attention.interface import Attendable, check_outputs, use_qaq_attention
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 
 Report = Callable[[str, float], None]
@@ -96,6 +96,7 @@ def _dispatched(eager: Callable[..., Any], index: int, config: Any) -> Callable[
     def forward(hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if args or hidden_states.shape[1] != 1 or not hasattr(past_key_values, "attend"):
             return eager(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+        check_outputs(kwargs)
         if index == 0:
             past_key_values.check_model(config)
         _place.cache, _place.layer, _place.position_ids = past_key_values, index, kwargs.get("position_ids")

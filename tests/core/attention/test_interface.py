@@ -231,3 +231,29 @@ def test_a_prompt_in_inference_mode_may_be_continued_outside() -> None:
     with torch.no_grad():
         parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(21, 60)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.slow
+def test_a_model_that_is_compiled_as_a_whole_says_so() -> None:
+    model = of_one_layer()
+    cache = QAQCache.for_model(model, preset="fp16")
+    model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.raises(Exception, match=r"compiled as a whole by torch\.compile"):
+        generated(model, cache)
+
+
+def test_attention_probabilities_are_refused() -> None:
+    """They were silently left out."""
+    model = of_one_layer()
+    cache = QAQCache.for_model(model, preset="fp16")
+    asked = {"do_sample": False, "max_new_tokens": 2, "return_dict_in_generate": True}
+    with pytest.raises(ConfigError, match="leave output_attentions unset"):
+        model.generate(token_ids(20), past_key_values=cache, output_attentions=True, **asked)
+    cache.reset()
+    out = model.generate(token_ids(20), past_key_values=cache, output_hidden_states=True, **asked)
+    assert out.attentions is None
+    assert len(out.hidden_states) == 2
+    cache.reset()
+    model.config._output_attentions = True  # set before the model was switched to QAQ's attention
+    with pytest.raises(ConfigError, match="leave output_attentions unset"):
+        model.generate(token_ids(20), past_key_values=cache, **asked)
