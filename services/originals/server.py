@@ -35,8 +35,8 @@ class OriginalsServer:
         """Starts the service and returns its address, host:port.
 
         Raises:
-            RedisUnreachableError, SecretMissingError, ConfigError, PortTakenError: the message says what to do; nothing is
-                left running.
+            RedisUnreachableError, SecretMissingError, ConfigError, PortTakenError: the message says what to do; nothing
+                is left running.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
