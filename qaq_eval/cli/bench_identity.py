@@ -22,15 +22,19 @@ class IdentityCost(BaseModel):
     """What `--json` writes.
 
     Attributes:
-        plain_us, secured_us: median time of a token without and with identity, for each round.
-        cost_us: median of their differences.
+        plain_us, secured_us: time of a token without and with identity, for each round.
+        plain_cpu_us, secured_cpu_us: the processor's time of it, which other programs change less.
+        cost_us, cost_cpu_us: medians of the differences.
         call_plain_us, call_secured_us: median time of a unary call on a connection that is there.
     """
 
     tokens: int
     plain_us: list[float]
     secured_us: list[float]
+    plain_cpu_us: list[float]
+    secured_cpu_us: list[float]
     cost_us: float
+    cost_cpu_us: float
     call_plain_us: float
     call_secured_us: float
 
@@ -46,8 +50,12 @@ def identity(
     """
     cost = asyncio.run(_measure(tokens, rounds))
     table = Table(show_header=False, title="Identity, one hop", title_justify="left")
-    plain, secured = statistics.median(cost.plain_us), statistics.median(cost.secured_us)
-    table.add_row("a streamed token", f"{plain:.1f} µs without, {secured:.1f} µs with: [bold]{cost.cost_us:+.1f} µs[/]")
+    for name, plain, secured, added in (
+        ("a streamed token", cost.plain_us, cost.secured_us, cost.cost_us),
+        ("of it on a processor", cost.plain_cpu_us, cost.secured_cpu_us, cost.cost_cpu_us),
+    ):
+        medians = f"{statistics.median(plain):.1f} µs without, {statistics.median(secured):.1f} µs with"
+        table.add_row(name, f"{medians}: [bold]{added:+.1f} µs[/]")
     table.add_row("a unary call", f"{cost.call_plain_us:.0f} µs without, {cost.call_secured_us:.0f} µs with")
     screen.print(table, highlight=False)
     if json_path is not None:
@@ -77,9 +85,12 @@ async def _measure(tokens: int, rounds: int) -> IdentityCost:
             await secured_server.stop(0)
     return IdentityCost(
         tokens=tokens,
-        plain_us=[plain for plain, _ in pairs],
-        secured_us=[secured for _, secured in pairs],
-        cost_us=statistics.median(secured - plain for plain, secured in pairs),
+        plain_us=[plain[0] for plain, _ in pairs],
+        secured_us=[secured[0] for _, secured in pairs],
+        plain_cpu_us=[plain[1] for plain, _ in pairs],
+        secured_cpu_us=[secured[1] for _, secured in pairs],
+        cost_us=statistics.median(secured[0] - plain[0] for plain, secured in pairs),
+        cost_cpu_us=statistics.median(secured[1] - plain[1] for plain, secured in pairs),
         call_plain_us=calls[0],
         call_secured_us=calls[1],
     )
@@ -105,15 +116,15 @@ def _server(identity: Any) -> Any:
     return server
 
 
-async def _stream(channel: Any, tokens: int) -> float:
-    """Microseconds a token."""
+async def _stream(channel: Any, tokens: int) -> tuple[float, float]:
+    """Microseconds a token, elapsed and of this process' processor time."""
     from qaq.v1 import worker_pb2, worker_pb2_grpc
 
-    begun, got = time.perf_counter(), 0
+    begun, used, got = time.perf_counter(), time.process_time(), 0
     async for _ in worker_pb2_grpc.WorkerStub(channel).Run(worker_pb2.RunRequest(stop={"max_new_tokens": tokens})):
         got += 1
     assert got == tokens
-    return (time.perf_counter() - begun) / tokens * 1e6
+    return (time.perf_counter() - begun) / tokens * 1e6, (time.process_time() - used) / tokens * 1e6
 
 
 async def _calls(channel: Any, count: int) -> float:
