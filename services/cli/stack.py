@@ -87,7 +87,9 @@ def up(
         screen.print("Other clients need its key:", highlight=False)
         screen.print(f'  export QAQ_API_KEY="$(cat {path})"', soft_wrap=True, highlight=False)
         if running.gateway is not None:
-            screen.print(f'  export OPENAI_API_KEY="$(cat {path})"', soft_wrap=True, highlight=False)
+            url = f"http://{running.gateway}/v1"
+            line = f'  export OPENAI_API_KEY="$(cat {path})" OPENAI_BASE_URL={url}'
+            screen.print(line, soft_wrap=True, highlight=False)
 
 
 def status(
@@ -178,5 +180,6 @@ def _table(running: StackState, found: StackStatus) -> Table:
         stored = f"{store.pages} pages, {size(store.bytes)}" if store else "does not answer"
         table.add_row("originals", address, stored)
     table.add_row("redis", "", running.redis["description"])
-    table.add_row("keys", "", f"in {running.keys}" if running.keys else "not asked for")
+    without = "of QAQ_TENANTS_FILE" if running.settings.keys else "not asked for"
+    table.add_row("keys", "", f"in {running.keys}" if running.keys else without)
     return table
