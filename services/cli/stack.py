@@ -101,7 +101,9 @@ def up(
         screen.print("Other clients need its key:", highlight=False)
         screen.print(f'  export QAQ_API_KEY="$(cat {path})"', soft_wrap=True, highlight=False)
         if running.gateway is not None:
-            screen.print(f'  export OPENAI_API_KEY="$(cat {path})"', soft_wrap=True, highlight=False)
+            url = f"http://{running.gateway}/v1"
+            line = f'  export OPENAI_API_KEY="$(cat {path})" OPENAI_BASE_URL={url}'
+            screen.print(line, soft_wrap=True, highlight=False)
 
 
 def status(
@@ -205,5 +207,6 @@ def _table(running: StackState, found: StackStatus) -> Table:
     table.add_row("redis", "", running.redis["description"])
     if running.certificates is not None:
         table.add_row("CA", "", str(state.ca()))
-    table.add_row("keys", "", f"in {running.keys}" if running.keys else "not asked for")
+    without = "of QAQ_TENANTS_FILE" if running.settings.keys else "not asked for"
+    table.add_row("keys", "", f"in {running.keys}" if running.keys else without)
     return table
