@@ -112,7 +112,7 @@ def table(result: ChaosResult) -> Table:
     """The result for a terminal."""
     shown = Table(title="What was broken", title_justify="left")
     for column in ("what", "times", "streams lost", "tokens lost", "tokens repeated", "median gap", "worst gap"):
-        shown.add_column(column, justify="left" if column == "what" else "right")
+        shown.add_column(column, justify="left" if column == "what" else "right", no_wrap=column == "what")
     for row in result.faults:
         lost = (str(count) for count in (row.times, row.streams_lost, row.tokens_lost, row.tokens_repeated))
         shown.add_row(
