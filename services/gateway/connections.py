@@ -99,6 +99,8 @@ class Connection(H11Protocol):
             self._waiting = self.loop.call_later(HEADERS_S, self.refuse, 408, message)
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancels a timer. Returns the one that is then set: none."""
     if timer is not None:
         timer.cancel()
+    return None
