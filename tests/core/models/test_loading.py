@@ -228,5 +228,5 @@ def test_a_model_without_a_tokenizer(tiny: Path) -> None:
     for file in tiny.iterdir():
         if not file.name.startswith(("config", "model.", "generation")):
             file.unlink()
-    with pytest.raises(ModelLoadError, match="there is no tokenizer in .*; put the model's tokenizer.json"):
+    with pytest.raises(ModelLoadError, match=r"there is no tokenizer in .*; put the model's tokenizer.json"):
         load_tokenizer(str(tiny))

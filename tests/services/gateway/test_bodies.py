@@ -55,7 +55,7 @@ async def test_all_bodies_together_are_bounded() -> None:
 )
 def test_values_are_bounded(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
     monkeypatch.setattr(bodies, "MAX_VALUES", 15)
-    with pytest.raises(HTTPException, match="values, .*send at most 15"):
+    with pytest.raises(HTTPException, match=r"values, .*send at most 15"):
         check_values(body)
 
 
