@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from services.common.errors import InvalidArgument, ResourceExhausted, to_status
 from services.common.roles import Guard
 
-MESSAGE_S = 15.0
+MESSAGE_S = 30.0
 """How long a client may take for its call's next message: a call that is silent holds one of the server's places."""
 
 log = structlog.get_logger()

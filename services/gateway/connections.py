@@ -100,6 +100,7 @@ class Connection(H11Protocol):
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancels a timer. Returns the one that is then set: none."""
     if timer is not None:
         timer.cancel()
     return None

@@ -54,8 +54,7 @@ int32_t qaq_weigh(const QaqWeigh* job) {
     if (job->heads < 0 || job->tokens < 0 || job->first < 0 || job->count < 0 || job->sinks < 0 || job->reach < 0 ||
         job->first > job->tokens - job->count || job->state_stride < 0)
         return QAQ_SIZE;
-    if (any_null({job->importance, job->sums}) ||
-        (job->heads && job->tokens && any_null({job->state, job->smooth})) ||
+    if (any_null({job->importance, job->sums}) || (job->heads && job->tokens && any_null({job->state, job->smooth})) ||
         (job->heads && job->count && !job->weight))
         return QAQ_NULL;
     const int tokens = job->tokens, reach = job->reach;

@@ -35,8 +35,8 @@ struct QaqSide {
 struct QaqLayer {
     int32_t kv_heads, group, dim, sinks, recent, packed, block_tokens;
     int32_t blocks;  // of packed tokens
-    int32_t start;  // position of the first packed token
-    int32_t first;  // index of the first token that the query sees
+    int32_t start;   // position of the first packed token
+    int32_t first;   // index of the first token that the query sees
     int32_t residual_type, reduction;
     const float* query;        // [kv_heads * group][dim], scaled; the stride of heads here and below is `stride`
     const float* transformed;  // the same, transformed for packed keys

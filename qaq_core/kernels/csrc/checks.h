@@ -1,5 +1,5 @@
-// What entry points check of their arguments, once a call: pointers, sizes, and every index that says where something is
-// read or written. Tables, such as the order of units, are checked where they are made.
+// What entry points check of their arguments, once a call: pointers, sizes, and every index that says where something
+// is read or written. Tables, such as the order of units, are checked where they are made.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include "encode.h"
 #include "widths.h"
 
-constexpr int64_t MOST = 1 << 30;            // what an int counts
+constexpr int64_t MOST = 1 << 30;                // what an int counts
 constexpr int64_t MOST_ROWS = int64_t(1) << 39;  // of all layers, heads and tokens
 
 inline bool any_null(std::initializer_list<const void*> pointers) {

@@ -20,8 +20,8 @@ struct QaqSpan {
 // One side's tables of a linear transform.
 struct QaqTransform {
     int32_t layers, kv_heads, dim, kinds;  // dim: a multiple of 8
-    const float* matrices;  // [layers][kv_heads][dim of the original][dim of the row]
-    const float* means;     // [layers][kv_heads][dim]
+    const float* matrices;                 // [layers][kv_heads][dim of the original][dim of the row]
+    const float* means;                    // [layers][kv_heads][dim]
     const float* angles;  // [kinds][angles_stride / dim][dim], cosines and sines by position; null: means have no RoPE
     int64_t angles_stride;
     const int64_t* kind;   // [layers]

@@ -20,9 +20,9 @@ struct QaqRepack {
     uint8_t* const* rows;        // [QAQ_WIDTHS], the rows after; null for widths that gain and lose none
     const int64_t* room;         // [QAQ_WIDTHS], how many they are
     int64_t moves;
-    const int64_t* index;    // [moves], ascending, flat in [heads][after]
-    const uint8_t* keep;     // [moves], the width up to which the row before is kept
-    const uint8_t* planes;   // the other bytes of the moved rows
+    const int64_t* index;   // [moves], ascending, flat in [heads][after]
+    const uint8_t* keep;    // [moves], the width up to which the row before is kept
+    const uint8_t* planes;  // the other bytes of the moved rows
     int64_t plane_bytes;
     const int64_t* offsets;  // [moves], where each row's begin
 };
