@@ -13,6 +13,8 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
 
+from services.common.tasks import ended
+
 PREFIX = "junk:"
 _numbers = itertools.count()
 
@@ -25,8 +27,7 @@ async def filled(redis: Redis) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        filling.cancel()
-        await asyncio.wait([filling])
+        await ended(filling)
         await redis.delete(*[key async for key in redis.scan_iter(f"{PREFIX}*", count=10_000)])
 
 
