@@ -14,7 +14,7 @@ PAUSE_S = 0.2
 
 @contextlib.contextmanager
 def patient(seconds: float) -> Iterator[None]:
-    """While this lasts, Ray's start waits so long for its node, if its process runs. Ray has no setting for it."""
+    """While this lasts, Ray's start waits so long for its node, if the node's process runs. It has no setting."""
     from ray._private import services
 
     plain: Any = services.get_node
