@@ -144,6 +144,7 @@ class NativeEncoder:
             c_int32(dim),
             c_int32(8 * codec.split or dim),
             c_void_p(rms.data_ptr()),
+            c_int64(rms.numel()),
             _threads(rows),
         )
         return codec.meta_of(rms)
@@ -178,8 +179,8 @@ class NativeEncoder:
             bins=len(search.below),
             units=self._layouts(side, dim).units.data_ptr(),
         )
-        pointers = (part if part is None else part.data_ptr() for part in held)
-        job = Encode(cells, _span(rows), *pointers, out.numel())
+        at, *others = (part if part is None else part.data_ptr() for part in held)
+        job = Encode(cells, _span(rows), at, scale.numel(), *others, out.numel())
         checked(self._library.qaq_encode, ctypes.byref(job), _threads(rows))
 
     def _linear(self, originals: torch.Tensor) -> LinearTransform | None:

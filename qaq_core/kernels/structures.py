@@ -113,7 +113,9 @@ class Encode(Structure):
     _fields_ = [
         ("cells", CellTables),
         ("rows", Span),
-        *_fields(c_void_p, "scales offset have want begin out"),
+        ("scales", c_void_p),
+        ("scale_count", c_int64),
+        *_fields(c_void_p, "offset have want begin out"),
         ("out_bytes", c_int64),
     ]
 

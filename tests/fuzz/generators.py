@@ -15,7 +15,7 @@ Hints = Mapping[str, Sequence[Any]]
 """Values that make sense, by a field's name, so that not everything is refused by its first check."""
 
 DEPTH = 6
-MOST_BYTES = 6 << 20  # of a list: more than any request may have
+MOST_BYTES = 6 << 20  # of a message: more than any request may have
 _FLOATS = (
     0.0,
     -0.0,
@@ -66,9 +66,11 @@ class Messages:
 
     def __init__(self, random: Random, hints: Hints) -> None:
         self._random, self._hints = random, hints
+        self._room = MOST_BYTES  # what the message that is made may still hold
 
     def raw(self, descriptor: Descriptor) -> bytes:
         """A message on the wire; one of three is damaged there."""
+        self._room = MOST_BYTES
         raw = self.message(descriptor).SerializeToString()
         return self.damaged(raw) if self._random.random() < 0.33 else raw
 
@@ -111,7 +113,7 @@ class Messages:
         if field.message_type is None:
             few = [self._scalar(field) for _ in range(min(count, 20))]
             size = sum(len(one) if isinstance(one, str | bytes) else 8 for one in few)
-            entries.extend(few * _copies(count, few, size))
+            entries.extend(few * self._copies(count, few, size))
         elif field.message_type.GetOptions().map_entry:
             key, value = field.message_type.fields
             for _ in range(min(count, 1100)):
@@ -119,12 +121,26 @@ class Messages:
                     entries[self._scalar(key)] = self._scalar(value)
         else:
             few = [self.message(field.message_type, depth + 1) for _ in range(min(count, 6))]
-            entries.extend(few * _copies(min(count, 20 if depth else 5000), few, sum(one.ByteSize() for one in few)))
+            size = sum(one.ByteSize() for one in few)
+            entries.extend(few * self._copies(min(count, 20 if depth else 5000), few, size))
 
     def _set(self, message: Message, field: FieldDescriptor) -> None:
         setattr(message, field.name, self._scalar(field))
 
+    def _copies(self, count: int, few: Sequence[Any], size: int) -> int:
+        """How often a few values are sent, that are to be `count` together."""
+        copies = max(1, min(count // max(1, len(few)), self._room // max(1, size)))
+        self._room -= (copies - 1) * size
+        return copies
+
     def _scalar(self, field: FieldDescriptor) -> Any:
+        value = self._any(field)
+        if isinstance(value, str | bytes):
+            value = value if len(value) <= self._room else value[:0]
+            self._room -= len(value)
+        return value
+
+    def _any(self, field: FieldDescriptor) -> Any:
         random, kind = self._random, _PYTHON.get(field.type, int)
         hints = [hint for hint in self._hints.get(field.name, ()) if isinstance(hint, kind)]
         if hints and random.random() < 0.7:
@@ -144,11 +160,6 @@ class Messages:
             return random.choice((0, 1, 2, 7, 16, 17, 255, random.randrange(50_000), 2**bits - 1))
         ends = (2 ** (bits - 1) - 1, -(2 ** (bits - 1)))
         return random.choice((0, 1, 1, 2, 3, 8, 16, 17, -1, 128, random.randrange(50_000), *ends))
-
-
-def _copies(count: int, few: Sequence[Any], size: int) -> int:
-    """How often a few values are sent, that together are `count` and not too long."""
-    return max(1, min(count // max(1, len(few)), MOST_BYTES // max(1, size)))
 
 
 class Json:

@@ -66,7 +66,7 @@ HINTS: dict[str, Any] = {
     "tools": [[{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}], []],
     "tool_choice": ["auto", "none"],
 }
-# Fields that hold anything, or nothing that changes the answer.
+# In place of the names in paths.
 PATHS = ("no-such", "%ff%fe", "a%2fb", "..%2f..%2fetc", quote("é🙂"), "x" * 3000, "%00")
 
 

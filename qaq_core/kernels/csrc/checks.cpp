@@ -14,7 +14,7 @@ int32_t refusal_of(const QaqLayer& layer) {
     const int64_t tokens = int64_t(layer.sinks) + layer.recent + layer.packed;
     for (int32_t count : {layer.sinks, layer.recent, layer.packed, layer.start, layer.first})
         if (!is_count(count)) return QAQ_SIZE;
-    if (layer.kv_heads < 1 || layer.group < 1 || !is_dim(layer.dim) || !is_count(tokens) ||
+    if (layer.kv_heads < 1 || layer.group < 1 || !is_dim(layer.dim) || layer.dim % 16 || !is_count(tokens) ||
         !is_count(int64_t(layer.kv_heads) * layer.group * layer.dim) || layer.tags_head_stride < 0)
         return QAQ_SIZE;
     if (!is_type(layer.residual_type) || layer.reduction < QAQ_NONE || layer.reduction > QAQ_MEAN_SQUARE)

@@ -79,11 +79,17 @@ int32_t qaq_transform_at(const QaqTransform* transform, int64_t n, const float* 
     return 0;
 }
 
-int32_t qaq_rms(const QaqSpan* rows, int32_t dim, int32_t split, float* out, int32_t threads) {
+// Numbers by row, of the dims before a split and from it on.
+static int64_t numbers_of(const QaqSpan& rows, int32_t dim, int32_t split) {
+    return rows.layers * rows.heads * rows.tokens * (split < dim ? 2 : 1);
+}
+
+int32_t qaq_rms(const QaqSpan* rows, int32_t dim, int32_t split, float* out, int64_t count, int32_t threads) {
     if (!rows) return QAQ_NULL;
     if (const int32_t refusal = refusal_of(*rows)) return refusal;
     if (rows->base && !out) return QAQ_NULL;
     if (!(dim > 0 && dim % 8 == 0) || !(split > 0 && split % 8 == 0) || split > dim) return QAQ_SIZE;
+    if (count != numbers_of(*rows, dim, split)) return QAQ_SIZE;
     const EncodeKernels& chosen = kernels();
     in_parts(threads, *rows, [&](int64_t begin, int64_t end) { chosen.rms(*rows, begin, end, dim, split, out); });
     return 0;
@@ -98,6 +104,7 @@ static int32_t refusal_of(const QaqEncode& job) {
     if (job.out_bytes && !job.out) return QAQ_NULL;
     if (!is_dim(cells.dim) || cells.split < 8 || cells.split % 8 || cells.split > cells.dim || cells.bins < 1)
         return QAQ_SIZE;
+    if (job.scale_count != numbers_of(job.rows, cells.dim, cells.split)) return QAQ_SIZE;
     if (cells.below[0] < 0 || cells.below[cells.bins - 1] > 255) return QAQ_RANGE;
     for (int u = 0; u < cells.dim; ++u)
         if (cells.units[u] < 0 || cells.units[u] >= cells.dim) return QAQ_RANGE;

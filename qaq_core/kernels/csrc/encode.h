@@ -39,8 +39,9 @@ int32_t qaq_transform(const QaqTransform* transform, const QaqSpan* originals, i
 int32_t qaq_transform_at(const QaqTransform* transform, int64_t n, const float* originals, const int64_t* place,
                          const int64_t* position, const int64_t* order, float* out);
 
-// Root mean squares of n rows, of the dims before `split` and from it on: out [n][2], or [n] if split is dim.
-int32_t qaq_rms(const QaqSpan* rows, int32_t dim, int32_t split, float* out, int32_t threads);
+// Root mean squares of n rows, of the dims before `split` and from it on: out [n][2], or [n] if split is dim. `count`
+// is how many they are.
+int32_t qaq_rms(const QaqSpan* rows, int32_t dim, int32_t split, float* out, int64_t count, int32_t threads);
 
 // A codec's cells and the units of a row.
 struct QaqCells {
@@ -58,6 +59,7 @@ struct QaqEncode {
     QaqCells cells;
     QaqSpan rows;         // floats
     const float* scales;  // [n][2], or [n] if split is dim
+    int64_t scale_count;  // how many they are
     const float* offset;  // [n], or null for 0
     const uint8_t* have;  // [n], in half bits
     const uint8_t* want;

@@ -110,6 +110,7 @@ static const QaqField fields[] = {
     FIELD(QaqEncode, cells),
     FIELD(QaqEncode, rows),
     FIELD(QaqEncode, scales),
+    FIELD(QaqEncode, scale_count),
     FIELD(QaqEncode, offset),
     FIELD(QaqEncode, have),
     FIELD(QaqEncode, want),
