@@ -38,10 +38,14 @@ from tests.core.rows import normal
 KERNELS = ("reference", *INSTRUCTION_SETS, "triton")
 
 
-def each(names: str, cases: Any, few: Any = None) -> pytest.MarkDecorator:
-    """Every implementation with every case; Triton with `few` of them if any are given."""
+def each(names: str, cases: Any, few: Any = None, quick: Any = None) -> pytest.MarkDecorator:
+    """Every implementation with every case; Triton with `few` of them if any are given, all slow but the `quick`."""
+
+    def marks(kernel: str, case: Any) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.slow] if kernel == "triton" and quick is not None and case not in quick else []
+
     params = [
-        (kernel, *(case if isinstance(case, tuple) else (case,)))
+        pytest.param(kernel, *(case if isinstance(case, tuple) else (case,)), marks=marks(kernel, case))
         for kernel in KERNELS
         for case in (few if few is not None and kernel == "triton" else cases)
     ]
@@ -71,7 +75,7 @@ def reductions(one: Attention, turn: int) -> list[Reduction]:
     return both if not isinstance(one, TritonAttention) else [both[turn % 2]]
 
 
-@each("dim", range(32, 257, 16))
+@each("dim", range(32, 257, 16), quick=(32, 80, 256))
 def test_every_head_dim_and_group(kernel: str, dim: int) -> None:
     mine = subject("progressive", dim, 61, heads=1 if kernel == "triton" else 2)
     one = make(kernel, mine.quantizer.codec)
@@ -284,6 +288,7 @@ def test_an_instruction_set_that_is_not_there_changes_nothing() -> None:
     assert loaded.qaq_isa() == before
 
 
+@pytest.mark.slow
 def test_the_best_instruction_set_that_runs_here_is_chosen() -> None:
     if load_library() is None:
         pytest.skip("the C++ library is not built")

@@ -54,6 +54,7 @@ def test_random_pools(state: dict[str, Any], group: int, sliding_window: int | N
                 mine.check(make(kernel, mine.quantizer.codec), group, scaling, sliding_window, layer=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", QUICK)
 def test_a_hundred_thousand_tokens(kernel: str) -> None:
     long = subject("uniform-head", 32, 100_000, heads=1, layers=1, widths=(0, 1, 4, 16), chunk=100_000)

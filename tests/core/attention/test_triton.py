@@ -47,6 +47,7 @@ print(len(made), all(".entry" in ptx for ptx in made))
 """
 
 
+@pytest.mark.slow
 def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
     """Not run there: no GPU is needed for it."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

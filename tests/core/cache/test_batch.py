@@ -112,7 +112,7 @@ def test_rows_are_not_those_of_other_attention() -> None:
     assert unlike["importance"] > 0.5
 
 
-@pytest.mark.parametrize("kind", [KIND, "gemma3"])
+@pytest.mark.parametrize("kind", [KIND, pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_models_batch_differs_by_its_layers_rounding_alone(kind: str) -> None:
     """Linear layers add in another order for a batch, and a number here and there rounds the other way."""
     model = tiny(kind)

@@ -38,6 +38,7 @@ def storages(sequence: SequenceCache) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in held if tensor.numel()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "settings"), SETTINGS, ids=[name for name, _ in SETTINGS])
 def test_both_go_on_as_one_alone(preset: str, settings: dict[str, object]) -> None:
     model, method = made(preset, **settings)
