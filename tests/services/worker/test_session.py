@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import pytest
 
-from qaq_core import InProcessOriginals, PageShape, page_id
+from qaq_core import InProcessOriginals, Page, PageShape, page_id
 from qaq_core.models import LoadedModel
 from services.worker.session import PageNames, page_salt
-from tests.services.worker.conftest import MakeScheduler, outcome, request
+from tests.services.worker.conftest import Ids, MakeScheduler, outcome, request, settled, until
 
 SHAPE = PageShape(layers=2, kv_heads=1, tokens=4, head_dim=8)
 
@@ -68,3 +71,47 @@ async def test_pages_of_two_turns(
         shared = len(prompt) // 16
         assert told[:shared] == names[:shared]
         assert store.match(names).result() == shared >= 3
+
+
+class Counting(InProcessOriginals):
+    """Counts holders as a shared store does, for which a session that rests holds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: Counter[bytes] = Counter()
+
+    def put(self, pages: Sequence[Page]) -> Future[None]:
+        self.held.update(page.id for page in pages)
+        return super().put(pages)
+
+    def hold(self, page_ids: Sequence[bytes]) -> None:
+        self.held.update(page_ids)
+        super().hold(page_ids)
+
+    def forget(self, page_ids: Sequence[bytes]) -> None:
+        self.held.subtract(page_ids)
+        super().forget(page_ids)
+
+    def rest(self, page_ids: Sequence[bytes]) -> None:
+        self.held.subtract(page_ids)
+
+    def wake(self, page_ids: Sequence[bytes]) -> None:
+        self.held.update(page_ids)
+
+
+async def test_only_running_sessions_hold_their_pages(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    store, log = Counting(), ids("The tide tables were pinned beside the door. " * 4)
+    pages = len(log) // 16
+    async with make_scheduler(store, page_tokens=16, prefix_reuse=False, max_idle_sessions=2) as scheduler:
+        first = await outcome(scheduler.submit(request(log, 4, session_id="s", keep=True)))
+        assert sum(store.held.values()) == 0
+        running = scheduler.submit(request(log + first.tokens, 3000, session_id="s", keep=True))
+        await until(lambda: sum(store.held.values()) >= pages)
+        scheduler.cancel(running)
+        await settled(scheduler, running=0)
+        assert sum(store.held.values()) == 0
+        for other in "abc":  # the idle ones are evicted or dropped, one after the other
+            await outcome(scheduler.submit(request(log, 2, session_id=other, keep=True)))
+        await asyncio.wrap_future(scheduler.drop("c"))
+    assert set(store.held.values()) == {0}
+    assert store.nbytes == 0
