@@ -89,7 +89,8 @@ def test_lines_are_not_too_long(page: Path) -> None:
 
 def test_every_failure_is_shown_by_a_test() -> None:
     """Each row of the table names one that exists."""
-    rows = re.findall(r"^\| (?!event|---)(.+) \|$", (ROOT / "docs" / "failures.md").read_text(), re.MULTILINE)
+    table, _, _ = (ROOT / "docs" / "failures.md").read_text().partition("## How it is noticed")
+    rows = re.findall(r"^\| (?!event|---)(.+) \|$", table, re.MULTILINE)
     assert len(rows) > 20
     for row in rows:
         shown = re.findall(r"`(test_\w+)`", row.rpartition("|")[2])
