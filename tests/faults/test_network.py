@@ -26,7 +26,7 @@ from tests.faults.processes import Processes
 
 @dataclass
 class Hosts:
-    """A worker here, and one on another host, which reaches Redis by a proxy."""
+    """A worker and two routers here, and a worker on another host, which reaches Redis by a proxy."""
 
     processes: Processes
     other: Host
@@ -34,6 +34,7 @@ class Hosts:
     near: str
     far: str
     far_metrics: str
+    routers: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,11 @@ def hosts(processes: Processes) -> Iterator[Hosts]:
             processes.start("worker", **settings),
             processes.start("worker", other.there, other.inside, **settings, **far),
             processes.start("originals", other.here),
+            processes.start("router"),
+            processes.start("router"),
         ]
         processes.until_serving(*started)
-        yield Hosts(processes, other, redis, *started[:2], f"http://{other.there}:{port}/metrics")
+        yield Hosts(processes, other, redis, *started[:2], f"http://{other.there}:{port}/metrics", started[3:])
 
 
 async def on_the_far_host(client: Stub, hosts: Hosts, opening: str = "") -> tuple[str, str]:
@@ -133,14 +136,12 @@ async def test_a_client_that_is_cut_off_from_its_router_goes_on_with_another(
     hosts: Hosts, client: Stub, kept: bool
 ) -> None:
     """The router lives, holds the session and notices nothing."""
-    routers = [hosts.processes.start("router") for _ in range(2)]
-    hosts.processes.until_serving(*routers)
     expected = await hear(client, await opened(client))
     request = asked(await opened(client) if kept else "", STORY)
     if not kept:
         request.cache.CopyFrom(common_pb2.CacheParams(preset="fp16"))
-    with Proxy(routers[0]) as between:
-        reached = Routers(named(f"{between.address},{routers[1]}"))
+    with Proxy(hosts.routers[0]) as between:
+        reached = Routers(named(f"{between.address},{hosts.routers[1]}"))
         heard = Heard()
 
         async def cut() -> None:
@@ -155,5 +156,3 @@ async def test_a_client_that_is_cut_off_from_its_router_goes_on_with_another(
             info.running for info in (await client.ListSessions(generate_pb2.ListSessionsRequest())).sessions
         ):
             await asyncio.sleep(0.2)
-    for router in routers:
-        hosts.processes.kill(router)
