@@ -15,9 +15,12 @@ ROLES: tuple[type[CommonSettings], ...] = (RouterSettings, WorkerSettings, Origi
 # Those that are no setting of a role.
 OTHERS = frozenset(
     {
+        "QAQ_API_KEY",
+        "QAQ_BUDGET_MIB",
         "QAQ_CACHE_DIR",
         "QAQ_CLIENTS",
         "QAQ_FUZZ",
+        "QAQ_FUZZ_SEED",
         "QAQ_HTTP_PORT",
         "QAQ_KERNEL",
         "QAQ_LIBRARY",

@@ -77,7 +77,7 @@ def running(keys: Path | None) -> StackState:
         born=psutil.Process().create_time(),
         router="127.0.0.1:7700",
         ray_address="127.0.0.1:2",
-        ray_directory=Path("/tmp/none"),
+        directory=Path("/tmp/none"),
         redis={"url": "redis://127.0.0.1:3/0", "description": "d", "pid": None},
         keys=keys,
     )

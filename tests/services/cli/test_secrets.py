@@ -74,7 +74,7 @@ def test_a_command_is_the_operator_of_the_stack_that_runs(place: Path) -> None:
             "born": psutil.Process().create_time(),
             "router": "127.0.0.1:1",
             "ray_address": "127.0.0.1:2",
-            "ray_directory": "/tmp/none",
+            "directory": "/tmp/none",
             "redis": {"url": "redis://127.0.0.1:9/0", "description": "d", "pid": None},
             "certificates": place,
         }

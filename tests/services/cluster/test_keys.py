@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
 
 from services.cluster import launcher
+from services.cluster.access import Access
 from services.cluster.keys import StackKeys
 from services.cluster.launcher import Launcher
 from services.cluster.stack import LocalStack, _who_may_call
-from services.cluster.state import StackError, StackSettings
+from services.cluster.state import Owner, StackError, StackSettings
 from services.common.keys import authorization
 from services.common.settings import RouterSettings
 from services.common.tenants import add_key
@@ -53,23 +53,23 @@ def test_a_key_that_the_file_does_not_have_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_stack_keeps_its_keys_or_takes_them_away(tmp_path: Path, kept: bool) -> None:
-    with contextlib.ExitStack() as stack:
-        local = LocalStack(StackSettings(model="m"), lambda *report: None, tmp_path / "keys" if kept else None)
-        keys = local._keys(stack)
-        assert keys is not None
-        assert keys.path("client").exists()
-    assert keys.path("client").exists() is kept
-    assert keys.directory.exists() is kept
+    owner = Owner(pid=1, born=0.0, directory=tmp_path / "stack")  # whose directory goes with it
+    keys = LocalStack(
+        StackSettings(model="m"), owner, lambda *report: None, tmp_path / "keys" if kept else None
+    )._keys()
+    assert keys is not None
+    assert keys.path("client").exists()
+    assert (owner.directory in keys.directory.parents) is not kept
 
 
 def test_a_tenants_file_of_ones_own_needs_a_key_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAQ_TENANTS_FILE", str(tmp_path / "own.json"))
-    local = LocalStack(StackSettings(model="m"), lambda *report: None, tmp_path)
-    with contextlib.ExitStack() as stack:
-        with pytest.raises(StackError, match="set QAQ_API_KEY to a key of it"):
-            local._keys(stack)
-        monkeypatch.setenv("QAQ_API_KEY", "k")
-        assert local._keys(stack) is None
+    owner = Owner(pid=1, born=0.0, directory=tmp_path)
+    local = LocalStack(StackSettings(model="m"), owner, lambda *report: None, tmp_path)
+    with pytest.raises(StackError, match="set QAQ_API_KEY to a key of it"):
+        local._keys()
+    monkeypatch.setenv("QAQ_API_KEY", "k")
+    assert local._keys() is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,5 +88,6 @@ def test_the_router_is_told_who_may_call(tmp_path: Path, monkeypatch: pytest.Mon
     asking, open_ = StackSettings(model="m"), StackSettings(model="m", keys=False)
     for settings, keys in ((asking, StackKeys(tmp_path)), (asking, None), (open_, None)):
         given = _who_may_call(settings, keys)
-        Launcher(settings, "redis://127.0.0.1", lambda *report: None, given).start_all()
+        access = Access(redis={"url": "redis://127.0.0.1", "description": "d", "pid": None})
+        Launcher(settings, access, lambda *report: None, given).start_all()
     assert [each.tenants_file for each in started] == [tmp_path / "tenants.json", own, None]

@@ -14,7 +14,7 @@ from services.cli.main import app
 from services.cluster import control, roles
 from services.cluster.state import StackError, StackSettings
 
-URL = SecretStr("redis://127.0.0.1")
+WHO = {"redis_url": SecretStr("redis://127.0.0.1")}
 
 
 @pytest.fixture(autouse=True)
@@ -91,9 +91,9 @@ def test_other_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("QAQ_SESSION_TTL_S", "60")
     monkeypatch.setenv("QAQ_PORT", "1")  # of a role alone
     settings = StackSettings(model="m", port=0, http_port=0, dtype="float32")
-    worker = roles.worker(settings, URL)
+    worker = roles.worker(settings, WHO)
     assert (worker.max_sequences, worker.requantize_wait, worker.dtype, worker.port) == (3, True, "float32", 0)
-    router, gateway = roles.router(settings, URL), roles.gateway(settings, URL)
+    router, gateway = roles.router(settings, WHO), roles.gateway(settings, WHO)
     assert (router.session_ttl_s, router.port, gateway and gateway.port) == (60, 0, 0)
-    assert roles.originals(URL).port == 0
-    assert roles.gateway(StackSettings(model="m"), URL) is None
+    assert roles.originals(WHO).port == 0
+    assert roles.gateway(StackSettings(model="m"), WHO) is None

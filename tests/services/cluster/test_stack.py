@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from services.cluster import roles
+from services.cluster.access import Access
 from services.cluster.stack import chosen_secret
 from services.cluster.state import StackError, StackSettings
-from services.common.settings import OriginalsSettings, WorkerSettings
 
 
 @pytest.fixture(autouse=True)
@@ -24,15 +25,15 @@ def test_each_stack_has_a_secret_of_its_own() -> None:
 
 
 def test_the_secret_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from services.cluster.launcher import Launcher  # imports Ray, which takes a second
-
     path = tmp_path / "secret"
     path.write_text("a secret of a deployment\n")
     monkeypatch.setenv("QAQ_SECRET_FILE", str(path))
     assert chosen_secret() == "a secret of a deployment"
-    launcher = Launcher(StackSettings(model="m"), "redis://127.0.0.1:1/0", chosen_secret(), lambda *_: None)
-    for settings in (WorkerSettings(model="m", **launcher.secret), OriginalsSettings(**launcher.secret)):
-        assert settings.secret.get_secret_value() == "a secret of a deployment"
+    redis = {"url": "redis://127.0.0.1:1/0", "description": "d", "pid": None}
+    access, settings = Access(redis=redis, secret=chosen_secret()), StackSettings(model="m")
+    worker, originals = roles.worker(settings, access.settings("worker")), roles.originals(access.settings("originals"))
+    assert {each.secret.get_secret_value() for each in (worker, originals)} == {"a secret of a deployment"}
+    assert "secret" not in access.settings("router")
 
 
 def test_one_that_is_too_short_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
