@@ -102,7 +102,7 @@ class Stack:
     def _look(self) -> None:
         """Finds the process of each address, at most every `LOOK_S`: that takes a look at every process there is."""
         if time.monotonic() - self._looked_at > LOOK_S:
-            self._pids = {f"{address}:{port}": pid for (address, port), pid in listening().items()}
+            self._pids = listening()
             self._looked_at = time.monotonic()
 
 
@@ -180,11 +180,12 @@ def any_fault(roles: Sequence[Role], seed: int) -> Iterable[Fault]:
         yield Fault(rng.choice(roles), rng.choice(get_args(How)))
 
 
-def listening() -> dict[tuple[str, int], int]:
-    """The process that listens at each address and TCP port of this machine, as far as it may be known."""
+def listening() -> dict[str, int]:
+    """The process that listens at each TCP address of this machine, host:port, as far as it may be known."""
     connections = psutil.net_connections(kind="tcp")
     found = [c for c in connections if c.status == psutil.CONN_LISTEN and c.pid]
-    return {(c.laddr.ip, c.laddr.port): c.pid for c in found}
+    # gRPC listens at an IPv4 address with a socket of IPv6.
+    return {f"{c.laddr.ip.removeprefix('::ffff:')}:{c.laddr.port}": c.pid for c in found}
 
 
 def _runs(pid: int) -> bool:

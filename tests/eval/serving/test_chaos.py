@@ -18,7 +18,13 @@ from qaq_eval.serving.history import Damage
 from services.common.registry import Registry
 from tests.services.router.test_service import until
 
-LISTENS = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()"
+LISTENS = """
+import grpc
+server = grpc.server(None)
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+input()
+"""
 
 
 @pytest.fixture
