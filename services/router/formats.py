@@ -42,6 +42,9 @@ _PARTS = re.compile(
 )
 # Whether a part has a range of repeats inside: none, in a rule that it names, or in itself.
 _PLAIN, _NAMES_RANGE, _HAS_RANGE = 0, 1, 2
+# A range of repeats may stand in a part with a fixed count if the two are no more than this together, as in an IP
+# address: ([0-9]{1,3}\.){3}.
+_FEW = 12
 
 
 def constraint(request: common_pb2.Constraint) -> None:
@@ -210,11 +213,12 @@ def _nested(field: str, text: str, rules: bool) -> int:
     Args:
         rules: the text is a grammar, in which a word is the name of a rule.
     Raises:
-        InvalidArgument: a repeated part has a range of repeats inside: the ways to read a text are too many to follow.
+        InvalidArgument: a part that is repeated often has a range of repeats inside: the ways to read a text are too
+            many to follow.
     """
     ranged = _ranged_rules(text) if rules else set()
-    sizes, ranges = [0], [_PLAIN]
-    last, inner, at = 0, _PLAIN, 0
+    sizes, ranges, repeats = [0], [_PLAIN], [1]
+    last, inner, most, at = 0, _PLAIN, 1, 0
     while at < len(text):
         sign, end = text[at], at + 1
         counted = _COUNTS.match(text, at) if sign == "{" else None
@@ -222,12 +226,14 @@ def _nested(field: str, text: str, rules: bool) -> int:
         if counted or sign in "*+":
             numbers = _NUMBERS.findall(counted[1]) if counted else []
             varies = counted is not None and "," in counted[1]
-            if inner == _HAS_RANGE or (inner and varies):
+            times = max(map(int, numbers), default=_FEW) * (most if inner else 1)
+            if (inner == _HAS_RANGE and (varies or times > _FEW)) or (inner and varies):
                 raise InvalidArgument(
-                    f"{field} repeats a part that has a range of repeats inside, as in ([a-z]{{1,5}}){{1,5}}; give one "
-                    "of the two a fixed count, or none"
+                    f"{field} repeats a part that has a range of repeats inside, as in ([a-z]{{1,5}}){{1,5}}; give the "
+                    f"inner one a fixed count or none, or the outer one a small one: at most {_FEW} times together"
                 )
-            ranges[-1] = _HAS_RANGE if varies else ranges[-1]
+            if varies or inner == _HAS_RANGE:
+                ranges[-1], repeats[-1] = _HAS_RANGE, max(repeats[-1], times)
             sizes[-1] += last * (max(map(int, numbers), default=1) - 1)
             end = counted.end() if counted else end
             inner = _PLAIN
@@ -241,10 +247,11 @@ def _nested(field: str, text: str, rules: bool) -> int:
         elif sign == "(":
             sizes.append(0)
             ranges.append(_PLAIN)
+            repeats.append(1)
         elif sign == ")" and len(sizes) > 1:
-            last, inner = sizes.pop(), ranges.pop()
+            last, inner, most = sizes.pop(), ranges.pop(), repeats.pop()
             sizes[-1] += last
-            ranges[-1] = max(ranges[-1], inner)
+            ranges[-1], repeats[-1] = max(ranges[-1], inner), max(repeats[-1], most)
         else:
             closed = text.find("]", at + 2) if sign == "[" else -1
             end = closed + 1 if closed > 0 else at + 1 + (sign == "\\")

@@ -43,16 +43,16 @@ class RouterServer:
         """Serves, and registers the router. Returns its address, host:port.
 
         Raises:
-            ConfigError: a placement policy does not exist, SMG's protocol is not installed, or the tenants file or a
-                certificate cannot be used.
+            ConfigError: a placement policy does not exist, SMG's protocol is not installed, the tenants file or a
+                certificate cannot be used, or others could call without either.
             ModelLoadError: there is no tokenizer for the model.
             PortTakenError: the port is taken.
             RedisUnreachableError: Redis does not answer.
         """
         settings = self._settings
         callers = Callers(settings.tenants_file)
-        if settings.tenants_file is None and not is_loopback(settings.host):
-            _log.warning("no tenants file: whoever reaches this router may use it, as any tenant", host=settings.host)
+        if settings.tenants_file is None and not settings.client_certificates and not is_loopback(settings.host):
+            _open_to_all(settings)
         async with contextlib.AsyncExitStack() as stack:
             who = identity(settings)
             redis = connect(settings.redis_url, who)
@@ -117,6 +117,20 @@ def _vllm_engine(
         ) from error
     add_to_server = vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server
     return SERVICE_NAME, add_to_server, VllmEngine(inference, callers, pool, prompts)
+
+
+def _open_to_all(settings: RouterSettings) -> None:
+    """Warns that nothing says who may call.
+
+    Raises:
+        ConfigError: that was not asked for.
+    """
+    if not settings.insecure:
+        raise ConfigError(
+            f"the router binds {settings.host} and asks nobody for a key: set QAQ_TENANTS_FILE (`qaq key` makes one), "
+            "QAQ_CLIENT_CERTIFICATES=1, or QAQ_INSECURE=1 to let whoever reaches that network call, as any tenant"
+        )
+    _log.warning("no tenants file: whoever reaches this router may use it, as any tenant", host=settings.host)
 
 
 async def serve(settings: RouterSettings) -> None:

@@ -81,6 +81,11 @@ class Composed:
     def secrets(self) -> Path:
         return self._directory / "secrets"
 
+    @property
+    def key(self) -> str:
+        """Of a client."""
+        return (self.secrets / "client.key").read_text().strip()
+
     def identity(self, role: Role) -> Identity:
         return Identity(*files(self.secrets, role))
 

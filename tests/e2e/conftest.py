@@ -9,6 +9,7 @@ import pytest
 from qaq.v1 import generate_pb2_grpc
 
 from services.common.channel import open_channel
+from services.common.keys import WithMetadata, authorization
 
 from .composed import Composed
 
@@ -25,9 +26,9 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
 
 
 @pytest.fixture
-async def client(composed: Composed) -> AsyncIterator[generate_pb2_grpc.InferenceStub]:
+async def client(composed: Composed) -> AsyncIterator[WithMetadata]:
     async with open_channel(composed.addresses["router"], composed.identity("client"), "router") as channel:
-        yield generate_pb2_grpc.InferenceStub(channel)
+        yield WithMetadata(generate_pb2_grpc.InferenceStub(channel), authorization(composed.key))
 
 
 @pytest.fixture

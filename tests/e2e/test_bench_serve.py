@@ -21,6 +21,7 @@ def bench(composed: Composed, path: Path, *options: str | Path) -> dict:
     router = composed.addresses["router"]
     ca, cert, key = map(str, files(composed.secrets, "router"))  # it calls the worker as a router does
     who = {"QAQ_TLS_CA": ca, "QAQ_TLS_CERT": cert, "QAQ_TLS_KEY": key, "QAQ_REDIS_URL": composed.redis_url("operator")}
+    who |= {"QAQ_API_KEY": composed.key}
     result = qaq("bench", "serve", "--router", router, "--json", path, *options, **who)
     assert result.returncode == 0, result.stderr
     assert "first token" in result.stdout

@@ -18,7 +18,7 @@ from .composed import Composed
 def test_openais_client(composed: Composed) -> None:
     url = f"https://{composed.addresses['gateway']}/v1"
     trusted = httpx2.Client(verify=ssl.create_default_context(cafile=composed.secrets / "ca.pem"))
-    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120, http_client=trusted) as client:
+    with OpenAI(base_url=url, api_key=composed.key, max_retries=0, timeout=120, http_client=trusted) as client:
         (model,) = client.models.list().data
         said = client.completions.create(model=model.id, prompt="The capital of France is", max_tokens=8, temperature=0)
         assert "Paris" in said.choices[0].text
@@ -52,7 +52,9 @@ def test_reflection(composed: Composed) -> None:
             "stop": {"maxNewTokens": 8},
             "output": {"logprobs": True},
         }
-        got = [MessageToDict(message) for message in call(ParseDict(asked, request()), timeout=60)]
+        key = [("authorization", f"Bearer {composed.key}")]
+        calls = call(ParseDict(asked, request()), timeout=60, metadata=key)
+        got = [MessageToDict(message) for message in calls]
     assert "Paris" in "".join(message.get("token", {}).get("text", "") for message in got)
     assert got[-1]["finished"]["reason"] == "FINISH_REASON_LENGTH"
     assert all(message["token"]["info"]["logprob"] <= 0 for message in got if "token" in message)

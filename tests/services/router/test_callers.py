@@ -288,8 +288,11 @@ async def test_no_key_is_logged_or_written_to_redis(
 async def test_a_router_that_others_reach_says_that_it_knows_nobody(
     redis: Redis, router_settings: RouterSettings, tenancy: Tenancy
 ) -> None:
+    reached = router_settings.model_copy(update={"host": "0.0.0.0"})
+    with pytest.raises(ConfigError, match="asks nobody for a key: set QAQ_TENANTS_FILE"):
+        await RouterServer(reached).start()
     for path, said in ((None, 1), (tenancy.path, 0)):
-        settings = router_settings.model_copy(update={"host": "0.0.0.0", "tenants_file": path})
+        settings = reached.model_copy(update={"insecure": True, "tenants_file": path})
         with structlog.testing.capture_logs() as logs:
             router = RouterServer(settings)
             await router.start()

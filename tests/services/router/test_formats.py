@@ -32,6 +32,7 @@ def nested(levels: int) -> str:
         Constraint(regex=r"\{[a-z]{1,100}\}([a-z]{3}-){2,5}(a|b+)*[^\]]{2,3}"),
         Constraint(grammar='root ::= [a-z]{1,100} "x"{2,3} pair{2} ("a" | "b")*\npair ::= "p"'),
         Constraint(grammar="x" * 64 * KIB),
+        Constraint(regex=r"([0-9]{1,3}\.){3}[0-9]{1,3}"),
         Constraint(grammar='root ::= ("a" | [b-d]{2}){1,9} word{1,5}  # (word{1,5}){1,5}\nword ::= [a-z]+ "{1,5}"'),
         Constraint(grammar='root ::= (word " "){3} other-word*\nword ::= [a-z]{1,9}\nother-word ::= word "word{1,9}"'),
         Constraint(grammar='root ::= list{1,4}\nlist ::= "x" | "(" list ")"'),
@@ -92,6 +93,8 @@ def test_checks_take_time_in_proportion_to_the_text(text: str) -> None:
         (Constraint(grammar='a::=c{0,10}\nc::=d |\n "x"\nd::=(e)\ne::="b"{2,3}'), "range of repeats inside"),
         (Constraint(grammar='root ::= "x" | "(" root{1,5} ")"'), "range of repeats inside"),
         (Constraint(grammar='root ::= ([a-z]{1,5} "b")+'), "range of repeats inside"),
+        (Constraint(regex="([a-z]{1,5}){3}"), "at most 12 times together"),
+        (Constraint(regex="(([a-z]{1,3}){2}){3}"), "range of repeats inside"),
         (
             Constraint(structural_tag=json.dumps({"grammar": "root ::= a{0,10}\na ::= b\nb ::= [a-z]{0,10}"})),
             "range of repeats inside",
