@@ -74,10 +74,12 @@ class RenewedChannel(grpc.aio.Channel):
 
     async def close(self, grace: float | None = None) -> None:
         left = dict(self._leaving)
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
-        await asyncio.gather(*(channel.close(grace) for channel in (self._inner, *left.values())))
+        await asyncio.gather(self._inner.close(grace), asyncio.wait(left, timeout=grace or 0.0) if left else _nothing())
+        for task, channel in left.items():
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+                await channel.close()
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
         return self._current().get_state(try_to_connect)
@@ -128,6 +130,10 @@ class RenewedChannel(grpc.aio.Channel):
             return made(*arguments, **settings)
 
         return call
+
+
+async def _nothing() -> None:
+    """For a channel without old connections."""
 
 
 def _tls_options(role: Role | None) -> list[tuple[str, Any]]:

@@ -184,14 +184,15 @@ async def test_a_closed_channel_gives_its_calls_their_time_on_old_connections_to
 ) -> None:
     address, service = served
     channel = open_channel(address, of(place, "client"), "router")
-    call = Stub(channel).Generate(pb.GenerateRequest(stop={"max_new_tokens": 1}))
-    await call.wait_for_connection()
+    call = Stub(channel).Generate(pb.GenerateRequest(stop={"max_new_tokens": 2}))
+    service.step.release()
+    assert (await call.read()).session_id == "0"
     issue(place)
     assert await tokenize(channel) == [4]
     closing = asyncio.create_task(channel.close(30))
     await asyncio.sleep(0.05)
     service.step.release()
-    assert (await call.read()).session_id == "0"
+    assert (await call.read()).session_id == "1"
     assert await call.read() is grpc.aio.EOF
     await closing
     assert not channel._leaving
