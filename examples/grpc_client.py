@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("prompts", nargs="*", default=["The capital of France is", " The capital of Italy is"])
     options = parser.parse_args()
 
-    key = [("authorization", f"Bearer {os.environ.get('QAQ_API_KEY', 'none')}")]
+    key = [("authorization", f"Bearer {given}")] if (given := os.environ.get("QAQ_API_KEY")) else []
     with connect(options.router, options.ca) as channel:
         router = generate_pb2_grpc.InferenceStub(channel)
         cache = common_pb2.CacheParams(preset="balanced", target_bits=3)

@@ -52,7 +52,10 @@ def _sentence(error: Exception) -> str | None:
         return escape(error.message)
     if isinstance(error, grpc.RpcError):
         if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in (error.details() or ""):
-            return "no router answers there; start a stack with `qaq up`, or name one with --router"
+            return (
+                "no server of QAQ answers there; start a stack with `qaq up`, correct the address (`qaq status` shows "
+                "them), or set QAQ_TLS_CA, QAQ_TLS_CERT and QAQ_TLS_KEY if it asks for a certificate"
+            )
         return escape(f"{error.details()} ({error.code().name})")
     if isinstance(error, ValidationError):
         first = error.errors()[0]

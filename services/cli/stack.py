@@ -69,6 +69,9 @@ def up(
     from services.cluster.keys import StackKeys
     from services.cluster.state import StackSettings
 
+    if https and (http_port is None or not tls):
+        given = "without --no-tls" if not tls else "with --http-port"
+        raise typer.BadParameter(f"--https is for the gateway, by the stack's certificates; give it {given}")
     settings = StackSettings.model_validate(
         {
             "model": model_or_default(model),
@@ -101,7 +104,7 @@ def up(
         screen.print("Other clients need its key:", highlight=False)
         screen.print(f'  export QAQ_API_KEY="$(cat {path})"', soft_wrap=True, highlight=False)
         if running.gateway is not None:
-            url = f"http://{running.gateway}/v1"
+            url = f"{scheme}://{running.gateway}/v1"
             line = f'  export OPENAI_API_KEY="$(cat {path})" OPENAI_BASE_URL={url}'
             screen.print(line, soft_wrap=True, highlight=False)
 
