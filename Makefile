@@ -140,6 +140,7 @@ $(MEASURE)/%.json: | $(DEVELOPED)
 # To begin again, remove the journal.
 FAULTS = --minutes 60
 faults: | $(DEVELOPED)
+	QAQ_FAULTS=long $(BIN)/pytest tests/faults tests/services/cluster/test_interrupted.py
 	$(BIN)/python tools/measure.py $(MEASURE)/faults/run-1.json \
 		$(BIN)/python -m tests.faults --journal $(MEASURE)/faults.journal $(FAULTS)
 

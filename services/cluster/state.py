@@ -128,6 +128,8 @@ def writing() -> Iterator[Path]:
     folder = directory()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_mode & 0o022:
+            raise StackError(f"others may write in {folder}, and so take the stack's keys; run chmod go-w {folder}")
         yield folder
     except OSError as error:
         raise StackError(

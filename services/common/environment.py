@@ -19,6 +19,7 @@ OTHERS = frozenset(
         "QAQ_BUDGET_MIB",
         "QAQ_CACHE_DIR",
         "QAQ_CLIENTS",
+        "QAQ_FAULTS",
         "QAQ_FUZZ",
         "QAQ_FUZZ_SEED",
         "QAQ_HTTP_PORT",

@@ -19,10 +19,9 @@ User = Literal["router", "worker", "originals", "gateway", "operator", "client"]
 USERS: tuple[User, ...] = get_args(User)
 
 # No command that reaches keys without naming them, or other clients. Scripts have the rights of who runs them.
-_COMMANDS = (
-    "-@all +@read +@write +@connection +@transaction -@dangerous -@admin -@blocking -scan -randomkey -dbsize "
-    "+eval +evalsha +script|load +time"
-)
+_COMMANDS = "-@all +@read +@write +@connection +@transaction -@dangerous -@admin -@blocking -scan -randomkey -dbsize"
+# Not for those who only look up members: a script may keep Redis busy for ever.
+_SCRIPTS = "+eval +evalsha +script|load +time"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def acl(given: Mapping[str, str], version: tuple[int, ...]) -> str:
     lines = [f"user default on #{_hash(given['default'])} ~* &* +@all"]
     for user in USERS:
         lines.append(f"user {user} on #{_hash(given[user])} resetchannels {_keys(RIGHTS[user], version)}")
-        lines[-1] += f" {_COMMANDS} {RIGHTS[user].commands}".rstrip()
+        scripts = _SCRIPTS if RIGHTS[user].keys or RIGHTS[user].announces else ""
+        lines[-1] += f" {_COMMANDS} {scripts} {RIGHTS[user].commands}".rstrip()
     return "\n".join(lines) + "\n"
 
 

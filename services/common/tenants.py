@@ -86,15 +86,20 @@ def load(path: Path) -> TenantsFile:
     """Reads the file.
 
     Raises:
-        ConfigError: it cannot be read, is too large or not valid. The message repeats nothing of its content.
+        ConfigError: it cannot be read, everybody may write it, it is too large or not valid. The message repeats nothing of its content.
     """
     try:
         with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"the tenants file {path} cannot be read ({error.strerror}); make one with `qaq key`"
         ) from None
+    if mode & 0o002:
+        raise ConfigError(
+            f"everybody may write the tenants file {path}, and so become an operator; run chmod o-w {path}"
+        )
     if len(raw) > MAX_FILE_BYTES:
         raise ConfigError(f"the tenants file {path} is larger than {MAX_FILE_BYTES:,} bytes; remove tenants")
     try:

@@ -85,15 +85,23 @@ class PageStore:
     async def get(self, page_id: bytes) -> tuple[PageShape, Seal, memoryview] | None:
         """A whole page; None if it is missing or corrupt. A corrupt page is removed, so that it can be put again."""
         key = _page_key(page_id)
-        raw = await self._redis.get(key)
+        try:
+            raw = await self._redis.get(key)
+        except ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            _count_corrupt(page_id, "it is no string")
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.unlink(key)
+                self._index.leave(pipe, key)
+                await pipe.execute()
+            return None
         if not isinstance(raw, bytes):
             return None
         try:
             header, data = self._format.unpack(page_id, raw)
         except CorruptPageError as error:
-            metrics.originals_corrupt.inc()
-            if once(f"corrupt {page_id.hex()}"):
-                log.warning("corrupt page; treated as missing", page=page_id.hex(), reason=str(error))
+            _count_corrupt(page_id, str(error))
             await self._discard(key, raw)
             return None
         return header.shape, header.seal, data
@@ -232,10 +240,13 @@ class PageStore:
                 pipe.exists(_page_key(page_id))
                 pipe.getrange(_page_key(page_id), 0, HEADER_BYTES - 1)
                 pipe.strlen(_page_key(page_id))
-            replies = iter(await pipe.execute())
+            replies = iter(await pipe.execute(raise_on_error=False))
         headers = {}
         for (page, page_id), there, raw, size in zip(page_ids.items(), replies, replies, replies, strict=True):
             if not there:
+                continue
+            if isinstance(raw, Exception):
+                await self.get(page_id)  # which removes it, or raises the same
                 continue
             with contextlib.suppress(CorruptPageError):
                 header = self._format.header(page_id, raw)
@@ -274,6 +285,12 @@ class PageStore:
                 await pipe.execute()
             except WatchError:
                 log.info("a corrupt page was replaced by another client before its removal", key=key)
+
+
+def _count_corrupt(page_id: bytes, reason: str) -> None:
+    metrics.originals_corrupt.inc()
+    if once(f"corrupt {page_id.hex()}"):
+        log.warning("corrupt page; treated as missing", page=page_id.hex(), reason=reason)
 
 
 def _page_key(page_id: bytes) -> str:

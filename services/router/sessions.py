@@ -11,6 +11,7 @@ A session belongs to the tenant that opened it. For another tenant it does not e
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,14 +19,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import structlog
+from google.protobuf.message import DecodeError
 from qaq.v1 import common_pb2, worker_pb2
 from redis.asyncio import Redis
 
 from services.common.errors import EXCEEDED, FailedPrecondition, NotFound, ResourceExhausted
+from services.common.log import once
 from services.router import session_keys
 from services.router.hold import HOLD_TTL_S, Hold, Lost, Scripts
 
+log = structlog.get_logger()
+
 PAGE_ID_BYTES = 32
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 TEMPORARY_TTL_S = 60
 """How long a session for one call is kept before the call holds it, should the call end there."""
 CLOSED_TTL_S = 60
@@ -167,6 +174,8 @@ class SessionDirectory:
         Raises:
             NotFound: the tenant has no session with this id, or it has expired.
         """
+        if not _ID.fullmatch(identifier):  # it might name another key of a session
+            raise _unknown(identifier)
         facts = await self._redis.hgetall(session_keys.facts(identifier))
         session = _session(identifier, facts) if facts else None
         if session is None or tenant not in (None, session.tenant):
@@ -217,9 +226,10 @@ class SessionDirectory:
         found, expired = [], []
         for place, identifier in enumerate(identifiers):
             facts, size, running = answers[3 * place : 3 * place + 3]
-            if facts:
-                found.append(Listing(_session(identifier, facts), size // 4, bool(running)))
-            else:
+            session = _session(identifier, facts) if facts else None
+            if session is not None:
+                found.append(Listing(session, size // 4, bool(running)))
+            elif not facts:
                 expired.append(identifier)
         if expired:
             for each in {index, session_keys.INDEX}:
@@ -253,17 +263,25 @@ class SessionDirectory:
             yield hold
 
 
-def _session(identifier: str, facts: Any) -> Session:
-    return Session(
-        identifier,
-        facts[b"model"].decode(),
-        common_pb2.CacheParams.FromString(facts[b"cache"]),
-        facts[b"kept"] == b"1",
-        facts[b"worker"].decode(),
-        float(facts[b"opened_at"]),
-        facts.get(b"branch_of", b"").decode(),
-        facts.get(b"tenant", b"").decode(),
-    )
+def _session(identifier: str, facts: Any) -> Session | None:
+    """A session as it was written down; None, and logged once, if that is damaged."""
+    try:
+        return Session(
+            identifier,
+            facts[b"model"].decode(),
+            common_pb2.CacheParams.FromString(facts[b"cache"]),
+            facts[b"kept"] == b"1",
+            facts[b"worker"].decode(),
+            float(facts[b"opened_at"]),
+            facts.get(b"branch_of", b"").decode(),
+            facts.get(b"tenant", b"").decode(),
+        )
+    except (KeyError, ValueError, DecodeError) as error:
+        if once(f"session {identifier}"):
+            log.warning(
+                "a session's facts are damaged; it is as if it did not exist", session=identifier, reason=str(error)
+            )
+        return None
 
 
 def _unknown(identifier: str) -> NotFound:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -27,6 +28,9 @@ COMPILE_THREADS = 2
 
 COMPILE_TIMEOUT_S = 30.0
 """How long a call waits for its grammar."""
+
+MASK_GRACE_S, MASK_S = 1.0, 0.02
+"""Processor time that the masks of a text may take: at once, and for each token. All sequences wait for it."""
 
 MAX_WHITESPACE = 32
 """Whitespace characters in a row outside the strings of a JSON text. A small model may write nothing else."""
@@ -138,6 +142,8 @@ class GrammarMask(LogitsProcessor):
         self._penalties = np.zeros((len(self._bytes), 8), np.float32)  # 0 for allowed tokens, -inf for the others
         self._penalty = torch.from_numpy(self._penalties).view(-1)[:vocabulary]
         self._filled: Future[None] | None = None
+        self._spent_s = 0.0
+        self._tokens = 0
 
     def accept(self, token: int) -> None:
         """Moves on by one generated token.
@@ -150,8 +156,11 @@ class GrammarMask(LogitsProcessor):
 
     def prepare(self) -> None:
         """Computes the mask of the next token. Takes microseconds for most grammars, and milliseconds for some."""
+        begun = time.thread_time()
         self._matcher.fill_next_token_bitmask(self._bits)
         np.take(_PENALTIES, self._bytes, axis=0, out=self._penalties, mode="clip")
+        self._spent_s += time.thread_time() - begun
+        self._tokens += 1
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores: float32 [1, vocabulary]; returns new ones, in which all other tokens have -inf."""
@@ -160,6 +169,11 @@ class GrammarMask(LogitsProcessor):
         else:
             self._filled.result()
             self._filled = None
+        if self._spent_s > MASK_GRACE_S + MASK_S * self._tokens:
+            raise InvalidArgument(
+                f"the constraint takes too long to follow: {self._spent_s:.1f} s for {self._tokens} tokens; write one "
+                "with fewer ways to read a text"
+            )
         penalty = self._penalty.to(scores.device)
         if bool(penalty.max() == -torch.inf):
             raise InvalidArgument("no text fits the constraint; write one that some text fits")

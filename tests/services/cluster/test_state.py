@@ -57,6 +57,13 @@ def test_a_process_is_told_from_a_later_one_with_its_pid() -> None:
     assert not running(pid=2**22 + 1).alive
 
 
+def test_a_place_where_others_may_write_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("QAQ_STATE_DIR", str(tmp_path))
+    with pytest.raises(StackError, match=r"others may write in .*; run chmod go-w"):
+        state.save(running())
+
+
 def test_a_place_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in ("/proc/qaq", str(tmp_path / "file" / "state")):

@@ -85,6 +85,13 @@ def test_a_file_that_is_not_valid_is_told_without_what_is_in_it(tmp_path: Path, 
     assert KEY not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
+def test_a_file_that_everybody_may_write_is_refused(path: Path) -> None:
+    add_key(path, "acme")
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match=r"everybody may write .*; run chmod o-w"):
+        load(path)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be read .*`qaq key`"):
         load(tmp_path / "none.json")

@@ -168,6 +168,17 @@ async def test_a_value_of_another_length_is_missing(store: PageStore, redis: Red
         assert not await redis.exists(key(page))
 
 
+async def test_a_key_that_is_no_string_is_missing_and_can_be_put_again(store: PageStore, redis: Redis) -> None:
+    (page,) = make_pages(1)
+    await put(store, [page])
+    for read in (store.get(page.id), store.holds(page.id), store.rows(every_row([page]))):
+        await redis.delete(key(page))
+        await redis.hset(key(page), "a", "b")
+        assert await read in (None, False, [None] * len(every_row([page])))
+        assert not await redis.exists(key(page))
+    assert await put(store, [page]) == [True]
+
+
 async def test_what_was_stored_for_others_is_missing(store: PageStore, redis: Redis) -> None:
     """Another page's bytes under this id, a page of another secret, and one of an earlier version."""
     page, other = make_pages(2)

@@ -79,6 +79,22 @@ async def test_list_forgets_what_expired(directory: SessionDirectory, redis: Red
     assert await redis.zcard(session_keys.INDEX) == 1
 
 
+async def test_what_is_damaged_is_as_if_it_did_not_exist(directory: SessionDirectory, redis: Redis) -> None:
+    damaged, whole = [await directory.open("m", common_pb2.CacheParams(), kept=True) for _ in range(2)]
+    await redis.hset(session_keys.facts(damaged.id), "opened_at", "x")
+    assert [listing.session.id for listing in await directory.list()] == [whole.id]
+    with pytest.raises(NotFound):
+        await directory.get(damaged.id)
+
+
+async def test_an_id_names_no_other_key_of_a_session(directory: SessionDirectory) -> None:
+    async with opened(directory) as hold:
+        await hold.write(0, [1])
+        for name in (f"{hold.session}:tokens", f"{hold.session}:run", "", "x" * 65):
+            with pytest.raises(NotFound, match="does not exist or has expired"):
+                await directory.get(name)
+
+
 async def test_one_generation_at_a_time(directory: SessionDirectory) -> None:
     session = await directory.open("m", common_pb2.CacheParams(), kept=True)
     async with directory.held(session.id, lambda _: None):

@@ -252,6 +252,17 @@ async def test_a_constraint_that_no_text_fits_is_refused(
             await answer(scheduler, ids(ASK), constraint)
 
 
+async def test_a_constraint_that_takes_too_long_to_follow_ends(
+    make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sequences of the batch wait for a mask."""
+    monkeypatch.setattr("services.worker.constraints.MASK_GRACE_S", -1.0)
+    monkeypatch.setattr("services.worker.constraints.MASK_S", 0.25)
+    async with make_scheduler() as scheduler:
+        with pytest.raises(InvalidArgument, match="takes too long to follow"):
+            await answer(scheduler, ids(ASK), Constraint(regex="[a-z ]{100}"))
+
+
 async def test_a_complete_text_ends_whatever_else_forbids_it(
     smollm2: LoadedModel, make_scheduler: MakeScheduler
 ) -> None:
