@@ -86,7 +86,8 @@ def load(path: Path) -> TenantsFile:
     """Reads the file.
 
     Raises:
-        ConfigError: it cannot be read, everybody may write it, it is too large or not valid. The message repeats nothing of its content.
+        ConfigError: it cannot be read, everybody may write it, it is too large or not valid. The message repeats
+            nothing of its content.
     """
     try:
         with path.open("rb") as file:
