@@ -128,7 +128,7 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
-            if self.body_field is not None:
+            if self.body_field is not None and _has_body(request.headers):
                 _check_type(request.headers.get("content-type", ""))
             return await handle(JsonRequest(request.scope, request.receive))
 

@@ -9,6 +9,7 @@ import pytest
 from qaq.v1 import generate_pb2, generate_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from services.common.channel import open_channel
+from services.common.keys import authorization
 
 from .composed import Composed
 
@@ -114,7 +115,9 @@ async def test_bad_input_is_refused_and_others_are_served_meanwhile(client: Stub
         assert caught.value.code() is code
         assert sentence in caught.value.details()
     async with open_channel(composed.addresses["router"], composed.identity("client"), "router") as channel:
-        raw = channel.unary_stream("/qaq.v1.Inference/Generate")(b"\x12\x02\xff\xfe")
+        raw = channel.unary_stream("/qaq.v1.Inference/Generate")(
+            b"\x12\x02\xff\xfe", metadata=authorization(composed.key)
+        )
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await raw.read()
     assert caught.value.code() is Code.INVALID_ARGUMENT

@@ -187,7 +187,8 @@ async def test_a_context_that_is_too_short(openai: AsyncOpenAI, served: Served) 
 async def test_errors_without_a_client(served: Served) -> None:
     async with httpx2.AsyncClient(base_url=served.url) as http:
         for answer, status in (
-            (await http.post("/v1/chat/completions", content="{"), 400),
+            (await http.post("/v1/chat/completions", content="{"), 415),
+            (await http.post("/v1/chat/completions", content="{", headers={"content-type": "application/json"}), 400),
             (await http.post("/v1/chat/completions", json={"messages": "hi"}), 400),
             (await http.get("/v1/nothing"), 404),
             (await http.get("/v1/completions"), 405),
