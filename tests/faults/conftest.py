@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -16,6 +18,16 @@ from services.router.server import RouterServer
 from tests.faults.processes import Processes
 
 PAGE_TOKENS = 16
+# Not part of `make test`: they start many processes, or wait for what a network does.
+LONG = frozenset({"test_clients.py", "test_full_redis.py", "test_network.py", "test_ray.py"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("QAQ_FAULTS") == "long":
+        return
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.name in LONG:
+            item.add_marker(pytest.mark.skip(reason="make faults, or QAQ_FAULTS=long, runs it"))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from qaq_eval.serving import chaos
 from qaq_eval.serving.chaos import Broken, Chaos, Fault, Stack, any_fault
 from qaq_eval.serving.chaos_result import ChaosResult, rows, sentence
 from qaq_eval.serving.history import Damage
+from services.common.redis import connect
 from services.common.registry import Registry
 from tests.services.router.test_service import until
 
@@ -61,7 +62,7 @@ async def test_a_victim_is_a_registered_process_that_runs(redis: Redis, process:
 
 def test_damage_is_told_by_the_fault_before_it() -> None:
     killed, stopped = Fault("worker", "killed"), Fault("router", "stopped")
-    made = Chaos(Stack(None, {}), [], 0, lambda _: None)  # type: ignore[arg-type]
+    made = Chaos(Stack(connect("redis://127.0.0.1:1"), {}), [], 0, lambda _: None)
     made.broken = [Broken(killed, 10.0, 12.0), Broken(stopped, 20.0, 22.0), Broken(killed, 30.0, 31.0)]
     damages = [
         Damage("token lost", 5.0, 1, "before everything"),
