@@ -26,6 +26,9 @@ DAYS = 86_400
 
 # What tells people and other programs what time it is; no decision depends on it.
 TOLD = {
+    "services/cluster/restarts.py": 2,  # when a server was last seen, as `qaq status` tells
+    "services/common/certificates.py": 1,  # from when to when a certificate holds
+    "services/common/identity.py": 1,  # whether it has expired
     "services/gateway/replies.py": 1,  # OpenAI's `created`
     "services/worker/generation.py": 1,  # `chosen_at` of a token
     "services/router/sessions.py": 2,  # `opened_at` of a session
