@@ -24,7 +24,7 @@ def test_drift_is_noticed(tmp_path: Path) -> None:
     for room in ("proto", "tools"):
         shutil.copytree(ROOT / room, tmp_path / room)
     contract = tmp_path / "proto" / "qaq" / "v1" / "originals.proto"
-    contract.write_text(contract.read_text().replace("int64 pages = 1;", "int64 pages = 9;"))
+    contract.write_text(contract.read_text().replace("int64 pages = 1;", "int64 pages = 99;"))
     (tmp_path / "proto" / "qaq" / "v1" / "gone_pb2.py").write_text("")
     result = check(tmp_path)
     assert result.returncode == 1

@@ -29,11 +29,13 @@ from services.originals.server import OriginalsServer
 from services.originals.uploads import Uploads
 from services.router.admission import Admission
 from services.router.server import RouterServer
+from services.worker.constraints import CACHE_BYTES
 from services.worker.server import WorkerServer
 
 CONTEXT = 384
-GROWTH = 100 << 20
-"""Bytes that a stack may hold more after all messages than after the first."""
+GROWTH = (100 << 20) + 2 * CACHE_BYTES
+"""Bytes that a stack may hold more after all messages than after the first: its compilers keep grammars, one for texts
+with special tokens and one for those without."""
 
 LONG = int(os.environ.get("QAQ_FUZZ", "0"))
 """How much longer form is asked for: about how many messages. QAQ_FUZZ=10000 pytest tests/fuzz"""
