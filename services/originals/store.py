@@ -91,10 +91,7 @@ class PageStore:
             if "WRONGTYPE" not in str(error):
                 raise
             _count_corrupt(page_id, "it is no string")
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.unlink(key)
-                self._index.leave(pipe, key)
-                await pipe.execute()
+            await self._discard(key, None)
             return None
         if not isinstance(raw, bytes):
             return None
@@ -272,11 +269,12 @@ class PageStore:
                 pipe.strlen(key)
             return sum(await pipe.execute())
 
-    async def _discard(self, key: str, raw: bytes) -> None:
-        """Removes a value unless it has changed since it was read."""
+    async def _discard(self, key: str, raw: bytes | None) -> None:
+        """Removes a value unless it has changed since it was read; None is one that is no string."""
         async with self._redis.pipeline(transaction=True) as pipe:
             await pipe.watch(key)
-            if await pipe.get(key) != raw:
+            now = await pipe.get(key) if await pipe.type(key) == b"string" else None
+            if now != raw:
                 return
             pipe.multi()
             pipe.unlink(key)
