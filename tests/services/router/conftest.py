@@ -17,7 +17,9 @@ from services.common.embedded_redis import EmbeddedRedis
 from services.common.registry import Registry
 from services.common.server import GrpcServer
 from services.common.settings import RouterSettings
+from services.router.hold import Hold
 from services.router.server import RouterServer
+from services.router.sessions import SessionDirectory
 
 from .vllm import Stub
 
@@ -137,3 +139,16 @@ async def channel(worker: CountingWorker, smg_settings: RouterSettings) -> Async
 @pytest.fixture
 def engine(channel: grpc.aio.Channel) -> Stub:
     return Stub(channel)
+
+
+@contextlib.asynccontextmanager
+async def opened(directory: SessionDirectory) -> AsyncIterator[Hold]:
+    """A new session that a generation holds."""
+    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
+    async with directory.held(session.id, lambda _: None) as hold:
+        yield hold
+
+
+@pytest.fixture
+def directory(redis: Redis) -> SessionDirectory:
+    return SessionDirectory(redis, ttl_s=60)
