@@ -50,6 +50,7 @@ class GrpcServer:
         identity: serves with TLS, and only what the caller's role may call. None serves in clear, to everybody.
         certificates: callers must show a certificate. Otherwise they are clients, and are asked for none.
         interceptors: see every call before the services do. Their errors become statuses.
+        ping_s: how often clients are asked for a sign of life. Calls of one that hangs end after at most twice as long.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class GrpcServer:
         identity: Identity | None = None,
         certificates: bool = True,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        ping_s: float = 30.0,
     ) -> None:
         self._host = host
         self._port = port
@@ -71,6 +73,7 @@ class GrpcServer:
         guard = Guard(certificates=certificates) if identity else None
         self._interceptors = [StatusInterceptor(max_request_bytes, guard), *interceptors]
         self._max_concurrent_rpcs = max_concurrent_rpcs
+        self._ping_s = ping_s
         self._services: list[tuple[str, Callable[[Any, grpc.aio.Server], None], Any]] = []
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -90,6 +93,7 @@ class GrpcServer:
         Raises:
             PortTakenError: the address cannot be bound.
         """
+        ping_ms, patience_ms = int(1000 * self._ping_s), int(1000 * min(self._ping_s, 10.0))
         server = grpc.aio.server(
             interceptors=self._interceptors,
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
@@ -101,10 +105,10 @@ class GrpcServer:
                 ("grpc.max_connection_idle_ms", _IDLE_MS),
                 ("grpc.max_connection_age_ms", _AGE_MS),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_time_ms", ping_ms),
+                ("grpc.keepalive_timeout_ms", patience_ms),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.ping_timeout_ms", 10_000),
+                ("grpc.http2.ping_timeout_ms", patience_ms),
                 # Clients ask more often, see `channel.PING_S`.
                 ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
             ],

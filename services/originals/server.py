@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from qaq.v1 import originals_pb2_grpc
 
 from services.common import log, metrics
+from services.common.channel import PING_S
 from services.common.identity import identity
 from services.common.redis import check, connect
 from services.common.registry import Registry
@@ -60,6 +61,7 @@ class OriginalsServer:
                 advertise_host=settings.advertise_host,
                 max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
                 identity=who,
+                ping_s=PING_S,
             )
             server.add("qaq.v1.Originals", originals_pb2_grpc.add_OriginalsServicer_to_server, service)
             address = await server.start()

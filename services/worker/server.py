@@ -13,6 +13,7 @@ from qaq.v1 import worker_pb2_grpc
 from qaq_core import calibration
 from qaq_core.models import LoadedModel, compile_layers, load_model
 from services.common import log, metrics
+from services.common.channel import PING_S
 from services.common.identity import identity
 from services.common.redis import check, connect
 from services.common.registry import Registry
@@ -69,7 +70,13 @@ class WorkerServer:
             scheduler = await asyncio.to_thread(self._prepare, loaded, originals, loop)
             scheduler.start()
             stack.push_async_callback(asyncio.to_thread, scheduler.stop)
-            server = GrpcServer(settings.host, settings.port, advertise_host=settings.advertise_host, identity=who)
+            server = GrpcServer(
+                settings.host,
+                settings.port,
+                advertise_host=settings.advertise_host,
+                identity=who,
+                ping_s=PING_S,  # a session waits for the generation of a router that hangs
+            )
             info = model_info(loaded)
             service = WorkerService(scheduler, info, settings.max_sequences, self.drain)
             server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)

@@ -124,6 +124,7 @@ class ProcessStack(Stack):
 
     async def killed(self, victim: Victim) -> None:
         if victim.role == "Redis":
+            await asyncio.to_thread(_gone, victim.pid)  # it has its port until then
             await asyncio.to_thread(self._processes.redis.start)
         else:
             self._processes.killed(victim.pid)
@@ -141,6 +142,12 @@ def crash(redis: EmbeddedRedis, *, data: bool = True) -> None:
         for path in redis.directory.glob("appendonly*"):  # a folder or a file, by its version
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     redis.start()
+
+
+def _gone(pid: int) -> None:
+    """Waits until a killed process has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(STOP_S)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 from openai import AsyncOpenAI
 from qaq.v1 import generate_pb2, worker_pb2, worker_pb2_grpc
 
-from services.common.channel import open_channel
+from services.common.channel import PING_S, open_channel
 from services.common.redis import connect
 from tests.faults.hearing import NEW, STORY, Heard, Stub, asked, hear, listen, opened
 from tests.faults.processes import Processes
@@ -140,6 +140,28 @@ async def test_a_gateway_that_is_killed_frees_what_it_ran(served: Served, client
     await until_idle(served)
     again = await asyncio.to_thread(sent, served, stream=True)
     assert b"data: [DONE]" in await asyncio.to_thread(rest, again)
+
+
+async def test_a_turn_goes_on_elsewhere_while_its_router_hangs(served: Served, client: Stub) -> None:
+    """The worker does not compute for it any longer than the client waits for it."""
+    session, received = await opened(client), 0
+    request = asked(session)
+    request.stop.max_new_tokens = 4000
+    router = served.processes.start("router")
+    served.processes.until_serving(router)
+    async with open_channel(router) as channel:
+        async for reply in Stub(channel).Generate(request, timeout=300):
+            received += reply.HasField("token")
+            if received == NEW // 4:
+                break
+        with served.processes.stopped(router):
+            rejoin = generate_pb2.RejoinRequest(session_id=session, received=received)
+            async for reply in client.Rejoin(rejoin, timeout=5 * PING_S):
+                if reply.HasField("token"):
+                    break
+    assert reply.token.index == received
+    served.processes.kill(router)
+    await close_all(client)
 
 
 async def test_a_gateway_that_hangs_goes_on_when_it_wakes_up(served: Served) -> None:
