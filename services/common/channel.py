@@ -12,7 +12,7 @@ from services.common import tls
 from services.common.identity import Identity
 from services.common.roles import Role, server_name
 
-PING_S = 4.0
+PING_S = 3.0
 """How often the peer of a call is asked for a sign of life, and how long it may take: a process that hangs, unlike one
 that died, keeps its connections."""
 LEAVE_S = 3600.0

@@ -166,7 +166,7 @@ class GenerationStream:
         event = message.WhichOneof("event")
         match event:
             case "pages":
-                self._pages.put(message.pages.first, message.pages.ids)
+                self._pages.put(message.pages)
                 return None
             case "prefill" | "prompt" if self._request.generated_tokens:
                 return None  # the client has them from the worker before

@@ -84,12 +84,25 @@ redis.call('EXPIRE', KEYS[3], ARGV[4])
 return 1
 """
 )
-_WRITE_PAGES = _RUNS + "redis.call('SET', KEYS[3], ARGV[2], 'EX', ARGV[3]) return 1"
+_WRITE_PAGES = (
+    _RUNS
+    + """
+redis.call('SET', KEYS[3], ARGV[2], 'EX', ARGV[3])
+redis.call('HSET', KEYS[1], 'page_tokens', ARGV[4])
+return 1
+"""
+)
+# Of the pages, those stay that hold no later tokens.
 _CUT = (
     _RUNS
     + """
-redis.call('SET', KEYS[3], redis.call('GETRANGE', KEYS[3], 0, ARGV[2] - 1), 'EX', ARGV[3])
-redis.call('DEL', KEYS[4])
+local function cut(key, bytes)
+  if bytes == 0 then return redis.call('DEL', key) end
+  redis.call('SET', key, redis.call('GETRANGE', key, 0, bytes - 1), 'EX', ARGV[3])
+end
+local page_tokens = tonumber(redis.call('HGET', KEYS[1], 'page_tokens') or 0)
+cut(KEYS[3], 4 * ARGV[2])
+cut(KEYS[4], page_tokens > 0 and 32 * math.floor(ARGV[2] / page_tokens) or 0)
 return 1
 """
 )
@@ -155,14 +168,19 @@ class Hold:
         ttl_s = self._scripts.ttl_s
         return await self._run(self._scripts.write, (session_keys.tokens,), offset * 4, _raw(tokens), ttl_s)
 
-    async def write_pages(self, ids: Sequence[bytes]) -> bool:
-        """Replaces the ids of the stored pages of the log's first tokens."""
-        return await self._run(self._scripts.write_pages, (session_keys.pages,), b"".join(ids), self._scripts.ttl_s)
+    async def write_pages(self, ids: Sequence[bytes], page_tokens: int) -> bool:
+        """Replaces the ids of the stored pages of the log's first tokens.
+
+        Args:
+            page_tokens: tokens of a page.
+        """
+        values = (b"".join(ids), self._scripts.ttl_s, page_tokens)
+        return await self._run(self._scripts.write_pages, (session_keys.pages,), *values)
 
     async def cut(self, tokens: int) -> bool:
-        """Cuts the log after `tokens` tokens, and deletes the page ids, whose pages may have later tokens."""
+        """Cuts the log after `tokens` tokens, and the page ids before the first page that has later ones."""
         keys = (session_keys.tokens, session_keys.pages)
-        return await self._run(self._scripts.cut, keys, tokens * 4, self._scripts.ttl_s)
+        return await self._run(self._scripts.cut, keys, tokens, self._scripts.ttl_s)
 
     async def write_turn(self, request: worker_pb2.RunRequest) -> bool:
         """Records the request of the turn that begins. Its token_ids are the turn's prompt alone."""

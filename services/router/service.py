@@ -254,7 +254,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[Replies]:
         """The replies of a generation, once the queue admits it."""
-        page_ids = await self._sessions.pages(session.id) if session.kept else ()
+        resumed = session.kept or run.generated_tokens  # else it is new, and has none
+        page_ids = await self._sessions.pages(session.id) if resumed else ()
         patience_s = self._settings.resume_timeout_s
         stream = GenerationStream(self._pool, session, hold, page_ids, run, meter, patience_s, self.latency)
         self._streams[session.id] = stream

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
+from qaq.v1 import worker_pb2
 from redis.exceptions import RedisError
 
 from services.router.hold import Hold
@@ -22,11 +23,13 @@ class SessionPages:
         self._hold = hold
         self.ids = list(ids)
         self._written = list(ids)
+        self._page_tokens = 0
         self._task: asyncio.Task[None] | None = None
 
-    def put(self, first: int, ids: Sequence[bytes]) -> None:
-        """Replaces all ids from index `first` on."""
-        self.ids[first:] = ids
+    def put(self, pages: worker_pb2.RunReply.Pages) -> None:
+        """Replaces all ids from the first of the pages on."""
+        self.ids[pages.first :] = pages.ids
+        self._page_tokens = pages.page_tokens
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain(), name=f"pages {self._hold.session}")
 
@@ -47,5 +50,5 @@ class SessionPages:
     async def _write(self) -> None:
         while self.ids != self._written:
             ids = list(self.ids)
-            await self._hold.write_pages(ids)
+            await self._hold.write_pages(ids, self._page_tokens)
             self._written = ids

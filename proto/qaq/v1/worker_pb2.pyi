@@ -42,12 +42,14 @@ class RunRequest(_message.Message):
 class RunReply(_message.Message):
     __slots__ = ("prefill", "token", "finished", "prompt", "pages")
     class Pages(_message.Message):
-        __slots__ = ("first", "ids")
+        __slots__ = ("first", "ids", "page_tokens")
         FIRST_FIELD_NUMBER: _ClassVar[int]
         IDS_FIELD_NUMBER: _ClassVar[int]
+        PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
         first: int
         ids: _containers.RepeatedScalarFieldContainer[bytes]
-        def __init__(self, first: _Optional[int] = ..., ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+        page_tokens: int
+        def __init__(self, first: _Optional[int] = ..., ids: _Optional[_Iterable[bytes]] = ..., page_tokens: _Optional[int] = ...) -> None: ...
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]

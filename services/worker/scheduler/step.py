@@ -271,9 +271,11 @@ class RunningBatch:
         """Sends the ids of pages that the store has acknowledged since the last report."""
         if generation.choice:  # only the first of several choices has the session
             return
-        first, page_ids = session_of(generation).new_pages()
+        session = session_of(generation)
+        first, page_ids = session.new_pages()
         if page_ids:
-            self._replies.put(generation, Reply(pages=Reply.Pages(first=first, ids=page_ids)))
+            pages = Reply.Pages(first=first, ids=page_ids, page_tokens=session.method.page_tokens)
+            self._replies.put(generation, Reply(pages=pages))
 
     # -- ends ------------------------------------------------------------------------------------------
 

@@ -143,13 +143,13 @@ async def test_a_router_that_wakes_up_changes_nothing_of_what_another_one_holds(
     session = await directory.open("m", common_pb2.CacheParams(), kept=False)
     async with directory.held(session.id, lost.put_nowait) as asleep:
         await asleep.write(0, [1, 2])
-        await asleep.write_pages([b"p" * 32])
+        await asleep.write_pages([b"p" * 32], 16)
         await redis.delete(session_keys.hold(session.id))
         async with other.held(session.id, lambda _: None) as awake:
             await awake.write(2, [3])
             before = await everything(redis, session.id)
             assert not await asleep.write(2, [9, 9])
-            assert not await asleep.write_pages([])
+            assert not await asleep.write_pages([], 16)
             assert not await asleep.cut(0)
             assert not await asleep.write_turn(worker_pb2.RunRequest(token_ids=[9]))
             assert not await asleep.set_worker("w:9")
@@ -162,6 +162,17 @@ async def test_a_router_that_wakes_up_changes_nothing_of_what_another_one_holds(
             assert await everything(redis, session.id) == before, "its release leaves the other's hold"
             assert await awake.write(3, [4])
     assert await directory.tokens(session.id) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("kept", "pages"), [(0, 0), (3, 0), (4, 1), (11, 2), (12, 3), (14, 3)])
+async def test_a_cut_leaves_the_pages_without_later_tokens(directory: SessionDirectory, kept: int, pages: int) -> None:
+    session, names = await directory.open("m", common_pb2.CacheParams(), kept=True), [bytes([i]) * 32 for i in range(3)]
+    async with directory.held(session.id, lambda _: None) as hold:
+        await hold.write(0, range(14))
+        await hold.write_pages(names, 4)
+        assert await hold.cut(kept)
+        assert await directory.tokens(session.id) == [*range(kept)]
+        assert await directory.pages(session.id) == names[:pages]
 
 
 async def everything(redis: Redis, session: str) -> list[bytes | None]:

@@ -110,6 +110,15 @@ async def test_a_session_for_one_call_is_forgotten_when_its_rest_has_come(
     await until(lambda: _gone(redis, session), "the session is forgotten")
 
 
+async def test_a_session_for_one_call_begins_with_its_pages(
+    routers: tuple[Stub, Stub], worker: MortalWorker, redis: Redis
+) -> None:
+    session = await a_turn(routers[0])
+    await redis.hset(f"qaq:session:{session}", "kept", "0")
+    await rejoined(routers[1], session, NEW)
+    assert len(worker.asked[-1].page_ids) == NEW
+
+
 async def _gone(redis: Redis, session: str) -> bool:
     return not await redis.exists(f"qaq:session:{session}")
 
