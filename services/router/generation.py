@@ -148,14 +148,14 @@ class GenerationStream:
         """The call to a worker, whose messages are to be read."""
         if self._aborted:
             raise asyncio.CancelledError
-        if self._session.kept and link.address != self._cached_on:
-            # A hint for the next turn: neither this one waits for Redis long, nor does it fail.
-            with contextlib.suppress(RedisError, TimeoutError):
-                await asyncio.wait_for(self.hold.set_worker(link.address), HINT_TIMEOUT_S)
-                self._cached_on = link.address
         link.calls += 1
         self._call = link.stub.Run(self._request, timeout=max(0.0, deadline_s))
         try:
+            if link.address != self._cached_on:
+                # A hint for the next turn and for who rejoins this one, which neither waits for Redis long nor fails.
+                with contextlib.suppress(RedisError, TimeoutError):
+                    await asyncio.wait_for(self.hold.set_worker(link.address), HINT_TIMEOUT_S)
+                    self._cached_on = link.address
             yield self._call
         finally:
             self._call.cancel()  # for a client that went away; no effect on a call that has ended

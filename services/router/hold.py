@@ -151,7 +151,7 @@ class Hold:
         facts: of the session, as Redis has them.
 
     Attributes:
-        session: its id.
+        session: its id. fence: the number of this hold.
         lost: why writes are refused; None while they are not.
         known: the whole log, as Redis has it or will have it soon. None until the generation knows it.
     """
@@ -160,7 +160,8 @@ class Hold:
         self.session = session
         self.lost: Lost | None = None
         self.known: Callable[[], Sequence[int]] | None = None
-        self._scripts, self._fence, self._facts = scripts, fence, dict(facts)
+        self.fence = fence
+        self._scripts, self._facts = scripts, dict(facts)
         self._over = False
 
     async def write(self, offset: int, tokens: Sequence[int]) -> bool:
@@ -234,10 +235,10 @@ class Hold:
     async def _run(self, script: Any, keys: Sequence[Callable[[str], str]], *args: Any) -> bool:
         """Runs a script that is fenced; notes a refusal. What Redis has lost is written down again first."""
         names = [key(self.session) for key in (session_keys.facts, session_keys.closed, *keys)]
-        answer = int(await script(keys=names, args=[self._fence, *args]))
+        answer = int(await script(keys=names, args=[self.fence, *args]))
         if _REFUSED.get(answer) == "gone" and self.known is not None and not self._over:
             await self._restore(self.known())
-            answer = int(await script(keys=names, args=[self._fence, *args]))
+            answer = int(await script(keys=names, args=[self.fence, *args]))
         if answer <= 0:
             self.lost = _REFUSED[answer]
         return answer > 0
@@ -247,7 +248,7 @@ class Hold:
         keys = (session_keys.facts, session_keys.closed, session_keys.tokens, session_keys.hold)
         names = [*(key(self.session) for key in keys), session_keys.INDEX]
         facts = [part for pair in self._facts.items() for part in pair]
-        args: list[Any] = [self._fence, self._scripts.ttl_s, _raw(tokens), self.session, *facts]
+        args: list[Any] = [self.fence, self._scripts.ttl_s, _raw(tokens), self.session, *facts]
         await self._scripts.restore(keys=names, args=args)
 
 

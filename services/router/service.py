@@ -254,6 +254,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[Replies]:
         """The replies of a generation, once the queue admits it."""
+        run.fence = hold.fence
         resumed = session.kept or run.generated_tokens  # else it is new, and has none
         page_ids = await self._sessions.pages(session.id) if resumed else ()
         patience_s = self._settings.resume_timeout_s

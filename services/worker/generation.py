@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,9 @@ from services.worker.text import TextStream
 Reply = worker_pb2.RunReply
 
 UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
+
+REPLAYED = 4096
+"""Messages with tokens that are kept for a call which takes the generation over."""
 
 # Prompt tokens computed at a time when the log-probability of each is requested: their logits take much memory.
 _SCORED_CHUNK = 128
@@ -102,6 +106,7 @@ class Generation:
         if request.stop.HasField("max_new_tokens"):
             self._max_new_tokens = min(self._max_new_tokens, request.stop.max_new_tokens)
         self._generated = 0
+        self._sent: deque[Reply] = deque(maxlen=REPLAYED)
         self._final_token: int | None = None
         if request.stop.HasField("max_new_tokens") and request.stop.max_new_tokens == 0:
             self.reason = common_pb2.FINISH_REASON_LENGTH
@@ -199,7 +204,25 @@ class Generation:
         message = common_pb2.Token(
             token_id=token, text=text, index=index, choice=self.choice, info=info, chosen_at=time.time()
         )
-        return Reply(token=message)
+        self._sent.append(reply := Reply(token=message))
+        return reply
+
+    def serves(self, other: Generation) -> bool:
+        """Whether it generates what another request asks for: the same turn, from a token on that is still known."""
+        known = self.session.tokens if self.session else self.tokens
+        request, begins = other.request, self._generated - len(self._sent)
+        if request.choices > 1 or _turn(self.request) != _turn(request) or known[: len(other.tokens)] != other.tokens:
+            return False
+        echoed = request.output.echo and not request.generated_tokens  # the echo is not kept
+        return not echoed and begins <= request.generated_tokens <= self._generated
+
+    def hand_over(self, other: Generation) -> list[Reply]:
+        """Goes on for the call of another generation, which it serves. Returns the tokens that call has missed."""
+        self.call, self.request.fence = other.call, other.request.fence
+        missed = self._generated - other.request.generated_tokens
+        if self.session is not None:
+            self.session.reported = 0
+        return list(self._sent)[len(self._sent) - missed :]
 
     def _count(self, token: int) -> str:
         """Adds a token, returns the text that became final, and sets `reason` if the token was the last."""
@@ -267,6 +290,15 @@ def cache_stats(statistics: CacheStatistics) -> common_pb2.CacheStats:
         rows_narrowed=statistics.rows_narrowed,
         originals_missing=statistics.originals_missing,
     )
+
+
+def _turn(request: worker_pb2.RunRequest) -> worker_pb2.RunRequest:
+    """A request without what differs between two calls for the same turn."""
+    turn = worker_pb2.RunRequest()
+    turn.CopyFrom(request)
+    for name in ("token_ids", "generated_tokens", "page_ids", "fence"):
+        turn.ClearField(name)
+    return turn
 
 
 def _prompt_message(tokens: Sequence[common_pb2.TokenInfo]) -> Reply:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-from services.worker.generation import Generation, Reply
+from services.worker.generation import Call, Generation, Reply
 
-Message = tuple[Generation, Reply | Exception]
+Message = tuple[Call, Reply | Exception]
 
 
 class Replies:
@@ -22,10 +22,14 @@ class Replies:
         self._messages: list[Message] = []
 
     def put(self, generation: Generation, reply: Reply | Exception) -> None:
-        self._messages.append((generation, reply))
+        self.tell(generation.call, reply)
 
     def extend(self, generation: Generation, replies: Iterable[Reply]) -> None:
-        self._messages += [(generation, reply) for reply in replies]
+        self._messages += [(generation.call, reply) for reply in replies]
+
+    def tell(self, call: Call, reply: Reply | Exception) -> None:
+        """As `put`, for a call that may have no generation any more."""
+        self._messages.append((call, reply))
 
     def send(self) -> None:
         """Hands the collected messages to the event loop."""
@@ -35,5 +39,5 @@ class Replies:
 
 
 def _deliver(messages: Sequence[Message]) -> None:
-    for generation, reply in messages:
-        generation.replies.put_nowait(reply)
+    for call, reply in messages:
+        call.replies.put_nowait(reply)

@@ -35,17 +35,17 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> AsyncIterator[worker_pb2.RunReply]:
         grammar = await self._scheduler.grammars.get(request.constraint)
         await self._scheduler.methods.ready(request.cache)
-        generation = self._scheduler.submit(request, grammar)
+        call = self._scheduler.submit(request, grammar).call
         unfinished = max(1, request.choices)
         try:
             while unfinished:
-                reply = await generation.replies.get()
+                reply = await call.replies.get()
                 if isinstance(reply, Exception):
                     raise reply
                 yield reply
                 unfinished -= reply.HasField("finished")
         finally:
-            self._scheduler.cancel(generation)
+            self._scheduler.cancel(call)
 
     async def Drop(self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DropReply:
         existed = await asyncio.wrap_future(self._scheduler.drop(request.session_id, request.tenant))

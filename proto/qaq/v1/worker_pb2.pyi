@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RunRequest(_message.Message):
-    __slots__ = ("session_id", "token_ids", "sampling", "stop", "cache", "keep", "choices", "output", "history_tokens", "generated_tokens", "branch_of", "tenant", "constraint", "page_ids")
+    __slots__ = ("session_id", "token_ids", "sampling", "stop", "cache", "keep", "choices", "output", "history_tokens", "generated_tokens", "branch_of", "tenant", "constraint", "fence", "page_ids")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class RunRequest(_message.Message):
     BRANCH_OF_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -36,8 +37,9 @@ class RunRequest(_message.Message):
     branch_of: str
     tenant: str
     constraint: _common_pb2.Constraint
+    fence: int
     page_ids: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, session_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopParams, _Mapping]] = ..., cache: _Optional[_Union[_common_pb2.CacheParams, _Mapping]] = ..., keep: _Optional[bool] = ..., choices: _Optional[int] = ..., output: _Optional[_Union[_common_pb2.OutputParams, _Mapping]] = ..., history_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., branch_of: _Optional[str] = ..., tenant: _Optional[str] = ..., constraint: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ..., page_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopParams, _Mapping]] = ..., cache: _Optional[_Union[_common_pb2.CacheParams, _Mapping]] = ..., keep: _Optional[bool] = ..., choices: _Optional[int] = ..., output: _Optional[_Union[_common_pb2.OutputParams, _Mapping]] = ..., history_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., branch_of: _Optional[str] = ..., tenant: _Optional[str] = ..., constraint: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ..., fence: _Optional[int] = ..., page_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class RunReply(_message.Message):
     __slots__ = ("prefill", "token", "finished", "prompt", "pages")

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from qaq_core import Originals
 from services.common.errors import ResourceExhausted, Unavailable
 from services.common.settings import WorkerSettings
-from services.worker.generation import Generation
+from services.worker.generation import Call, Generation
 from services.worker.session_cache import Name, session_name
 
 RETRY_AFTER_MS = 1000
@@ -66,9 +66,9 @@ class RequestQueue:
             self._waiting.append(generation)
             self._changed.notify()
 
-    def cancel(self, generation: Generation) -> None:
+    def cancel(self, call: Call) -> None:
         with self._changed:
-            generation.call.cancelled = True
+            call.cancelled = True
             self._changed.notify()
 
     def drop(self, name: Name) -> Future[bool]:
@@ -110,6 +110,11 @@ class RequestQueue:
         """The oldest waiting generation whose session is not busy."""
         with self._changed:
             return next((g for g in self._waiting if session_name(g.request) not in busy_sessions), None)
+
+    def of_sessions(self, names: Collection[Name]) -> list[Generation]:
+        """The waiting generations of these sessions, in order of arrival."""
+        with self._changed:
+            return [g for g in self._waiting if session_name(g.request) in names]
 
     def remove(self, generation: Generation) -> None:
         with self._changed:

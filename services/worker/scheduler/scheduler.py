@@ -21,12 +21,13 @@ from qaq_core.models import LoadedModel
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.settings import WorkerSettings
 from services.worker.constraints import Grammar, Grammars
-from services.worker.generation import Generation
+from services.worker.generation import Call, Generation
 from services.worker.replies import Replies
 from services.worker.request import RequestValidator
 from services.worker.scheduler.preemption import Preemption
 from services.worker.scheduler.queue import RETRY_AFTER_MS, RequestQueue
 from services.worker.scheduler.step import RunningBatch
+from services.worker.scheduler.takeover import Takeover
 from services.worker.session_cache import session_name
 from services.worker.sessions import Sessions
 from services.worker.state import WorkerState, summarize
@@ -68,6 +69,7 @@ class Scheduler:
             loaded, self.sessions, self._replies, settings.decode_threads, settings.speculative_tokens
         )
         self._preemption = Preemption(self.batch, self.sessions)
+        self._takeover = Takeover(self._queue, self.batch, self._replies)
         self._state = WorkerState()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -120,9 +122,9 @@ class Scheduler:
         self._queue.put(generation, lambda: self._free_slots - len(self.batch.preempted))
         return generation
 
-    def cancel(self, generation: Generation) -> None:
-        """Frees it within one step. Does nothing if it has ended."""
-        self._queue.cancel(generation)
+    def cancel(self, call: Call) -> None:
+        """Frees its generation within one step. Does nothing if that has ended, or goes on for another call."""
+        self._queue.cancel(call)
 
     def drop(self, session_id: str, tenant: str = "") -> Future[bool]:
         """Frees a session's cache and ends its generation; False if the tenant has no such session."""
@@ -163,6 +165,7 @@ class Scheduler:
     def _step(self) -> None:
         self._drop_sessions()
         self._remove_cancelled()
+        self._takeover.step()
         if self.sessions.memory.step(self.batch.sessions, self.sessions.idle):
             self._publish()
         self._preemption.step()

@@ -162,7 +162,7 @@ async def test_a_cancelled_call_ends(make_scheduler: MakeScheduler, ids: Ids) ->
         generation = scheduler.submit(asked, await scheduler.grammars.get(asked.constraint))
         while (await generation.replies.get()).WhichOneof("event") != "token":
             pass
-        scheduler.cancel(generation)
+        scheduler.cancel(generation.call)
         while scheduler.state.running:
             await outcome(scheduler.submit(request(ids("x"), 1)))
         assert scheduler.state.kv_bytes == 0

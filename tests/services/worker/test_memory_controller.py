@@ -63,7 +63,7 @@ async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_scheduler:
         assert REGISTRY.get_sample_value("qaq_kv_lambda") == 0
         for generation in running:
             await next_token(generation)
-            scheduler.cancel(generation)
+            scheduler.cancel(generation.call)
         await until(lambda: scheduler.state.running == 0)
 
 
@@ -81,7 +81,7 @@ async def test_more_are_admitted_than_fit_at_full_bits(make_scheduler: MakeSched
         await next_token(running[-1])
         assert scheduler.state.waiting == 1
         for generation in running:
-            scheduler.cancel(generation)
+            scheduler.cancel(generation.call)
         assert (await outcome(waits)).tokens
 
 
@@ -98,7 +98,7 @@ async def test_a_budget_that_changes_is_looked_at_at_once(
             scheduler.set_budget(int(share * held))
             await until(lambda before=before: memory.lam > before)
             before = memory.lam
-        scheduler.cancel(running)
+        scheduler.cancel(running.call)
 
 
 async def test_a_budget_that_should_be_kept_without_a_price_gets_one(
@@ -112,7 +112,7 @@ async def test_a_budget_that_should_be_kept_without_a_price_gets_one(
         budget = int(0.95 * scheduler.state.kv_bytes)
         scheduler.set_budget(budget)
         await until(lambda: scheduler.state.kv_bytes <= budget)
-        scheduler.cancel(running)
+        scheduler.cancel(running.call)
 
 
 async def test_full_staging_admits_nobody(make_scheduler: MakeScheduler, ids: Ids) -> None:
@@ -135,4 +135,4 @@ async def test_full_staging_admits_nobody(make_scheduler: MakeScheduler, ids: Id
             await next_token(running)  # who runs goes on
         store.pending_bytes = 0
         assert (await asyncio.wait_for(outcome(scheduler.submit(request(ids(STORY), 1))), 120)).tokens
-        scheduler.cancel(running)
+        scheduler.cancel(running.call)

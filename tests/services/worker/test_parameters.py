@@ -131,7 +131,7 @@ async def test_memory_of_choices_is_counted(make_scheduler: MakeScheduler, ids: 
             while len(scheduler.batch.running) != choices:
                 await generation.replies.get()
             seen.append(scheduler.state.kv_bytes)
-            scheduler.cancel(generation)
+            scheduler.cancel(generation.call)
             gate.open()
             while scheduler.state.running:
                 await outcome(scheduler.submit(request(tokens[:4], 1)))
@@ -159,7 +159,7 @@ async def test_a_cancelled_call_frees_all_choices(make_scheduler: MakeScheduler,
         generation = scheduler.submit(request(ids(STORY), 4000, choices=3))
         while (await generation.replies.get()).WhichOneof("event") != "token":
             pass
-        scheduler.cancel(generation)
+        scheduler.cancel(generation.call)
         while scheduler.state.running:
             await outcome(scheduler.submit(request(ids("x"), 1)))
         assert scheduler.state.kv_bytes == 0

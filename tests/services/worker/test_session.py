@@ -107,7 +107,7 @@ async def test_only_running_sessions_hold_their_pages(make_scheduler: MakeSchedu
         await until(lambda: sum(store.held.values()) == 0)  # the end is told before the session is left
         running = scheduler.submit(request(log + first.tokens, 3000, session_id="s", keep=True))
         await until(lambda: sum(store.held.values()) >= pages)
-        scheduler.cancel(running)
+        scheduler.cancel(running.call)
         await until(lambda: sum(store.held.values()) == 0)
         for other in "abc":  # the idle ones are evicted or dropped, one after the other
             await outcome(scheduler.submit(request(log, 2, session_id=other, keep=True)))

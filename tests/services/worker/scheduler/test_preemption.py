@@ -144,10 +144,10 @@ async def test_elastic_caches_give_way_to_the_floor_and_no_further(make_schedule
         assert preempted() > before
         assert bits(scheduler) > 1.2
         for generation in running[:2]:
-            scheduler.cancel(generation)
+            scheduler.cancel(generation.call)
         await until(lambda: scheduler.state == replace(scheduler.state, running=1, waiting=0))
         await goes_on(running[2])
-        scheduler.cancel(running[2])
+        scheduler.cancel(running[2].call)
 
 
 async def test_it_comes_back_when_there_is_room(
@@ -165,7 +165,7 @@ async def test_it_comes_back_when_there_is_room(
         assert chunk[1] <= 16
         whole = (len(tokens) + 39) // 16
         assert len(result.pages) == whole
-        scheduler.cancel(first)
+        scheduler.cancel(first.call)
 
 
 async def test_it_comes_back_when_it_is_alone(smollm2: LoadedModel, make_scheduler: MakeScheduler, ids: Ids) -> None:
@@ -176,7 +176,7 @@ async def test_it_comes_back_when_it_is_alone(smollm2: LoadedModel, make_schedul
         scheduler.set_budget(1)
         await goes_on(first)
         assert scheduler.state.waiting == 1
-        scheduler.cancel(first)
+        scheduler.cancel(first.call)
         result = await outcome(second)
         assert result.tokens == expected(smollm2, tokens, 40)
     assert store.nbytes == 0  # nothing is held any more
@@ -188,9 +188,9 @@ async def test_who_comes_later_waits_behind_who_is_paused(make_scheduler: MakeSc
         await goes_on(first)
         assert scheduler.state.waiting == 2
         assert later.replies.empty()
-        scheduler.cancel(second)
+        scheduler.cancel(second.call)
         assert (await outcome(later)).tokens
-        scheduler.cancel(first)
+        scheduler.cancel(first.call)
 
 
 async def test_sampling_stop_and_likelihoods_go_on(make_scheduler: MakeScheduler, ids: Ids) -> None:
@@ -208,7 +208,7 @@ async def test_sampling_stop_and_likelihoods_go_on(make_scheduler: MakeScheduler
         assert preempted() == before + 2  # both choices of the call
         scheduler.set_budget(None)
         found = await choices(second, 2)
-        scheduler.cancel(first)
+        scheduler.cancel(first.call)
     for mine, theirs in zip(found, calm, strict=True):
         assert mine[0] == theirs[0][: len(mine[0])]
         assert mine[2] == pytest.approx(theirs[2][: len(mine[2])], abs=2e-2)
@@ -282,17 +282,17 @@ async def test_nobody_is_paused_whose_pages_the_store_has_not(make_scheduler: Ma
         await until(lambda: scheduler.state.waiting == 1)
         assert preempted() == before[0] + 1
         for generation in running:
-            scheduler.cancel(generation)
+            scheduler.cancel(generation.call)
 
 
 async def test_cancelled_while_it_is_paused(make_scheduler: MakeScheduler, ids: Ids) -> None:
     store = InProcessOriginals()
     asked = request(ids(LISTS), LONG, cache=EXACT, session_id="s", keep=True)
     async with one_gives_way(make_scheduler, ids, asked, store) as (scheduler, first, second):
-        scheduler.cancel(second)
+        scheduler.cancel(second.call)
         await until(lambda: scheduler.state.waiting == 0)
         await goes_on(first)
-        scheduler.cancel(first)
+        scheduler.cancel(first.call)
         await until(lambda: scheduler.state.running == 0)
         assert scheduler.state == WorkerState()
         assert store.nbytes == 0
@@ -306,7 +306,7 @@ async def test_dropped_while_it_is_paused(make_scheduler: MakeScheduler, ids: Id
         with pytest.raises(FailedPrecondition, match="dropped"):
             await outcome(second)
         await goes_on(first)
-        scheduler.cancel(first)
+        scheduler.cancel(first.call)
 
 
 async def test_stopping_ends_who_is_paused(make_scheduler: MakeScheduler, ids: Ids) -> None:
@@ -323,7 +323,7 @@ async def test_a_kept_session_goes_on_after_a_pause(
 ) -> None:
     asked = request(ids(LISTS), 40, cache=EXACT, session_id="s", keep=True)
     async with one_gives_way(make_scheduler, ids, asked) as (scheduler, first, second):
-        scheduler.cancel(first)
+        scheduler.cancel(first.call)
         result = await outcome(second)
         assert result.tokens == expected(smollm2, ids(LISTS), 40)
         log = ids(LISTS) + result.tokens + ids(STORY)

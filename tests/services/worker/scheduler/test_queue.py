@@ -43,8 +43,8 @@ async def test_cancelling_frees_within_a_step(make_scheduler: MakeScheduler, ids
         while (await running.replies.get()).WhichOneof("event") != "token":
             pass
         waiting = scheduler.submit(request(ids(STORY), 5000, cache=EXACT))
-        scheduler.cancel(waiting)
-        scheduler.cancel(running)
+        scheduler.cancel(waiting.call)
+        scheduler.cancel(running.call)
         state = await settled(scheduler, running=0, waiting=0)
         assert (state.sessions, state.kv_bytes) == (0, 0)
         assert (await outcome(scheduler.submit(request(ids(STORY), 3, cache=EXACT)))).tokens

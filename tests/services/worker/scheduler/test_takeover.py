@@ -1,0 +1,143 @@
+"""A generation goes on for the router that has its session now."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from prometheus_client import REGISTRY
+from qaq.v1 import common_pb2, worker_pb2
+
+from qaq_core.models import LoadedModel
+from services.common.errors import StatusError
+from services.worker.generation import Generation
+from tests.services.worker.conftest import EXACT, STORY, Ids, MakeScheduler, Outcome, expected, outcome, request, until
+
+NEW = 48
+AT = 12
+
+
+def asked(tokens: list[int], fence: int, new: int = NEW, **fields: Any) -> worker_pb2.RunRequest:
+    return request(tokens, new, cache=EXACT, session_id="s", fence=fence, **fields)
+
+
+def rest(tokens: list[int], known: list[int], fence: int, **fields: Any) -> worker_pb2.RunRequest:
+    """As a router asks when its client has received the `known` tokens of a turn."""
+    return asked([*tokens, *known], fence, generated_tokens=len(known), **fields)
+
+
+async def begun(generation: Generation, tokens: int = AT) -> list[int]:
+    """Its first tokens."""
+    found: list[int] = []
+    while len(found) < tokens:
+        reply = await generation.replies.get()
+        assert not isinstance(reply, Exception), reply
+        if reply.HasField("token"):
+            found.append(reply.token.token_id)
+    return found
+
+
+async def taken(generation: Generation) -> None:
+    """It has ended because its session was taken."""
+    with pytest.raises(StatusError, match="has taken it") as caught:
+        await outcome(generation)
+    assert caught.value.code is grpc.StatusCode.ABORTED
+
+
+def computed() -> float:
+    return REGISTRY.get_sample_value("qaq_prompt_tokens_total", {"source": "computed"}) or 0.0
+
+
+@pytest.mark.parametrize("received", [0, 5, AT])
+async def test_the_later_call_gets_the_rest_and_nothing_is_computed_twice(
+    make_scheduler: MakeScheduler, smollm2: LoadedModel, ids: Ids, received: int
+) -> None:
+    tokens, sent = ids(STORY), list[common_pb2.Token]()
+    whole = expected(smollm2, tokens, NEW)
+    async with make_scheduler() as scheduler:
+        hung = scheduler.submit(asked(tokens, fence=1))
+        first, call = await begun(hung), hung.call
+        before = computed()
+        other = scheduler.submit(rest(tokens, first[:received], fence=2))
+        result = await outcome(other, sent)
+        assert computed() == before
+        while not isinstance(reply := await call.replies.get(), Exception):
+            pass
+        assert isinstance(reply, StatusError)
+        assert reply.code is grpc.StatusCode.ABORTED
+    assert [token.index for token in sent] == list(range(received, NEW))
+    assert [token.token_id for token in sent] == whole[received:]
+    assert result.done is not None
+    usage = result.done.usage
+    assert (usage.prompt_tokens, usage.generated_tokens) == (len(tokens), NEW)
+
+
+async def test_the_end_of_the_call_before_ends_nothing(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    """The worker learns late that the router which hung is gone."""
+    tokens = ids(STORY)
+    async with make_scheduler() as scheduler:
+        hung = scheduler.submit(asked(tokens, fence=1))
+        first, call = await begun(hung), hung.call
+        other = scheduler.submit(rest(tokens, first, fence=1))  # of one router that lost its connection
+        await begun(other, 1)
+        scheduler.cancel(call)
+        again = scheduler.submit(rest(tokens, first, fence=3))
+        assert isinstance(await outcome(again), Outcome)
+
+
+async def test_the_call_that_took_it_frees_it(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    tokens = ids(STORY)
+    async with make_scheduler() as scheduler:
+        first = await begun(scheduler.submit(asked(tokens, fence=1, new=4000)))
+        other = scheduler.submit(rest(tokens, first, fence=2, new=4000))
+        await begun(other, 1)
+        scheduler.cancel(other.call)
+        await until(lambda: scheduler.state.running == 0)
+
+
+async def test_an_earlier_hold_takes_nothing(make_scheduler: MakeScheduler, smollm2: LoadedModel, ids: Ids) -> None:
+    tokens = ids(STORY)
+    whole = expected(smollm2, tokens, NEW)
+    async with make_scheduler() as scheduler:
+        awake = scheduler.submit(asked(tokens, fence=2))
+        first = await begun(awake, 4)
+        await taken(scheduler.submit(rest(tokens, first, fence=1)))
+        assert (await outcome(awake)).tokens == whole[4:]
+
+
+@pytest.mark.parametrize("change", ["prompt", "sampling", "choices", "tokens that never came"])
+async def test_another_turn_begins_anew(make_scheduler: MakeScheduler, ids: Ids, change: str) -> None:
+    """Or one whose tokens are not known here: the generation that runs ends."""
+    tokens, fields = ids(STORY), dict[str, Any]()
+    async with make_scheduler() as scheduler:
+        hung = scheduler.submit(asked(tokens, fence=1, new=4000))
+        first = await begun(hung)
+        known = first
+        match change:
+            case "prompt":
+                tokens = [*tokens[1:], tokens[0]]
+            case "sampling":
+                fields["sampling"] = common_pb2.SamplingParams(temperature=0, repetition_penalty=1.5)
+            case "choices":
+                known, fields["choices"] = [], 2
+            case "tokens that never came":
+                known = [*first[:-1], (first[-1] + 1) % 1000]
+        other = scheduler.submit(rest(tokens, known, fence=2, **fields))
+        await taken(hung)
+        await begun(other, 3)
+        scheduler.cancel(other.call)
+
+
+async def test_without_a_fence_a_call_waits(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    tokens = ids(STORY)
+    async with make_scheduler() as scheduler:
+        running = scheduler.submit(asked(tokens, fence=0, new=4000))
+        await begun(running, 1)
+        waiting = scheduler.submit(asked(tokens, fence=0))
+        await begun(running, 3)
+        assert scheduler.state.waiting == 1
+        scheduler.cancel(running.call)
+        await asyncio.wait_for(begun(waiting, 1), 60)
+        scheduler.cancel(waiting.call)
