@@ -21,13 +21,13 @@ from redis.asyncio import Redis
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qaq_core.models import LoadedModel, load_tokenizer
+from services.common.admission import Admission
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 from services.gateway.bodies import Bodies
 from services.gateway.server import GatewayServer
 from services.originals.server import OriginalsServer
 from services.originals.uploads import Uploads
-from services.router.admission import Admission
 from services.router.server import RouterServer
 from services.worker.constraints import CACHE_BYTES
 from services.worker.server import WorkerServer

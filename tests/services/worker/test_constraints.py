@@ -311,7 +311,6 @@ async def test_without_xgrammar_it_says_what_to_install(smollm2: LoadedModel, mo
     with pytest.raises(FailedPrecondition, match=re.escape("pip install 'qaq-kv[constraints]'")):
         await grammars.get(Constraint(json_object=True))
     assert await grammars.get(Constraint()) is None
-    grammars.close()
 
 
 async def test_a_model_without_an_end_is_refused(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
