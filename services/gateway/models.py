@@ -31,7 +31,7 @@ async def ask(request: Request) -> None:
     """
     try:
         async with request.app.state.routers.stub() as stub:
-            asked = generate_pb2.GetModelRequest()
+            asked = generate_pb2.GetModelRequest(call_follows=True)
             request.state.model = await stub.GetModel(asked, timeout=SHORT_DEADLINE_S, metadata=caller(request))
     except (grpc.aio.AioRpcError, Unavailable) as error:
         status = to_status(error)

@@ -143,7 +143,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     async def GetModel(
         self, request: generate_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.GetModelReply:
-        await self._quotas.look(self._callers.of(context))
+        if request.call_follows:
+            await self._quotas.look(self._callers.of(context))
         model, pool = self._model(request.model), self._pool
         return generate_pb2.GetModelReply(model=model, workers=len(pool.ready), max_choices=pool.max_choices)
 
