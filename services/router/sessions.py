@@ -59,6 +59,10 @@ for index = 2, 3 do
     if redis.call('EXISTS', ARGV[5] .. id) == 0 then redis.call('ZREM', KEYS[index], id) end
   end
 end
+for index = 4, #KEYS, 2 do
+  redis.call('COPY', KEYS[index], KEYS[index + 1])
+  redis.call('EXPIRE', KEYS[index + 1], ARGV[4])
+end
 redis.call('HSET', KEYS[1], unpack(ARGV, 6))
 redis.call('EXPIRE', KEYS[1], ARGV[4])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
@@ -134,20 +138,12 @@ class SessionDirectory:
             branch = replace(
                 origin, id=secrets.token_urlsafe(16), kept=True, opened_at=time.time(), branch_of=identifier
             )
-            async with self._redis.pipeline(transaction=True) as pipe:
-                for key in (session_keys.tokens, session_keys.pages):
-                    pipe.copy(key(identifier), key(branch.id))
-                    pipe.expire(key(branch.id), self._ttl_s)
-                await pipe.execute()
-            try:
-                await self._add(branch, limit)
-            except ResourceExhausted:
-                await self._redis.delete(*session_keys.all_of(branch.id))
-                raise
+            await self._add(branch, limit)
         return branch
 
     async def _add(self, session: Session, limit: int | None) -> None:
-        """Writes a session's facts and adds it to the indexes."""
+        """Writes a session's facts, copies what its origin has, and adds it to the indexes: all of it or nothing, also if
+        this is cancelled."""
         facts: dict[str, Any] = {
             "model": session.model,
             "cache": session.cache.SerializeToString(),
@@ -158,8 +154,10 @@ class SessionDirectory:
             "tenant": session.tenant,
         }
         ttl_s = self._ttl_s if session.kept else TEMPORARY_TTL_S
+        kinds = (session_keys.tokens, session_keys.pages) if session.branch_of else ()
+        copied = [key(identifier) for key in kinds for identifier in (session.branch_of, session.id)]
         added = await self._open(
-            keys=[session_keys.facts(session.id), session_keys.INDEX, session_keys.index(session.tenant)],
+            keys=[session_keys.facts(session.id), session_keys.INDEX, session_keys.index(session.tenant), *copied],
             args=[
                 *(limit if limit and session.kept else 0, session.id, session.opened_at, ttl_s, session_keys.facts("")),
                 *(part for fact in facts.items() for part in fact),

@@ -211,9 +211,9 @@ async def test_no_body_is_read_of_a_caller_who_may_not_ask(
     keyed: Keyed, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bodies, "PAUSE_S", 2.0)
+    keyed.tenancy.limit("ada", requests_per_minute=1)
     for headers in ({}, keyed.headers("nobody")):
         assert (await first_answer(keyed.url, headers)).startswith("HTTP/1.1 401 ")
-    keyed.tenancy.limit("ada", requests_per_minute=1)
     async with keyed.openai("ada") as client:
         await client.completions.create(model="counting", prompt="Hi", max_tokens=1)
     await redis.hset("qaq:quota:ada", "requests_at", "9e9")  # no time passes
