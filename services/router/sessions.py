@@ -142,7 +142,7 @@ class SessionDirectory:
         return branch
 
     async def _add(self, session: Session, limit: int | None) -> None:
-        """Writes a session's facts, copies what its origin has, and adds it to the indexes: all of it or nothing, also if
+        """Writes a session's facts, copies its origin's log, and adds it to the indexes: all of it or nothing, also if
         this is cancelled."""
         facts: dict[str, Any] = {
             "model": session.model,
