@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from qaq_core import Quantizer
 from qaq_core.attention import CpuAttention, LayerTokens, ReferenceAttention
 from qaq_core.base.rope import rotate_pairs
-from qaq_core.kernels import LAYER, TYPES, DecodeStep, load_library
+from qaq_core.kernels import LAYER, TYPES, DecodeStep, checked, load_library
 from qaq_core.quantization import LinearTransform, ProgressiveCodec, greedy_order
 from qaq_core.storage import PackedTokens
 
@@ -130,7 +130,7 @@ class _DecodeCall:
         call, out = self._call, self._out
         call.query, call.out = self._query.data_ptr(), out.data_ptr()
         call.key, call.value = self._keys.data_ptr(), self._values.data_ptr()
-        self._library.qaq_decode(byref(call), *self._rest)
+        checked(self._library.qaq_decode, byref(call), *self._rest)  # as a decode step calls it
         return out
 
 

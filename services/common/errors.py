@@ -101,6 +101,10 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 )
 
 
+# What Redis says of a value of another type, or that is no number, to a command or in a script.
+_DAMAGED = ("WRONGTYPE", "not an integer", "not a valid float", "attempt to perform arithmetic", "attempt to compare")
+
+
 def _of_redis(error: redis_errors.RedisError) -> StatusError | None:
     if is_full(error):
         return ResourceExhausted("Redis is full; raise its maxmemory or close sessions", retry_after_ms=RETRY_AFTER_MS)
@@ -111,6 +115,12 @@ def _of_redis(error: redis_errors.RedisError) -> StatusError | None:
     if "MISCONF" in str(error):  # its disk is full or fails, and it was told to refuse writes then
         message = "Redis cannot write to its disk and refuses to change anything; see its log, and make room"
         return Unavailable(message, retry_after_ms=RETRY_AFTER_MS)
+    if any(sign in str(error) for sign in _DAMAGED):
+        return StatusError(
+            "a value in Redis is none that QAQ writes; close the session that it is of, or find what else writes to "
+            "this Redis, and remove it",
+            code=Code.DATA_LOSS,
+        )
     return None
 
 

@@ -90,6 +90,7 @@ unauthenticated = Counter("qaq_unauthenticated_total", "Calls of the router with
 tenants_failures = Counter("qaq_tenants_failures_total", "Tenants files that could not be used when they changed")
 quota_refusals = Counter("qaq_quota_refusals_total", "Calls that exceeded a quota of their tenant", ["quota"])
 quota_failures = Counter("qaq_quota_failures_total", "Counts of quotas that Redis did not answer")
+late_work = Counter("qaq_late_work_total", "Pieces of work in threads that took too long, and go on", ["of"])
 registry_failures = Counter("qaq_registry_failures_total", "Heartbeats and member listings that Redis did not answer")
 
 

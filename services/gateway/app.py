@@ -29,6 +29,7 @@ from services.gateway.wire import CLIENT_CLOSED_REQUEST, EXPOSED_HEADERS, Identi
 def make_app(routers: Routers, settings: GatewaySettings) -> FastAPI:
     """The FastAPI application."""
     app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None)
+    app.state.routers = routers
     errors.install(app)
     app.add_middleware(Wire, bodies=Bodies(settings.max_bodies_bytes, settings.max_body_bytes))
     if settings.cors_origins:
@@ -57,14 +58,14 @@ def _generations(routers: Routers, timeout_s: float) -> APIRouter:
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        model = await models.served(routers, caller(request), body.model, body.n)
+        model = await models.served(routers, caller(request), body.model, body.n, request)
         echo = [prompt if isinstance(prompt, str) else None for prompt in body.prompts] if body.echo else None
         answer = Answer(Completion(body.logprobs, body.echo, body.prompt_logprobs), model, body.n, echo)
         return await respond(body, request, requests.completions(body, model), answer)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        model = await models.served(routers, caller(request), body.model, body.n)
+        model = await models.served(routers, caller(request), body.model, body.n, request)
         asked = requests.chat(body, model)
         readers = tools.prepare(body, asked, model)
         if readers is not None:

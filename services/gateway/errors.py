@@ -36,6 +36,7 @@ _CODES = {
     Code.ABORTED: "aborted",
     Code.RESOURCE_EXHAUSTED: "rate_limit_exceeded",
     Code.UNAVAILABLE: "unavailable",
+    Code.DATA_LOSS: "data_loss",
     Code.DEADLINE_EXCEEDED: "deadline_exceeded",
 }
 _INVALID = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}

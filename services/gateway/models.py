@@ -11,7 +11,7 @@ from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from qaq.v1 import common_pb2, generate_pb2
 
-from services.common.errors import InvalidArgument, Metadata
+from services.common.errors import InvalidArgument, Metadata, Unavailable, to_status
 from services.common.limits import MAX_CHOICES
 from services.common.metrics import GATEWAY
 from services.common.routers import Routers
@@ -22,18 +22,40 @@ from services.gateway.requests import default_sampling
 SHORT_DEADLINE_S = 30.0
 
 
-async def served(routers: Routers, metadata: Metadata, name: str = "", choices: int = 1) -> common_pb2.ModelInfo:
+async def ask(request: Request) -> None:
+    """Asks a router whether a request's caller may ask: before its body is read, and its model is known then. While no
+    router answers, nobody is refused for that yet.
+
+    Raises:
+        grpc.aio.AioRpcError: UNAUTHENTICATED without a key, RESOURCE_EXHAUSTED if its tenant has used up its requests.
+    """
+    try:
+        async with request.app.state.routers.stub() as stub:
+            asked = generate_pb2.GetModelRequest(call_follows=True)
+            request.state.model = await stub.GetModel(asked, timeout=SHORT_DEADLINE_S, metadata=caller(request))
+    except (grpc.aio.AioRpcError, Unavailable) as error:
+        status = to_status(error)
+        if status is None or status.code is not grpc.StatusCode.UNAVAILABLE:
+            raise
+
+
+async def served(
+    routers: Routers, metadata: Metadata, name: str = "", choices: int = 1, request: Request | None = None
+) -> common_pb2.ModelInfo:
     """The served model.
 
     Args:
         choices: of one prompt, that will be asked for.
+        request: for which a router may have said it already.
     Raises:
         grpc.aio.AioRpcError: NOT_FOUND if another model is served, UNAUTHENTICATED without a key.
         InvalidArgument: too many choices.
     """
-    asked = generate_pb2.GetModelRequest(model=name)
-    async with routers.stub() as stub:
-        reply = await stub.GetModel(asked, timeout=SHORT_DEADLINE_S, metadata=metadata)
+    reply = None if request is None else getattr(request.state, "model", None)
+    if reply is None or name not in ("", reply.model.name, reply.model.source):
+        async with routers.stub() as stub:
+            asked = generate_pb2.GetModelRequest(model=name)
+            reply = await stub.GetModel(asked, timeout=SHORT_DEADLINE_S, metadata=metadata)
     if choices > (most := reply.max_choices or MAX_CHOICES):
         raise InvalidArgument(f"n is {choices}; send 1 to {most}")
     return reply.model

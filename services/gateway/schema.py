@@ -20,7 +20,7 @@ from services.common.limits import (
 )
 from services.gateway.constraints import Constrained
 from services.gateway.messages import Messages
-from services.gateway.objects import Int32, Name, Object, Penalty, SessionId, Stop, TokenIds, Top
+from services.gateway.objects import Bias, Int32, Name, Object, Penalty, SessionId, Stop, TokenId, TokenIds, Top
 from services.gateway.tools import Tooled
 
 MAX_PROMPTS = 64
@@ -75,9 +75,7 @@ class Request(WithoutEffect, Constrained):
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: (
-        Annotated[dict[Int32, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED_TOKENS)] | None
-    ) = None
+    logit_bias: Annotated[dict[Int32, Bias], Field(max_length=MAX_BIASED_TOKENS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -85,7 +83,7 @@ class Request(WithoutEffect, Constrained):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     min_tokens: Int32 = 0
-    stop_token_ids: Annotated[list[Int32], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] = Field(
         default_factory=list
     )
     include_stop_str_in_output: bool = False

@@ -60,7 +60,7 @@ def routes(routers: Routers) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Json:
         metadata = caller(request)
-        model = await models.served(routers, metadata, body.model)
+        model = await models.served(routers, metadata, body.model, request=request)
         asked = generate_pb2.TokenizeRequest(
             model=body.model,
             text=body.prompt or "",

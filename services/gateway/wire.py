@@ -20,7 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common import metrics
 from services.common.errors import LIMITS
-from services.gateway.bodies import Bodies, Body, check_values
+from services.common.json_text import RepeatedKeyError
+from services.gateway import models
+from services.gateway.bodies import Bodies, Body, check_keys, check_values
+from services.gateway.caller import label
 from services.gateway.errors import described
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -71,7 +74,7 @@ class Wire:
             await self._app(scope, receive, send)
             return
         headers, request_id, status, begun = Headers(scope=scope), scope[REQUEST_ID], 0, time.perf_counter()
-        body = Body(self._bodies, receive, expected=_has_body(headers))
+        body = Body(self._bodies, receive, _has_body(headers), label(scope))
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -106,7 +109,8 @@ class Wire:
 
 
 class JsonRequest(Request):
-    """A request whose JSON must be valid Unicode, of finite numbers, and neither too deep nor of too many values."""
+    """A request whose JSON must be valid Unicode, of finite numbers and unique keys, and neither too deep nor of too
+    many values."""
 
     async def json(self) -> Any:
         """Raises:
@@ -116,33 +120,48 @@ class JsonRequest(Request):
         check_values(body)
         await asyncio.sleep(0)  # others are heard: counting and parsing take up to 50 ms each
         try:
-            return from_json(body, allow_inf_nan=False, cache_strings="keys")
+            value = from_json(body, allow_inf_nan=False, cache_strings="keys")
         except ValueError as error:
             raise HTTPException(400, f"the body is not valid JSON: {error}") from error
+        await asyncio.sleep(0)
+        try:
+            check_keys(body, value)
+        except RepeatedKeyError as error:
+            raise HTTPException(400, f"the body is ambiguous: {error}") from error
+        return value
 
 
 class JsonRoute(APIRoute):
-    """A route that reads a `JsonRequest`."""
+    """A route that reads a `JsonRequest`, once a router has said that its caller may ask."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
             if self.body_field is not None and _has_body(request.headers):
-                _check_type(request.headers.get("content-type", ""))
+                _check_type(request.headers)
+                await models.ask(request)
             return await handle(JsonRequest(request.scope, request.receive))
 
         return handler
 
 
-def _check_type(given: str) -> None:
+def _check_type(headers: Headers) -> None:
     """Raises:
-    HTTPException: a body of that type is not JSON.
+    HTTPException: a body with these headers is not plain JSON in UTF-8.
     """
-    kind = given.partition(";")[0].strip().lower()
+    given = "; ".join(dict.fromkeys(headers.getlist("content-type")))
+    kind, *parameters = (part.strip().lower() for part in given.split(";"))
     if not kind.startswith("application/") or not (kind.endswith(("/json", "+json"))):
         told = f'the content-type is "{given[:100]}"' if given else "there is no content-type"
         raise HTTPException(415, f"{told}; send the body as application/json")
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name == "charset" and value.strip('"') not in ("utf-8", "utf8", "us-ascii"):
+            raise HTTPException(415, f'the content-type has the charset "{value[:50]}"; send the body in UTF-8')
+    coding = ", ".join(headers.getlist("content-encoding"))
+    if coding.strip().lower() not in ("", "identity"):
+        raise HTTPException(415, f'the content-encoding is "{coding[:50]}"; send the body as it is, without one')
 
 
 def _has_body(headers: Headers) -> bool:

@@ -15,6 +15,7 @@ import structlog
 
 from qaq_core.base.errors import ConfigError
 from services.common import metrics, tenants
+from services.common.bounds import one
 from services.common.errors import InvalidArgument, StatusError, Unauthenticated
 from services.common.tenants import Quotas, Tenant
 from services.router import validation
@@ -69,16 +70,17 @@ class Callers:
     def known(self, metadata: Iterable[tuple[str, Any]] | None) -> Caller:
         """Raises:
         Unauthenticated: there is no key, or none of a tenant.
-        InvalidArgument: `qaq-tenant` is too long, or is not the tenant of the key.
+        InvalidArgument: `qaq-tenant` is too long, or is not the tenant of the key; or one of both has several values.
         """
-        sent = dict(metadata or ())
-        named = str(sent.get("qaq-tenant", ""))
+        sent = [(name, str(value)) for name, value in metadata or ()]
+        named = one("qaq-tenant", (value for name, value in sent if name == "qaq-tenant"))
+        authorization = one("authorization", (value for name, value in sent if name == "authorization"))
         validation.tenant(named)
         if self._path is None:
             return Caller(named)
         self._follow(self._path)
         try:
-            tenant = self._tenant(str(sent.get("authorization", "")))
+            tenant = self._tenant(authorization)
         except Unauthenticated:
             metrics.unauthenticated.inc()
             raise

@@ -42,8 +42,9 @@ local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 local function level(name, limit)
   local known = redis.call('HMGET', KEYS[1], name, name .. '_at')
-  if not known[1] then return limit end
-  return math.min(limit, known[1] + math.max(0, now - known[2]) * limit / 60)
+  local left, at = tonumber(known[1] or ''), tonumber(known[2] or '')
+  if not left or not at then return limit end
+  return math.min(limit, left + math.max(0, now - at) * limit / 60)
 end
 local function save(name, limit, left)
   redis.call('HSET', KEYS[1], name, left, name .. '_at', string.format('%.6f', now))
@@ -52,6 +53,7 @@ local function save(name, limit, left)
 end
 """
 # Answers the quota that is exceeded, or '', the milliseconds until it will not be, and what is left of both buckets.
+# Takes a request, if the last argument is 1.
 # 'overdraw' lets each quota be exceeded by as much again.
 _ADMIT = (
     _BUCKETS
@@ -73,7 +75,7 @@ if requests > 0 then
   local missing = 1 - overdraw * requests - requests_left
   if missing > 0.000001 then
     refused, wait = 'requests', missing * 60 / requests
-  elseif refused == '' then
+  elseif refused == '' and ARGV[7] == '1' then
     requests_left = requests_left - 1
     save('requests', requests, requests_left)
   end
@@ -138,6 +140,15 @@ class TenantQuotas:
         if quotas.requests_per_minute:
             await self._admitted(caller.tenant, Quotas(requests_per_minute=quotas.requests_per_minute), "", 0)
 
+    async def look(self, caller: Caller) -> None:
+        """Raises as `request` would, and takes nothing."""
+        quotas = caller.quotas
+        if quotas.requests_per_minute:
+            with contextlib.suppress(RedisError):  # nothing begins here
+                await self._admitted(
+                    caller.tenant, Quotas(requests_per_minute=quotas.requests_per_minute), "", 0, take=0
+                )
+
     @contextlib.asynccontextmanager
     async def stream(self, caller: Caller, *, rejoined: bool = False) -> AsyncIterator[Meter]:
         """Admits a generation, and counts what it uses while the context lasts.
@@ -164,10 +175,10 @@ class TenantQuotas:
             # The client's next call may begin once this one has ended.
             await asyncio.wait([counting], timeout=SETTLE_S)
 
-    async def _admitted(self, tenant: str, quotas: Quotas, lease: str, overdraw: int) -> Headers:
+    async def _admitted(self, tenant: str, quotas: Quotas, lease: str, overdraw: int, take: int = 1) -> Headers:
         """What is left of the quotas."""
         requests, tokens, streams = quotas.requests_per_minute, quotas.tokens_per_minute, quotas.concurrent_streams
-        args: list[str | int] = [requests or 0, tokens or 0, streams or 0, overdraw, lease, LEASE_S]
+        args: list[str | int] = [requests or 0, tokens or 0, streams or 0, overdraw, lease, LEASE_S, take]
         try:
             raw, wait_ms, requests_left, tokens_left = await self._admit(keys=_keys(tenant), args=args)
         except RedisError as error:

@@ -60,7 +60,6 @@ class RouterServer:
             await check(redis, settings.redis_url)
             registry = Registry(redis)
             prompts = await Prompts.load(settings.model)
-            stack.callback(prompts.close)
             pool = WorkerPool(registry, make(settings.placement), partial(open_channel, identity=who, role="worker"))
             stack.push_async_callback(pool.stop)
             await pool.start()

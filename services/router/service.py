@@ -12,10 +12,11 @@ import structlog
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc, worker_pb2
 from redis.exceptions import RedisError
 
+from services.common import metrics
+from services.common.admission import Admission
 from services.common.errors import PermissionDenied
 from services.common.settings import RouterSettings
 from services.router import validation
-from services.router.admission import Admission
 from services.router.callers import Callers
 from services.router.generation import GenerationStream
 from services.router.hold import Hold, Lost
@@ -56,7 +57,7 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self._prompts = prompts
         self.latency = RelayLatency()
         self._streams: dict[str, GenerationStream] = {}  # by session
-        self._admission = Admission(settings.max_queue, lambda: pool.capacity)
+        self._admission = Admission(settings.max_queue, lambda: pool.capacity, depth=metrics.queue_depth)
         pool.refreshed = self._admission.wake
 
     @property
@@ -65,36 +66,42 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         return self._admission.waiting
 
     async def Generate(self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> Replies:
-        validation.generate(request, self._limits(request.model))
+        async with self._admitted(context) as (tenant, meter):
+            validation.generate(request, self._limits(request.model))
 
-        async def encode(history: list[int]) -> list[int]:
-            if request.prompt_token_ids:
-                return list(request.prompt_token_ids)
-            return await self._prompts.text(request.prompt, special_tokens=not history)
+            async def encode(history: list[int]) -> list[int]:
+                if request.prompt_token_ids:
+                    return list(request.prompt_token_ids)
+                special_tokens, length = not history, self._pool.model.context_length
+                return await self._prompts.text(
+                    request.prompt, special_tokens=special_tokens, context=length, tenant=tenant
+                )
 
-        async with self._turn(request, encode, context) as replies:
-            async for reply in replies:
-                yield reply
+            async with self._turn(request, encode, tenant, meter, context) as replies:
+                async for reply in replies:
+                    yield reply
 
     async def Chat(
         self, request: generate_pb2.ChatRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generate_pb2.GenerateReply]:
-        validation.chat(request, self._limits(request.model))
-        conversation = await asyncio.to_thread(Conversation.of, request)
-        opening = ""
+        async with self._admitted(context) as (tenant, meter):
+            validation.chat(request, self._limits(request.model))
+            conversation = await asyncio.to_thread(Conversation.of, request)
+            opening = ""
 
-        async def encode(history: list[int]) -> list[int]:
-            nonlocal opening
-            if request.opening:
-                opening = await self._prompts.opening(conversation)
-            return await self._prompts.chat(conversation, history)
+            async def encode(history: list[int]) -> list[int]:
+                nonlocal opening
+                if request.opening:
+                    opening = await self._prompts.opening(conversation, tenant)
+                length = self._pool.model.context_length
+                return await self._prompts.chat(conversation, history, context=length, tenant=tenant)
 
-        async with self._turn(request, encode, context) as replies:
-            async for reply in replies:
-                if opening:
-                    text, opening = generate_pb2.ChatOpening(text=opening), ""
-                    yield generate_pb2.GenerateReply(session_id=reply.session_id, opening=text)
-                yield reply
+            async with self._turn(request, encode, tenant, meter, context) as replies:
+                async for reply in replies:
+                    if opening:
+                        text, opening = generate_pb2.ChatOpening(text=opening), ""
+                        yield generate_pb2.GenerateReply(session_id=reply.session_id, opening=text)
+                    yield reply
 
     async def Rejoin(
         self, request: generate_pb2.RejoinRequest, context: grpc.aio.ServicerContext
@@ -109,36 +116,45 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.TokenizeReply:
-        validation.tokenize(request, self._limits(request.model))
-        await self._quotas.request(self._callers.of(context))
+        caller = self._callers.of(context)
+        await self._quotas.request(caller)
+        limits, tenant = self._limits(request.model), caller.tenant
+        validation.tokenize(request, limits)
         if request.messages:
             conversation = await asyncio.to_thread(Conversation.of, request)
-            ids = await self._prompts.chat(conversation, [], answer=not request.no_generation_prompt)
+            answer = not request.no_generation_prompt
+            ids = await self._prompts.chat(conversation, [], answer=answer, context=limits.context, tenant=tenant)
         else:
-            ids = await self._prompts.text(request.text, special_tokens=not request.no_special_tokens)
-        strings = await self._prompts.written(ids) if request.token_strings else ()
+            special_tokens = not request.no_special_tokens
+            ids = await self._prompts.text(
+                request.text, special_tokens=special_tokens, context=limits.context, tenant=tenant
+            )
+        strings = await self._prompts.written(ids, tenant) if request.token_strings else ()
         return generate_pb2.TokenizeReply(token_ids=ids, tokens=strings)
 
     async def Detokenize(
         self, request: generate_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.DetokenizeReply:
+        caller = self._callers.of(context)
+        await self._quotas.request(caller)
         validation.detokenize(request, self._limits(request.model))
-        await self._quotas.request(self._callers.of(context))
-        return generate_pb2.DetokenizeReply(text=await self._prompts.decode(list(request.token_ids)))
+        return generate_pb2.DetokenizeReply(text=await self._prompts.decode(list(request.token_ids), caller.tenant))
 
     async def GetModel(
         self, request: generate_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.GetModelReply:
+        if request.call_follows:
+            await self._quotas.look(self._callers.of(context))
         model, pool = self._model(request.model), self._pool
         return generate_pb2.GetModelReply(model=model, workers=len(pool.ready), max_choices=pool.max_choices)
 
     async def OpenSession(
         self, request: generate_pb2.OpenSessionRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.OpenSessionReply:
-        model = self._model(request.model)
-        validation.session(request)
         caller = self._callers.of(context)
         await self._quotas.request(caller)
+        model = self._model(request.model)
+        validation.session(request)
         tenant, limit = caller.tenant, caller.quotas.open_sessions
         if request.branch_of:
             session = await self._sessions.branch(request.branch_of, tenant, limit)
@@ -180,7 +196,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
     async def _admitted(
         self, context: grpc.aio.ServicerContext, *, rejoined: bool = False
     ) -> AsyncIterator[tuple[str, Meter]]:
-        """The tenant of a generation that its quotas admit, and what counts its tokens."""
+        """The tenant of a generation that its quotas admit, and what counts its tokens. Nothing is done for a call
+        before that."""
         caller = self._callers.of(context)
         self._admission.check(caller.tenant)
         async with self._quotas.stream(caller, rejoined=rejoined) as meter:
@@ -190,14 +207,11 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
 
     @contextlib.asynccontextmanager
     async def _turn(
-        self, request: Request, encode: Encode, context: grpc.aio.ServicerContext
+        self, request: Request, encode: Encode, tenant: str, meter: Meter, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[Replies]:
         """The replies of a session's next turn. The session cannot have another turn meanwhile."""
-        async with (
-            self._admitted(context) as (tenant, meter),
-            self._held(await self._session(request, tenant)) as (session, hold),
-        ):
-            history = await self._sessions.tokens(session.id)
+        async with self._held(await self._session(request, tenant)) as (session, hold):
+            history = await self._sessions.tokens(session.id, self._pool.model.vocab_size)
             prompt = await encode(history)
             validation.fits(len(history), len(prompt), request.stop, self._pool.model.context_length)
             meter.tokens += len(prompt)
@@ -235,7 +249,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         ):
             self._abort(session.id, "taken")
             run = validation.rejoin(request, await self._sessions.turn(session.id))
-            log, begins = await self._sessions.tokens(session.id), run.history_tokens + len(run.token_ids)
+            log = await self._sessions.tokens(session.id, self._pool.model.vocab_size)
+            begins = run.history_tokens + len(run.token_ids)
             known = log[begins : begins + request.received]  # fewer, if the router was killed before it wrote all
             if len(log) > begins + request.received:
                 await hold.cut(begins + request.received)

@@ -11,6 +11,7 @@ A session belongs to the tenant that opened it. For another tenant it does not e
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import secrets
 import time
@@ -23,6 +24,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from qaq.v1 import common_pb2, worker_pb2
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from services.common.errors import EXCEEDED, FailedPrecondition, NotFound, ResourceExhausted
 from services.common.log import once
@@ -31,7 +33,8 @@ from services.router.hold import HOLD_TTL_S, Hold, Lost, Scripts
 
 log = structlog.get_logger()
 
-PAGE_ID_BYTES = 32
+PAGE_ID_BYTES, TOKEN_BYTES = 32, 4
+MAX_TOKEN = 2**31
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 TEMPORARY_TTL_S = 60
 """How long a session for one call is kept before the call holds it, should the call end there."""
@@ -55,6 +58,10 @@ for index = 2, 3 do
   for _, id in ipairs(redis.call('ZRANDMEMBER', KEYS[index], 2)) do
     if redis.call('EXISTS', ARGV[5] .. id) == 0 then redis.call('ZREM', KEYS[index], id) end
   end
+end
+for index = 4, #KEYS, 2 do
+  redis.call('COPY', KEYS[index], KEYS[index + 1])
+  redis.call('EXPIRE', KEYS[index + 1], ARGV[4])
 end
 redis.call('HSET', KEYS[1], unpack(ARGV, 6))
 redis.call('EXPIRE', KEYS[1], ARGV[4])
@@ -131,20 +138,12 @@ class SessionDirectory:
             branch = replace(
                 origin, id=secrets.token_urlsafe(16), kept=True, opened_at=time.time(), branch_of=identifier
             )
-            async with self._redis.pipeline(transaction=True) as pipe:
-                for key in (session_keys.tokens, session_keys.pages):
-                    pipe.copy(key(identifier), key(branch.id))
-                    pipe.expire(key(branch.id), self._ttl_s)
-                await pipe.execute()
-            try:
-                await self._add(branch, limit)
-            except ResourceExhausted:
-                await self._redis.delete(*session_keys.all_of(branch.id))
-                raise
+            await self._add(branch, limit)
         return branch
 
     async def _add(self, session: Session, limit: int | None) -> None:
-        """Writes a session's facts and adds it to the indexes."""
+        """Writes a session's facts, copies its origin's log, and adds it to the indexes: all of it or nothing, also if
+        this is cancelled."""
         facts: dict[str, Any] = {
             "model": session.model,
             "cache": session.cache.SerializeToString(),
@@ -155,8 +154,10 @@ class SessionDirectory:
             "tenant": session.tenant,
         }
         ttl_s = self._ttl_s if session.kept else TEMPORARY_TTL_S
+        kinds = (session_keys.tokens, session_keys.pages) if session.branch_of else ()
+        copied = [key(identifier) for key in kinds for identifier in (session.branch_of, session.id)]
         added = await self._open(
-            keys=[session_keys.facts(session.id), session_keys.INDEX, session_keys.index(session.tenant)],
+            keys=[session_keys.facts(session.id), session_keys.INDEX, session_keys.index(session.tenant), *copied],
             args=[
                 *(limit if limit and session.kept else 0, session.id, session.opened_at, ttl_s, session_keys.facts("")),
                 *(part for fact in facts.items() for part in fact),
@@ -182,20 +183,41 @@ class SessionDirectory:
             raise _unknown(identifier)
         return session
 
-    async def tokens(self, identifier: str) -> list[int]:
-        """The whole token log."""
-        raw: Any = await self._redis.get(session_keys.tokens(identifier))
-        return np.frombuffer(raw or b"", dtype="<i4").tolist()
+    async def tokens(self, identifier: str, vocabulary: int | None = None) -> list[int]:
+        """The whole token log.
+
+        Args:
+            vocabulary: number of token ids.
+        Raises:
+            FailedPrecondition: it is damaged.
+        """
+        raw: Any = await self._redis.get(session_keys.tokens(identifier)) or b""
+        if len(raw) % TOKEN_BYTES:
+            raise _damaged(identifier, f"its token log has {len(raw)} bytes")
+        log = np.frombuffer(raw, dtype="<i4")
+        if len(log) and not 0 <= log.min() <= log.max() < (vocabulary or MAX_TOKEN):
+            raise _damaged(identifier, "its token log has tokens that the model does not have")
+        return log.tolist()
 
     async def turn(self, identifier: str) -> worker_pb2.RunRequest | None:
-        """The request of the session's last turn; None if it had none."""
+        """The request of the session's last turn; None if it had none.
+
+        Raises:
+            FailedPrecondition: it is damaged.
+        """
         raw: Any = await self._redis.hget(session_keys.facts(identifier), "turn")
-        return worker_pb2.RunRequest.FromString(raw) if raw else None
+        try:
+            turn = worker_pb2.RunRequest.FromString(raw) if raw else None
+        except DecodeError as error:
+            raise _damaged(identifier, "its last request cannot be read") from error
+        if turn is not None and turn.history_tokens < 0:
+            raise _damaged(identifier, "its last request cannot be")
+        return turn
 
     async def pages(self, identifier: str) -> list[bytes]:
-        """Ids of the stored pages of the log's first tokens."""
+        """Ids of the stored pages of the log's first tokens. A part of an id is none."""
         raw: Any = await self._redis.get(session_keys.pages(identifier)) or b""
-        return [raw[at : at + PAGE_ID_BYTES] for at in range(0, len(raw), PAGE_ID_BYTES)]
+        return [raw[at : at + PAGE_ID_BYTES] for at in range(0, len(raw) - PAGE_ID_BYTES + 1, PAGE_ID_BYTES)]
 
     async def close(self, identifier: str, tenant: str | None = "") -> Session:
         """Deletes a session. A running generation loses its hold and ends.
@@ -216,19 +238,20 @@ class SessionDirectory:
         """Every session of a tenant, oldest first; None is all tenants."""
         index = session_keys.INDEX if tenant is None else session_keys.index(tenant)
         listed: Any = await self._redis.zrange(index, 0, -1)
-        identifiers = [raw.decode() for raw in listed]
+        identifiers = [raw.decode(errors="replace") for raw in listed]
         async with self._redis.pipeline(transaction=False) as pipe:
             for identifier in identifiers:
                 pipe.hgetall(session_keys.facts(identifier))
                 pipe.strlen(session_keys.tokens(identifier))
                 pipe.exists(session_keys.hold(identifier))
-            answers = await pipe.execute()
+            answers = await pipe.execute(raise_on_error=False)
         found, expired = [], []
         for place, identifier in enumerate(identifiers):
             facts, size, running = answers[3 * place : 3 * place + 3]
             session = _session(identifier, facts) if facts else None
             if session is not None:
-                found.append(Listing(session, size // 4, bool(running)))
+                tokens = size // TOKEN_BYTES if isinstance(size, int) else 0  # else what is there is no log
+                found.append(Listing(session, tokens, bool(running)))
             elif not facts:
                 expired.append(identifier)
         if expired:
@@ -266,13 +289,18 @@ class SessionDirectory:
 def _session(identifier: str, facts: Any) -> Session | None:
     """A session as it was written down; None, and logged once, if that is damaged."""
     try:
+        if isinstance(facts, RedisError):
+            raise ValueError(facts)
+        opened_at = float(facts[b"opened_at"])
+        if not math.isfinite(opened_at):
+            raise ValueError(f"opened_at is {opened_at}")
         return Session(
             identifier,
             facts[b"model"].decode(),
             common_pb2.CacheParams.FromString(facts[b"cache"]),
             facts[b"kept"] == b"1",
             facts[b"worker"].decode(),
-            float(facts[b"opened_at"]),
+            opened_at,
             facts.get(b"branch_of", b"").decode(),
             facts.get(b"tenant", b"").decode(),
         )
@@ -282,6 +310,10 @@ def _session(identifier: str, facts: Any) -> Session | None:
                 "a session's facts are damaged; it is as if it did not exist", session=identifier, reason=str(error)
             )
         return None
+
+
+def _damaged(identifier: str, what: str) -> FailedPrecondition:
+    return FailedPrecondition(f'session "{identifier}" is damaged in Redis, {what}; close it, and open a new one')
 
 
 def _unknown(identifier: str) -> NotFound:

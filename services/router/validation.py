@@ -7,25 +7,10 @@ from dataclasses import dataclass
 
 from qaq.v1 import common_pb2, generate_pb2, worker_pb2
 
+from services.common import constraints, parameters
+from services.common.bounds import token_ids
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
-from services.common.limits import (
-    MAX_BIASED_TOKENS,
-    MAX_CHOICES,
-    MAX_MESSAGES,
-    MAX_REPETITION_PENALTY,
-    MAX_SESSION_ID_BYTES,
-    MAX_STOP_BYTES,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKENS,
-    MAX_TEMPERATURE,
-    MAX_TENANT,
-    MAX_TOP_LOGPROBS,
-    MIN_REPETITION_PENALTY,
-    PRESETS,
-    ROLES,
-)
-from services.router import formats
-from services.router.bounds import number, token_ids
+from services.common.limits import MAX_CHOICES, MAX_MESSAGES, MAX_SESSION_ID_BYTES, MAX_TENANT, ROLES
 
 MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED = "model_not_found", "context_length_exceeded"
 """Reasons of errors, as OpenAI's API names them."""
@@ -55,6 +40,7 @@ def generate(request: generate_pb2.GenerateRequest, limits: Limits) -> None:
     if request.prompt_token_ids:
         if request.prompt:
             raise InvalidArgument("both prompt and prompt_token_ids are set; send one of them")
+        may_fit(len(request.prompt_token_ids), limits.context)
         token_ids("prompt_token_ids", request.prompt_token_ids, limits.vocabulary)
     elif not request.prompt:
         raise InvalidArgument("prompt is empty; send at least one character")
@@ -139,7 +125,7 @@ def fits(history: int, prompt: int, stop: common_pb2.StopParams, context: int) -
         raise InvalidArgument("prompt has no tokens; send some text")
     earlier = f" after the {history} tokens of the session" if history else ""
     # The context must have room for at least one new token, unless none is to be generated.
-    room = context - history - (not _scored_only(stop))
+    room = context - history - (not parameters.scored_only(stop))
     if prompt > room:
         raise InvalidArgument(
             f"prompt is {prompt} tokens{earlier}, but this model's maximum context length is {context} tokens and "
@@ -155,24 +141,27 @@ def fits(history: int, prompt: int, stop: common_pb2.StopParams, context: int) -
         )
 
 
+def may_fit(least: int, context: int) -> None:
+    """Checks a prompt that has at least so many tokens, before they are looked at or made.
+
+    Raises:
+        InvalidArgument: they are more than the model's context.
+    """
+    if least > context:
+        raise InvalidArgument(
+            f"prompt is at least {least} tokens, but this model's maximum context length is {context} tokens; "
+            "shorten it",
+            reason=CONTEXT_LENGTH_EXCEEDED,
+        )
+
+
 def session(request: generate_pb2.OpenSessionRequest) -> None:
     """Checks a request for a new session."""
     if request.branch_of:
         session_id(request.branch_of)
         if request.HasField("cache"):
             raise InvalidArgument("a branch has the cache parameters of its origin; leave cache unset")
-    cache(request.cache)
-
-
-def cache(params: common_pb2.CacheParams) -> None:
-    """Raises:
-    InvalidArgument: an unknown preset or a target out of range.
-    """
-    if params.HasField("preset") and params.preset not in PRESETS:
-        raise InvalidArgument(f'cache.preset "{params.preset[:50]}" is unknown; use one of {", ".join(PRESETS)}')
-    number(params, "cache", "target_bits", 0, 16, open_low=True)
-    number(params, "cache", "target_compression", 1, 32)
-    number(params, "cache", "target_error", 0, 10, open_low=True)
+    parameters.cache(request.cache)
 
 
 def _messages(messages: Sequence[generate_pb2.ChatMessage], limits: Limits) -> None:
@@ -214,69 +203,5 @@ def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest
             )
     if not 0 <= request.choices <= limits.choices:
         raise InvalidArgument(f"choices is {request.choices}; send 1 to {limits.choices}")
-    _sampling(request.sampling, limits)
-    _stop(request.stop, limits)
-    _output(request.output)
-    if _scored_only(request.stop) and not (request.output.echo or request.output.HasField("prompt_logprobs")):
-        raise InvalidArgument("stop.max_new_tokens is 0; send at least 1, or leave it unset")
-    formats.constraint(request.constraint)
-    if request.stop.ignore_eos and request.constraint.WhichOneof("kind"):
-        raise InvalidArgument("a text with a constraint ends where the constraint says; leave ignore_eos unset")
-    cache(request.cache)
-
-
-def _sampling(params: common_pb2.SamplingParams, limits: Limits) -> None:
-    number(params, "sampling", "temperature", 0, MAX_TEMPERATURE)
-    number(params, "sampling", "top_p", 0, 1)
-    number(params, "sampling", "min_p", 0, 1)
-    number(params, "sampling", "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
-    if params.HasField("top_k") and params.top_k < 0:
-        raise InvalidArgument(f"sampling.top_k is {params.top_k}; send 0 to keep all tokens, or more")
-    number(params, "sampling", "frequency_penalty", -2, 2)
-    number(params, "sampling", "presence_penalty", -2, 2)
-    bias = params.logit_bias
-    if len(bias) > MAX_BIASED_TOKENS:
-        raise InvalidArgument(f"sampling.logit_bias has {len(bias)} tokens; send at most {MAX_BIASED_TOKENS}")
-    token_ids("sampling.logit_bias", bias, limits.vocabulary)
-    for token, value in bias.items():
-        if not -100 <= value <= 100:
-            raise InvalidArgument(f"sampling.logit_bias[{token}] is {value:g}; send a number from -100 to 100")
-
-
-def _output(params: common_pb2.OutputParams) -> None:
-    for field in ("top_logprobs", "prompt_logprobs"):
-        if not 0 <= getattr(params, field) <= MAX_TOP_LOGPROBS:
-            raise InvalidArgument(f"output.{field} is {getattr(params, field)}; send 0 to {MAX_TOP_LOGPROBS}")
-    if params.top_logprobs and not params.logprobs:
-        raise InvalidArgument("output.top_logprobs needs output.logprobs; set it, or send 0")
-
-
-def _scored_only(stop: common_pb2.StopParams) -> bool:
-    """Whether no token is to be generated."""
-    return stop.HasField("max_new_tokens") and stop.max_new_tokens == 0
-
-
-def _stop(stop: common_pb2.StopParams, limits: Limits) -> None:
-    new, strings = stop.max_new_tokens, stop.stop
-    if new < 0:
-        raise InvalidArgument(f"stop.max_new_tokens is {new}; send at least 1, or leave it unset")
-    if new > limits.context:
-        raise InvalidArgument(
-            f"stop.max_new_tokens is {new}; the model's context is {limits.context} tokens, send less"
-        )
-    most = new if stop.HasField("max_new_tokens") else limits.context
-    if not 0 <= stop.min_new_tokens <= most:
-        raise InvalidArgument(f"stop.min_new_tokens is {stop.min_new_tokens}; send 0 to {most}")
-    if len(stop.stop_token_ids) > MAX_STOP_TOKENS:
-        raise InvalidArgument(
-            f"stop.stop_token_ids has {len(stop.stop_token_ids)} tokens; send at most {MAX_STOP_TOKENS}"
-        )
-    token_ids("stop.stop_token_ids", stop.stop_token_ids, limits.vocabulary)
-    if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidArgument(f"stop.stop has {len(strings)} strings; send at most {MAX_STOP_STRINGS}")
-    for place, text in enumerate(strings):
-        size = len(text.encode())
-        if size == 0:
-            raise InvalidArgument(f"stop.stop[{place}] is empty; leave it out")
-        if size > MAX_STOP_BYTES:
-            raise InvalidArgument(f"stop.stop[{place}] is {size} bytes; send at most {MAX_STOP_BYTES}")
+    parameters.check(request, limits.context, limits.vocabulary)
+    constraints.check(request.constraint)

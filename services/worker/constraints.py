@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import hashlib
 import json
 import re
 import threading
@@ -18,7 +18,9 @@ from qaq.v1 import common_pb2
 from transformers import LogitsProcessor
 
 from qaq_core.models import LoadedModel
-from services.common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from services.common import constraints
+from services.common.errors import RETRY_AFTER_MS, FailedPrecondition, InvalidArgument, ResourceExhausted
+from services.common.turns import LateError, Turns
 from services.worker.json_schema import not_enforced, schemas
 
 CACHE_BYTES = 64 << 20
@@ -27,7 +29,13 @@ CACHE_BYTES = 64 << 20
 COMPILE_THREADS = 2
 
 COMPILE_TIMEOUT_S = 30.0
-"""How long a call waits for its grammar."""
+"""How long a grammar waits for a thread, and how long it may be compiled."""
+
+MAX_WAITING = 64
+"""Grammars that wait for a thread."""
+
+MAX_GIVEN_UP = 256
+"""Constraints that took too long, and are not compiled again."""
 
 MASK_GRACE_S, MASK_S = 1.0, 0.02
 """Processor time that the masks of a text may take: at once, and for each token. All sequences wait for it."""
@@ -48,7 +56,10 @@ Grammar = Any
 
 class Grammars:
     """Compiles constraints for one model, in threads of their own: a grammar may take seconds, and running generations
-    must not wait for it. Compiled grammars are cached.
+    must not wait for it. Tenants take turns. Compiled grammars are cached.
+
+    Nothing can stop a compilation. One that takes too long keeps its thread, until it ends or the process does, and its
+    constraint is refused from then on; other grammars have other threads, but for two such ones they are refused too.
 
     Args:
         vocabulary: number of logits.
@@ -56,7 +67,8 @@ class Grammars:
 
     def __init__(self, loaded: LoadedModel, vocabulary: int) -> None:
         self._loaded, self._vocabulary = loaded, vocabulary
-        self._threads = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="grammar")
+        self._turns = Turns("grammars", COMPILE_THREADS, MAX_WAITING, COMPILE_TIMEOUT_S)
+        self._given_up: dict[bytes, None] = {}  # hashes
         self._compilers: dict[bool, Any] = {}
         self._making = threading.Lock()
 
@@ -67,29 +79,35 @@ class Grammars:
             for special_tokens in (False, True):
                 self._compiler(special_tokens)
 
-    async def get(self, constraint: common_pb2.Constraint) -> Grammar | None:
+    async def get(self, constraint: common_pb2.Constraint, tenant: str = "") -> Grammar | None:
         """The grammar of a constraint; None if it has no kind.
 
         Raises:
-            InvalidArgument: it cannot be compiled; the message has xgrammar's reason.
-            ResourceExhausted: it takes too long.
+            InvalidArgument: it is over a limit, or cannot be compiled; the message has xgrammar's reason.
+            ResourceExhausted: it takes too long, or too many others do.
             FailedPrecondition: xgrammar is not installed, or the model has no end-of-sequence token.
         """
         if constraint.WhichOneof("kind") is None:
             return None
-        work = asyncio.get_running_loop().run_in_executor(self._threads, self._compile, constraint)
+        name = hashlib.sha256(constraint.SerializeToString(deterministic=True)).digest()
+        if name in self._given_up:
+            raise _too_slow()
         try:
-            return await asyncio.wait_for(work, COMPILE_TIMEOUT_S)
+            return await self._turns.run(tenant, lambda: self._compile(constraint))
+        except LateError as error:
+            self._given_up[name] = None
+            if len(self._given_up) > MAX_GIVEN_UP:
+                del self._given_up[next(iter(self._given_up))]
+            raise _too_slow() from error
         except TimeoutError as error:
             raise ResourceExhausted(
-                f"the constraint was not compiled within {COMPILE_TIMEOUT_S:g} s; simplify it, or try again later"
+                f"the constraint's turn to be compiled did not come within {COMPILE_TIMEOUT_S:g} s; try again later",
+                retry_after_ms=RETRY_AFTER_MS,
             ) from error
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, constraint: common_pb2.Constraint) -> Grammar:
         kind = constraint.WhichOneof("kind")
+        constraints.check(constraint)
         _check_schemas(constraint)
         compiler = self._compiler(special_tokens=kind == "structural_tag")
         try:
@@ -201,6 +219,10 @@ class MaskThread:
 def _prepare(masks: Sequence[GrammarMask]) -> None:
     for mask in masks:
         mask.prepare()
+
+
+def _too_slow() -> ResourceExhausted:
+    return ResourceExhausted(f"the constraint was not compiled within {COMPILE_TIMEOUT_S:g} s; simplify it")
 
 
 def _xgrammar() -> Any:

@@ -33,7 +33,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.RunReply]:
-        grammar = await self._scheduler.grammars.get(request.constraint)
+        self._scheduler.check(request)
+        grammar = await self._scheduler.grammars.get(request.constraint, request.tenant)
         await self._scheduler.methods.ready(request.cache)
         call = self._scheduler.submit(request, grammar).call
         unfinished = max(1, request.choices)

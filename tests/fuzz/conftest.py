@@ -21,13 +21,13 @@ from redis.asyncio import Redis
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qaq_core.models import LoadedModel, load_tokenizer
+from services.common.admission import Admission
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 from services.gateway.bodies import Bodies
 from services.gateway.server import GatewayServer
 from services.originals.server import OriginalsServer
 from services.originals.uploads import Uploads
-from services.router.admission import Admission
 from services.router.server import RouterServer
 from services.worker.constraints import CACHE_BYTES
 from services.worker.server import WorkerServer
@@ -83,11 +83,11 @@ class Fuzzed:
         async with grpc.aio.insecure_channel(self.addresses["worker"]) as channel:
             described = await worker_pb2_grpc.WorkerStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=30)
         counts = {"running": described.running, "waiting": described.waiting}
-        for made in _all_of(Admission):
+        for made in all_of(Admission):
             counts["places"] = counts.get("places", 0) + made.taken + made.waiting
-        for made in _all_of(Uploads):
+        for made in all_of(Uploads):
             counts["uploads"] = counts.get("uploads", 0) + made.count + made.held
-        for made in _all_of(Bodies):
+        for made in all_of(Bodies):
             counts["bodies"] = counts.get("bodies", 0) + made.held
         counts["holds"] = len([key async for key in self.redis.scan_iter("qaq:session:*:hold")])
         return {name: count for name, count in counts.items() if count}
@@ -99,7 +99,8 @@ class Fuzzed:
             await asyncio.sleep(0.1)
 
 
-def _all_of(kind: type) -> list[Any]:
+def all_of(kind: type) -> list[Any]:
+    """Every object of a kind in this process."""
     return [made for made in gc.get_objects() if isinstance(made, kind)]
 
 

@@ -148,10 +148,12 @@ class DetokenizeReply(_message.Message):
     def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "call_follows")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    CALL_FOLLOWS_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    call_follows: bool
+    def __init__(self, model: _Optional[str] = ..., call_follows: _Optional[bool] = ...) -> None: ...
 
 class GetModelReply(_message.Message):
     __slots__ = ("model", "workers", "max_choices")

@@ -87,7 +87,6 @@ class Scheduler:
         if self._stopped:
             return
         self._stopped = True
-        self.grammars.close()
         self.methods.close()
         self._queue.stop()
         self._thread.join(STOP_TIMEOUT_S)
@@ -107,6 +106,12 @@ class Scheduler:
         moved = self._state.running + self._state.waiting
         self.stop()
         return moved
+
+    def check(self, request: worker_pb2.RunRequest) -> None:
+        """Raises:
+        InvalidArgument: names the field to change. Nothing costly has been done for the request yet.
+        """
+        self._validator.check(request)
 
     def submit(self, request: worker_pb2.RunRequest, grammar: Grammar | None = None) -> Generation:
         """Queues a generation. Its messages arrive in `Generation.replies`.

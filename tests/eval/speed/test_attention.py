@@ -7,8 +7,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from qaq_core.base.errors import KernelError
+from qaq_core.kernels import load_library
+from qaq_eval.speed import attention
 from qaq_eval.speed.attention import attention_speed, parse_shapes
 from services.cli.main import app
 
@@ -24,6 +28,14 @@ def test_every_backend_attends_to_the_same_numbers() -> None:
         assert set(row.ratio_to) == set(names) - {row.backend}
     one, other = rows[0], rows[1]
     assert one.ratio_to[other.backend] == pytest.approx(other.microseconds / one.microseconds)
+
+
+def test_a_call_that_the_kernel_refuses_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    if load_library() is None:
+        pytest.skip("the C++ library is not built")
+    monkeypatch.setitem(attention.TYPES, torch.float32, 99)  # no type of numbers
+    with pytest.raises(KernelError, match="qaq_decode cannot be called like this"):
+        attention_speed((4, 2, 32), 64, repeat=1)
 
 
 def test_the_command_writes_what_its_schema_says(tmp_path: Path) -> None:

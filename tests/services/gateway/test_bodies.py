@@ -14,7 +14,7 @@ from services.common.routers import Routers, named
 from services.common.settings import GatewaySettings
 from services.gateway import bodies
 from services.gateway.app import make_app
-from services.gateway.bodies import check_values
+from services.gateway.bodies import Bodies, check_keys, check_values
 from tests.services.gateway.test_wire import CHAT, client, error
 
 JSON = {"content-type": "application/json"}
@@ -131,3 +131,86 @@ async def test_every_answer_has_a_request_id() -> None:
             await http.request("BREW", "/version"),
         ):
             assert answer.headers["x-request-id"]
+
+
+def test_one_caller_does_not_take_all_the_room() -> None:
+    held = Bodies(budget=1000, limit=100)
+    for _ in range(5):
+        held.add("slow", 100)
+    with pytest.raises(HTTPException, match="your requests hold 500 bytes, and 500 are left for all"):
+        held.add("slow", 1)
+    held.add("other", 200)
+    with pytest.raises(HTTPException):
+        held.add("other", 200)
+    held.add("third", 100)
+    for caller, size in (("slow", 500), ("other", 200), ("third", 100)):
+        held.drop(caller, size)
+    assert (held.held, held._of) == (0, {})
+
+
+def test_a_body_is_taken_whatever_the_room_is() -> None:
+    held = Bodies(budget=100, limit=100)
+    held.add("one", 60)
+    held.add("one", 40)
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"content-encoding": "gzip"}, 'the content-encoding is "gzip"; send the body as it is'),
+        ({"content-encoding": "identity, br"}, 'the content-encoding is "identity, br"'),
+        ({"content-type": "application/json; charset=latin-1"}, 'the charset "latin-1"; send the body in UTF-8'),
+        ({"content-type": 'application/json; charset="UTF-16"'}, "charset"),
+        ({"content-type": "application/json; charset="}, "charset"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+async def test_another_form_of_a_body_is_named(path: str, headers: dict[str, str], said: str) -> None:
+    async with client(app()) as http:
+        told = error(await http.post(path, content=b"{}", headers=JSON | headers), 415)
+        assert said in told["message"]
+        for same in ({"content-encoding": "identity"}, {"content-type": 'application/json; charset="utf-8"'}):
+            error(await http.post(path, content=b"{}", headers=JSON | same), 400)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"model": "a", "model": "b", "messages": []}',
+        '{"messages": [{"role": "user", "role": "system", "content": "a: b"}]}',
+        '{"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": {"x": 1, "x": 2}}}}}',
+        '{"m\\u006fdel": "a", "model": "b", "messages": []}',
+        '{"messages": [], "user": [1, {"a": 1, "a": 2}]}',
+    ],
+)
+async def test_a_key_that_is_there_twice_is_named(body: str) -> None:
+    async with client(app()) as http:
+        told = error(await http.post(CHAT, content=body.encode(), headers=JSON), 400)
+        assert "the body is ambiguous: an object has the key" in told["message"]
+
+
+def test_colons_in_texts_are_no_keys() -> None:
+    for value in ({"a": "b: c", "d": {"a": ["::", {"a": "x"}]}}, [{"a": 1}, {"a": 1}], "::", {}, [1, {"a": ":"}]):
+        check_keys(json.dumps(value).encode(), value)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/completions", {"prompt": [True]}, "prompt.0"),
+        ("/v1/completions", {"prompt": [[1, False]]}, "prompt.0.1"),
+        ("/v1/completions", {"prompt": "x", "max_tokens": True}, "max_tokens"),
+        ("/v1/completions", {"prompt": "x", "n": True}, "n"),
+        ("/v1/completions", {"prompt": "x", "temperature": False}, "temperature"),
+        ("/v1/completions", {"prompt": "x", "seed": True}, "seed"),
+        ("/v1/completions", {"prompt": "x", "logprobs": True}, "logprobs"),
+        ("/v1/completions", {"prompt": "x", "stop_token_ids": [True]}, "stop_token_ids.0"),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {"5": True}}, "logit_bias.5"),
+        ("/v1/completions", {"prompt": "x", "cache": {"target_bits": True}}, "target_bits"),
+        ("/detokenize", {"tokens": [1, True]}, "tokens.1"),
+    ],
+)
+async def test_true_is_no_number(path: str, fields: dict[str, Any], param: str) -> None:
+    async with client(app()) as http:
+        told = error(await http.post(path, json=fields), 400)
+        assert param in (told["param"], told["message"].split()[0]), told

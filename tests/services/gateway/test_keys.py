@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from redis.asyncio import Redis
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.routers import Routers, named
 from services.common.settings import GatewaySettings, RouterSettings
+from services.gateway import bodies
 from services.gateway.app import make_app
 from services.gateway.server import GatewayServer
 from services.router.server import RouterServer
@@ -189,3 +191,42 @@ async def test_sessions_speak_http(keyed: Keyed) -> None:
         assert (gone.status_code, "POST /v1/sessions" in gone.text) == (400, True)
         for body in ({"other": 1}, [], "x"):
             assert (await http.post("/v1/sessions", json=body)).status_code == 400
+
+
+HEAD = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n"
+
+
+async def first_answer(url: str, headers: dict[str, str]) -> str:
+    """What the gateway answers to a request whose body does not come."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    writer.write(f"{HEAD}{lines}\r\n".encode())
+    raw = await asyncio.wait_for(reader.read(), 60)
+    writer.close()
+    return raw.decode()
+
+
+async def test_no_body_is_read_of_a_caller_who_may_not_ask(
+    keyed: Keyed, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "PAUSE_S", 2.0)
+    keyed.tenancy.limit("ada", requests_per_minute=1)
+    for headers in ({}, keyed.headers("nobody")):
+        assert (await first_answer(keyed.url, headers)).startswith("HTTP/1.1 401 ")
+    async with keyed.openai("ada") as client:
+        await client.completions.create(model="counting", prompt="Hi", max_tokens=1)
+    await redis.hset("qaq:quota:ada", "requests_at", "9e9")  # no time passes
+    refused = await first_answer(keyed.url, keyed.headers("ada"))
+    assert refused.startswith("HTTP/1.1 429 ")
+    assert "has used its 1 requests a minute" in refused
+    assert (await first_answer(keyed.url, keyed.headers("bob"))).startswith("HTTP/1.1 408 ")  # its body was waited for
+
+
+async def test_two_different_keys_are_refused(keyed: Keyed) -> None:
+    both = [(b"authorization", f"Bearer {keyed.tenancy.keys[name]}".encode()) for name in ("ada", "bob")]
+    async with httpx2.AsyncClient(base_url=keyed.url, timeout=60) as http:
+        for method, path, body in (("POST", "/v1/completions", {"prompt": "Hi"}), ("GET", "/v1/sessions", None)):
+            answer = await http.request(method, path, json=body, headers=both)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["message"] == "authorization has 2 different values; send one"

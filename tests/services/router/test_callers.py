@@ -298,3 +298,20 @@ async def test_a_router_that_others_reach_says_that_it_knows_nobody(
             await router.start()
             await router.stop()
         assert len([each for each in logs if "no tenants file" in each["event"]]) == said
+
+
+async def test_two_different_keys_are_refused(channel: grpc.aio.Channel, tenancy: Tenancy) -> None:
+    """Whoever reads the first one and whoever reads the last one must not see different callers."""
+    ada, bob = (authorization(tenancy.keys[name]) for name in ("ada", "bob"))
+    for metadata in ((*ada, *bob), (*bob, *ada), (*ada, ("authorization", "Bearer x"))):
+        for method in INFERENCE.methods:
+            error = await refusal(channel, method, metadata)
+            assert (error.code(), error.details()) == (
+                Code.INVALID_ARGUMENT,
+                "authorization has 2 different values; send one",
+            )
+    named = (("qaq-tenant", "ada"), ("qaq-tenant", "bob"))
+    assert (
+        "qaq-tenant has 2 different values" in (await refusal(channel, INFERENCE.methods[0], (*ada, *named))).details()
+    )
+    assert await answers(channel, INFERENCE.methods_by_name["GetModel"], (*ada, *ada))

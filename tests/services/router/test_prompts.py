@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qaq_core.models import load_tokenizer
 from services.common.errors import FailedPrecondition, InvalidArgument
-from services.router.prompts import Conversation, Prompts
+from services.router.prompts import LONG_BYTES, Conversation, Prompts
 from tests.services.common.templates import CHAT_TEMPLATE
 
 ASK = Conversation([{"role": "user", "content": "Name a colour."}])
@@ -118,3 +120,46 @@ async def test_a_template_without_tools_refuses_them(tokenizer: PreTrainedTokeni
 async def test_variables_of_the_server_are_not_for_clients(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     with pytest.raises(InvalidArgument, match=f"chat_template_kwargs has {name}"):
         await Prompts(tokenizer).chat(Conversation(ASK.messages, variables={name: "x"}), [])
+
+
+async def test_a_text_that_is_certainly_too_long_is_not_tokenized(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    prompts = Prompts(tokenizer)
+    monkeypatch.setattr(prompts, "_encode", lambda text, special: encoded.append(len(text)) or [1])
+    long = "x" * 1_000_000
+    for call in (
+        prompts.text(long, special_tokens=True, context=8192),
+        prompts.chat(Conversation([{"role": "user", "content": long}]), [], context=8192),
+        prompts.chat(Conversation([{"role": "user", "content": long}]), [1, 2], context=8192),
+    ):
+        with pytest.raises(InvalidArgument, match=r"prompt is at least 1\d{4} tokens.*length is 8192") as caught:
+            await call
+        assert caught.value.reason == "context_length_exceeded"
+    assert encoded == []
+    assert await prompts.text("x" * 600_000, special_tokens=True, context=8192) == [1]
+
+
+async def test_short_texts_and_other_tenants_do_not_wait_for_long_texts(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, go, begun = Prompts(tokenizer), threading.Event(), []
+
+    def encode(text: str, special: bool) -> list[int]:
+        begun.append(text[0])
+        if len(text) > LONG_BYTES:
+            assert go.wait(60)
+        return [1]
+
+    monkeypatch.setattr(prompts, "_encode", encode)
+    flood = [asyncio.create_task(prompts.text("a" * 70_000, special_tokens=True, tenant="a")) for _ in range(12)]
+    while not begun:  # noqa: ASYNC110 (a thread says so)
+        await asyncio.sleep(0.005)
+    assert await prompts.text("short", special_tokens=True, tenant="a") == [1]
+    other = asyncio.create_task(prompts.text("b" * 70_000, special_tokens=True, tenant="b"))
+    await asyncio.sleep(0)
+    go.set()
+    await other
+    assert begun.index("b") <= 3  # behind the one that ran, and one of the flood
+    await asyncio.gather(*flood)

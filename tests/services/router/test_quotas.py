@@ -81,6 +81,40 @@ async def test_requests_a_minute_over_two_routers(
             assert 0 < int(told["retry-after-ms"]) <= 30_000
             assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("2", "0")
         assert (await one.GetModel(generate_pb2.GetModelRequest())).workers == 1
+        message, _ = await exceeded(one.GetModel(generate_pb2.GetModelRequest(call_follows=True)))
+        assert "has used its 2 requests a minute" in message
+
+
+async def test_requests_are_counted_before_they_are_read(
+    worker: CountingWorker, router_settings: RouterSettings, tenancy: Tenancy, redis: Redis
+) -> None:
+    """What is refused for its content has cost work too."""
+    tenancy.limit("ada", requests_per_minute=100)
+    async with two_routers(router_settings, tenancy) as (one, _):
+        await one.GetModel(generate_pb2.GetModelRequest(call_follows=True))
+        assert await redis.hget("qaq:quota:ada", "requests") is None  # that counts nothing
+        calls = (
+            replies(one.Generate(generate_pb2.GenerateRequest())),
+            replies(one.Chat(generate_pb2.ChatRequest(messages=[{"role": "user", "content": "x"}], tools=["{"]))),
+            one.Tokenize(generate_pb2.TokenizeRequest(text="x", messages=[{"role": "user", "content": "x"}])),
+            one.Detokenize(generate_pb2.DetokenizeRequest(token_ids=[-1])),
+            one.OpenSession(generate_pb2.OpenSessionRequest(model="other")),
+        )
+        for count, call in enumerate(calls, 1):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() in (Code.INVALID_ARGUMENT, Code.NOT_FOUND)
+            assert float(await redis.hget("qaq:quota:ada", "requests")) == 100 - count
+            await redis.hset("qaq:quota:ada", "requests_at", "9e9")  # no time passes
+
+
+async def test_damaged_counts_are_as_if_there_were_none(redis: Redis) -> None:
+    quotas = TenantQuotas(redis)
+    await redis.hset("qaq:quota:ada", mapping={"requests": "x", "requests_at": "y"})
+    await quotas.request(of(requests_per_minute=2))
+    await quotas.request(of(requests_per_minute=2))
+    with pytest.raises(ResourceExhausted):
+        await quotas.request(of(requests_per_minute=2))
 
 
 async def test_tokens_a_minute_are_counted_afterwards_and_over_two_routers(

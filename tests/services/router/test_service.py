@@ -337,3 +337,34 @@ async def test_choices_are_bounded_by_what_workers_decode(client: Stub, worker: 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await replies(client.Generate(request(choices=9)))
     assert (caught.value.code(), caught.value.details()) == (Code.INVALID_ARGUMENT, "choices is 9; send 1 to 8")
+
+
+async def test_a_damaged_log_is_no_internal_error(client: Stub, redis: Redis) -> None:
+    session = (await client.OpenSession(generate_pb2.OpenSessionRequest())).session_id
+    await replies(client.Generate(request(session_id=session)))
+    await redis.append(f"qaq:session:{session}:tokens", b"x")
+    for call in (
+        client.Generate(request(session_id=session)),
+        client.Rejoin(generate_pb2.RejoinRequest(session_id=session)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match="is damaged in Redis") as caught:
+            await replies(call)
+        assert caught.value.code() is Code.FAILED_PRECONDITION
+    await client.CloseSession(generate_pb2.CloseSessionRequest(session_id=session))
+
+
+async def test_what_is_certainly_too_long_is_refused_at_once(client: Stub) -> None:
+    text = "x" * 100 * CONTEXT
+    chat = generate_pb2.ChatRequest(messages=[{"role": "user", "content": text}])
+    for call in (
+        replies(client.Generate(request(text))),
+        replies(client.Generate(generate_pb2.GenerateRequest(prompt_token_ids=[1] * (CONTEXT + 1)))),
+        replies(client.Chat(chat)),
+        client.Tokenize(generate_pb2.TokenizeRequest(text=text)),
+    ):
+        with pytest.raises(
+            grpc.aio.AioRpcError, match=rf"is at least \d+ tokens.*length is {CONTEXT} tokens"
+        ) as caught:
+            await call
+        assert caught.value.code() is Code.INVALID_ARGUMENT
+        assert ("qaq-reason", "context_length_exceeded") in caught.value.trailing_metadata()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import grpc
 import pytest
-from qaq.v1 import common_pb2
+from qaq.v1 import common_pb2, worker_pb2
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
-from services.common.errors import FailedPrecondition, NotFound
+from services.common.errors import FailedPrecondition, NotFound, to_status
 from services.router import session_keys
 from services.router.sessions import CLOSED_TTL_S, SessionDirectory
 
@@ -119,3 +121,46 @@ async def test_what_cannot_be_branched(directory: SessionDirectory) -> None:
         with pytest.raises(FailedPrecondition, match="is generating"):
             await directory.branch(session.id)
     assert len(await directory.list()) == 1
+
+
+async def test_a_damaged_log_is_told(directory: SessionDirectory, redis: Redis) -> None:
+    session = await directory.open("m", common_pb2.CacheParams(), kept=True)
+    for raw, what in (
+        (b"\1\0\0\0\2", "its token log has 5 bytes"),
+        (b"\1\0\0\0\xff\xff\xff\xff", "tokens that the model does not have"),
+        ((50_000).to_bytes(4, "little"), "tokens that the model does not have"),
+    ):
+        await redis.set(session_keys.tokens(session.id), raw)
+        with pytest.raises(FailedPrecondition, match=f"is damaged in Redis, .*{what}; close it"):
+            await directory.tokens(session.id, 49152)
+    for turn in (b"\xff\xff", worker_pb2.RunRequest(history_tokens=-5).SerializeToString()):
+        await redis.hset(session_keys.facts(session.id), "turn", turn)
+        with pytest.raises(FailedPrecondition, match="its last request"):
+            await directory.turn(session.id)
+    await redis.set(session_keys.pages(session.id), b"x" * 32 + b"y" * 31)
+    assert await directory.pages(session.id) == [b"x" * 32]
+    await directory.close(session.id)
+    assert await directory.list() == []
+
+
+async def test_values_of_other_types_do_not_hide_other_sessions(directory: SessionDirectory, redis: Redis) -> None:
+    facts, log, nan, whole = [await directory.open("m", common_pb2.CacheParams(), kept=True) for _ in range(4)]
+    await redis.delete(session_keys.facts(facts.id))
+    await redis.set(session_keys.facts(facts.id), "x")
+    await redis.lpush(session_keys.tokens(log.id), "x")
+    await redis.hset(session_keys.facts(nan.id), "opened_at", "nan")
+    await redis.zadd(session_keys.INDEX, {b"\xff\xfe": 1})
+    await redis.zadd(session_keys.index(""), {b"\xff\xfe": 1})
+    assert {listing.session.id for listing in await directory.list()} == {log.id, whole.id}
+    with pytest.raises(ResponseError) as caught:
+        await directory.tokens(log.id)
+    status = to_status(caught.value)
+    assert status is not None
+    assert (status.code, "none that QAQ writes" in status.message) == (grpc.StatusCode.DATA_LOSS, True)
+    await redis.hset(session_keys.facts(whole.id), "fence", "x")
+    with pytest.raises(ResponseError) as caught:
+        async with directory.held(whole.id, lambda _: None):
+            pass
+    status = to_status(caught.value)
+    assert status is not None
+    assert status.code is grpc.StatusCode.DATA_LOSS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.router.grammars import MAX_STEPS, TooLargeError, beside_itself
+from services.common.grammars import MAX_STEPS, TooLargeError, beside_itself
 
 JSON = r"""
 root   ::= object

@@ -11,6 +11,18 @@ from qaq.v1 import common_pb2
 from services.common.errors import InvalidArgument
 
 
+def one(name: str, values: Iterable[str]) -> str:
+    """The value of a header, or of a piece of metadata, that may be sent once; "" if it was not sent.
+
+    Raises:
+        InvalidArgument: it was sent with different values. Whom a call is from must not depend on who reads it.
+    """
+    found = {*values}
+    if len(found) > 1:
+        raise InvalidArgument(f"{name} has {len(found)} different values; send one")
+    return found.pop() if found else ""
+
+
 def token_ids(field: str, ids: Iterable[int], vocabulary: int) -> None:
     """Checks that the model has these tokens."""
     wrong = next((token for token in ids if not 0 <= token < vocabulary), None)

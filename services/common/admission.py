@@ -1,4 +1,4 @@
-"""Admission control: a bounded queue in front of the workers, fair between tenants."""
+"""Admission control: a bounded queue in front of what does the work, fair between tenants."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from services.common import metrics
+from prometheus_client import Gauge
+
 from services.common.errors import ResourceExhausted
 
 RETRY_AFTER_MS = 2000
@@ -16,33 +17,37 @@ RETRY_AFTER_MS = 2000
 
 @dataclass
 class _Waiter:
-    """A generation that waits, and the number of sequences that it takes."""
+    """What waits, and the number of slots that it takes."""
 
     slots: int
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Admission:
-    """Admits as many generations as the workers can run at once. The others wait.
+    """Admits as many requests as can be served at once. The others wait.
 
-    Free slots go to the tenants in round-robin order, one generation each, so a tenant with many requests waits
-    behind its own. When the queue is full, a request of a tenant with fewer waiting generations replaces the latest
-    one of the tenant with the most, which is refused.
+    Free slots go to the tenants in round-robin order, one request each, so a tenant with many requests waits behind
+    its own. When the queue is full, a request of a tenant with fewer that wait replaces the latest one of the tenant
+    with the most, which is refused.
 
     Args:
-        max_waiting: generations that may wait.
-        capacity: returns the number of sequences that all workers together can run now.
+        max_waiting: requests that may wait.
+        capacity: returns the number of slots that there are now: sequences that all workers together can run, threads.
+        of: what waits, for messages.
+        depth: says how many wait.
     """
 
-    def __init__(self, max_waiting: int, capacity: Callable[[], int]) -> None:
-        self._max_waiting, self._capacity = max_waiting, capacity
+    def __init__(
+        self, max_waiting: int, capacity: Callable[[], int], of: str = "generations", depth: Gauge | None = None
+    ) -> None:
+        self._max_waiting, self._capacity, self._of, self._depth = max_waiting, capacity, of, depth
         self._taken = 0
         # By tenant, in round-robin order.
         self._queues: OrderedDict[str, deque[_Waiter]] = OrderedDict()
 
     @property
     def taken(self) -> int:
-        """Sequences that admitted generations hold."""
+        """Slots that are held."""
         return self._taken
 
     @property
@@ -51,17 +56,17 @@ class Admission:
 
     def check(self, tenant: str) -> None:
         """Raises:
-        ResourceExhausted: the queue is full, and no other tenant has more waiting generations.
+        ResourceExhausted: the queue is full, and no other tenant has more that wait.
         """
         if self.waiting >= self._max_waiting and self._crowding(tenant) is None:
             raise self._full()
 
     @contextlib.asynccontextmanager
     async def place(self, tenant: str, slots: int, timeout_s: float) -> AsyncIterator[None]:
-        """Waits for free slots of the workers and holds them while the context lasts.
+        """Waits for free slots and holds them while the context lasts.
 
         Args:
-            slots: sequences that the generation takes.
+            slots: how many it takes.
             timeout_s: longest time to wait.
         Raises:
             ResourceExhausted: the queue is full.
@@ -78,7 +83,7 @@ class Admission:
             self.wake()
 
     def wake(self) -> None:
-        """Admits the generations that fit. To be called when slots may have become free."""
+        """Admits those that fit. To be called when slots may have become free."""
         while self._queues:
             tenant, queue = next(iter(self._queues.items()))
             if not self._fits(queue[0].slots):
@@ -96,7 +101,7 @@ class Admission:
             self._refuse_one_for(tenant)
         waiter = _Waiter(slots)
         self._queues.setdefault(tenant, deque()).append(waiter)
-        metrics.queue_depth.set(self.waiting)
+        self._tell()
         try:
             async with asyncio.timeout(timeout_s):
                 await waiter.turn
@@ -129,11 +134,15 @@ class Admission:
 
     def _full(self) -> ResourceExhausted:
         return ResourceExhausted(
-            f"{self.waiting} generations wait already, the most that this router queues; try again later",
+            f"{self.waiting} {self._of} wait already, the most that are queued here; try again later",
             retry_after_ms=RETRY_AFTER_MS,
         )
 
     def _tidy(self, tenant: str) -> None:
         if not self._queues[tenant]:
             del self._queues[tenant]
-        metrics.queue_depth.set(self.waiting)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._depth is not None:
+            self._depth.set(self.waiting)

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from services.common.admission import Admission
 from services.common.errors import ResourceExhausted
-from services.router.admission import Admission
 
 
 class Crowd:

@@ -1,0 +1,78 @@
+"""How many tokens a text has at least, without tokenizing it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_COMPOSED = 3
+"""Bytes that Unicode's canonical composition (NFC) may make one of, at most."""
+
+# Steps of a tokenizer, as tokenizers writes them, that lose no byte of a text.
+_KEEPS = {"ByteLevel", "Digits", "Metaspace", "Prepend", "Replace", "NFC", "Split", "Punctuation", "Sequence"}
+
+Step = Mapping[str, Any]
+
+
+class LeastTokens:
+    """The fewest tokens of a text: its bytes, divided by those of the longest token.
+
+    That holds where each byte of a text is in one of its tokens: of byte-level vocabularies, and of those with a token
+    for every byte. Of others nothing is known, and the answer is 0.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._longest = 0 if backend is None else _longest(json.loads(backend.to_str()))
+
+    def of(self, text: str) -> int:
+        return -(-len(text.encode()) // self._longest) if self._longest else 0
+
+
+def _longest(described: Step) -> int:
+    """Bytes of a text that one token may stand for, at most; 0 if that is not known."""
+    model = described["model"]
+    steps = [*_steps(described["normalizer"]), *_steps(described["pre_tokenizer"])]
+    kinds = {step["type"] for step in steps}
+    added = described["added_tokens"]
+    if (
+        model.get("type") not in ("BPE", "Unigram")
+        or not kinds <= _KEEPS
+        or any(map(_loses, steps))
+        or described["truncation"]
+        or any(token["lstrip"] or token["rstrip"] for token in added)
+    ):
+        return 0
+    vocab = model["vocab"]
+    tokens = set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
+    if "ByteLevel" in kinds and tokens.issuperset(bytes_to_unicode().values()):
+        longest = max(map(len, tokens))  # a character is a byte
+    elif model.get("byte_fallback") and tokens.issuperset(f"<0x{byte:02X}>" for byte in range(256)):
+        longest = max(len(token.encode()) for token in tokens)
+    else:
+        return 0
+    longest = max([longest, *(len(token["content"].encode()) for token in added)])
+    return longest * (_COMPOSED if "NFC" in kinds else 1)
+
+
+def _steps(step: Step | None) -> Iterator[Step]:
+    """A normalizer or pre-tokenizer, and the steps that it consists of."""
+    if step is None:
+        return
+    yield step
+    for part in step.get("normalizers") or step.get("pretokenizers") or ():
+        yield from _steps(part)
+
+
+def _loses(step: Step) -> bool:
+    """Whether a step may leave bytes out."""
+    if step["type"] == "Replace":
+        replaced = step["pattern"].get("String")
+        return replaced is None or len(step["content"].encode()) < len(replaced.encode())
+    return step.get("behavior") == "Removed"
