@@ -16,7 +16,7 @@ from typing import Any, Literal
 import psutil
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import NoPermissionError, RedisError, WatchError
 
 from services.common import metrics
 from services.common.log import once
@@ -92,8 +92,7 @@ class Registry:
         values = await self._redis.mget([_key(kind, address) for address in addresses])
         gone = [address for address, value in zip(addresses, values, strict=True) if value is None]
         if gone:
-            with contextlib.suppress(NoPermissionError):  # of a user who may only read this kind
-                await self._redis.srem(_set_key(kind), *gone)
+            await self._strike(kind, gone)
         pairs = zip(addresses, values, strict=True)
         return [Member.parse(kind, address, value) for address, value in pairs if value is not None]
 
@@ -110,6 +109,19 @@ class Registry:
                 metrics.registry_failures.inc()
                 if once(f"heartbeat {kind} {address}"):
                     log.warning("heartbeat failed; it is retried", kind=kind, address=address, error=str(error))
+
+    async def _strike(self, kind: Kind, gone: list[str]) -> None:
+        """Takes addresses off the list, unless one has come back since it was looked for."""
+        keys = [_key(kind, address) for address in gone]
+        # The first is of a user who may only read this kind; after the second the next look does it.
+        with contextlib.suppress(NoPermissionError, WatchError):
+            async with self._redis.pipeline(transaction=True) as pipe:
+                await pipe.watch(*keys)
+                if any(await pipe.mget(keys)):
+                    return
+                pipe.multi()
+                pipe.srem(_set_key(kind), *gone)
+                await pipe.execute()
 
     async def _forget(self, kind: Kind, addresses: list[str]) -> None:
         await self._redis.delete(*(_key(kind, address) for address in addresses))
