@@ -14,11 +14,14 @@ from services.common.extras import advice
 
 
 class Polite(TyperGroup):
-    """Ends a command that failed in a foreseen way with one sentence and exit code 1."""
+    """Ends a command that failed in a foreseen way with one sentence and exit code 1, and by Ctrl-C with 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            errors.print("interrupted")
+            raise typer.Exit(130) from error
         except Exception as error:
             sentence = _sentence(error)
             if sentence is None:

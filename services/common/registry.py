@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -53,6 +54,11 @@ class Member:
     info: dict[str, Any]
     rss_bytes: int = field(default=0, compare=False)
 
+    @property
+    def draining(self) -> bool:
+        """Whether it hands over what it runs, or has done so, and takes nothing new."""
+        return bool(self.info.get("draining"))
+
     @classmethod
     def parse(cls, kind: str, address: str, raw: bytes | str) -> Member:
         info = json.loads(raw)
@@ -67,9 +73,13 @@ class Registry:
         self._script = redis.register_script(_BEAT)
 
     @contextlib.asynccontextmanager
-    async def announce(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> AsyncIterator[None]:
+    async def announce(
+        self, kind: Kind, address: str, info: Info | Callable[[], Info]
+    ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Keeps a member registered while the context lasts. A callable `info` is called at every heartbeat.
 
+        Yields:
+            a heartbeat for what has changed and is to be known at once; it raises RedisError.
         Raises:
             redis.exceptions.RedisError: the first heartbeat failed. Later ones are retried.
         """
@@ -77,7 +87,7 @@ class Registry:
         await self.members(kind)  # removes those that stopped without a word
         heart = asyncio.create_task(self._keep_beating(kind, address, info), name=f"heartbeat {address}")
         try:
-            yield
+            yield partial(self._beat, kind, address, info)
         finally:
             await ended(heart)
             with contextlib.suppress(RedisError):

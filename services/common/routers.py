@@ -55,7 +55,10 @@ def registered(redis: Redis) -> Find:
                     retry_after_ms=RETRY_AFTER_MS,
                 ) from error
         if not addresses:
-            raise Unavailable("no router is registered; start one with `qaq router`", retry_after_ms=RETRY_AFTER_MS)
+            raise Unavailable(
+                "no router is registered; start a stack with `qaq up`, or one alone with `qaq router`, or try again",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
         return random.sample(addresses, len(addresses))
 
     return find
