@@ -64,7 +64,8 @@ def _sentence(error: Exception) -> str | None:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         by = f" or by {variable(name)}" if variable(name) in known() else ""
-        return escape(f"{name}: {first['msg']}; set it by its option{by}")
+        wrong = first["msg"].removeprefix("Value error, ")
+        return escape(f"{name}: {wrong}; set it by its option{by}")
     if isinstance(error, RedisError):
         return escape(f"Redis does not answer ({error}); start it, or check QAQ_REDIS_URL")
     return None

@@ -15,7 +15,6 @@ from pathlib import Path
 from services.cluster import remains, state
 from services.cluster.state import Owner, StackError
 
-
 OWNER = "owner.json"
 
 

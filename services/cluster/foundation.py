@@ -69,7 +69,9 @@ class Foundation:
         try:
             self._redis.start()
         except Exception as error:
-            raise FoundationError(f"Redis has ended, and the stack with it: it does not start again ({error})") from error
+            raise FoundationError(
+                f"Redis has ended, and the stack with it: it does not start again ({error})"
+            ) from error
         self._follow_redis(restarted=True)
         assert self._redis_life is not None
         log.warning("Redis was started again without its data", why=self._redis_life.record.why)

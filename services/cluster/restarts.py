@@ -113,7 +113,9 @@ def _why(before: Record, now: Record) -> str:
     if kills > 0:
         killed = "a process" if kills == 1 else f"{kills} processes"
         return f"memory was short: the kernel killed {killed} at that time, probably this one among them"
-    monitor = "" if os.environ.get(MONITOR, "0") == "0" else f", perhaps by Ray's memory monitor, which {MONITOR} turns on"
+    monitor = (
+        "" if os.environ.get(MONITOR, "0") == "0" else f", perhaps by Ray's memory monitor, which {MONITOR} turns on"
+    )
     return f"its process (pid {before.pid}) was killed or crashed{monitor}"
 
 

@@ -214,6 +214,9 @@ def ray_environment(directory: Path) -> None:
     # the largest first, and before it a worker, see `actors.WorkerActor`.
     os.environ.setdefault(MONITOR, "0")
     os.environ.setdefault("RAY_worker_oom_score_adjustment", "0")
+    # Ray's autoscaler, which has nothing to do here, would show its metrics to every user of the machine. No setting
+    # says not to; a port that cannot be is logged, and nothing is served.
+    os.environ["AUTOSCALER_METRIC_PORT"] = "-1"
     # An actor that imports slowly on a busy machine is not started over and over again.
     os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
     # Ray runs actors at niceness 15: beside anything else that computes, they would get next to nothing.

@@ -23,7 +23,6 @@ from services.common.private_files import write_private
 from services.common.settings import Device, PresetName, WeightForm
 from services.common.tenants import Role
 
-
 _WHY = "ended.txt"
 
 
