@@ -192,11 +192,13 @@ def health(
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from services.cli.identity import identity
+    from services.common.addresses import check_address
     from services.common.channel import open_blocking_channel
 
     if address.startswith(("http://", "https://")):
         _http_health(address)
         return
+    check_address(address)
     with open_blocking_channel(address, identity(address)) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:

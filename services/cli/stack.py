@@ -162,7 +162,10 @@ def drain(
     from services.cli.identity import identity
     from services.cluster import control, state
     from services.cluster.status import addresses
+    from services.common.addresses import check_address
     from services.common.channel import open_blocking_channel
+
+    check_address(worker)
 
     def hand_over() -> int:
         with open_blocking_channel(worker, identity(worker), "worker") as channel:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -72,15 +73,15 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
 
 
 @contextlib.asynccontextmanager
-async def running_worker(redis: Redis) -> AsyncIterator[CountingWorker]:
-    """One more worker, registered while the context lasts."""
+async def running_worker(redis: Redis, facts: Mapping[str, Any] | None = None) -> AsyncIterator[CountingWorker]:
+    """One more worker, registered while the context lasts, with facts that may change."""
     worker = CountingWorker()
     worker.gate.set()
     server = GrpcServer()
     server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, worker)
     worker.address = await server.start()
     try:
-        async with Registry(redis).announce("worker", worker.address, {}):
+        async with Registry(redis).announce("worker", worker.address, lambda: facts or {}):
             yield worker
     finally:
         await server.stop(0)
