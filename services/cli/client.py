@@ -161,8 +161,7 @@ def chat(
             except KeyboardInterrupt:
                 if message is not None:
                     raise
-                screen.out()
-                errors.print("stopped; Ctrl-C once more ends the conversation", highlight=False)
+                errors.print("\nstopped; Ctrl-C once more ends the conversation", highlight=False)
             opening = []
 
 

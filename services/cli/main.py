@@ -20,7 +20,7 @@ class Polite(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            errors.print("interrupted")
+            errors.print("\ninterrupted")  # behind ^C, or a text that is cut off
             raise typer.Exit(130) from error
         except Exception as error:
             sentence = _sentence(error)

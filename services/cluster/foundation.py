@@ -6,6 +6,7 @@ not started again without it, so then the stack ends and says why.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -36,12 +37,11 @@ class Foundation:
 
     def __init__(self, redis: EmbeddedRedis, directory: Path) -> None:
         self._redis, self._directory = redis, directory
-        self._of_ray = {
-            child.name(): (child, Life(directory, child.name(), child.pid))
-            for child in psutil.Process().children()
-            if child.name() in _RAY
-        }
-        self._lives = [life for _, life in self._of_ray.values()]
+        self._of_ray: dict[str, tuple[psutil.Process, Life]] = {}
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # another child, that has ended
+                if (name := child.name()) in _RAY:
+                    self._of_ray[name] = child, Life(directory, name, child.pid)
         self._redis_life: Life | None = None
         self._follow_redis(restarted=False)
         self._looked_at = time.monotonic()
@@ -61,9 +61,9 @@ class Foundation:
             self._restart_redis()
         if time.monotonic() - self._looked_at > BEAT_S:
             self._looked_at = time.monotonic()
-            for each in (*self._lives, self._redis_life):
-                if each is not None:
-                    each.say_alive()
+            for life in [*(life for _, life in self._of_ray.values()), self._redis_life]:
+                if life is not None:
+                    life.say_alive()
 
     def _restart_redis(self) -> None:
         try:
