@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -12,7 +13,9 @@ from qaq_eval.serving.chaos import Chaos, NotWhole, Role, Stack, any_fault
 from qaq_eval.serving.chaos_result import ChaosResult, outcome, sentence, table
 from qaq_eval.serving.listeners import Listener, listening
 from services.cli.terminal import screen
+from services.cluster.state import StackState
 from services.common import log
+from services.common.channel import open_channel
 from services.common.redis import connect
 from services.common.routers import registered
 
@@ -21,18 +24,17 @@ ROLES: tuple[Role, ...] = ("worker", "cache service", "router")
 
 
 def run(
-    redis_url: str,
+    running: StackState,
     minutes: float,
     clients: int,
     stream_tokens: int,
     preset: str,
-    workers: int,
     seed: int,
     json_path: Path | None,
 ) -> None:
     """Breaks a stack that Ray repairs, prints the verdict, and exits with code 1 if something was lost."""
     log.configure("error")
-    result = asyncio.run(_broken(redis_url, 60 * minutes, clients, stream_tokens, preset, workers, seed))
+    result = asyncio.run(_broken(running, 60 * minutes, clients, stream_tokens, preset, seed))
     screen.print(table(result))
     screen.print(sentence(result), highlight=False)
     for damage in result.damages:
@@ -44,16 +46,27 @@ def run(
 
 
 async def _broken(
-    redis_url: str, seconds: float, clients: int, stream_tokens: int, preset: str, workers: int, seed: int
+    running: StackState, seconds: float, clients: int, stream_tokens: int, preset: str, seed: int
 ) -> ChaosResult:
     began, not_whole = time.monotonic(), None
-    redis = connect(redis_url)
-    find = registered(redis)
+    redis = connect(running.redis["url"])
+    find, key = registered(redis), running.key("client")
+    dial = partial(open_channel, identity=running.access.identity("client"), role="router")
     listeners = [
-        Listener(f"client {place}", find, preset, stream_tokens, sessions=place % 2 == 0, seed=seed + place)
+        Listener(
+            f"client {place}",
+            find,
+            preset,
+            stream_tokens,
+            sessions=place % 2 == 0,
+            seed=seed + place,
+            dial=dial,
+            key=key,
+        )
         for place in range(clients)
     ]
-    expected: dict[Role, int] = {"worker": workers, "cache service": 1, "router": 1}
+    workers = running.settings.workers
+    expected: dict[Role, int] = {"worker": workers, "cache service": running.settings.originals, "router": 1}
     chaos = Chaos(Stack(redis, expected), listeners, seed, lambda line: screen.print(line, highlight=False))
     try:
         async with listening(listeners):

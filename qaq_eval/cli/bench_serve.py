@@ -112,16 +112,16 @@ def serve(
             )
             with starting() as report:
                 running = stack.enter_context(control.attached(settings, report))
+            if chaos is not None:
+                from qaq_eval.cli.bench_chaos import run
+
+                run(running, chaos, clients, stream_tokens, preset, seed, json_path)
+                return
             router, redis, who = running.router, running.redis["url"], running.access.identity("router")
             key = running.key("client")
         else:
             who, key = identity(router), caller_key(router)
             redis = os.environ.get("QAQ_REDIS_URL")
-        if chaos is not None:
-            from qaq_eval.cli.bench_chaos import run
-
-            run(redis, chaos, clients, stream_tokens, preset, workers, seed, json_path)
-            return
         with progress_line() as progress:
             result = asyncio.run(measure(router, SecretStr(redis) if redis else None, plan, progress, who, key))
     screen.print(_table(result), highlight=False)

@@ -119,13 +119,13 @@ class Chaos:
         self.broken: list[Broken] = []
 
     async def run(self, faults: Iterable[Fault], seconds: float) -> None:
-        """Makes faults until there are no more, or the time is over.
+        """Makes faults until there are no more, or the time is over, which begins when the stack is whole.
 
         Raises:
             NotWhole: the stack did not recover from one.
         """
-        ends = time.monotonic() + seconds
         await self._recovered("the start", time.monotonic())
+        ends = time.monotonic() + seconds
         for fault in faults:
             if time.monotonic() >= ends:
                 break

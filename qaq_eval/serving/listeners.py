@@ -15,7 +15,9 @@ import grpc
 from qaq.v1 import common_pb2, generate_pb2
 
 from qaq_eval.serving.history import Entry, History
+from services.common.channel import Dial, open_channel
 from services.common.errors import StatusError
+from services.common.keys import WithMetadata, authorization
 from services.common.routers import Find, Routers
 from services.common.streams import Stream
 
@@ -35,15 +37,29 @@ class Listener:
         preset: of its streams' caches.
         tokens: length of the longest stream; the others have at least a quarter.
         sessions: each stream is a turn of a session of its own. Otherwise a session is made for the call.
+        dial: opens a channel to a router.
+        key: of the caller; empty sends none.
 
     Attributes:
         histories: of its streams, in order.
         refused: streams that could not begin; they are asked for again and not lost.
     """
 
-    def __init__(self, name: str, find: Find, preset: str, tokens: int, *, sessions: bool, seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        find: Find,
+        preset: str,
+        tokens: int,
+        *,
+        sessions: bool,
+        seed: int,
+        dial: Dial = open_channel,
+        key: str = "",
+    ) -> None:
         self.name, self.histories, self.refused = name, list[History](), 0
-        self._routers, self._preset, self._tokens = Routers(find), preset, tokens
+        self._routers, self._preset, self._tokens = Routers(find, dial), preset, tokens
+        self._caller = authorization(key)
         self._sessions, self._rng = sessions, random.Random(seed)
 
     async def run(self) -> None:
@@ -76,7 +92,7 @@ class Listener:
 
     async def _listen(self, history: History) -> None:
         async with self._session() as session:
-            stream = Stream(self._routers, self._request(session, history.asked), DEADLINE_S, ())
+            stream = Stream(self._routers, self._request(session, history.asked), DEADLINE_S, self._caller)
             async with contextlib.aclosing(aiter(stream)) as replies:
                 async for reply in replies:
                     if not self.histories or self.histories[-1] is not history:
@@ -104,15 +120,16 @@ class Listener:
             yield ""
             return
         cache = common_pb2.CacheParams(preset=self._preset)
+        opening = generate_pb2.OpenSessionRequest(cache=cache)
         async with self._routers.stub() as stub:
-            session = (await stub.OpenSession(generate_pb2.OpenSessionRequest(cache=cache), timeout=CALL_S)).session_id
+            session = (await WithMetadata(stub, self._caller).OpenSession(opening, timeout=CALL_S)).session_id
         try:
             yield session
         finally:
             with contextlib.suppress(*Failure):  # it expires by itself
                 async with self._routers.stub() as stub:
                     closing = generate_pb2.CloseSessionRequest(session_id=session)
-                    await stub.CloseSession(closing, timeout=CALL_S)
+                    await WithMetadata(stub, self._caller).CloseSession(closing, timeout=CALL_S)
 
 
 def _said(error: grpc.aio.AioRpcError | StatusError) -> str:

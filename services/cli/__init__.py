@@ -19,4 +19,6 @@ def run() -> None:
         if sentence is None:
             raise
         sys.exit(f"error: {sentence}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     app()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from services.cli import options
-from services.cli.terminal import screen
+from services.cli.terminal import errors, screen
 
 if TYPE_CHECKING:
     from services.cli.inference import Inference
@@ -89,8 +89,8 @@ def generate(
         or None,
         session_id=session,
     )
-    with inference(router) as asked:
-        follow(asked.stream(request, options.metadata(tenant)))
+    with inference(router, metadata=options.metadata(tenant)) as asked:
+        follow(asked.stream(request))
 
 
 def chat(
@@ -113,10 +113,14 @@ def chat(
     target_bits: options.TargetBits = None,
     target_compression: options.TargetCompression = None,
     target_error: options.TargetError = None,
+    session: Annotated[str, typer.Option(help="Continue this session, and leave it open.")] = "",
     tenant: options.Tenant = None,
     router: Router = None,
 ) -> None:
-    """Chats with the model. The worker keeps the session's cache between turns."""
+    """Chats with the model. The worker keeps the session's cache between turns.
+
+    Ctrl-C ends an answer, and at the prompt the conversation.
+    """
     from qaq.v1 import generate_pb2
 
     from services.cli.inference import inference
@@ -139,16 +143,25 @@ def chat(
         target_compression=target_compression,
         target_error=target_error,
     )
-    with inference(router) as asked, _session(asked, cache or None) as session:
+    if session and cache:
+        raise typer.BadParameter("a session's cache is chosen when it is opened; leave out --session, or these options")
+    called = inference(router, metadata=options.metadata(tenant))
+    with called as asked, _session(asked, cache or None, session) as continued:
         opening = [{"role": "system", "content": system}] if system else []
         for line in [message] if message is not None else _lines():
             request = generate_pb2.ChatRequest(
                 messages=[*opening, {"role": "user", "content": line}],
                 sampling=sampling,
                 stop=options.given(max_new_tokens=max_new_tokens, stop=stop),
-                session_id=session,
+                session_id=continued,
             )
-            follow(asked.stream(request, options.metadata(tenant)))
+            try:
+                with contextlib.closing(asked.stream(request)) as replies:
+                    follow(replies)
+            except KeyboardInterrupt:
+                if message is not None:
+                    raise
+                errors.print("\nstopped; Ctrl-C once more ends the conversation", highlight=False)
             opening = []
 
 
@@ -178,11 +191,13 @@ def health(
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from services.cli.identity import identity
+    from services.common.addresses import check_address
     from services.common.channel import open_blocking_channel
 
     if address.startswith(("http://", "https://")):
         _http_health(address)
         return
+    check_address(address)
     with open_blocking_channel(address, identity(address)) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
@@ -217,7 +232,11 @@ def _http_health(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _session(asked: Inference, cache: Any) -> Iterator[str]:
+def _session(asked: Inference, cache: Any, known: str = "") -> Iterator[str]:
+    """The id of a new session, which is closed at the end, or of one that was there before."""
+    if known:
+        yield known
+        return
     import grpc
     from qaq.v1 import generate_pb2
 

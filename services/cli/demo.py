@@ -71,25 +71,26 @@ def demo(
     json_path: JsonPath = None,
 ) -> None:
     """Starts a stack, answers a question about a long text, shows the figures, and stops everything."""
-    from services.cluster import control
-    from services.cluster.state import StackSettings
-
     prompt = prompt_file.read_text() if prompt_file else long_prompt()
-    settings = StackSettings.model_validate(
-        {
-            "model": model_or_default(model),
-            "port": 0,
-            "device": device,
-            "dtype": dtype,
-            "weights": weights,
-            "compiled": compiled,
-            "preset": preset,
-            "target_bits": target_bits,
-        }
-    )
-    warn_of_environment(stack=True)
     with contextlib.ExitStack() as stack:
         with starting() as report:
+            report("stack", "reading the settings", None)  # the imports take seconds on a slow machine
+            from services.cluster import control
+            from services.cluster.state import StackSettings
+
+            settings = StackSettings.model_validate(
+                {
+                    "model": model_or_default(model),
+                    "port": 0,
+                    "device": device,
+                    "dtype": dtype,
+                    "weights": weights,
+                    "compiled": compiled,
+                    "preset": preset,
+                    "target_bits": target_bits,
+                }
+            )
+            warn_of_environment(stack=True)
             running = stack.enter_context(control.attached(settings, report))
         result = measure(running, prompt, max_new_tokens)
         screen.print(_table(result), highlight=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from services.cli.keys import caller_key
 from services.cluster import state
 from services.common import log
 from services.common.channel import Dial, open_channel
+from services.common.errors import Metadata
 from services.common.identity import Identity
 from services.common.keys import WithMetadata, authorization
 from services.common.redis import connect
@@ -32,11 +33,12 @@ class Inference:
 
     Args:
         key: of the caller; empty sends none.
+        metadata: of every call, beside the key.
         loop: runs only during a call; between calls the thread belongs to the terminal.
     """
 
-    def __init__(self, loop: asyncio.Runner, routers: Routers, key: str = "") -> None:
-        self._loop, self._routers, self._caller = loop, routers, authorization(key)
+    def __init__(self, loop: asyncio.Runner, routers: Routers, key: str = "", metadata: Metadata = ()) -> None:
+        self._loop, self._routers, self._caller = loop, routers, (*authorization(key), *metadata)
 
     def once(self, call: Callable[[Any], Awaitable[T]]) -> T:
         """The reply of a unary call.
@@ -52,32 +54,37 @@ class Inference:
 
         return self._loop.run(answer())
 
-    def stream(
-        self, request: Asked, metadata: tuple[tuple[str, str], ...] = ()
-    ) -> Iterator[generate_pb2.GenerateReply]:
-        """The messages of a generation as they arrive, see `Stream`.
+    def stream(self, request: Asked) -> Generator[generate_pb2.GenerateReply]:
+        """The messages of a generation as they arrive, see `Stream`. Ended early, it ends the generation.
 
         Raises:
             grpc.RpcError: the generation failed.
             Unavailable: no router answers, or none has continued the generation.
         """
-        replies = aiter(Stream(self._routers, request, DEADLINE_S, (*self._caller, *metadata)))
+        stream = Stream(self._routers, request, DEADLINE_S, self._caller)
+        replies = aiter(stream)
 
         async def following() -> generate_pb2.GenerateReply | None:
             return await anext(replies, None)
 
-        # A stream that is not read to its end is cancelled with the channel, when the loop is closed.
-        while (reply := self._loop.run(following())) is not None:
-            yield reply
+        try:
+            while (reply := self._loop.run(following())) is not None:
+                yield reply
+        finally:
+            stream.cancel()
+            self._loop.run(replies.aclose())
 
 
 @contextlib.contextmanager
-def inference(router: str | None, who: Identity | None = None, key: str | None = None) -> Iterator[Inference]:
+def inference(
+    router: str | None, who: Identity | None = None, key: str | None = None, metadata: Metadata = ()
+) -> Iterator[Inference]:
     """Calls to the routers of a comma-separated list, or to those of the stack that runs on this machine.
 
     Args:
         who: the certificate of the caller; None takes that of commands.
         key: of the caller; None takes the one of `caller_key`.
+        metadata: of every call, beside the key.
     """
     log.configure("warning")
     key = caller_key(router) if key is None else key
@@ -85,7 +92,7 @@ def inference(router: str | None, who: Identity | None = None, key: str | None =
     with asyncio.Runner() as loop:
         stack = contextlib.AsyncExitStack()
         try:
-            yield Inference(loop, loop.run(stack.enter_async_context(_reached(router, dial))), key)
+            yield Inference(loop, loop.run(stack.enter_async_context(_reached(router, dial))), key, metadata)
         finally:
             loop.run(stack.aclose())
 

@@ -14,11 +14,14 @@ from services.common.extras import advice
 
 
 class Polite(TyperGroup):
-    """Ends a command that failed in a foreseen way with one sentence and exit code 1."""
+    """Ends a command that failed in a foreseen way with one sentence and exit code 1, and by Ctrl-C with 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            errors.print("\ninterrupted")  # behind ^C, or a text that is cut off
+            raise typer.Exit(130) from error
         except Exception as error:
             sentence = _sentence(error)
             if sentence is None:
@@ -61,7 +64,8 @@ def _sentence(error: Exception) -> str | None:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         by = f" or by {variable(name)}" if variable(name) in known() else ""
-        return escape(f"{name}: {first['msg']}; set it by its option{by}")
+        wrong = first["msg"].removeprefix("Value error, ")
+        return escape(f"{name}: {wrong}; set it by its option{by}")
     if isinstance(error, RedisError):
         return escape(f"Redis does not answer ({error}); start it, or check QAQ_REDIS_URL")
     return None

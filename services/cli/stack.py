@@ -65,33 +65,34 @@ def up(
 
     QAQ_REDIS_URL names a Redis server to use. Without it, an embedded server is started.
     """
-    from services.cluster import control, state
-    from services.cluster.keys import StackKeys
-    from services.cluster.state import StackSettings
-
     if https and (http_port is None or not tls):
         given = "without --no-tls" if not tls else "with --http-port"
         raise typer.BadParameter(f"--https is for the gateway, by the stack's certificates; give it {given}")
-    settings = StackSettings.model_validate(
-        {
-            "model": model_or_default(model),
-            "workers": workers,
-            "originals": originals,
-            "port": port,
-            "http_port": http_port,
-            "device": device,
-            "dtype": dtype,
-            "weights": weights,
-            "compiled": compiled,
-            "preset": preset,
-            "target_bits": target_bits,
-            "tls": tls,
-            "https": https,
-            "keys": keys,
-        }
-    )
-    warn_of_environment(stack=True)
     with starting() as report:
+        report("stack", "reading the settings", None)  # the imports take seconds on a slow machine
+        from services.cluster import control, state
+        from services.cluster.keys import StackKeys
+        from services.cluster.state import StackSettings
+
+        settings = StackSettings.model_validate(
+            {
+                "model": model_or_default(model),
+                "workers": workers,
+                "originals": originals,
+                "port": port,
+                "http_port": http_port,
+                "device": device,
+                "dtype": dtype,
+                "weights": weights,
+                "compiled": compiled,
+                "preset": preset,
+                "target_bits": target_bits,
+                "tls": tls,
+                "https": https,
+                "keys": keys,
+            }
+        )
+        warn_of_environment(stack=True)
         running = control.up(settings, report)
     screen.print(f"The router is at [bold]{running.router}[/]. Try: qaq chat", highlight=False)
     if running.gateway is not None:
@@ -125,6 +126,7 @@ def status(
         status = {
             "routers": found.routers,
             "workers": {a: MessageToDict(w) if w else None for a, w in found.workers.items()},
+            "draining": sorted(found.draining),
             "originals": {a: MessageToDict(o) if o else None for a, o in found.originals.items()},
             "redis": running.redis["description"],
             "restarts": {name: record.model_dump() for name, record in again.items()},
@@ -151,15 +153,36 @@ def scale(workers: Annotated[int, typer.Option(min=1, max=64, help="Number of wo
 def drain(
     worker: Annotated[str, typer.Argument(help="The worker's host:port, as `qaq status` shows it.")],
 ) -> None:
-    """Moves a worker's sessions to other workers, so that it can be stopped without interrupting a stream."""
+    """Moves a worker's sessions to other workers, without interrupting a stream, so that it can be stopped.
+
+    A worker of the stack of this machine is stopped, too. Another one is started in its place, and before.
+    """
     from qaq.v1 import worker_pb2, worker_pb2_grpc
 
     from services.cli.identity import identity
+    from services.cluster import control, state
+    from services.cluster.status import addresses
+    from services.common.addresses import check_address
     from services.common.channel import open_blocking_channel
 
-    with open_blocking_channel(worker, identity(worker), "worker") as channel, screen.status("draining"):
-        reply = worker_pb2_grpc.WorkerStub(channel).Drain(worker_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT_S)
-    screen.print(f"Moved {reply.moved} running generations. The process can be stopped now.")
+    check_address(worker)
+
+    def hand_over() -> int:
+        with open_blocking_channel(worker, identity(worker), "worker") as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            return int(stub.Drain(worker_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT_S).moved)
+
+    running = state.load()
+    if running is not None and running.alive and worker in asyncio.run(addresses(running.access)):
+        with starting() as report:
+            report(worker, "draining", None)
+            moved = control.drain(running, worker, hand_over, report)
+            report(worker, "stopped", 1.0)
+        screen.print(f"Moved {moved} running generations. The worker is stopped.")
+        return
+    with screen.status("draining"):
+        moved = hand_over()
+    screen.print(f"Moved {moved} running generations. The process can be stopped now.")
 
 
 def down() -> None:
@@ -178,7 +201,8 @@ def _running() -> StackState:
     running = state.load()
     owner = running or claim.current()
     if owner is None:
-        raise StackError("no stack is running; start one with `qaq up`")
+        last = f" (the last one ended by itself: {why})" if (why := state.why_it_ended()) else ""
+        raise StackError(f"no stack is running{last}; start one with `qaq up`")
     if running is None and owner.alive:
         raise claim.taken(owner)
     if running is None or not running.alive:
@@ -203,6 +227,8 @@ def _table(running: StackState, found: StackStatus) -> Table:
             if worker
             else "does not answer"
         )
+        if address in found.draining:
+            load = f"draining: {load}" if worker and worker.running + worker.waiting else "drained; it can be stopped"
         table.add_row("worker", address, load)
     for address, store in found.originals.items():
         stored = f"{store.pages} pages, {size(store.bytes)}" if store else "does not answer"

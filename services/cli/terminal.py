@@ -24,7 +24,10 @@ Report = Callable[[str, str, float | None], None]
 
 @contextlib.contextmanager
 def starting() -> Iterator[Report]:
-    """A line for each thing that starts: what it does, and how far it is. Without a terminal, one for each step."""
+    """A line for each thing that starts: what it does, and how far it is. Without a terminal, one for each step.
+
+    What is reported after the context is a line, too.
+    """
     if not errors.is_terminal:
         yield _plain()
         return
@@ -37,8 +40,12 @@ def starting() -> Iterator[Report]:
     )
     with Progress(*columns, console=errors) as progress:
         lines: dict[str, TaskID] = {}
+        plain = _plain()
 
         def report(who: str, what: str, done: float | None) -> None:
+            if not progress.live.is_started:  # what is said after the start, such as that it is stopped
+                plain(who, what, done)
+                return
             if who not in lines:
                 lines[who] = progress.add_task(what, total=None, who=who)
             progress.update(lines[who], description=what, total=1.0 if done is not None else None, completed=done or 0)

@@ -78,6 +78,10 @@ class ServerActor(abc.ABC, Generic[S]):
         """The current stage of the start and its progress from 0 to 1."""
         return getattr(self._server, "progress", ("starting", 0.0))
 
+    async def draining(self) -> bool:
+        """Whether the server takes nothing new any more."""
+        return getattr(self._server, "draining", False)
+
     async def stop(self) -> None:
         """Stops the server, which gives running calls a moment to end."""
         if self._address.done() and not self._address.cancelled() and self._address.exception() is None:

@@ -10,9 +10,12 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from services.cluster import remains, state
 from services.cluster.state import Owner, StackError
+
+OWNER = "owner.json"
 
 
 def current() -> Owner | None:
@@ -22,7 +25,7 @@ def current() -> Owner | None:
         StackError: the record is damaged.
     """
     try:
-        return _parsed((state.directory() / "owner.json").read_bytes())
+        return _parsed((state.directory() / OWNER).read_bytes())
     except FileNotFoundError:
         return None
 
@@ -38,6 +41,7 @@ def claimed(owner: Owner) -> Iterator[None]:
         if descriptor is None:
             raise taken(current())
         _clean(descriptor)
+        state.forget_why()
         with state.writing():
             os.pwrite(descriptor, owner.model_dump_json().encode(), 0)
         try:
@@ -48,10 +52,46 @@ def claimed(owner: Owner) -> Iterator[None]:
 
 
 def clean() -> None:
-    """Ends what an owner that was killed has left. Does nothing if the stack has an owner that lives."""
+    """Ends what owners that were killed have left. Does nothing to a stack that has an owner that lives."""
     with _locked() as descriptor:
         if descriptor is not None:
             _clean(descriptor)
+            state.forget_why()
+    with contextlib.suppress(OSError):
+        clear_abandoned(remains.base())
+
+
+def clear_abandoned(base: Path) -> list[Path]:
+    """Ends stacks in `base` whose owners were killed, also those of `qaq demo`, which are in no record.
+
+    Returns:
+        their directories.
+    """
+    found = []
+    for directory in base.glob(f"{remains.PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if directory.is_symlink() or directory.stat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(directory / OWNER, os.O_RDWR | os.O_NOFOLLOW)
+            with contextlib.closing(os.fdopen(descriptor)):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_size:  # else its owner is about to lock it
+                    remains.clear(directory)
+                    found.append(directory)
+    return found
+
+
+@contextlib.contextmanager
+def marked(owner: Owner) -> Iterator[None]:
+    """Says in a stack's directory that it has an owner as long as the context lasts.
+
+    By a lock: whoever shares the directory need not see the owner's process.
+    """
+    descriptor = os.open(owner.directory / OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    with contextlib.closing(os.fdopen(descriptor)):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.pwrite(descriptor, owner.model_dump_json().encode(), 0)
+        yield
 
 
 def taken(owner: Owner | None) -> StackError:
@@ -67,7 +107,7 @@ def taken(owner: Owner | None) -> StackError:
 def _locked() -> Iterator[int | None]:
     """The descriptor of the record, locked; None if another process has locked it."""
     with state.writing() as folder:
-        descriptor = os.open(folder / "owner.json", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(folder / OWNER, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,5 +131,5 @@ def _parsed(record: bytes) -> Owner | None:
     try:
         return Owner.model_validate_json(record) if record else None
     except ValueError as error:
-        path = state.directory() / "owner.json"
+        path = state.directory() / OWNER
         raise StackError(f"{path} is damaged; stop the process it names by hand and delete it") from error

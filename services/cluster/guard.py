@@ -20,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,15 +30,13 @@ from typing import Any
 import psutil
 
 from qaq_core.base.errors import QAQError
-from services.cluster import claim, remains
+from services.cluster import claim, remains, state
 from services.cluster.pipes import Events, lines
 from services.cluster.state import Owner, StackError
 
 POLL_S = 0.2
 GRACE_S = 40.0
 FREE_BYTES = 64 << 20  # what Ray's and Redis's files take, and their logs in the beginning
-# A Unix socket's path is limited to 107 bytes, of which Ray uses up to 64, and our names 16.
-_MAX_TMP_BYTES = 27
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -67,13 +64,18 @@ class Guard:
             signal.signal(number, self._ask)
         threading.Thread(target=self._listen, daemon=True).start()
         owner = Owner(pid=os.getpid(), born=psutil.Process().create_time(), directory=_free_name())
+        claim.clear_abandoned(owner.directory.parent)
         with contextlib.ExitStack() as stack:
             if not self._attached:
                 stack.enter_context(claim.claimed(owner))
             stack.callback(remains.clear, owner.directory, descendants=True)
             with _telling(owner.directory.parent):
                 owner.directory.mkdir(0o700)
-            return self._guard(self._start(owner))
+                stack.enter_context(claim.marked(owner))
+            code = self._guard(self._start(owner))
+            if code and self._received and not self._attached:
+                _tell_end(code)
+            return code
 
     def _start(self, owner: Owner) -> int:
         """Starts the host. Returns its process id. It notices the end of this process at its standard input."""
@@ -111,6 +113,14 @@ class Guard:
             self._asked = True
 
 
+def _tell_end(code: int) -> None:
+    """Says that the host has ended, unless it has said why itself."""
+    with contextlib.suppress(StackError):
+        if not state.why_it_ended():
+            how = f"by signal {-code}" if code < 0 else f"with code {code}"
+            state.say_why(f"the stack's process ended {how}; see {state.directory() / 'stack.log'}")
+
+
 def _ended(host: int, given_up: Callable[[], bool]) -> int | None:
     """The host's exit code once it has ended; None if it was given up. Also reaps what others have left."""
     while not given_up():
@@ -129,16 +139,14 @@ def _free_name() -> Path:
         StackError: there is no room for one.
     """
     with _telling(None):
-        base = Path(tempfile.gettempdir()).resolve()
-        if len(str(base)) > _MAX_TMP_BYTES:
-            base = Path("/tmp").resolve()
+        base = remains.base()
         free = shutil.disk_usage(base).free
     if free < FREE_BYTES:
         raise StackError(
             f"{base} has {free >> 20} MB free, and Redis and Ray need {FREE_BYTES >> 20} MB for their files; make room "
             "or set TMPDIR to a short path on another disk"
         )
-    return base / f"qaq-{secrets.token_hex(4)}"
+    return base / f"{remains.PREFIX}{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager

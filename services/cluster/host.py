@@ -6,6 +6,7 @@ input closes, the guard was killed, and this process ends the stack.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,12 +14,14 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import NoReturn
 
 from qaq_core.base.errors import QAQError
 from services.cluster import remains, state
+from services.cluster.foundation import FoundationError
 from services.cluster.pipes import Events, lines
 from services.cluster.stack import LocalStack
-from services.cluster.state import Owner, StackSettings
+from services.cluster.state import Owner, StackError, StackSettings
 
 POLL_S = 0.2
 
@@ -48,9 +51,11 @@ class Host:
                 state.save(started)
             self._ready = True
             self._events.send(ready=json.loads(started.model_dump_json()))
-            self._events.close()
             while not self._stopping:
+                stack.check()
                 time.sleep(POLL_S)
+        except FoundationError as error:
+            self._end(str(error))
         except QAQError as error:
             self._events.send(failed=str(error))
             return 1
@@ -59,6 +64,17 @@ class Host:
             if self._orphaned:
                 self._clear()
         return 0
+
+    def _end(self, why: str) -> NoReturn:
+        """Says why the stack ends, and leaves its servers to the guard: nothing that Ray is asked is answered."""
+        print(why, file=sys.stderr, flush=True)
+        if not self._attached:
+            with contextlib.suppress(StackError):
+                state.say_why(why)
+        self._events.send(ended=why)
+        if self._orphaned:
+            self._clear()
+        os._exit(1)
 
     def _report(self, name: str, stage: str, done: float | None) -> None:
         self._events.send(report=(name, stage, done))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -16,6 +16,7 @@ from services.cluster.state import StackError, StackSettings
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
+ASK_S = 10.0
 POLL_S = 0.2
 
 Report = Callable[[str, str, float | None], None]
@@ -55,15 +56,40 @@ class Launcher:
         return self._wait(started)
 
     def scale(self, workers: int) -> None:
-        """Starts or stops workers until there are `workers`.
+        """Starts or stops workers until there are `workers` that serve. Those that were drained are stopped.
 
         Raises:
             StackError: a worker did not start.
         """
-        names = self.names("worker")
-        free = [index for index in range(len(names) + workers) if f"worker-{index}" not in names]
-        self._wait({f"worker-{index}": self._worker(index) for index in free[: max(0, workers - len(names))]})
-        self.stop(names[workers:])
+        drained = self._drained()
+        serving = [name for name in self.names("worker") if name not in drained]
+        self._add_workers(workers - len(serving))
+        self.stop([*drained, *serving[workers:]])
+
+    def drain(self, address: str, hand_over: Callable[[], int]) -> int:
+        """Stops the worker at an address. Another one is started before if fewer than asked for would be left.
+
+        Args:
+            hand_over: makes it drain; returns the number of generations that moved.
+        Returns:
+            what `hand_over` returned.
+        Raises:
+            StackError: no worker of the stack has this address, or the other one did not start.
+        """
+        drained = self._drained()
+        found = self._asked(self.names("worker"), "address")
+        name = next((name for name, at in found.items() if at == address), None)
+        if name is None:
+            raise StackError(f"no worker of the stack is at {address}; `qaq status` shows where they are")
+        left = [other for other in self.names("worker") if other not in (name, *drained)]
+        missing = self._settings.workers - len(left)
+        if has_room := not self._gpus or ray.available_resources().get("GPU", 0) >= missing * self._gpus:
+            self._add_workers(missing)
+        moved = hand_over()
+        self.stop([name])
+        if not has_room:  # for both at a time
+            self._add_workers(missing)
+        return moved
 
     def names(self, kind: str = "") -> list[str]:
         """Names of the actors of a kind, or of all, in the order of their start."""
@@ -83,13 +109,38 @@ class Launcher:
         for handle in handles:
             ray.kill(handle, no_restart=True)
 
+    def _add_workers(self, count: int) -> None:
+        """Starts workers, if the count is positive."""
+        names = self.names("worker")
+        free = [index for index in range(len(names) + max(0, count)) if f"worker-{index}" not in names]
+        self._wait({f"worker-{index}": self._worker(index) for index in free[: max(0, count)]})
+
+    def _drained(self) -> list[str]:
+        """Names of the workers that take nothing new."""
+        return [name for name, draining in self._asked(self.names("worker"), "draining").items() if draining]
+
+    def _asked(self, names: Sequence[str], question: str) -> dict[str, Any]:
+        """The answers of actors by name, without those that do not answer, because they start or hang."""
+        calls = {name: getattr(ray.get_actor(name, namespace=NAMESPACE), question).remote() for name in names}
+        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=ASK_S) if calls else ([], [])
+        answers = {}
+        for name, reference in calls.items():
+            with contextlib.suppress(ray.exceptions.RayError):
+                if reference in done:
+                    answers[name] = ray.get(reference)
+        return answers
+
     def _originals(self, index: int) -> Any:
         return launch(f"originals-{index}", OriginalsActor, roles.originals(self._access.settings("originals")))
 
     def _worker(self, index: int) -> Any:
-        gpu = self._settings.device.startswith("cuda")
         settings = roles.worker(self._settings, self._access.settings("worker"))
-        return launch(f"worker-{index}", WorkerActor, settings, gpus=1 if gpu else 0)
+        return launch(f"worker-{index}", WorkerActor, settings, gpus=self._gpus)
+
+    @property
+    def _gpus(self) -> int:
+        """That each worker reserves."""
+        return 1 if self._settings.device.startswith("cuda") else 0
 
     def _wait(self, actors: Mapping[str, Any]) -> dict[str, str]:
         """Waits until all actors are up. Returns their addresses by name."""

@@ -9,16 +9,31 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import psutil
 
 MARK = "QAQ_STACK"
+PREFIX = "qaq-"
+"""What the names of stacks' directories begin with."""
 TERMINATE_S = 3.0
 KILL_S = 5.0
 _ROUNDS = 5
+# A Unix socket's path is limited to 107 bytes, of which Ray uses up to 64, and our names 16.
+_MAX_TMP_BYTES = 27
 _REDIS = ("redis-server", "valkey-server")
 _RAY = "ray::"
+
+
+def base() -> Path:
+    """Where the directories of stacks are.
+
+    Raises:
+        FileNotFoundError: there is no temporary directory.
+    """
+    chosen = Path(tempfile.gettempdir()).resolve()
+    return chosen if len(str(chosen)) <= _MAX_TMP_BYTES else Path("/tmp").resolve()
 
 
 def processes(directory: Path, *, descendants: bool = False) -> list[psutil.Process]:
@@ -33,7 +48,7 @@ def processes(directory: Path, *, descendants: bool = False) -> list[psutil.Proc
     for root in roots:
         with contextlib.suppress(psutil.Error):
             found.update(root.children(recursive=True))
-    return [process for process in found if process.pid != os.getpid() and _runs(process)]
+    return [process for process in found if process.pid != os.getpid() and runs(process)]
 
 
 def clear(directory: Path, *, descendants: bool = False) -> None:
@@ -65,7 +80,8 @@ def _marked(process: psutil.Process, directory: Path) -> bool:
     return False
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended, not even as one that nobody has waited for."""
     with contextlib.suppress(psutil.Error):
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     return False

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from services.cluster.remains import MARK
 
 BEAT_S = 5.0
+MONITOR = "RAY_memory_monitor_refresh_ms"
 _FOLDER = "servers"
 _VMSTAT = Path("/proc/vmstat")
 
@@ -45,11 +46,12 @@ class Life:
     Args:
         directory: of the stack.
         name: of the server, such as worker-0.
+        pid: of its process; None is this one.
     """
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, pid: int | None = None) -> None:
         self._path = directory / _FOLDER / f"{name}.json"
-        self.record = Record(pid=os.getpid(), seen=time.time(), memory_kills=memory_kills())
+        self.record = Record(pid=pid or os.getpid(), seen=time.time(), memory_kills=memory_kills())
 
     @classmethod
     def of_this_actor(cls, name: str) -> Life | None:
@@ -72,8 +74,16 @@ class Life:
         """Says every few seconds that this process lives."""
         while True:
             await asyncio.sleep(BEAT_S)
-            self.record = self.record.model_copy(update={"seen": time.time(), "memory_kills": memory_kills()})
-            self._write()
+            self.say_alive()
+
+    def say_alive(self) -> None:
+        """Says that the process lives."""
+        self.record = self.record.model_copy(update={"seen": time.time(), "memory_kills": memory_kills()})
+        self._write()
+
+    def end(self) -> str:
+        """Why the process has ended, after it lived when this object last said so."""
+        return _why(self.record, Record(pid=0, seen=time.time(), memory_kills=memory_kills()))
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # without room for it, a restart has no reason
@@ -103,7 +113,10 @@ def _why(before: Record, now: Record) -> str:
     if kills > 0:
         killed = "a process" if kills == 1 else f"{kills} processes"
         return f"memory was short: the kernel killed {killed} at that time, probably this one among them"
-    return f"its process (pid {before.pid}) was killed or crashed"
+    monitor = (
+        "" if os.environ.get(MONITOR, "0") == "0" else f", perhaps by Ray's memory monitor, which {MONITOR} turns on"
+    )
+    return f"its process (pid {before.pid}) was killed or crashed{monitor}"
 
 
 def _read(path: Path) -> Record | None:

@@ -57,6 +57,8 @@ def check(settings: StackSettings) -> None:
     placement.make(routing.placement)
     if routing.smg:
         require("smg_grpc_proto")
+        if settings.keys:
+            raise StackError("QAQ_SMG is set, and SMG sends no keys; add --no-keys, or unset QAQ_SMG")
     gateway(settings, _NOBODY)
     worker(settings, _NOBODY)
     originals(_NOBODY)

@@ -16,7 +16,9 @@ from qaq.v1 import generate_pb2, generate_pb2_grpc
 
 from services.cluster import roles
 from services.cluster.access import Access
+from services.cluster.foundation import Foundation
 from services.cluster.keys import StackKeys
+from services.cluster.restarts import MONITOR
 from services.cluster.slow_start import patient
 from services.cluster.state import Owner, StackError, StackSettings, StackState
 from services.common.certificates import issue
@@ -48,6 +50,7 @@ class LocalStack:
         self._report = report
         self._kept_keys = keys
         self._stack = contextlib.ExitStack()
+        self._foundation: Foundation | None = None
 
     def start(self) -> StackState:
         """Starts everything and returns when the stack can answer requests.
@@ -71,6 +74,7 @@ class LocalStack:
             key = keys.key("client") if keys else os.environ.get("QAQ_API_KEY", "")
             self._wait_until_ready(router, access.identity("operator"), key)
             self._report("router", f"serves at {router}", 1.0)
+            self._foundation = Foundation(redis, self._owner.directory)
             self._stack = stack.pop_all()
         return StackState(
             **self._owner.model_dump(),
@@ -83,6 +87,15 @@ class LocalStack:
             keys=keys.directory if keys else None,
             secret=secret,
         )
+
+    def check(self) -> None:
+        """Looks after Redis and Ray, see `Foundation.check`.
+
+        Raises:
+            FoundationError: the stack cannot go on, and its servers cannot be asked to stop.
+        """
+        if self._foundation is not None:
+            self._foundation.check()
 
     def stop(self) -> None:
         """Stops everything that `start` started."""
@@ -199,8 +212,11 @@ def ray_environment(directory: Path) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # When memory is short, Ray would end the actors that were started last: the router and the gateway. The kernel ends
     # the largest first, and before it a worker, see `actors.WorkerActor`.
-    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    os.environ.setdefault(MONITOR, "0")
     os.environ.setdefault("RAY_worker_oom_score_adjustment", "0")
+    # Ray's autoscaler, which has nothing to do here, would show its metrics to every user of the machine. No setting
+    # says not to; a port that cannot be is logged, and nothing is served.
+    os.environ["AUTOSCALER_METRIC_PORT"] = "-1"
     # An actor that imports slowly on a busy machine is not started over and over again.
     os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
     # Ray runs actors at niceness 15: beside anything else that computes, they would get next to nothing.

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,11 @@ from qaq_core.base.errors import QAQError
 from services.cluster.access import Access
 from services.cluster.keys import StackKeys
 from services.common.certificates import files
+from services.common.private_files import write_private
 from services.common.settings import Device, PresetName, WeightForm
 from services.common.tenants import Role
+
+_WHY = "ended.txt"
 
 
 class StackError(QAQError):
@@ -170,6 +174,29 @@ def load() -> StackState | None:
         return None
     except ValueError as error:
         raise StackError(f"{path} is damaged; stop the processes it names by hand and delete it") from error
+
+
+def say_why(sentence: str) -> None:
+    """Writes down why the stack ended by itself.
+
+    Raises:
+        StackError: it cannot be written.
+    """
+    with writing() as folder:
+        write_private(folder / _WHY, f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {sentence}\n".encode())
+
+
+def why_it_ended() -> str:
+    """When and why the last stack ended by itself; empty if it did not, or another was started or stopped since."""
+    try:
+        return (directory() / _WHY).read_text().strip()
+    except OSError:
+        return ""
+
+
+def forget_why() -> None:
+    with contextlib.suppress(OSError):
+        (directory() / _WHY).unlink(missing_ok=True)
 
 
 def forget() -> None:

@@ -20,11 +20,16 @@ DEADLINE_S = 5.0
 
 @dataclass(frozen=True)
 class StackStatus:
-    """Servers by address, with their replies; None for a server that does not answer."""
+    """Servers by address, with their replies; None for a server that does not answer.
+
+    Attributes:
+        draining: addresses of the workers that take nothing new.
+    """
 
     routers: list[str]
     workers: dict[str, worker_pb2.DescribeReply | None]
     originals: dict[str, originals_pb2.StatsReply | None]
+    draining: frozenset[str] = frozenset()
 
 
 async def stack_status(access: Access) -> StackStatus:
@@ -37,14 +42,21 @@ async def stack_status(access: Access) -> StackStatus:
     try:
         registry = Registry(redis)
         routers = [member.address for member in await registry.members("router")]
-        workers = [member.address for member in await registry.members("worker")]
+        members = await registry.members("worker")
         originals = [member.address for member in await registry.members("originals")]
     finally:
         await redis.aclose()
     who = access.identity("operator")
+    workers = [member.address for member in members]
     descriptions = await asyncio.gather(*(_describe(address, who) for address in workers))
     stats = await asyncio.gather(*(_stats(address, who) for address in originals))
-    return StackStatus(routers, dict(zip(workers, descriptions, strict=True)), dict(zip(originals, stats, strict=True)))
+    draining = frozenset(member.address for member in members if member.draining)
+    return StackStatus(
+        routers,
+        dict(zip(workers, descriptions, strict=True)),
+        dict(zip(originals, stats, strict=True)),
+        draining,
+    )
 
 
 async def addresses(access: Access) -> set[str]:

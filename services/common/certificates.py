@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from qaq_core.base.errors import ConfigError
-from services.common.private_files import write_private
+from services.common.private_files import warn_if_readable, write_private
 from services.common.roles import ROLES, Role, server_name, uri
 
 CA_DAYS = 3650
@@ -108,6 +108,7 @@ class Authority:
             raise ConfigError(f"{directory} has no CA with its key ({error}); name another directory") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
             raise ConfigError(f"{paths[1]} is not the key of {paths[0]}; name another directory")
+        warn_if_readable(paths[1])
         return cls(certificate, key)
 
     def issue(self, directory: Path, role: Role, hosts: Iterable[str] = (), days: float = DAYS) -> None:

@@ -292,7 +292,7 @@ def _ping(url: str) -> str | None:
     )
     try:
         client.ping()
-    except redis_client.RedisError as error:
+    except (redis_client.RedisError, OSError) as error:
         return str(error)
     finally:
         client.close()

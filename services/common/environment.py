@@ -66,7 +66,7 @@ def wrong() -> dict[str, str]:
         try:
             role(**needed)  # type: ignore[arg-type]
         except ValidationError as error:
-            found |= {variable(str(one["loc"][0])): one["msg"] for one in error.errors()}
+            found |= {variable(str(one["loc"][0])): one["msg"].removeprefix("Value error, ") for one in error.errors()}
     return found
 
 

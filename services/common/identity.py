@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +17,19 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from qaq_core.base.errors import ConfigError
 from services.common.log import once
-from services.common.settings import CommonSettings
+from services.common.private_files import warn_if_readable
+from services.common.roles import Role
+from services.common.settings import CommonSettings, GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 
 CHECK_S = 1.0
 """How often the files are looked at, at most."""
+
+_ROLES: Mapping[type[CommonSettings], Role] = {
+    RouterSettings: "router",
+    WorkerSettings: "worker",
+    OriginalsSettings: "originals",
+    GatewaySettings: "gateway",
+}
 
 log = structlog.get_logger()
 
@@ -81,6 +90,7 @@ class Identity:
         if self.cert is None or self.key is None:
             return Pems(ca, None, None)
         cert, key = _bytes(self.cert), _bytes(self.key)
+        warn_if_readable(self.key)
         _check_pair(cert, self.cert, key, self.key)
         return Pems(ca, cert, key)
 
@@ -89,12 +99,17 @@ def identity(settings: CommonSettings) -> Identity | None:
     """The identity of a server; None if it has none, which only a server on loopback may.
 
     Raises:
-        ConfigError: the files are missing or cannot be used, or the server would talk in clear with other machines.
+        ConfigError: the files are missing or cannot be used, the certificate is of another role or another CA, or the
+            server would talk in clear with other machines.
     """
     files = {name: getattr(settings, name) for name in ("tls_ca", "tls_cert", "tls_key")}
     missing = [name for name, path in files.items() if path is None]
     if not missing:
-        return Identity(settings.tls_ca, settings.tls_cert, settings.tls_key)  # type: ignore[arg-type]
+        from services.common.own_certificate import check_own  # it needs this module
+
+        who = Identity(settings.tls_ca, settings.tls_cert, settings.tls_key)  # type: ignore[arg-type]
+        check_own(who, _ROLES.get(type(settings)))
+        return who
     if len(missing) < len(files):
         given = ", ".join(f"QAQ_{name.upper()}" for name in missing)
         raise ConfigError(f"a server needs tls_cert, tls_key and tls_ca together; set {given} too")
@@ -153,8 +168,14 @@ def _parsed(pem: bytes, path: Path) -> x509.Certificate:
         certificate = x509.load_pem_x509_certificates(pem)[0]
     except ValueError as error:
         raise ConfigError(f"{path} has no certificate in PEM form") from error
-    if certificate.not_valid_after_utc < datetime.now(UTC):
+    now = datetime.now(UTC)
+    if certificate.not_valid_after_utc < now:
         raise ConfigError(f"the certificate {path} expired at {certificate.not_valid_after_utc}; renew it")
+    if certificate.not_valid_before_utc > now:
+        raise ConfigError(
+            f"the certificate {path} holds from {certificate.not_valid_before_utc} on; set this machine's clock, or "
+            "wait"
+        )
     return certificate
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections import OrderedDict
 from typing import Any
 
 import stamina.instrumentation
 import structlog
 
-_seen: set[str] = set()
+MAX_SEEN = 4096
+
+_seen: OrderedDict[str, None] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -34,8 +37,14 @@ def configure(level: str = "info") -> None:
 
 
 def once(key: str) -> bool:
-    """True the first time a key is seen in this process: `if once("redis-full"): log.warning(…)`."""
+    """True the first time a key is seen in this process: `if once("redis-full"): log.warning(…)`.
+
+    Of keys that name pages, sessions or addresses there may be any number: only the `MAX_SEEN` seen last are known.
+    """
     with _lock:
         first = key not in _seen
-        _seen.add(key)
+        _seen[key] = None
+        _seen.move_to_end(key)
+        if len(_seen) > MAX_SEEN:
+            _seen.popitem(last=False)
         return first

@@ -50,7 +50,7 @@ requantize_failures = Counter(
 )
 originals_missing = Counter("qaq_originals_missing_total", "Rows without an original in the store")
 originals_corrupt = Counter(
-    "qaq_originals_corrupt_total", "Stored pages that were not used: checksum, seal, model or values are wrong"
+    "qaq_originals_corrupt_total", "Pages that were not used or not stored: checksum, seal, model or values are wrong"
 )
 pages_unacked = Gauge("qaq_pages_unacked", "Pages that the originals store has not acknowledged yet")
 page_bytes = Gauge("qaq_page_bytes", "Bytes of pages and codecs in Redis, with their keys")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -12,7 +12,9 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from qaq_core.base.errors import QAQError
-from services.common.identity import Identity
+
+if TYPE_CHECKING:  # who a server is takes roles, whose errors have a status, and those of Redis are among them
+    from services.common.identity import Identity
 
 CONNECT_TIMEOUT_S = 2.0
 CALL_TIMEOUT_S = 5.0

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import psutil
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import NoPermissionError, RedisError, WatchError
 
 from services.common import metrics
 from services.common.log import once
@@ -53,6 +54,11 @@ class Member:
     info: dict[str, Any]
     rss_bytes: int = field(default=0, compare=False)
 
+    @property
+    def draining(self) -> bool:
+        """Whether it hands over what it runs, or has done so, and takes nothing new."""
+        return bool(self.info.get("draining"))
+
     @classmethod
     def parse(cls, kind: str, address: str, raw: bytes | str) -> Member:
         info = json.loads(raw)
@@ -67,9 +73,13 @@ class Registry:
         self._script = redis.register_script(_BEAT)
 
     @contextlib.asynccontextmanager
-    async def announce(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> AsyncIterator[None]:
+    async def announce(
+        self, kind: Kind, address: str, info: Info | Callable[[], Info]
+    ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Keeps a member registered while the context lasts. A callable `info` is called at every heartbeat.
 
+        Yields:
+            a heartbeat for what has changed and is to be known at once; it raises RedisError.
         Raises:
             redis.exceptions.RedisError: the first heartbeat failed. Later ones are retried.
         """
@@ -77,7 +87,7 @@ class Registry:
         await self.members(kind)  # removes those that stopped without a word
         heart = asyncio.create_task(self._keep_beating(kind, address, info), name=f"heartbeat {address}")
         try:
-            yield
+            yield partial(self._beat, kind, address, info)
         finally:
             await ended(heart)
             with contextlib.suppress(RedisError):
@@ -92,8 +102,7 @@ class Registry:
         values = await self._redis.mget([_key(kind, address) for address in addresses])
         gone = [address for address, value in zip(addresses, values, strict=True) if value is None]
         if gone:
-            with contextlib.suppress(NoPermissionError):  # of a user who may only read this kind
-                await self._redis.srem(_set_key(kind), *gone)
+            await self._strike(kind, gone)
         pairs = zip(addresses, values, strict=True)
         return [Member.parse(kind, address, value) for address, value in pairs if value is not None]
 
@@ -110,6 +119,19 @@ class Registry:
                 metrics.registry_failures.inc()
                 if once(f"heartbeat {kind} {address}"):
                     log.warning("heartbeat failed; it is retried", kind=kind, address=address, error=str(error))
+
+    async def _strike(self, kind: Kind, gone: list[str]) -> None:
+        """Takes addresses off the list, unless one has come back since it was looked for."""
+        keys = [_key(kind, address) for address in gone]
+        # The first is of a user who may only read this kind; after the second the next look does it.
+        with contextlib.suppress(NoPermissionError, WatchError):
+            async with self._redis.pipeline(transaction=True) as pipe:
+                await pipe.watch(*keys)
+                if any(await pipe.mget(keys)):
+                    return
+                pipe.multi()
+                pipe.srem(_set_key(kind), *gone)
+                await pipe.execute()
 
     async def _forget(self, kind: Kind, addresses: list[str]) -> None:
         await self._redis.delete(*(_key(kind, address) for address in addresses))

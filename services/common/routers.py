@@ -12,6 +12,7 @@ from qaq.v1 import generate_pb2_grpc
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from services.common.addresses import check_addresses
 from services.common.channel import Dial, open_channel
 from services.common.errors import Unavailable
 from services.common.registry import Registry
@@ -24,8 +25,12 @@ Find = Callable[[], Awaitable[Sequence[str]]]
 
 
 def named(addresses: str) -> Find:
-    """The routers of a comma-separated list, in that order."""
-    listed = [address.strip() for address in addresses.split(",")]
+    """The routers of a comma-separated list, in that order.
+
+    Raises:
+        ConfigError: one is not host:port.
+    """
+    listed = check_addresses(addresses)
 
     async def find() -> Sequence[str]:
         return listed
@@ -55,7 +60,10 @@ def registered(redis: Redis) -> Find:
                     retry_after_ms=RETRY_AFTER_MS,
                 ) from error
         if not addresses:
-            raise Unavailable("no router is registered; start one with `qaq router`", retry_after_ms=RETRY_AFTER_MS)
+            raise Unavailable(
+                "no router is registered; start a stack with `qaq up`, or one alone with `qaq router`, or try again",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
         return random.sample(addresses, len(addresses))
 
     return find

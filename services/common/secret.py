@@ -10,6 +10,7 @@ from blake3 import blake3
 from qaq_core.base.errors import QAQError
 from services.common.identity import is_loopback
 from services.common.log import once
+from services.common.private_files import warn_if_readable
 from services.common.settings import PageSettings
 
 log = structlog.get_logger()
@@ -30,6 +31,8 @@ def check_secret(settings: PageSettings) -> None:
     Raises:
         SecretMissingError: it binds or uses an address that is not loopback.
     """
+    if settings.secret_file is not None:
+        warn_if_readable(settings.secret_file)
     if settings.secret.get_secret_value():
         return
     redis = urlsplit(settings.redis_url.get_secret_value()).hostname

@@ -6,11 +6,15 @@ Port 0 means any free port; the port that was bound is the one that is registere
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, FilePath, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from qaq_core.base.errors import ConfigError
+from services.common import addresses
 
 MIB = 1 << 20
 MIN_SECRET = 16
@@ -31,6 +35,27 @@ def _preset(name: str) -> str:
     return name
 
 
+def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """A check of `addresses` as a validator."""
+
+    def validate(text: str) -> str:
+        try:
+            check(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return text
+
+    return validate
+
+
+def _redis_url(url: SecretStr) -> SecretStr:
+    _checked(addresses.check_redis_url)(url.get_secret_value())
+    return url
+
+
+Host = Annotated[str, AfterValidator(_checked(addresses.check_host))]
+Addresses = Annotated[str, AfterValidator(_checked(addresses.check_addresses))]
+RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 Device = Annotated[str, AfterValidator(_device)]
 PresetName = Annotated[str, AfterValidator(_preset)]
 
@@ -48,12 +73,12 @@ class CommonSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="QAQ_", extra="ignore", validate_default=True, hide_input_in_errors=True
+        env_prefix="QAQ_", extra="ignore", validate_default=True, hide_input_in_errors=True, env_ignore_empty=True
     )
 
-    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
-    host: str = "127.0.0.1"
-    advertise_host: str | None = None
+    redis_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
+    host: Host = "127.0.0.1"
+    advertise_host: Host | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     tls_cert: Path | None = None
@@ -130,7 +155,7 @@ class GatewaySettings(CommonSettings):
     """
 
     port: int = Field(default=8000, ge=0, le=65535)
-    router: str | None = None
+    router: Addresses | None = None
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_body_bytes: int = Field(default=8 * MIB, ge=1)
     max_bodies_bytes: int = Field(default=256 * MIB, ge=1)

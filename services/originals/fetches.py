@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Sequence
 
 import structlog
-import torch
 from qaq.v1 import originals_pb2 as pb
 
 from qaq_core.base.errors import OriginalsError
@@ -60,7 +59,7 @@ def _usable(received: wire.PageAssembly, seals: Seals) -> Page | None:
         reason = "its seal was made with another secret, under another id or of other data"
     elif not seals.is_own(received.seal):
         reason = "another model made it"
-    elif not all(torch.isfinite(bound) for bound in torch.aminmax(page.data)):
+    elif not received.finite:
         reason = "it holds NaN or infinity"
     else:
         return page

@@ -12,9 +12,9 @@ from qaq_core.kernels import make_encoder
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.originals.store import PageStore
 
-_OF_MODELS = 8
+_OF_MODELS_BYTES = 512 << 20
+"""Tables of models that are kept, and of single sequences, which have a base; the oldest are read from Redis again."""
 _OF_SEQUENCES_BYTES = 256 << 20
-"""Memory for quantizers of single sequences, which have a base; the oldest are read from Redis again."""
 
 
 class Quantizers:
@@ -28,6 +28,7 @@ class Quantizers:
         self._store, self._threads = store, threads
         self._of_models: OrderedDict[bytes, Quantizer] = OrderedDict()
         self._of_sequences: OrderedDict[bytes, Quantizer] = OrderedDict()
+        self._sizes: dict[bytes, int] = {}  # of their tables
 
     async def get(self, codec_id: bytes) -> Quantizer:
         """The quantizer of that id.
@@ -38,6 +39,9 @@ class Quantizers:
         for kept in (self._of_sequences, self._of_models):
             if codec_id in kept:
                 kept.move_to_end(codec_id)
+                base = kept[codec_id].base
+                if base is not None:
+                    self._of_models.move_to_end(base.id)
                 return kept[codec_id]
         tables = await self._store.get_codec(codec_id)
         if tables is None:
@@ -48,7 +52,7 @@ class Quantizers:
             raise FailedPrecondition(f"codec {codec_id.hex()} is stored damaged; call PutCodec again") from error
         if quantizer.id != codec_id:
             raise FailedPrecondition(f"codec {codec_id.hex()} is stored with other tables; call PutCodec again")
-        self._keep(quantizer)
+        self._keep(quantizer, len(tables))
         return quantizer
 
     async def parse(self, tables: bytes) -> Quantizer:
@@ -62,16 +66,21 @@ class Quantizers:
         base = None if base_id is None else await self.get(base_id)
         return await self._in_thread(_parsed, tables, base)
 
-    def _keep(self, quantizer: Quantizer) -> None:
+    def _keep(self, quantizer: Quantizer, size: int) -> None:
+        if quantizer.base is not None and quantizer.base.id not in self._of_models:
+            return  # it has gone meanwhile, and would live on in this one
+        of_model = quantizer.base is None
+        kept, most = (self._of_models, _OF_MODELS_BYTES) if of_model else (self._of_sequences, _OF_SEQUENCES_BYTES)
+        kept[quantizer.id], self._sizes[quantizer.id] = quantizer, size
+        while len(kept) > 1 and sum(self._sizes[one] for one in kept) > most:
+            self._drop(*kept.popitem(last=False))
+
+    def _drop(self, codec_id: bytes, quantizer: Quantizer) -> None:
+        """Forgets one that is kept no longer, and those of which it is the base."""
+        del self._sizes[codec_id]
         if quantizer.base is None:
-            self._of_models[quantizer.id] = quantizer
-            while len(self._of_models) > _OF_MODELS:
-                self._of_models.popitem(last=False)
-            return
-        kept = self._of_sequences
-        kept[quantizer.id] = quantizer
-        while len(kept) > 1 and sum(one.own_bytes for one in kept.values()) > _OF_SEQUENCES_BYTES:
-            kept.popitem(last=False)
+            for other in [other for other, one in self._of_sequences.items() if one.base is quantizer]:
+                self._drop(other, self._of_sequences.pop(other))
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)

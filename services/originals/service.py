@@ -74,11 +74,22 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
         return reply
 
     async def _put(self, page: wire.PageAssembly, holder: str) -> bool:
-        """Stores a page. The first one of an id is kept, unless it is not whole or not of this deployment."""
+        """Stores a page. The first one of an id is kept, unless it is not whole or not of this deployment.
+
+        A page that is no numbers is of use to nobody: every prompt that begins with it would be computed from there.
+        """
         if not self._seals.fits(page.seal, page.page_id, page.shape, page.data):
             raise PermissionDenied(
                 f"page {page.page_id.hex()[:12]}… is not sealed with this cache service's secret; give it and the "
                 "workers the same QAQ_SECRET"
+            )
+        if not page.finite:
+            metrics.originals_corrupt.inc()
+            if once("page that is no numbers"):
+                log.warning("a worker's page holds NaN or infinity; such pages are not stored", page=page.page_id.hex())
+            raise InvalidArgument(
+                f"page {page.page_id.hex()[:12]}… holds NaN or infinity and is not stored; run the model in float32 or "
+                "bfloat16 if float16 overflows"
             )
         facts = (page.page_id, page.shape, page.seal, page.data, holder)
         return await self._store.put(*facts) or (

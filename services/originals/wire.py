@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from qaq.v1 import originals_pb2 as pb
 
 from qaq_core.base.pages import Page, PageShape
@@ -112,6 +113,12 @@ class PageAssembly:
 
     def page(self) -> Page:
         return Page.from_bytes(self.page_id, self.shape, self.data)
+
+    @property
+    def finite(self) -> bool:
+        """Whether a complete page holds neither NaN nor infinity."""
+        values = torch.frombuffer(self.data, dtype=self.shape.torch_dtype)
+        return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values))
 
 
 def codec_chunks(codec_id: bytes, tables: bytes) -> list[pb.PutCodecRequest]:

@@ -92,13 +92,20 @@ class Callers:
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not 0 < len(key) <= MAX_KEY:
             raise Unauthenticated(
-                "a key is needed; send it as `authorization: Bearer KEY` (`qaq key` makes one)", reason=INVALID_KEY
+                "a key is needed; set QAQ_API_KEY to it for `qaq` commands, or send it as `authorization: Bearer KEY` "
+                "(`qaq up` names one, `qaq key` makes one)",
+                reason=INVALID_KEY,
             )
         digest = tenants.hashed(key.strip())
         # By a part of the hash, so that the whole one is compared in constant time.
         expected, tenant = self._keys.get(digest[:16], ("", None))
         if tenant is None or not hmac.compare_digest(digest, expected):
-            raise Unauthenticated("this key is of no tenant; check it, or ask for another one", reason=INVALID_KEY)
+            placeholder = "" if key.startswith(tenants.PREFIX) else f" (keys of QAQ begin with {tenants.PREFIX})"
+            raise Unauthenticated(
+                f"this key is of no tenant{placeholder}; set QAQ_API_KEY to the one that `qaq up` or `qaq key` names, "
+                "or ask for another one",
+                reason=INVALID_KEY,
+            )
         return tenant
 
     def _follow(self, path: Path) -> None:

@@ -51,6 +51,8 @@ class RouterServer:
         """
         settings = self._settings
         callers = Callers(settings.tenants_file)
+        if settings.smg and settings.tenants_file is not None:
+            _log.warning("smg and tenants_file are set: SMG sends no keys, so its calls are refused; unset one of them")
         if settings.tenants_file is None and not settings.client_certificates and not is_loopback(settings.host):
             _open_to_all(settings)
         async with contextlib.AsyncExitStack() as stack:

@@ -71,7 +71,7 @@ class WorkerLink:
 
 
 class WorkerPool:
-    """Follows the registry. A worker that left it gets no new generations, and finishes those that it runs.
+    """Follows the registry. A worker that left it or drains gets no new generations, and finishes those that it runs.
 
     Attributes:
         refreshed: called after each refresh of the workers and their facts.
@@ -146,7 +146,8 @@ class WorkerPool:
     async def refresh(self) -> None:
         """Updates the list of workers and the facts of each."""
         try:
-            addresses = {member.address for member in await self._registry.members("worker")}
+            members = await self._registry.members("worker")
+            addresses = {member.address for member in members if not member.draining}
         except RedisError as error:
             metrics.registry_failures.inc()
             if once("list workers"):
@@ -180,6 +181,7 @@ class WorkerPool:
 
 def no_worker() -> Unavailable:
     return Unavailable(
-        "no worker is ready; one may still be loading its model: try again, or start one with `qaq worker`",
+        "no worker is ready; one may still be loading its model: try again, or start one with `qaq worker`, or in a "
+        "stack of `qaq up` with `qaq scale`",
         retry_after_ms=RETRY_AFTER_MS,
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 import structlog
 from qaq.v1 import worker_pb2_grpc
+from redis.exceptions import RedisError
 
 from qaq_core import calibration
 from qaq_core.models import LoadedModel, compile_layers, load_model
@@ -38,6 +42,7 @@ class WorkerServer:
 
     Attributes:
         progress: the current stage of the start and its progress from 0 to 1.
+        draining: it takes nothing new, and is to be stopped.
     """
 
     def __init__(self, settings: WorkerSettings, loaded: LoadedModel | None = None) -> None:
@@ -45,7 +50,9 @@ class WorkerServer:
         self._settings = settings
         self._loaded = loaded
         self._resources, self._registration = AsyncExitStack(), AsyncExitStack()
+        self._tell: Callable[[], Awaitable[None]] | None = None
         self.scheduler: Scheduler | None = None
+        self.draining = False
 
     async def start(self) -> str:
         """Loads the model, serves it, and returns the address as host:port.
@@ -82,23 +89,36 @@ class WorkerServer:
             server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)
             address = await server.start()
             stack.push_async_callback(server.stop)
-            facts = {"pid": os.getpid(), "model": loaded.name, "fingerprint": loaded.fingerprint}
-            await self._registration.enter_async_context(Registry(redis).announce("worker", address, facts))
+            known = {"pid": os.getpid(), "model": loaded.name, "fingerprint": loaded.fingerprint}
+
+            def facts() -> dict[str, Any]:
+                return {**known, "draining": True} if self.draining else known
+
+            announced = Registry(redis).announce("worker", address, facts)
+            self._tell = await self._registration.enter_async_context(announced)
             self.scheduler = scheduler
             self._resources = stack.pop_all()
         return address
 
     async def drain(self) -> int:
-        """Leaves the registry and ends each stream with UNAVAILABLE, so that its router continues it on another
-        worker from the stored pages. The server stays up and accepts nothing. Returns the number of streams.
+        """Ends each stream with UNAVAILABLE, so that its router continues it on another worker from the stored pages.
+
+        The server stays up, accepts nothing, and says so in the registry. Returns the number of streams.
         """
-        await self._registration.aclose()
-        return await asyncio.to_thread(self.scheduler.drain, DRAIN_TIMEOUT_S) if self.scheduler else 0
+        self.draining = True
+        if self._tell is not None:
+            with contextlib.suppress(RedisError):  # the next heartbeat says it
+                await self._tell()
+        return await self._hand_over()
 
     async def stop(self) -> None:
-        """Drains the worker and closes everything."""
-        await self.drain()
+        """Leaves the registry, hands over what runs, and closes everything."""
+        await self._registration.aclose()
+        await self._hand_over()
         await self._resources.aclose()
+
+    async def _hand_over(self) -> int:
+        return await asyncio.to_thread(self.scheduler.drain, DRAIN_TIMEOUT_S) if self.scheduler else 0
 
     def _load(self) -> LoadedModel:
         settings = self._settings

@@ -94,7 +94,8 @@ async def test_a_drained_worker_hands_over(client: Stub, redis: Redis, workers: 
     await task
     assert heard == expected
 
-    assert [member.address for member in await Registry(redis).members("worker")] == [staying]
+    members = await Registry(redis).members("worker")
+    assert {member.address: member.draining for member in members} == {staying: False, leaving: True}
     assert await holder(client, running) == staying
     moved: list[int] = []
     await stream(client, idle, STORY, moved)  # an idle session is taken up there as well

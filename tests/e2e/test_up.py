@@ -60,6 +60,8 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
             found = json.loads((tmp_path / "status.json").read_text())
             assert len(found["workers"]) == count
             assert all(found["workers"].values())
+            if count == 2:
+                a_drained_worker_is_replaced(sorted(found["workers"]), tmp_path)
         assert found["originals"]
         assert len(found["routers"]) == 1
         assert found["restarts"] == {}
@@ -75,6 +77,18 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
     assert (gone.returncode, "no stack is running; start one" in gone.stderr) == (1, True)
 
 
+def a_drained_worker_is_replaced(workers: list[str], place: Path) -> None:
+    """Two serve before and after; the drained one is gone."""
+    drained = qaq("drain", workers[0])
+    assert (drained.returncode, "The worker is stopped." in drained.stdout) == (0, True), drained.stderr
+    shown = qaq("status", "--json", place / "status.json")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads((place / "status.json").read_text())
+    assert (len(found["workers"]), found["draining"]) == (2, [])
+    assert workers[1] in found["workers"]
+    assert workers[0] not in found["workers"]
+
+
 def private_and_on_loopback(running: StackState) -> None:
     """Nothing of the stack can be reached from elsewhere or read by others."""
     assert running.directory.stat().st_mode & 0o777 == 0o700
@@ -86,6 +100,7 @@ def private_and_on_loopback(running: StackState) -> None:
     }
     assert {running.router, running.gateway, running.ray_address} <= heard
     assert {each.rpartition(":")[0] for each in heard} == {"127.0.0.1"}, heard
+    assert not [each for each in heard if each.endswith(":44217")], "Ray's autoscaler shows its metrics to everybody"
     for process in processes:
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
             assert not line.startswith("Umask") or line.split()[1] == "0077", process.cmdline()

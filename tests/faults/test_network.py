@@ -46,13 +46,15 @@ def hosts(processes: Processes) -> Iterator[Hosts]:
             pytest.skip(f"no network namespace can be made here: {error}")
         head, _, at = processes.redis.url.rpartition("@")
         redis = stack.enter_context(Proxy(at.partition("/")[0], other.here))
-        settings = {"QAQ_PAGE_TOKENS": str(PAGE_TOKENS), "QAQ_PREFIX_RECOMPUTE_TOKENS": "1"}
+        # What is not on loopback has a secret, and says that it means to be without TLS.
+        apart = {"QAQ_INSECURE": "1", "QAQ_SECRET": "of two hosts and no other"}
+        settings = {"QAQ_PAGE_TOKENS": str(PAGE_TOKENS), "QAQ_PREFIX_RECOMPUTE_TOKENS": "1", **apart}
         port = free_port()
         far = {"QAQ_REDIS_URL": f"{head}@{redis.address}/0", "QAQ_METRICS_PORT": str(port)}
         started = [
             processes.start("worker", **settings),
             processes.start("worker", other.there, other.inside, **settings, **far),
-            processes.start("originals", other.here),
+            processes.start("originals", other.here, **apart),
             processes.start("router"),
             processes.start("router"),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 
 import jsonschema
@@ -16,7 +17,9 @@ from qaq_eval.cli import bench_chaos
 from services.cluster import control
 from services.cluster.state import StackSettings, StackState
 from services.common import streams
+from services.common.channel import open_channel
 from services.common.errors import Unavailable
+from services.common.keys import authorization
 from services.common.redis import connect
 from services.common.routers import Routers, registered
 from services.common.streams import Stream
@@ -37,7 +40,7 @@ def test_a_stack_is_broken_at_random_and_then_for_good(
         settings = StackSettings(model=str(default_model_path()), port=0)
         with control.attached(settings, lambda *_: None) as running:
             # Its first faults, by the seed: the router is killed, then the cache service.
-            bench_chaos.run(running.redis["url"], 0.05, 2, 200, "fp16", 1, 20, out)
+            bench_chaos.run(running, 0.05, 2, 200, "fp16", 20, out)
             assert "nothing lost or repeated" in " ".join(capsys.readouterr().out.split())
             asyncio.run(end(running, monkeypatch))
         until_nothing_is_left(place)
@@ -52,7 +55,8 @@ async def end(running: StackState, monkeypatch: pytest.MonkeyPatch) -> None:
     owned = psutil.Process(running.pid).children(recursive=True)
     (raylet,) = [child for child in owned if child.name() == "raylet"]
     redis, heard = connect(running.redis["url"]), Heard()
-    routers = Routers(registered(redis))
+    dial = partial(open_channel, identity=running.access.identity("client"), role="router")
+    routers = Routers(registered(redis), dial)
     request = generate_pb2.GenerateRequest(
         prompt="Once",
         sampling=common_pb2.SamplingParams(temperature=0),
@@ -63,7 +67,7 @@ async def end(running: StackState, monkeypatch: pytest.MonkeyPatch) -> None:
         raylet.kill()
 
     with pytest.raises(Unavailable, match="the router went away after"):
-        await listen(aiter(Stream(routers, request, 120, ())), heard, 8, kill)
+        await listen(aiter(Stream(routers, request, 120, authorization(running.key("client")))), heard, 8, kill)
     assert len(heard.tokens) >= 8
     await routers.close()
     await redis.aclose()

@@ -60,6 +60,7 @@ def started(command: str, line: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("command", "line", "signals"),
     [
+        ("up", "stack: starting its processes", [SIGINT]),
         ("up", "ray: starting", [SIGINT, SIGINT]),
         ("up", "ray: head", [SIGKILL]),
         pytest.param("up", "redis: starting", [SIGTERM], marks=long),
@@ -71,9 +72,13 @@ def test_the_command(command: str, line: str, signals: list[signal.Signals], pla
     process = started(command, line)
     for number in signals:
         process.send_signal(number)
-    assert process.wait(200) != 0
+    assert process.wait(200) == (130 if SIGINT in signals else -SIGKILL if SIGKILL in signals else 128 + signals[0])
     assert process.stderr is not None
     until_nothing_is_left(place)
+    if signals == [SIGINT]:
+        told = process.stderr.read()
+        assert "stack: stopping Redis, Ray and the servers" in told
+        assert told.rstrip().endswith("interrupted")
     assert claim.current() is None
     process.stderr.close()
 

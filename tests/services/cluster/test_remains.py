@@ -141,6 +141,24 @@ def test_what_a_killed_owner_has_left_is_ended(directory: Path, run: list[subpro
         assert claim.current() == owner(after)
 
 
+def test_a_stack_without_a_record_is_found_by_its_directory(
+    directory: Path, run: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of `qaq demo` is, whose guard and host were both killed."""
+    lives, unclaimed = directory.parent / "qaq-lives", directory.parent / "qaq-other"
+    for each in (lives, unclaimed):
+        each.mkdir(0o700)
+    left = marked(directory, SLEEP)
+    run.append(left)
+    with claim.marked(owner(lives)):
+        with claim.marked(owner(directory)):
+            assert claim.clear_abandoned(directory.parent) == []
+        monkeypatch.setattr(remains, "base", lambda: directory.parent)
+        claim.clean()
+        assert not psutil.pid_exists(left.pid)
+        assert (directory.exists(), lives.exists(), unclaimed.exists()) == (False, True, True)
+
+
 def test_a_damaged_record_is_told(directory: Path) -> None:
     state.directory().mkdir()
     (state.directory() / "owner.json").write_text("{")

@@ -48,11 +48,17 @@ def up(*options: str, **environment: str) -> str:
         ("QAQ_KERNEL", "quick", "QAQ_KERNEL must be one of"),
         ("QAQ_LOG_LEVEL", "loud", "log_level: "),
         ("QAQ_HOST", "10.255.255.1", "set QAQ_HOST"),
+        ("QAQ_MODEL", "a model/of nobody", "is not there; give"),
         ("QAQ_MODEL", "/nowhere/model.gguf", "is not there; give"),
     ],
 )
 def test_a_bad_variable_is_told_before_anything_starts(name: str, value: str, words: str) -> None:
     assert words in up(**{name: value})
+
+
+def test_smg_sends_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roles, "require", lambda module: None)  # installed or not
+    assert "SMG sends no keys; add --no-keys, or unset QAQ_SMG" in up(QAQ_SMG="1")
 
 
 def test_bad_settings_of_a_gateway_matter_where_there_is_one() -> None:

@@ -60,6 +60,25 @@ async def test_a_member_without_heartbeat_is_forgotten(redis: Redis) -> None:
         assert await redis.smembers("qaq:members:originals") == set()
 
 
+async def test_a_member_that_comes_back_at_that_moment_stays_listed(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at its heartbeat and its removal from the list."""
+    registry, look = Registry(redis), redis.mget
+    async with registry.announce("worker", "a:1", {}):
+        await redis.delete("qaq:member:worker:a:1")
+
+        async def late(keys: list[str]) -> list[bytes | None]:
+            seen = await look(keys)
+            await registry._beat("worker", "a:1", {})
+            return seen
+
+        monkeypatch.setattr(redis, "mget", late)
+        assert await registry.members("worker") == []
+        monkeypatch.undo()
+        assert [member.address for member in await registry.members("worker")] == ["a:1"]
+
+
 async def test_a_member_comes_back_after_redis_lost_everything(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
     registry = Registry(redis)

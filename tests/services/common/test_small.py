@@ -50,6 +50,13 @@ def test_once() -> None:
     assert log.once("another key of a test")
 
 
+def test_once_knows_the_last_keys_alone() -> None:
+    for number in range(2 * log.MAX_SEEN):
+        assert log.once(f"page {number}")
+        assert not log.once("page 0")  # what comes again and again stays known
+    assert len(log._seen) == log.MAX_SEEN
+
+
 def test_logs_are_json_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         log.configure("info")

@@ -16,10 +16,12 @@ from redis.asyncio import Redis
 from qaq_core.base.errors import OriginalsError
 from qaq_core.base.rows import RowReply, RowRequest
 from qaq_core.kernels import NativeEncoder, load_library
+from qaq_core.quantization.codecs import ProgressiveCodec
 from qaq_core.quantization.quantizer import Quantizer
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.settings import OriginalsSettings
+from services.originals import quantizers
 from services.originals.client import RemoteOriginals
 from services.originals.quantizers import Quantizers
 from services.originals.server import OriginalsServer
@@ -83,6 +85,26 @@ async def test_a_worker_replaces_a_damaged_one(redis: Redis, redis_server: Embed
     finally:
         remote.close()
         await second.stop()
+
+
+async def test_what_is_kept_is_bounded_by_bytes(
+    kept: Quantizers, redis: Redis, quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of models, and with them the quantizers of sequences, which would keep their bases."""
+    size = len(quantizer.to_bytes())
+    monkeypatch.setattr(quantizers, "_OF_MODELS_BYTES", 3 * size)
+    orders = [[0] * n + [1] + [0] * (8 - n) + [1] * 7 for n in range(6)]
+    models = [Quantizer(quantizer.transform, ProgressiveCodec([order, [0, 1] * 8])) for order in orders]
+    sequences = [model.centered_on(torch.ones(3, 2, 2, 64, 16), 0) for model in models]
+    for one in [*models, *sequences]:
+        await redis.set(f"qaq:codec:{one.id.hex()}", one.to_bytes())
+    for one in sequences:
+        await kept.get(one.id)
+        await kept.get(sequences[0].id)  # what is used stays
+    assert sum(len(one.to_bytes()) for one in kept._of_models.values()) <= 3 * size
+    assert {one.base.id for one in kept._of_sequences.values()} <= set(kept._of_models)
+    assert models[0].id in kept._of_models
+    assert set(kept._sizes) == {*kept._of_models, *kept._of_sequences}
 
 
 async def answered(remote: RemoteOriginals, rows: RowRequest, quantizer: Quantizer) -> RowReply | None:

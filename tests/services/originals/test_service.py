@@ -17,12 +17,15 @@ from redis.asyncio import Redis
 
 from qaq_core.base.pages import Page, PageShape
 from qaq_core.quantization.quantizer import Quantizer
+from services.common import metrics
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import OriginalsSettings
 from services.originals import wire
 from services.originals.page_format import PageFormat
 from services.originals.server import OriginalsServer
+from services.originals.store import PageStore
+from tests.services.metric import value
 from tests.services.originals.conftest import SHAPE, getranges, make_pages, make_request, seal, status
 
 Code = grpc.StatusCode
@@ -118,6 +121,19 @@ async def test_a_page_that_is_not_sealed_with_the_secret_is_refused(stub: Stub, 
     assert (await stub.Put(chunks(page), timeout=10)).pages_stored == 1
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+async def test_a_page_that_is_no_numbers_is_not_stored(stub: Stub, redis: Redis, wrong: float, dtype: str) -> None:
+    (page,) = make_pages(1, dataclasses.replace(SHAPE, dtype=dtype))
+    page.data[2, 1, 0, 3, 5] = wrong
+    before = value(metrics.originals_corrupt)
+    code, message = await status(stub.Put(chunks(page), timeout=10))
+    assert code is Code.INVALID_ARGUMENT
+    assert "holds NaN or infinity and is not stored" in message
+    assert value(metrics.originals_corrupt) == before + 1
+    assert await redis.keys("qaq:page:*") == []
+
+
 async def test_a_false_page_does_not_keep_the_right_one_out(stub: Stub, redis: Redis) -> None:
     """Written to Redis itself, by somebody without the secret: garbage, another page, and one cut off."""
     page, other = make_pages(2)
@@ -142,11 +158,13 @@ async def test_a_false_page_does_not_keep_the_right_one_out(stub: Stub, redis: R
 
 
 async def test_rows_without_numbers_are_missing(stub: Stub, redis: Redis, quantizer: Quantizer) -> None:
-    """A page of NaN fails no batch."""
+    """A page of NaN, which stands in Redis from earlier, fails no batch."""
     pages = make_pages(3)
     pages[1].data[:, :, 1] = torch.nan
     pages[2].data[0] = torch.inf
-    await stub.Put(chunks(*pages), timeout=10)
+    store = PageStore(redis, ttl_s=60)
+    for page in pages:
+        await store.put(page.id, page.shape, seal(page), page.to_bytes())
     await put_codec(stub, quantizer)
     rows = make_request(pages, 200, 1)
     reply = await stub.Requantize(wire.row_request_message(rows, quantizer.id), timeout=10)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -14,6 +15,7 @@ from qaq.v1 import common_pb2, generate_pb2_grpc, worker_pb2, worker_pb2_grpc
 from redis.asyncio import Redis
 
 from services.common.embedded_redis import EmbeddedRedis
+from services.common.redis import connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer
 from services.common.settings import RouterSettings
@@ -71,15 +73,15 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
 
 
 @contextlib.asynccontextmanager
-async def running_worker(redis: Redis) -> AsyncIterator[CountingWorker]:
-    """One more worker, registered while the context lasts."""
+async def running_worker(redis: Redis, facts: Mapping[str, Any] | None = None) -> AsyncIterator[CountingWorker]:
+    """One more worker, registered while the context lasts, with facts that may change."""
     worker = CountingWorker()
     worker.gate.set()
     server = GrpcServer()
     server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, worker)
     worker.address = await server.start()
     try:
-        async with Registry(redis).announce("worker", worker.address, {}):
+        async with Registry(redis).announce("worker", worker.address, lambda: facts or {}):
             yield worker
     finally:
         await server.stop(0)
@@ -139,6 +141,32 @@ async def channel(worker: CountingWorker, smg_settings: RouterSettings) -> Async
 @pytest.fixture
 def engine(channel: grpc.aio.Channel) -> Stub:
     return Stub(channel)
+
+
+@pytest.fixture
+def maxmemory() -> str | None:
+    """Of `own_server`; None is the default. A file of tests may say otherwise."""
+    return None
+
+
+@pytest.fixture
+def own_server(maxmemory: str | None) -> Iterator[EmbeddedRedis]:
+    """A Redis of one test alone, which keeps its data between `terminate` and `start`."""
+    with EmbeddedRedis(maxmemory=maxmemory, persist=True) as server:
+        yield server
+
+
+@pytest.fixture
+async def own_redis(own_server: EmbeddedRedis) -> AsyncIterator[Redis]:
+    client = connect(own_server.url)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def own_settings(own_server: EmbeddedRedis, model_path: Path) -> RouterSettings:
+    """Of a router over it."""
+    return RouterSettings(redis_url=own_server.url, port=0, model=str(model_path))
 
 
 @contextlib.asynccontextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,7 +12,6 @@ from redis.asyncio import Redis
 
 from services.common import registry
 from services.common.embedded_redis import EmbeddedRedis
-from services.common.redis import connect
 from services.common.settings import RouterSettings
 from services.router import hold, sessions, workers
 from services.router.placement import make
@@ -29,35 +26,26 @@ OPEN = generate_pb2.OpenSessionRequest(cache={"preset": "fp16"})
 
 
 @pytest.fixture
-async def small(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EmbeddedRedis]:
-    """A small Redis, in which members and holds expire soon."""
+def maxmemory() -> str:
+    return "8mb"
+
+
+@pytest.fixture(autouse=True)
+def expiring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members and holds expire soon."""
     for module, name in ((registry, "TTL_S"), (hold, "HOLD_TTL_S"), (sessions, "HOLD_TTL_S")):
         monkeypatch.setattr(module, name, 2)
     for module, name in ((registry, "HEARTBEAT_S"), (hold, "REFRESH_S")):
         monkeypatch.setattr(module, name, 0.1)
-    with EmbeddedRedis(maxmemory="8mb", persist=True) as server:
-        yield server
 
 
-@pytest.fixture
-async def other(small: EmbeddedRedis) -> AsyncIterator[Redis]:
-    client = connect(small.url)
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
-def settings(small: EmbeddedRedis, model_path: Path) -> RouterSettings:
-    return RouterSettings(redis_url=small.url, port=0, model=str(model_path))
-
-
-async def test_streams_go_on_and_later_calls_succeed(settings: RouterSettings, other: Redis) -> None:
-    async with running_worker(other) as worker, running_router(settings) as client:
+async def test_streams_go_on_and_later_calls_succeed(own_settings: RouterSettings, own_redis: Redis) -> None:
+    async with running_worker(own_redis) as worker, running_router(own_settings) as client:
         session, idle = [(await client.OpenSession(OPEN)).session_id for _ in range(2)]
         worker.gate.clear()
         kept = await begun(client.Generate(request(new=40, session_id=session), timeout=60))
         alone = await begun(client.Generate(request(new=40), timeout=60))
-        async with filled(other):
+        async with filled(own_redis):
             for call in (
                 lambda: client.OpenSession(OPEN, timeout=30),
                 lambda: client.OpenSession(generate_pb2.OpenSessionRequest(branch_of=idle), timeout=30),
@@ -68,24 +56,24 @@ async def test_streams_go_on_and_later_calls_succeed(settings: RouterSettings, o
                 assert (error.code(), "Redis is full" in error.details()) == (Code.RESOURCE_EXHAUSTED, True)
                 assert dict(error.trailing_metadata())["retry-after-ms"]
             await asyncio.sleep(2.2)  # nobody expires meanwhile
-            assert await other.exists(f"qaq:session:{session}:run")
+            assert await own_redis.exists(f"qaq:session:{session}:run")
             assert (await client.GetModel(generate_pb2.GetModelRequest())).workers == 1
             worker.gate.set()
             for stream in (kept, alone):
                 *_, last = await replies(stream)
                 assert last.HasField("finished")
-            assert len(await SessionDirectory(other, 600).tokens(session)) == len(worker.asked[0].token_ids) + 40
+            assert len(await SessionDirectory(own_redis, 600).tokens(session)) == len(worker.asked[0].token_ids) + 40
         assert (await client.OpenSession(OPEN)).session_id
         for asked in (request(session_id=session), request()):
             assert (await replies(client.Generate(asked, timeout=30)))[-1].HasField("finished")
 
 
-async def test_members_that_are_lost_come_back(settings: RouterSettings, other: Redis) -> None:
+async def test_members_that_are_lost_come_back(own_settings: RouterSettings, own_redis: Redis) -> None:
     """As after a Redis that lost everything, or stood still for longer than members last."""
-    async with running_worker(other), running_router(settings) as client:
+    async with running_worker(own_redis), running_router(own_settings) as client:
         await replies(client.Generate(request(), timeout=30))
-        async with filled(other):
-            await other.delete(*[key async for key in other.scan_iter("qaq:member*")])
+        async with filled(own_redis):
+            await own_redis.delete(*[key async for key in own_redis.scan_iter("qaq:member*")])
             await asyncio.sleep(0.5)
 
         codes: set[grpc.StatusCode] = set()
@@ -121,29 +109,29 @@ async def test_a_router_looks_for_workers_after_any_error(redis: Redis, monkeypa
 
 
 async def test_the_last_tokens_are_written_when_redis_is_back(
-    small: EmbeddedRedis, settings: RouterSettings, other: Redis
+    own_server: EmbeddedRedis, own_settings: RouterSettings, own_redis: Redis
 ) -> None:
-    async with running_worker(other) as worker, running_router(settings) as client:
+    async with running_worker(own_redis) as worker, running_router(own_settings) as client:
         session, stream, count = await half(client, worker)
-        small.terminate()
+        own_server.terminate()
         worker.gate.set()
         ending = asyncio.create_task(replies(stream))
         await asyncio.sleep(0.5)
-        small.start()
+        own_server.start()
         assert (await ending)[-1].HasField("finished")
-        assert len(await SessionDirectory(other, 600).tokens(session)) == count
+        assert len(await SessionDirectory(own_redis, 600).tokens(session)) == count
 
 
 async def test_a_log_that_cannot_be_written_is_said(
-    small: EmbeddedRedis, settings: RouterSettings, other: Redis
+    own_server: EmbeddedRedis, own_settings: RouterSettings, own_redis: Redis
 ) -> None:
     """After every token has come. Who rejoins the session gets the same ones."""
-    settings = settings.model_copy(update={"resume_timeout_s": 0.1})
-    async with running_worker(other) as worker, router_channel(settings) as channel:
+    own_settings = own_settings.model_copy(update={"resume_timeout_s": 0.1})
+    async with running_worker(own_redis) as worker, router_channel(own_settings) as channel:
         client = Stub(channel)
         session, stream, count = await half(client, worker)
         tokens: list[int] = []
-        small.terminate()
+        own_server.terminate()
         worker.gate.set()
 
         async def read() -> None:
@@ -155,7 +143,7 @@ async def test_a_log_that_cannot_be_written_is_said(
         assert (caught.value.code(), len(tokens)) == (Code.UNAVAILABLE, 39)
         assert "every token was sent" in (caught.value.details() or "")
         assert dict(caught.value.trailing_metadata())["retry-after-ms"]
-        small.start()
+        own_server.start()
 
         async def rejoined() -> bool:
             try:
@@ -165,7 +153,7 @@ async def test_a_log_that_cannot_be_written_is_said(
             return rest[-1].HasField("finished")
 
         await until(rejoined, "the rest of the turn")
-        log = await SessionDirectory(other, 600).tokens(session)
+        log = await SessionDirectory(own_redis, 600).tokens(session)
         assert log[count - 40 : count] == [*range(count - 40, count)]
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import grpc
 import numpy as np
@@ -14,7 +13,6 @@ from qaq.v1 import generate_pb2, generate_pb2_grpc
 from redis.asyncio import Redis
 
 from services.common.embedded_redis import EmbeddedRedis
-from services.common.redis import connect
 from services.common.settings import RouterSettings
 from services.router import hold
 
@@ -24,25 +22,6 @@ from .test_service import replies, request, until
 
 Stub = generate_pb2_grpc.InferenceStub
 NEW = 6
-
-
-@pytest.fixture
-def server() -> Iterator[EmbeddedRedis]:
-    """A Redis of this test alone, which keeps its data between `terminate` and `start`."""
-    with EmbeddedRedis(persist=True) as server:
-        yield server
-
-
-@pytest.fixture
-async def redis(server: EmbeddedRedis) -> AsyncIterator[Redis]:
-    client = connect(server.url)
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
-def settings(server: EmbeddedRedis, model_path: Path) -> RouterSettings:
-    return RouterSettings(redis_url=server.url, port=0, model=str(model_path))
 
 
 async def begun(client: Stub, session: str = "") -> grpc.aio.UnaryStreamCall:
@@ -65,102 +44,106 @@ async def opened(client: Stub) -> str:
     return (await client.OpenSession(generate_pb2.OpenSessionRequest())).session_id
 
 
-async def log_of(redis: Redis, session: str) -> list[int]:
-    return np.frombuffer(await redis.get(f"qaq:session:{session}:tokens") or b"", "<i4").tolist()
+async def log_of(own_redis: Redis, session: str) -> list[int]:
+    return np.frombuffer(await own_redis.get(f"qaq:session:{session}:tokens") or b"", "<i4").tolist()
 
 
 @contextlib.asynccontextmanager
-async def waiting(redis: Redis, settings: RouterSettings) -> AsyncIterator[tuple[CountingWorker, Stub]]:
+async def waiting(own_redis: Redis, own_settings: RouterSettings) -> AsyncIterator[tuple[CountingWorker, Stub]]:
     """A worker that stops after the first token, and a router."""
-    async with running_worker(redis) as worker, running_router(settings) as client:
+    async with running_worker(own_redis) as worker, running_router(own_settings) as client:
         worker.gate.clear()
         yield worker, client
 
 
 async def test_the_end_of_a_stream_waits_for_redis(
-    server: EmbeddedRedis, redis: Redis, settings: RouterSettings
+    own_server: EmbeddedRedis, own_redis: Redis, own_settings: RouterSettings
 ) -> None:
-    async with waiting(redis, settings) as (worker, client):
+    async with waiting(own_redis, own_settings) as (worker, client):
         session = await opened(client)
         call = await begun(client, session)
-        server.terminate()
+        own_server.terminate()
         worker.gate.set()
         for index in range(1, NEW):
             assert (await call.read()).token.index == index
         end = asyncio.create_task(call.read())
         await asyncio.wait([end], timeout=1.0)
         assert not end.done(), "a next turn would not see the last tokens"
-        server.start()
+        own_server.start()
         assert (await end).HasField("finished")
         n = len(worker.asked[0].token_ids)
-        assert await log_of(redis, session) == [*worker.asked[0].token_ids, *range(n, n + NEW)]
+        assert await log_of(own_redis, session) == [*worker.asked[0].token_ids, *range(n, n + NEW)]
 
 
 async def test_the_end_of_a_call_without_a_session_does_not_wait(
-    server: EmbeddedRedis, redis: Redis, settings: RouterSettings
+    own_server: EmbeddedRedis, own_redis: Redis, own_settings: RouterSettings
 ) -> None:
     """Nobody will read its log."""
-    async with waiting(redis, settings) as (worker, client):
+    async with waiting(own_redis, own_settings) as (worker, client):
         call = await begun(client)
-        server.terminate()
+        own_server.terminate()
         worker.gate.set()
         got = await rest(call)
         assert [reply.WhichOneof("event") for reply in got] == ["token"] * (NEW - 1) + ["finished"]
-        server.start()
+        own_server.start()
 
 
 async def test_without_redis_the_end_comes_with_a_hint(
-    server: EmbeddedRedis, redis: Redis, settings: RouterSettings
+    own_server: EmbeddedRedis, own_redis: Redis, own_settings: RouterSettings
 ) -> None:
-    impatient = settings.model_copy(update={"resume_timeout_s": 0.1})
-    async with waiting(redis, impatient) as (worker, client):
+    impatient = own_settings.model_copy(update={"resume_timeout_s": 0.1})
+    async with waiting(own_redis, impatient) as (worker, client):
         call = await begun(client, await opened(client))
-        server.terminate()
+        own_server.terminate()
         worker.gate.set()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await rest(call)
-        server.start()
+        own_server.start()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert "every token was sent" in caught.value.details()
     assert int(dict(caught.value.trailing_metadata())["retry-after-ms"]) > 0
 
 
 async def test_a_worker_may_go_away_while_redis_is_away(
-    server: EmbeddedRedis, redis: Redis, settings: RouterSettings
+    own_server: EmbeddedRedis, own_redis: Redis, own_settings: RouterSettings
 ) -> None:
-    async with mortal(redis, 2) as one, mortal(redis, 2) as other, running_router(settings) as client:
+    async with mortal(own_redis, 2) as one, mortal(own_redis, 2) as other, running_router(own_settings) as client:
         call = await begun(client, await opened(client))
-        server.terminate()
+        own_server.terminate()
         tokens = [(await call.read()).token.index for _ in range(1, NEW)]
         assert tokens == list(range(1, NEW))
         assert len(one.asked + other.asked) > 1
-        server.start()
+        own_server.start()
         assert (await call.read()).HasField("finished")
 
 
 @pytest.mark.parametrize("kept", [True, False])
 async def test_a_session_that_redis_lost_is_written_down_again(
-    server: EmbeddedRedis, redis: Redis, settings: RouterSettings, kept: bool, monkeypatch: pytest.MonkeyPatch
+    own_server: EmbeddedRedis,
+    own_redis: Redis,
+    own_settings: RouterSettings,
+    kept: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hold, "REFRESH_S", 0.05)
-    async with waiting(redis, settings) as (worker, client):
+    async with waiting(own_redis, own_settings) as (worker, client):
         session = await opened(client) if kept else ""
         if kept:
             worker.gate.set()
             await replies(client.Generate(request("Before", new=2, session_id=session)))
             worker.gate.clear()
         call = await begun(client, session)
-        await redis.flushall()
+        await own_redis.flushall()
         worker.gate.set()
         got = await rest(call)
         assert [reply.WhichOneof("event") for reply in got] == ["token"] * (NEW - 1) + ["finished"]
-        left = sorted([key.decode() async for key in redis.scan_iter("qaq:session*")])
+        left = sorted([key.decode() async for key in own_redis.scan_iter("qaq:session*")])
         if not kept:
             assert left == []
             return
         assert left == [f"qaq:session:{session}", f"qaq:session:{session}:tokens", "qaq:sessions", "qaq:sessions:"]
         n = len(worker.asked[-1].token_ids)
-        assert await log_of(redis, session) == [*worker.asked[-1].token_ids, *range(n, n + NEW)]
+        assert await log_of(own_redis, session) == [*worker.asked[-1].token_ids, *range(n, n + NEW)]
 
         async def answered() -> bool:
             """Once the worker's next heartbeat has registered it again."""
@@ -173,24 +156,24 @@ async def test_a_session_that_redis_lost_is_written_down_again(
 
 
 async def test_a_session_that_a_client_closed_stays_closed(
-    redis: Redis, settings: RouterSettings, monkeypatch: pytest.MonkeyPatch
+    own_redis: Redis, own_settings: RouterSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hold, "REFRESH_S", 0.02)
-    async with waiting(redis, settings) as (_, client), running_router(settings) as other:
+    async with waiting(own_redis, own_settings) as (_, client), running_router(own_settings) as other:
         session = await opened(client)
         call = await begun(client, session)
         await other.CloseSession(generate_pb2.CloseSessionRequest(session_id=session))
         with pytest.raises(grpc.aio.AioRpcError, match="was closed while it generated"):
             await rest(call)
-        assert [key async for key in redis.scan_iter("qaq:session*")] == [f"qaq:session:{session}:closed".encode()]
+        assert [key async for key in own_redis.scan_iter("qaq:session*")] == [f"qaq:session:{session}:closed".encode()]
 
 
 async def test_a_client_that_rejoins_takes_the_session_at_once(
-    redis: Redis, settings: RouterSettings, monkeypatch: pytest.MonkeyPatch
+    own_redis: Redis, own_settings: RouterSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its router lives, and only the connection is lost; on the other router, and on the same one."""
     monkeypatch.setattr(hold, "REFRESH_S", 0.05)
-    async with waiting(redis, settings) as (worker, client), running_router(settings) as other:
+    async with waiting(own_redis, own_settings) as (worker, client), running_router(own_settings) as other:
         for router in (other, client):
             session = await opened(client)
             worker.gate.clear()

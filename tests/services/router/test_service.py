@@ -192,6 +192,25 @@ async def test_a_busy_worker_is_passed_over(client: Stub, worker: CountingWorker
         assert len(other.asked) == 1
 
 
+async def test_a_worker_that_drains_gets_nothing_new(client: Stub, worker: CountingWorker, redis: Redis) -> None:
+    facts = dict[str, bool]()
+
+    async def serving() -> int:
+        return int((await client.GetModel(generate_pb2.GetModelRequest())).workers)
+
+    async with running_worker(redis, facts) as other:
+        await until(lambda: _is(serving, 2), "the second worker was found")
+        facts["draining"] = True
+        await until(lambda: _is(serving, 1), "it was left out")
+        for _ in range(3):
+            await replies(client.Generate(request()))
+    assert (len(worker.asked), len(other.asked)) == (3, 0)
+
+
+async def _is(count: Callable[[], Awaitable[int]], expected: int) -> bool:
+    return await count() == expected
+
+
 async def test_the_worker_is_told_the_tenant(client: Stub, worker: CountingWorker) -> None:
     for tenant in ("", "somebody"):
         await replies(client.Generate(request(), metadata=(("qaq-tenant", tenant),) if tenant else None))

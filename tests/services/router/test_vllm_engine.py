@@ -11,10 +11,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from qaq.v1 import common_pb2
 from redis.asyncio import Redis
 from smg_grpc_proto import vllm_engine_pb2 as vllm
+from structlog.testing import capture_logs
 
 from qaq_core.models import load_tokenizer
 from services.common.keys import WithMetadata, authorization
 from services.common.settings import RouterSettings
+from services.router.server import RouterServer
 from services.router.vllm_engine import SERVICE_NAME
 from tests.services.tenancy import Tenancy
 
@@ -250,6 +252,16 @@ async def _runs_at_most(engine: Stub, sequences: int) -> bool:
 
 async def _waits(engine: Stub) -> bool:
     return (await engine.GetLoads(vllm.GetLoadsRequest())).loads[0].num_waiting_reqs == 1
+
+
+async def test_smg_sends_no_keys_which_is_told(smg_settings: RouterSettings, redis: Redis, tmp_path: Path) -> None:
+    path = Tenancy(tmp_path / "tenants.json").path
+    with capture_logs() as logs:
+        for changed in ({"tenants_file": path}, {"tenants_file": path, "smg": False}, {}):
+            router = RouterServer(smg_settings.model_copy(update=changed))
+            await router.start()
+            await router.stop()
+    assert ["SMG sends no keys" in entry["event"] for entry in logs] == [True]
 
 
 async def test_every_method_needs_the_key_of_a_tenant(

@@ -173,7 +173,8 @@ async def test_draining_hands_over_what_runs(
         while (await call.read()).WhichOneof("event") != "token":
             pass
         assert (await worker.Drain(worker_pb2.DrainRequest(), timeout=60)).moved == 1
-        assert await Registry(redis).members("worker") == []
+        (member,) = await Registry(redis).members("worker")
+        assert member.draining
         told: list[bytes] = []
         with pytest.raises(grpc.aio.AioRpcError) as ended:  # noqa: PT012 (until it ends)
             while True:
@@ -184,8 +185,10 @@ async def test_draining_hands_over_what_runs(
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await worker.Run(request(tokens, 1), timeout=30).read()
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert (await describe(worker)).sessions == 0
+        state = await describe(worker)
+        assert (state.sessions, state.running, state.waiting) == (0, 0, 0)
     await server.stop()
+    assert await Registry(redis).members("worker") == []
 
 
 async def test_what_keeps_it_from_starting(
