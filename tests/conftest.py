@@ -86,6 +86,15 @@ def whole_smollm2(model_path: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
+def shallow_smollm2(whole_smollm2: LoadedModel) -> Iterator[LoadedModel]:
+    """The demo model's first layers, for what depends neither on their number nor on what the text says."""
+    from tests.shallow import shallow
+
+    with shallow(whole_smollm2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
 def smollm2(whole_smollm2: LoadedModel) -> LoadedModel:
     """The demo model, unless a folder is served as well by a part of it."""
     return whole_smollm2

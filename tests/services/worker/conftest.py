@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,6 @@ from services.common.settings import WorkerSettings
 from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler
 from services.worker.state import WorkerState
-from tests.services.worker.shallow import shallow
 
 
 @dataclass
@@ -84,11 +83,9 @@ MakeScheduler = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def smollm2(whole_smollm2: LoadedModel) -> Iterator[LoadedModel]:
-    """In this folder the demo model's first layers: what an engine does depends on neither their number nor the text.
-    `whole_smollm2` is the whole model."""
-    with shallow(whole_smollm2) as model:
-        yield model
+def smollm2(shallow_smollm2: LoadedModel) -> LoadedModel:
+    """In this folder the demo model's first layers; `whole_smollm2` is the whole model."""
+    return shallow_smollm2
 
 
 @pytest.fixture

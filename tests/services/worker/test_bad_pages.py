@@ -26,7 +26,7 @@ from services.originals.server import OriginalsServer
 from services.worker.session import page_salt
 from tests.services.metric import value
 from tests.services.worker.conftest import EXACT, STORY, MakeScheduler, expected, outcome, request
-from tests.services.worker.shallow import LAYERS
+from tests.shallow import LAYERS
 
 pytestmark = pytest.mark.slow
 

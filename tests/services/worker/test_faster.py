@@ -18,7 +18,7 @@ from qaq_core.models.linear import pack
 from services.common.settings import WorkerSettings
 from services.worker.scheduler.scheduler import Scheduler
 from tests.services.worker.conftest import EXACT, MakeScheduler, outcome, request
-from tests.services.worker.shallow import shallow
+from tests.shallow import shallow
 
 STORY = "The lighthouse keeper climbed the stairs every evening, lit the lamp and wrote the weather in his book. "
 

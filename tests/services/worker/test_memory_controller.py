@@ -13,7 +13,7 @@ from services.worker.generation import Generation
 from services.worker.memory_controller import MemoryController
 from services.worker.scheduler.scheduler import Scheduler
 from tests.services.worker.conftest import EXACT, LISTS, STORY, MakeScheduler, outcome, request, until
-from tests.services.worker.shallow import TOKEN_BYTES
+from tests.shallow import TOKEN_BYTES
 
 Ids = Callable[[str], list[int]]
 MANY = 6

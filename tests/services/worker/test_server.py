@@ -24,7 +24,7 @@ from services.common.settings import OriginalsSettings, WorkerSettings
 from services.originals.server import OriginalsServer
 from services.worker.server import WorkerServer
 from tests.services.worker.conftest import EXACT, request
-from tests.services.worker.shallow import LAYERS
+from tests.shallow import LAYERS
 
 TEXT = (
     "The harbour master counted the boats that came back before the storm, and wrote their names in a ledger: "

@@ -21,8 +21,8 @@ from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler
 from services.worker.state import WorkerState
 from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, MakeScheduler, expected, outcome, request, until
-from tests.services.worker.shallow import TOKEN_BYTES
 from tests.services.worker.test_memory_controller import bits
+from tests.shallow import TOKEN_BYTES
 
 Ids = Callable[[str], list[int]]
 SMALL = {"page_tokens": 16, "prefix_recompute_tokens": 1}

@@ -22,7 +22,7 @@ from tests.services.worker.conftest import (
     request,
     settled,
 )
-from tests.services.worker.shallow import TOKEN_BYTES
+from tests.shallow import TOKEN_BYTES
 
 
 async def test_next_turn_computes_what_is_new(
