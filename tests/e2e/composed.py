@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -154,6 +155,10 @@ class Composed:
                 files = tls_files(self.identity("redis")) if self._redis_has_tls else {}
                 return bool(redis.Redis.from_url(self.redis_url("default"), **files).ping())
             except redis.RedisError:
+                return False
+        host, _, port = self.addresses[name].rpartition(":")
+        with socket.socket() as probe:  # a health check is a process, which would hold up those that start
+            if probe.connect_ex((host, int(port))):
                 return False
         _, qaq, *arguments = self.file["services"][name]["healthcheck"]["test"]
         assert qaq == "qaq"

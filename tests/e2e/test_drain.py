@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc
@@ -24,15 +25,17 @@ from .command import qaq
 
 Stub = generate_pb2_grpc.InferenceStub
 STORY = "The ferryman counted his passengers twice, because one of them was a ghost who paid like the others. "
-NEW = 64
-"""Tokens of a stream: it must last longer than the command that drains its worker takes to start."""
+NEW = 48
+PAUSE_S = 0.2
+"""Before each token of the stream that is moved: it must last longer than the command that drains its worker takes to
+start."""
 
 
 @pytest.fixture
-def workers(redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel) -> list[WorkerServer]:
+def workers(redis: Redis, redis_server: EmbeddedRedis, shallow_smollm2: LoadedModel) -> list[WorkerServer]:
     """Two that have not started."""
     settings = {"redis_url": redis_server.url, "page_tokens": 16, "prefix_recompute_tokens": 1, "preset": "fp16"}
-    return [WorkerServer(WorkerSettings(model="smollm2", **settings), smollm2) for _ in range(2)]
+    return [WorkerServer(WorkerSettings(model="smollm2", **settings), shallow_smollm2) for _ in range(2)]
 
 
 @pytest.fixture
@@ -72,7 +75,18 @@ async def stream(client: Stub, session: str, prompt: str, heard: list[int]) -> N
     assert len(heard) == NEW
 
 
-async def test_a_drained_worker_hands_over(client: Stub, redis: Redis, workers: list[WorkerServer]) -> None:
+@contextlib.contextmanager
+def slowed(loaded: LoadedModel) -> Iterator[None]:
+    handle = loaded.model.register_forward_pre_hook(lambda *_: time.sleep(PAUSE_S))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+async def test_a_drained_worker_hands_over(
+    client: Stub, redis: Redis, workers: list[WorkerServer], shallow_smollm2: LoadedModel
+) -> None:
     expected: list[int] = []
     later: list[int] = []
     whole = await opened(client)
@@ -80,13 +94,14 @@ async def test_a_drained_worker_hands_over(client: Stub, redis: Redis, workers: 
     await stream(client, whole, STORY, later)
     idle, running, heard = await opened(client), await opened(client), []
     await stream(client, idle, STORY, [])
-    task = asyncio.create_task(stream(client, running, STORY, heard))
-    while len(heard) < 4:
-        assert not task.done()
-        await asyncio.sleep(0.01)
-    staying = await workers[1].start()
-    leaving = await holder(client, running)
-    told = await asyncio.to_thread(qaq, "drain", leaving)
+    with slowed(shallow_smollm2):
+        task = asyncio.create_task(stream(client, running, STORY, heard))
+        while len(heard) < 4:
+            assert not task.done()
+            await asyncio.sleep(0.01)
+        staying = await workers[1].start()
+        leaving = await holder(client, running)
+        told = await asyncio.to_thread(qaq, "drain", leaving)
     assert (told.returncode, told.stdout) == (
         0,
         "Moved 1 running generations. The process can be stopped now.\n",

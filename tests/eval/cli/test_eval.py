@@ -95,10 +95,16 @@ def test_parts_are_of_one_form_of_weights(tmp_path: Path) -> None:
         (("--tasks", "piqa", "--task-file", "piqa=nowhere.jsonl"), "No such file"),
         (("--turns", "100"), "tokens exceed the model's context"),
         (("--weights", "int3"), "unknown weights 'int3'; take auto, plain, float32"),
+        (("--text", "short.txt"), "the text has 0 documents"),
+        (("--configs", "balanced@much"), "is no configuration"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
-    shown = run(*arguments, "--configs", "uniform-8")
+def test_mistakes_are_told_in_a_sentence(
+    arguments: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("Too short.")
+    shown = run("--configs", "uniform-8", *arguments)
     assert shown.exit_code in (1, 2)
     assert sentence in " ".join(shown.output.replace("│", " ").split())
 

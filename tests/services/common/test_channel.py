@@ -15,7 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.cluster.stack import python_path
-from services.common.channel import PING_S, open_channel
+from services.common import channel as channels
+from services.common.channel import open_channel
 
 SERVER = """
 import asyncio
@@ -30,6 +31,14 @@ asyncio.run(main())
 """
 # Much longer than pings take, much shorter than what gRPC waits for by default.
 PATIENCE_S = 30
+PING_S = 2.0
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pings come twice as often as otherwise, so that half as long is waited for them."""
+    faster = {channels._MS: int(1000 * PING_S)}
+    monkeypatch.setattr(channels, "_OPTIONS", [(name, faster.get(value, value)) for name, value in channels._OPTIONS])
 
 
 @contextlib.asynccontextmanager

@@ -35,19 +35,24 @@ TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": 
 HOT = {"temperature": 1, "seed": 7, "max_tokens": 150}
 
 
-@pytest.fixture
-async def tooled(
-    redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel, tmp_path: Path
-) -> AsyncIterator[AsyncOpenAI]:
-    """A client of a stack whose tokenizer has a chat template with tools, and says how calls are written."""
-    tokenizer = copy.copy(smollm2.tokenizer)
+@pytest.fixture(scope="module")
+def model(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Path]:
+    """One whose tokenizer has a chat template with tools, and says how calls are written; and where that one is."""
+    tokenizer, path = copy.copy(smollm2.tokenizer), tmp_path_factory.mktemp("tools")
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.response_template = families.template(common_pb2.ModelInfo(model_type="qwen3"))
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    loaded = dataclasses.replace(smollm2, tokenizer=tokenizer)
+    tokenizer.save_pretrained(path)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return dataclasses.replace(smollm2, tokenizer=tokenizer), path
+
+
+@pytest.fixture
+async def tooled(
+    redis: Redis, redis_server: EmbeddedRedis, model: tuple[LoadedModel, Path]
+) -> AsyncIterator[AsyncOpenAI]:
+    """A client of a stack with that model."""
     async with (
-        running_stack(redis_server, loaded, tmp_path) as stack,
+        running_stack(redis_server, *model) as stack,
         AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0, timeout=300) as client,
     ):
         yield client

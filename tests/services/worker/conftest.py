@@ -82,6 +82,12 @@ Ids = Callable[[str], list[int]]
 MakeScheduler = Callable[..., Any]
 
 
+@pytest.fixture(scope="session")
+def smollm2(shallow_smollm2: LoadedModel) -> LoadedModel:
+    """In this folder the demo model's first layers; `whole_smollm2` is the whole model."""
+    return shallow_smollm2
+
+
 @pytest.fixture
 def make_scheduler(smollm2: LoadedModel) -> MakeScheduler:
     """`async with make_scheduler(prefill_chunk=16, …) as scheduler`."""

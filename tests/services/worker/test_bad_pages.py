@@ -26,6 +26,7 @@ from services.originals.server import OriginalsServer
 from services.worker.session import page_salt
 from tests.services.metric import value
 from tests.services.worker.conftest import EXACT, STORY, MakeScheduler, expected, outcome, request
+from tests.shallow import LAYERS
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +114,7 @@ class Lying(originals_pb2_grpc.OriginalsServicer):
 
     async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[pb.FetchReply]:
         for name in request.page_ids:
-            shape = PageShape(30, 3, 16, 64)
+            shape = PageShape(LAYERS, 3, 16, 64)
             for chunk in wire.page_chunks(name, shape, Seal(bytes(16), bytes(16)), b"\xff" * shape.nbytes):
                 yield pb.FetchReply(chunk=chunk)
 

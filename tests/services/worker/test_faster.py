@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qaq_core import InProcessOriginals
-from qaq_core.models import LoadedModel, load_model
+from qaq_core.models import LoadedModel
 from qaq_core.models.compiled import compile_layers
+from qaq_core.models.linear import pack
 from services.common.settings import WorkerSettings
 from services.worker.scheduler.scheduler import Scheduler
 from tests.services.worker.conftest import EXACT, MakeScheduler, outcome, request
+from tests.shallow import shallow
 
 STORY = "The lighthouse keeper climbed the stairs every evening, lit the lamp and wrote the weather in his book. "
 
@@ -25,14 +28,20 @@ pytestmark = [
 ]
 
 
-async def test_it_says_the_same(smollm2: LoadedModel, model_path: Path, make_scheduler: MakeScheduler) -> None:
+@pytest.fixture
+def faster(whole_smollm2: LoadedModel) -> Iterator[LoadedModel]:
+    """As `load_model` makes it where weights are packed, and the worker where layers are compiled."""
+    with shallow(whole_smollm2) as loaded:
+        yield replace(loaded, weights=pack(loaded.model, "float32"))
+
+
+async def test_it_says_the_same(smollm2: LoadedModel, faster: LoadedModel, make_scheduler: MakeScheduler) -> None:
     prompts = [smollm2.tokenizer(STORY * n).input_ids for n in (6, 5, 4)]
     async with make_scheduler() as scheduler:
         want = [await outcome(scheduler.submit(request(tokens, 8, cache=EXACT))) for tokens in prompts]
-    settings = WorkerSettings(model=str(model_path), weights="float32", compiled=True)
-    loaded = load_model(settings.model, weights=settings.weights)
-    compile_layers(loaded.model)
-    scheduler = Scheduler(loaded, InProcessOriginals(), settings, asyncio.get_running_loop())
+    settings = WorkerSettings(model="smollm2", weights="float32", compiled=True)
+    compile_layers(faster.model)
+    scheduler = Scheduler(faster, InProcessOriginals(), settings, asyncio.get_running_loop())
     scheduler.start()
     try:
         alone = await outcome(scheduler.submit(request(prompts[0], 8, cache=EXACT)))

@@ -13,6 +13,7 @@ from services.worker.generation import Generation
 from services.worker.memory_controller import MemoryController
 from services.worker.scheduler.scheduler import Scheduler
 from tests.services.worker.conftest import EXACT, LISTS, STORY, MakeScheduler, outcome, request, until
+from tests.shallow import TOKEN_BYTES
 
 Ids = Callable[[str], list[int]]
 MANY = 6
@@ -70,7 +71,7 @@ async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_scheduler:
 async def test_more_are_admitted_than_fit_at_full_bits(make_scheduler: MakeScheduler, ids: Ids) -> None:
     """A budget for two caches in half precision holds all of six; one more exact one has to wait for them."""
     prompts = [ids(STORY * 8 + LISTS * i)[:160] for i in range(MANY)]
-    half = (160 + 36) * 30 * 2 * 3 * 64 * 2
+    half = (160 + 36) * TOKEN_BYTES
     async with make_scheduler(kv_budget_bytes=3 * half, max_sequences=MANY + 1, prefix_reuse=False) as scheduler:
         running = [scheduler.submit(request(tokens, 3000)) for tokens in prompts]
         for generation in running:

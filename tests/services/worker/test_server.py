@@ -24,6 +24,7 @@ from services.common.settings import OriginalsSettings, WorkerSettings
 from services.originals.server import OriginalsServer
 from services.worker.server import WorkerServer
 from tests.services.worker.conftest import EXACT, request
+from tests.shallow import LAYERS
 
 TEXT = (
     "The harbour master counted the boats that came back before the storm, and wrote their names in a ledger: "
@@ -115,7 +116,7 @@ async def test_a_deadline_that_passes_in_a_pause(
     async with open_channel(await server.start()) as channel:
         worker = worker_pb2_grpc.WorkerStub(channel)
         goes_on = worker.Run(request([1, 2, 3], 4000, cache=EXACT), timeout=240)
-        gives_way = worker.Run(request([4, 5, 6], 4000, cache=EXACT), timeout=10)
+        gives_way = worker.Run(request([4, 5, 6], 4000, cache=EXACT), timeout=5)
         for call in (goes_on, gives_way):
             while (await call.read()).WhichOneof("event") != "token":
                 pass
@@ -137,7 +138,7 @@ async def test_a_deadline_that_passes_in_a_pause(
 async def test_describe_and_drop(worker: worker_pb2_grpc.WorkerStub, smollm2: LoadedModel) -> None:
     model = (await describe(worker)).model
     assert (model.name, model.fingerprint) == (smollm2.name, smollm2.fingerprint)
-    assert (model.layers, model.query_heads, model.kv_heads, model.head_dim) == (30, 9, 3, 64)
+    assert (model.layers, model.query_heads, model.kv_heads, model.head_dim) == (LAYERS, 9, 3, 64)
     assert (model.context_length, model.vocab_size, model.dtype) == (8192, 49152, "float32")
     assert model.has_chat_template
     assert list(model.eos_token_ids) == [2]

@@ -20,11 +20,11 @@ from tests.services.worker.conftest import (
 )
 
 
-async def test_end_of_sequence(smollm2: LoadedModel, make_scheduler: MakeScheduler) -> None:
+async def test_end_of_sequence(whole_smollm2: LoadedModel, make_scheduler: MakeScheduler) -> None:
     question = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
-    tokens = smollm2.tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+    tokens = whole_smollm2.tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
     stop = common_pb2.StopParams(max_new_tokens=60)
-    async with make_scheduler() as scheduler:
+    async with make_scheduler(loaded=whole_smollm2) as scheduler:
         result = await outcome(scheduler.submit(request(tokens, stop=stop, cache=EXACT)))
         assert result.done is not None
         assert result.done.reason == common_pb2.FINISH_REASON_EOS

@@ -22,10 +22,10 @@ from services.worker.scheduler.scheduler import Scheduler
 from services.worker.state import WorkerState
 from tests.services.worker.conftest import EXACT, LISTS, STORY, Gate, MakeScheduler, expected, outcome, request, until
 from tests.services.worker.test_memory_controller import bits
+from tests.shallow import TOKEN_BYTES
 
 Ids = Callable[[str], list[int]]
 SMALL = {"page_tokens": 16, "prefix_recompute_tokens": 1}
-TOKEN_BYTES = 30 * 2 * 3 * 64 * 2
 LONG = 4000
 
 
@@ -102,7 +102,7 @@ async def test_all_streams_finish_within_a_budget_that_is_too_small(
 ) -> None:
     """Three prompts are admitted, of which only two have room for their answers."""
     asked = list(zip(prompts(ids, 3, 60), (24, 60, 44), strict=True))
-    budget = 5_800_000
+    budget = 252 * TOKEN_BYTES  # tokens in half precision, if nothing else were held
     steps: list[int] = []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:

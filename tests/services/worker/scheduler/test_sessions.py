@@ -22,6 +22,7 @@ from tests.services.worker.conftest import (
     request,
     settled,
 )
+from tests.shallow import TOKEN_BYTES
 
 
 async def test_next_turn_computes_what_is_new(
@@ -106,7 +107,7 @@ async def test_dropping_a_session_that_runs(make_scheduler: MakeScheduler, ids: 
 
 async def test_budget_costs_idle_sessions_first(make_scheduler: MakeScheduler, ids: Ids) -> None:
     tokens = ids(STORY * 4)
-    budget = int((len(tokens) + 36) * 30 * 2 * 3 * 64 * 2 * 1.1)
+    budget = int((len(tokens) + 36) * TOKEN_BYTES * 1.1)
     async with make_scheduler(kv_budget_bytes=budget) as scheduler:
         await outcome(scheduler.submit(request(tokens, 1, cache=EXACT, session_id="old", keep=True)))
         assert scheduler.state.sessions == 1
