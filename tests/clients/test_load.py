@@ -39,3 +39,29 @@ def test_guidellm(run: Run, stack: Stack, tokenizer_dir: Path, tmp_path: Path) -
     assert len(requests["successful"]) == REQUESTS
     assert not requests["errored"]
     assert all(request["output_metrics"]["text_tokens"] == ANSWER for request in requests["successful"])
+
+
+def test_inference_perf(run: Run, stack: Stack, tokenizer_dir: Path, tmp_path: Path) -> None:
+    def always(length: int) -> dict[str, int]:
+        return {"min": length, "max": length, "mean": length, "std_dev": 0, "total_count": REQUESTS}
+
+    settings = {
+        "api": {"type": "completion", "streaming": True},
+        "server": {"type": "vllm", "model_name": stack.model, "base_url": stack.url, "ignore_eos": True},
+        "tokenizer": {"pretrained_model_name_or_path": str(tokenizer_dir)},
+        "data": {"type": "random", "input_distribution": always(PROMPT), "output_distribution": always(ANSWER)},
+        "load": {
+            "type": "concurrent",
+            "stages": [{"concurrency_level": 2, "num_requests": REQUESTS}],
+            "num_workers": 1,
+            "worker_max_concurrency": 2,
+        },
+        "report": {"request_lifecycle": {"summary": True, "per_request": True}},
+        "storage": {"local_storage": {"path": str(tmp_path / "reports")}},
+    }
+    (tmp_path / "settings.yml").write_text(json.dumps(settings))  # JSON is YAML
+    run("inference-perf", "--config_file", tmp_path / "settings.yml")
+    summary = json.loads((tmp_path / "reports" / "summary_lifecycle_metrics.json").read_text())
+    assert (summary["successes"]["count"], summary["failures"]["count"]) == (REQUESTS, 0)
+    assert summary["successes"]["output_len"]["mean"] == ANSWER
+    assert summary["successes"]["latency"]["time_to_first_token"]["mean"] > 0
