@@ -1,9 +1,9 @@
 """A pytest plugin: vLLM's tests of its server ask QAQ's gateway, whose address is `QAQ_GATEWAY`.
 
-vLLM itself is not needed: its modules are empty, but for its tokenizer, which is the served model's (`QAQ_TOKENIZER`). Where it has a null for what was not asked for, QAQ's answers
-have nothing; the null is added.
+vLLM itself is not needed: its modules are empty, but for its tokenizer, which is the served model's (`QAQ_TOKENIZER`).
 Tests without a server are skipped. The model that a test names is the served one (`QAQ_MODEL`); what a server was
-started with is left out.
+started with is left out. vLLM's answers have a null for `prompt_logprobs` that nobody asked for, where QAQ's have
+nothing; it is added.
 """
 
 from __future__ import annotations
@@ -88,10 +88,12 @@ def asked(path: str, body: Any) -> tuple[str, Any]:
 
 
 def answered(path: str, body: Any) -> Any:
-    if "choices" in body:
-        for each in (body, *body["choices"]):
+    if not isinstance(body, dict):
+        return body
+    for each in (body, *body.get("choices", [])):
+        if "choices" in body:
             each.setdefault("prompt_logprobs", None)
-    for each in [body, *body.get("data", [])] if isinstance(body, dict) else []:
+    for each in (body, *body.get("data", [])):
         for name in ("model", "id", "root"):
             if each.get(name) == SERVED:
                 each[name] = named
