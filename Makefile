@@ -38,16 +38,29 @@ test-fast: $(DEVELOPED)
 coverage: $(DEVELOPED)
 	$(PYTEST) --cov=qaq_core --cov=qaq_eval --cov=services --cov-report=term:skip-covered
 
-# Clients of other projects, and SMG in front, against a stack: 1.9 GB installed, so not part of `make test`. With
-# a checkout of transformers at the version of constraints.txt, its own tests of generation too:
-# make clients TRANSFORMERS=path.
+# Clients of other projects, and SMG in front, against a stack: 2.2 GB installed, so not part of `make test`. With
+# checkouts, other projects' own tests too: make clients TRANSFORMERS=path LLAMA_CPP=path VLLM=path. That of
+# transformers is at the version of constraints.txt.
 CLIENTS := .venv-clients
-clients: $(DEVELOPED) $(CLIENTS)/.installed
-	QAQ_CLIENTS=$(CLIENTS) QAQ_TRANSFORMERS=$(TRANSFORMERS) $(BIN)/pytest tests/clients
+# One of them asks for Python 3.12, and gets an environment of its own. Without such a Python its test is skipped.
+PYTHON_312 ?= $(shell for p in python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+clients: $(DEVELOPED) $(CLIENTS)/.installed $(CLIENTS)/3.12/.installed
+	QAQ_CLIENTS=$(CLIENTS) QAQ_TRANSFORMERS=$(TRANSFORMERS) QAQ_LLAMA_CPP=$(LLAMA_CPP) QAQ_VLLM=$(VLLM) \
+		$(BIN)/pytest tests/clients
 
 $(CLIENTS)/.installed: tests/clients/requirements.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r tests/clients/requirements.txt
+	touch $@
+
+$(CLIENTS)/3.12/.installed: tests/clients/requirements-3.12.txt $(CLIENTS)/.installed
+	mkdir -p $(@D)
+ifneq ($(PYTHON_312),)
+	test -x $(@D)/bin/python || $(PYTHON_312) -m venv $(@D)
+	$(@D)/bin/pip install -r $<
+	ln -sf ../3.12/bin/inference-perf $(CLIENTS)/bin/
+endif
 	touch $@
 
 lint: $(DEVELOPED)

@@ -98,7 +98,7 @@ def _generations(routers: Routers, timeout_s: float) -> APIRouter:
             response.headers.update(next((dict(each.limits) for each in reversed(streams) if each.limits), {}))
             return response
         except grpc.aio.AioRpcError as error:
-            raise constraints.retold(error, body) from None
+            raise constraints.retold(requests.retold(error, body), body) from None
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 

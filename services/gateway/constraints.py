@@ -117,7 +117,13 @@ def retold(error: Exception, body: Constrained) -> Exception:
     if status is None or named is None:
         return error
     field = next((name for name, _ in _found(body)), "tools")
-    return StatusError(field + status.message[named.end() :], code=status.code, retry_after_ms=status.retry_after_ms)
+    return StatusError(
+        field + status.message[named.end() :],
+        code=status.code,
+        retry_after_ms=status.retry_after_ms,
+        reason=status.reason,
+        limits=status.limits,
+    )
 
 
 Named = tuple[str, Constraint]

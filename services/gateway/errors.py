@@ -60,12 +60,15 @@ _NAMES = {
     "text": "prompt",
     "token_ids": "tokens",
 }
+# Where they name such a field later on.
+_WITHIN = re.compile(r"\b(?:sampling|stop|output)\.([a-z_]+)")
 # Its methods, where a message says what to use.
 _PATH_OF = {"OpenSession": "POST /v1/sessions", "use Generate": "use /v1/completions"}
 _METHOD = re.compile("|".join(_PATH_OF))
 _FIELDS = {
     *_NAMES,
     *("model", "prompt", "messages", "session_id", "cache", "stop", "stop_token_ids", "logit_bias"),
+    "max_completion_tokens",
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
     *("logprobs", "top_logprobs", "prompt_logprobs", "stream_options", "best_of", "n"),
     *("tools", "tool_choice", "chat_template_kwargs", "response_format", "structured_outputs"),
@@ -135,7 +138,8 @@ def _named(message: str) -> tuple[str, str | None]:
     if match is None or match[1] not in _FIELDS:
         return message, None
     name = _NAMES.get(match[1], match[1])
-    return name + message[match.end() :], name
+    rest = _WITHIN.sub(lambda field: _NAMES.get(field[1], field[1]), message[match.end() :])
+    return name + rest, name
 
 
 def _malformed(error: RequestValidationError) -> dict[str, Any]:

@@ -74,11 +74,11 @@ class Answer:
         return self._object(self._shape.whole, choices) | self._shape.more(whole) | {"usage": self._usage.total()}
 
     async def chunks(self, replies: Replies, prompts: int, usage: bool, continuous: bool) -> AsyncGenerator[Json, None]:
-        """The answer in chunks. The last one has the usage if `usage` is set, each has that so far if `continuous`."""
+        """The answer in chunks. With `usage`, the last one has the usage, and with `continuous` each that so far."""
         opened = False
 
         def chunk(choice: Json) -> Json:
-            more: Json = {"usage": self._usage.so_far() if continuous else None} if usage or continuous else {}
+            more: Json = {"usage": self._usage.so_far() if continuous else None} if usage else {}
             return self._object(self._shape.part, [choice]) | more
 
         async for place, reply in replies:

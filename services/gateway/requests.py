@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from qaq.v1 import common_pb2, generate_pb2
 
-from services.common.errors import InvalidArgument
+from services.common.errors import InvalidArgument, StatusError, to_status
 from services.gateway.constraints import constraint
 from services.gateway.messages import Message, ToolCall
 from services.gateway.schema import CacheOptions, ChatRequest, CompletionRequest, Request
@@ -70,6 +71,23 @@ def messages(given: list[Message]) -> list[generate_pb2.ChatMessage]:
         )
         for each in given
     ]
+
+
+def retold(error: Exception, body: Request) -> Exception:
+    """An error of the router about a chat, by the fields that it was sent with. Others stay."""
+    status = to_status(error)
+    if status is None or not isinstance(body, ChatRequest):
+        return error
+    message = re.sub("^prompt is ", "messages are ", status.message)
+    if body.max_completion_tokens is not None:
+        message = message.replace("stop.max_new_tokens", "max_completion_tokens")
+    return StatusError(
+        message,
+        code=status.code,
+        retry_after_ms=status.retry_after_ms,
+        reason=status.reason,
+        limits=status.limits,
+    )
 
 
 def cache(options: CacheOptions | None) -> common_pb2.CacheParams | None:

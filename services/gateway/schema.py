@@ -107,8 +107,8 @@ class Request(WithoutEffect, Constrained):
 
     @property
     def usage_in_chunks(self) -> bool:
-        """Whether every chunk of a stream has the usage so far."""
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+        """Whether every chunk of a stream has the usage so far; as in vLLM, only where the usage is wanted at all."""
+        return self.usage_wanted and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class CompletionRequest(Request):

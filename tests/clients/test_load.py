@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .conftest import Run
 from .stack import Stack
@@ -39,3 +40,32 @@ def test_guidellm(run: Run, stack: Stack, tokenizer_dir: Path, tmp_path: Path) -
     assert len(requests["successful"]) == REQUESTS
     assert not requests["errored"]
     assert all(request["output_metrics"]["text_tokens"] == ANSWER for request in requests["successful"])
+
+
+def test_inference_perf(run: Run, stack: Stack, tokenizer_dir: Path, tmp_path: Path) -> None:
+    def always(length: int) -> dict[str, Any]:
+        return {"type": "fixed", "min": length, "max": length, "mean": length, "total_count": REQUESTS}
+
+    settings = {
+        "api": {"type": "completion", "streaming": True},
+        "server": {"type": "vllm", "model_name": stack.model, "base_url": stack.url, "ignore_eos": True},
+        "tokenizer": {"pretrained_model_name_or_path": str(tokenizer_dir)},
+        "data": {"type": "random", "input_distribution": always(PROMPT), "output_distribution": always(ANSWER)},
+        "load": {
+            "type": "concurrent",
+            "stages": [{"concurrency_level": 2, "num_requests": REQUESTS}],
+            "num_workers": 1,
+            "worker_max_concurrency": 2,
+        },
+        "report": {"request_lifecycle": {"summary": True, "per_request": True}},
+        "storage": {"local_storage": {"path": str(tmp_path / "reports")}},
+    }
+    (tmp_path / "settings.yml").write_text(json.dumps(settings))  # JSON is YAML
+    run("inference-perf", "--config_file", tmp_path / "settings.yml")
+    summary = json.loads((tmp_path / "reports" / "summary_lifecycle_metrics.json").read_text())
+    assert (summary["successes"]["count"], summary["failures"]["count"]) == (REQUESTS, 0)
+    for side, count in (("prompt", PROMPT), ("output", ANSWER)):
+        tokens = summary["successes"][f"{side}_tokens"]
+        assert (tokens["total"], tokens["min"], tokens["max"]) == (REQUESTS * count, count, count)
+        assert summary["successes"]["client_fallback_requests"][side] == 0  # the gateway's usage says it
+    assert summary["successes"]["latency"]["time_to_first_token"]["mean"] > 0

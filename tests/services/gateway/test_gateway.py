@@ -60,6 +60,8 @@ async def test_a_completion_whole_and_in_parts(openai: AsyncOpenAI, served: Serv
     counts = [(chunk.usage.prompt_tokens, chunk.usage.completion_tokens) async for chunk in told]
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == ((5, 1), (5, 12))
+    untold = await openai.completions.create(**asked, stream=True, stream_options={"continuous_usage_stats": True})
+    assert [chunk.usage async for chunk in untold if chunk.usage is not None] == []
 
 
 async def test_a_chat_whole_and_in_parts(openai: AsyncOpenAI, served: Served) -> None:
@@ -182,6 +184,11 @@ async def test_a_context_that_is_too_short(openai: AsyncOpenAI, served: Served) 
     with pytest.raises(api.BadRequestError) as caught:
         await openai.chat.completions.create(model=served.model, messages=[{"role": "user", "content": "word " * 9000}])
     assert (caught.value.code, caught.value.type) == ("context_length_exceeded", "invalid_request_error")
+    assert caught.value.param == "messages"
+    hello = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(api.BadRequestError, match="max_completion_tokens is 8192") as caught:
+        await openai.chat.completions.create(model=served.model, messages=hello, max_completion_tokens=8192)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_completion_tokens")
 
 
 async def test_errors_without_a_client(served: Served) -> None:

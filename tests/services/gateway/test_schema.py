@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from qaq.v1 import common_pb2, generate_pb2
 
 from services.common.errors import InvalidArgument
-from services.gateway import requests, tools
+from services.gateway import errors, requests, tools
 from services.gateway.schema import ChatRequest, CompletionRequest
 
 ASK = {"role": "user", "content": "Hello"}
@@ -173,3 +173,28 @@ def test_an_unset_temperature() -> None:
     assert requests.chat(chat(), own).sampling.temperature == pytest.approx(0.6)
     assert requests.chat(chat(temperature=0), own).sampling.temperature == 0
     assert not requests.chat(chat(), own).sampling.HasField("top_p")  # the worker knows it
+
+
+def test_usage_so_far_is_told_where_usage_is() -> None:
+    """As vLLM has it."""
+    for wanted, continuous in ((True, True), (True, False), (False, True), (False, False)):
+        body = chat(stream=True, stream_options={"include_usage": wanted, "continuous_usage_stats": continuous})
+        assert (body.usage_wanted, body.usage_in_chunks) == (wanted, wanted and continuous)
+
+
+@pytest.mark.parametrize(
+    ("message", "fields", "param", "said"),
+    [
+        ("stop.max_new_tokens is 9; lower it", {"max_completion_tokens": 9}, "max_completion_tokens", "is 9; lower it"),
+        ("stop.max_new_tokens is 9; lower it", {"max_tokens": 9}, "max_tokens", "is 9; lower it"),
+        ("prompt is 9 tokens; shorten it", {}, "messages", "are 9 tokens; shorten it"),
+        ("output.top_logprobs needs output.logprobs; set it", {}, "top_logprobs", "needs logprobs; set it"),
+        ("stop.min_new_tokens is 3; send 0 to stop.max_new_tokens", {}, "min_tokens", "is 3; send 0 to max_tokens"),
+    ],
+)
+def test_an_error_names_the_field_that_was_sent(message: str, fields: dict[str, Any], param: str, said: str) -> None:
+    refused = InvalidArgument(message, reason="context_length_exceeded", limits=[("x-ratelimit-limit-requests", "1")])
+    told = requests.retold(refused, chat(**fields))
+    error = errors.body(told)["error"]
+    assert (error["param"], error["message"], error["code"]) == (param, f"{param} {said}", "context_length_exceeded")
+    assert errors.response(told).headers["x-ratelimit-limit-requests"] == "1"
