@@ -122,6 +122,35 @@ quality: $(patsubst %,$(QUALITY)/%.json,4096 8000 baselines recall 2048 1024)
 $(QUALITY)/%.json: | $(DEVELOPED)
 	$(BIN)/python tools/measure.py $@ $(BIN)/qaq eval --text $(TEXT) $(table-$*) --html $(QUALITY)/$*.html
 
+# Methods of others with the same sinks and the same residual window, for any model; hours for a large one, and it
+# goes on where it was stopped: make rivals TEXT=a-text-file MODEL=model.gguf NAME=qwen. Without MODEL, the demo model.
+MODEL =
+NAME = smollm2
+RIVALS = build/rivals
+rival-window = 128
+rival-configs = balanced@4.5x,balanced@5x,balanced@5.5x,oscar-2,turboquant-4bit,turboquant-k3v4,turboquant-3bit,kvarn-k4v2,kivi-4,kivi-2
+rivals-1024 = --context 1024 --decode 128 --documents 8 --window $(rival-window) --configs $(rival-configs)
+rivals-4096 = --context 4096 --decode 128 --documents 8 --window $(rival-window) --configs $(rival-configs),balanced@6x,balanced@7x
+eval = $(BIN)/qaq eval $(if $(MODEL),--model $(MODEL)) --text $(TEXT)
+# Long answers, sessions of many turns, several needles at once, and formats that are set at the beginning.
+LATE = build/late
+late-configs = balanced,balanced-norequant,kivi-2,oscar-2,turboquant-3bit
+late-long = --long --context 1024 --decode 4096 --documents 2 --configs $(late-configs)
+late-turns = --turns 32 --context 128 --decode 128 --documents 2 --configs $(late-configs)
+late-needles = --needles 4 --context 8192 --trials 4 --configs $(late-configs),balanced@8x
+late-formats = --formats 4 --context 8192 --trials 4 --configs $(late-configs),balanced@8x
+
+.PHONY: rivals late
+rivals: $(patsubst %,$(RIVALS)/$(NAME)-%.json,1024 4096)
+late: $(patsubst %,$(LATE)/$(NAME)-%.json,long turns needles formats)
+
+$(RIVALS)/$(NAME)-%.json: | $(DEVELOPED)
+	$(BIN)/python tools/measure.py $@ $(eval) $(rivals-$*) --html $(RIVALS)/$(NAME)-$*.html
+
+$(LATE)/$(NAME)-%.json: | $(DEVELOPED)
+	$(BIN)/python tools/measure.py $@ $(eval) $(late-$*) \
+		$(if $(filter long turns,$*),--html $(LATE)/$(NAME)-$*.html)
+
 # The speed and serving figures of docs/results, each run three times: make measure, with nothing else running. A
 # finished run is kept: remove build/measure to begin again. One of them: make measure MEASURED=speed/decode-4096.
 # decode-4096-quanto needs optimum-quanto and decode-4096-llama.cpp needs '.[llamacpp]', so both are run by name only.
@@ -167,7 +196,8 @@ faults: | $(DEVELOPED)
 		$(BIN)/python -m tests.faults --journal $(MEASURE)/faults.journal $(FAULTS)
 
 # Writes the page, the plot and the paper's tables from the JSON in docs/results. To adopt new figures first:
-# cp build/quality/*.json docs/results/quality/ or cp -r build/measure/. docs/results/
+# cp build/quality/*.json docs/results/quality/, the same for build/rivals and build/late, or
+# cp -r build/measure/. docs/results/
 results: $(DEVELOPED)
 	$(BIN)/python -m tools.results
 

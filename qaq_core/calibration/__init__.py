@@ -8,6 +8,7 @@ from qaq_core.calibration.calibration import (
     calibrate,
     known,
     measure,
+    own_text,
     shown,
 )
 from qaq_core.calibration.duration import Progress
@@ -21,5 +22,6 @@ __all__ = [
     "calibrate",
     "known",
     "measure",
+    "own_text",
     "shown",
 ]

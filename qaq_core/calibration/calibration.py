@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import DynamicCache
 
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.paths import cache_dir
@@ -263,6 +264,15 @@ def measure(
         query_norm=queries.norm,
         source=source,
     )
+
+
+@torch.no_grad()
+def own_text(model: Any, progress: Progress | None = None, seed: int = 0) -> tuple[torch.Tensor, DynamicCache]:
+    """The text that `measure` samples, for others who measure something on it: ids [sequences, tokens], their cache."""
+    report = progress or _shown.get() or (lambda what, share: None)
+    tokens = min(TOKENS, model.config.get_text_config(decoder=True).max_position_embeddings)
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    return sample(model, SEQUENCES, tokens, generator, report)
 
 
 def _fisher_by_gradients(

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from qaq_core.models.checkpoint import Checkpoint, find_checkpoint
     from qaq_core.models.compiled import compile_layers
     from qaq_core.models.default_model import default_model_path
+    from qaq_core.models.fingerprint import left_fingerprint, weights_fingerprint
     from qaq_core.models.linear import PackedLinear
     from qaq_core.models.loading import LoadedModel, device_of, load_model
     from qaq_core.models.shape import ModelShape
@@ -24,14 +25,17 @@ __all__ = [
     "default_model_path",
     "device_of",
     "find_checkpoint",
+    "left_fingerprint",
     "load_model",
     "load_tokenizer",
+    "weights_fingerprint",
 ]
 
 _HOMES = {
     "checkpoint": ("Checkpoint", "find_checkpoint"),
     "compiled": ("compile_layers",),
     "default_model": ("default_model_path",),
+    "fingerprint": ("left_fingerprint", "weights_fingerprint"),
     "linear": ("PackedLinear",),
     "loading": ("LoadedModel", "device_of", "load_model"),
     "shape": ("ModelShape",),

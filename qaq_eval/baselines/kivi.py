@@ -71,6 +71,11 @@ class UnitCodec(UniformCodec):
 class KiviMethod(Method):
     """A method that normalizes rows by their blocks before they are packed."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pack_tokens % BLOCK:
+            raise ConfigError(f"kivi packs blocks of {BLOCK} tokens: the residual window must be a multiple of that")
+
     def prepare(
         self, quantizer: Quantizer, originals: torch.Tensor, start: int, overwrite: bool = False
     ) -> tuple[Pair, Pair, tuple[Outliers | None, Outliers | None]]:

@@ -9,18 +9,17 @@ side.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from blake3 import blake3
 
-from qaq_core import Method, SequenceCache
-from qaq_core.base.errors import ConfigError
+from qaq_core import SequenceCache
 from qaq_eval.quality.journal import Journal
 from qaq_eval.quality.prompt import FullPrecisionCache
 from qaq_eval.quality.record import CacheBytes, fp16_token_bytes
-from qaq_eval.quality.run import Config, next_logits, start_sequences
+from qaq_eval.quality.run import Config, next_logits, start_sequences, with_residual_window
 
 FULL_PRECISION = "full"
 """The name of the configuration without quantization."""
@@ -188,15 +187,6 @@ class ChoiceEvaluator:
         )
         self._results[question, config] = result
         self._journal.add(asdict(result))
-
-
-def with_residual_window(method: Method, tokens: int | None) -> Method:
-    """The method with a residual window of `tokens` recent tokens, or with its own if None."""
-    if tokens is None:
-        return method
-    if tokens < 1:
-        raise ConfigError(f"the residual window must be at least 1 token, not {tokens}")
-    return replace(method, pack_tokens=tokens)
 
 
 def _score(log_probabilities: torch.Tensor, answer: torch.Tensor) -> tuple[float, bool]:

@@ -101,13 +101,13 @@ def make_haystacks(
             raise ConfigError(f"the text ends in trial {trial + 1}: take a longer text, or fewer trials")
         at += room
         for depth in DEPTHS:
-            split = _boundary(hay, room * depth // 100, tokenizer)
+            split = boundary(hay, room * depth // 100, tokenizer)
             ids = [*begin, *hay[:split], *needle, *hay[split:], *question]
             haystacks.append(Haystack(trial, depth, code, torch.tensor(ids)))
     return haystacks
 
 
-def _boundary(ids: list[int], at: int, tokenizer: Any) -> int:
+def boundary(ids: list[int], at: int, tokenizer: Any) -> int:
     """The next end of a sentence or line, or `at` if none is near."""
     for end in range(at, min(at + MAX_BOUNDARY_DISTANCE, len(ids))):
         if tokenizer.decode(ids[end - 1 : end]).rstrip(" ").endswith((".", "\n")):

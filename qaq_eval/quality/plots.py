@@ -18,6 +18,7 @@ except ImportError as error:
     raise ConfigError("plots need matplotlib: pip install 'qaq-kv[eval]'") from error
 
 if TYPE_CHECKING:
+    from qaq_eval.quality.long import PositionResult
     from qaq_eval.quality.turns import TurnResult
 
 
@@ -89,15 +90,27 @@ def exceptions(results: Sequence[DocumentResult], configs: Sequence[str]) -> str
 
 def turns(results: Sequence[TurnResult]) -> str:
     """ΔNLL and KL of each turn, one line per configuration."""
+    return _lines("turn", [(result.config, result.turn, result) for result in results])
+
+
+def positions(results: Sequence[PositionResult]) -> str:
+    """ΔNLL and KL along long answers, one line per configuration."""
+    return _lines(
+        "decoded tokens", [(result.config, (result.first + result.last - 1) / 2, result) for result in results]
+    )
+
+
+def _lines(axis: str, points: Sequence[tuple[str, float, TurnResult | PositionResult]]) -> str:
+    """ΔNLL and KL over something, one line per configuration, with standard errors."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     nll, kl = figure.subplots(1, 2)
-    for config in dict.fromkeys(result.config for result in results):
-        mine = [result for result in results if result.config == config]
-        at = [result.turn for result in mine]
-        nll.errorbar(at, [r.delta_nll for r in mine], [r.delta_nll_se for r in mine], capsize=3, label=config)
-        kl.plot(at, [max(r.kl_mean, 1e-7) for r in mine], "o-", label=config, gid=config)
-    nll.set(xlabel="turn", ylabel="ΔNLL, nats per token", title="ΔNLL")
-    kl.set(xlabel="turn", ylabel="KL, nats per token", title="KL", yscale="log")
+    for config in dict.fromkeys(config for config, *_ in points):
+        mine = [(x, result) for name, x, result in points if name == config]
+        at = [x for x, _ in mine]
+        nll.errorbar(at, [r.delta_nll for _, r in mine], [r.delta_nll_se for _, r in mine], capsize=3, label=config)
+        kl.plot(at, [max(r.kl_mean, 1e-7) for _, r in mine], "o-", label=config, gid=config)
+    nll.set(xlabel=axis, ylabel="ΔNLL, nats per token", title="ΔNLL")
+    kl.set(xlabel=axis, ylabel="KL, nats per token", title="KL", yscale="log")
     for axes in (nll, kl):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -15,6 +14,7 @@ from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_eval.quality.documents import Document
 from qaq_eval.quality.journal import Journal, name_of
+from qaq_eval.quality.tails import standard_error, tails
 
 MAP_BINS = 32
 
@@ -63,7 +63,7 @@ class EvalResult:
         nll: of full precision.
         compression: fp16 bytes over resident bytes.
         compression_asymptotic: the same without the residual window; None if nothing is packed.
-        delta_nll_se: standard error over documents, whose tokens are not independent; over tokens of one document.
+        delta_nll_se: standard error, see `standard_error`. kl_mean, …, kl_max_se: see `tails`.
     """
 
     config: str
@@ -78,7 +78,13 @@ class EvalResult:
     delta_nll: float
     delta_nll_se: float
     kl_mean: float
+    kl_mean_se: float
+    kl_median: float
+    kl_median_se: float
     kl_p99: float
+    kl_p99_se: float
+    kl_max: float
+    kl_max_se: float
     top1_agreement: float
     exceptions_per_token: float
     requantize_bytes_per_token: float
@@ -188,11 +194,7 @@ def summarize(results: Sequence[DocumentResult], config: str, context: int) -> E
         raise ConfigError(f"there is no measurement of {config}")
     full = torch.tensor([x for result in own for x in result.nll_full], dtype=torch.float64)
     deltas = torch.tensor([x for result in own for x in result.nll], dtype=torch.float64) - full
-    kl = torch.tensor([x for result in own for x in result.kl], dtype=torch.float64)
-    tokens = len(kl)
-    by_document = deltas.split([len(result.kl) for result in own])
-    samples = torch.stack([each.mean() for each in by_document]) if len(own) > 1 else deltas
-    error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
+    tokens = len(deltas)
     packed = sum(result.packed_bytes for result in own)
     return EvalResult(
         config=config,
@@ -205,9 +207,8 @@ def summarize(results: Sequence[DocumentResult], config: str, context: int) -> E
         bits_key=sum(result.bits_key for result in own) / len(own),
         bits_value=sum(result.bits_value for result in own) / len(own),
         delta_nll=float(deltas.mean()),
-        delta_nll_se=error,
-        kl_mean=float(kl.mean()),
-        kl_p99=float(kl.quantile(0.99)),
+        delta_nll_se=standard_error(deltas.split([len(result.kl) for result in own])),
+        **tails([torch.tensor(result.kl, dtype=torch.float64) for result in own]),
         top1_agreement=sum(result.agreed for result in own) / tokens,
         exceptions_per_token=sum(result.exceptions for result in own) / tokens,
         requantize_bytes_per_token=sum(result.requantize_bytes for result in own) / tokens,

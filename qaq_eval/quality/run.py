@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ import qaq_eval.baselines  # noqa: F401  (registers them as presets)
 from qaq_core import InProcessOriginals, Method, QAQCache, SequenceCache, make_method
 from qaq_core.base.errors import ConfigError
 from qaq_eval.quality.documents import Document
-from qaq_eval.quality.prompt import Prefill, full_precision
+from qaq_eval.quality.prompt import CHUNK, FullPrecisionCache, Prefill
 from qaq_eval.quality.record import DocumentResult, Measurement
 
 Progress = Callable[[str, float], None]
@@ -96,16 +96,18 @@ def evaluate(
     configs: Sequence[Config],
     done: Callable[[int, str], bool] = lambda index, config: False,
     progress: Progress | None = None,
+    window: int | None = None,
 ) -> Iterator[DocumentResult]:
     """The result of each document under each configuration, as soon as it is known.
 
     Args:
+        window: recent tokens that no configuration packs, see `with_residual_window`.
         done: whether the result of a document's index and a configuration is known already.
         progress: called with the current stage and the share of all work that is done.
     Raises:
         ConfigError, UnsupportedModelError.
     """
-    methods = {config.text: config.method(model, fingerprint) for config in configs}
+    methods = {config.text: with_residual_window(config.method(model, fingerprint), window) for config in configs}
     report = progress or (lambda stage, share: None)
     total = len(documents)
     for i, document in enumerate(documents):
@@ -114,19 +116,35 @@ def evaluate(
             continue
         report(f"document {i + 1} of {total}: prompt", i / total)
         any_method = next(iter(pending.values()))
-        prefill = full_precision(model, any_method, document, [method.statistic for method in pending.values()])
-        measurements = [
-            Measurement(document.index, text, sequence)
-            for text, sequence in start_sequences(document.context, prefill, pending).items()
-        ]
+        statistics = [method.statistic for method in pending.values()]
+        full = FullPrecisionCache(model, any_method, document.ids[: document.context], statistics, document.decode)
+        sequences = start_sequences(document.context, full.prefill(torch.empty(0)), pending)
+        measurements = [Measurement(document.index, text, sequence) for text, sequence in sequences.items()]
+        expected = iter(torch.empty(0))
         for step in range(document.decode):
+            at = document.context + step
+            if step % CHUNK == 0:  # predictions of a long decode would not fit in memory
+                expected = iter(full.extend(document.ids[at:-1][:CHUNK]))
             if step % 8 == 0:
                 report(f"document {i + 1} of {total}: decode", (i + step / document.decode) / total)
-            decode_step(model, document.ids, document.context + step, prefill.log_probabilities[step], measurements)
+            decode_step(model, document.ids, at, next(expected), measurements)
         for measurement in measurements:
             yield measurement.result()
             measurement.sequence.close()
     report("done", 1.0)
+
+
+def with_residual_window(method: Method, tokens: int | None) -> Method:
+    """The method with a residual window of `tokens` recent tokens (up to twice as many in decode), or its own if None.
+
+    Raises:
+        ConfigError: there is no such window, or the method packs other groups of tokens.
+    """
+    if tokens is None:
+        return method
+    if tokens < 1:
+        raise ConfigError(f"the residual window must be at least 1 token, not {tokens}")
+    return replace(method, pack_tokens=tokens)
 
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -145,6 +163,27 @@ def start_sequences(context: int, prefill: Prefill, methods: Mapping[_Key, Metho
         sequences[key] = method.sequence(originals, name)
         sequences[key].load_prefill(prefill.originals, prefill.observer(method.statistic))
     return sequences
+
+
+def append_prompt(model: Any, ids: torch.Tensor, sequences: Sequence[SequenceCache]) -> None:
+    """Computes a further prompt with the cache of every sequence; all have the same length.
+
+    Args:
+        ids: int64 [n], the same for all, or [sequences, n].
+    """
+    each = ids.expand(len(sequences), -1).to(model.device)
+    for sequence in sequences:
+        sequence.expect_prompt(each.shape[1])
+    for chunk in each.split(CHUNK, 1):
+        start = sequences[0].length
+        cache = QAQCache(sequences)
+        model(
+            input_ids=chunk,
+            position_ids=torch.arange(start, start + chunk.shape[1], device=model.device).expand(len(sequences), -1),
+            past_key_values=cache,
+            logits_to_keep=1,
+            qaq_cache=cache,
+        )
 
 
 def next_logits(model: Any, ids: torch.Tensor, sequences: Sequence[SequenceCache]) -> torch.Tensor:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from qaq_core import QAQCache, SequenceCache
 from qaq_eval.quality.documents import Document, cut_documents
-from qaq_eval.quality.prompt import CHUNK, FullPrecisionCache
+from qaq_eval.quality.prompt import FullPrecisionCache
 from qaq_eval.quality.record import DocumentResult, EvalResult, Measurement, summarize
-from qaq_eval.quality.run import Config, Progress, decode_step, start_sequences
+from qaq_eval.quality.run import Config, Progress, append_prompt, decode_step, start_sequences, with_residual_window
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,16 @@ def evaluate_turns(
     configs: Sequence[Config],
     done: Callable[[int, str, int], bool] = lambda index, config, turn: False,
     progress: Progress | None = None,
+    window: int | None = None,
 ) -> Iterator[DocumentResult]:
     """One result for each session, configuration and turn, as sessions end.
 
     Args:
         sessions: see `cut_sessions`.
         done: whether the result of a session's turn under a configuration is known already.
+        window: see `evaluate`.
     """
-    methods = {config.text: config.method(model, fingerprint) for config in configs}
+    methods = {config.text: with_residual_window(config.method(model, fingerprint), window) for config in configs}
     report = progress or (lambda stage, share: None)
     for i, session in enumerate(sessions):
         pending = {text: method for text, method in methods.items() if not done(session.index, text, turns)}
@@ -75,7 +76,7 @@ def evaluate_turns(
             report(f"session {i + 1} of {len(sessions)}: turn {turn}", (i + (turn - 1) / turns) / len(sessions))
             if turn > 1:
                 full.append(session.ids[start : start + context])
-                _append(model, session.ids[start : start + context], list(sequences.values()))
+                append_prompt(model, session.ids[start : start + context], list(sequences.values()))
             at = start + context
             expected = full.extend(session.ids[at : at + decode])
             measurements = [Measurement(session.index, text, sequence, turn) for text, sequence in sequences.items()]
@@ -86,19 +87,3 @@ def evaluate_turns(
             sequence.close()
         yield from results
     report("done", 1.0)
-
-
-def _append(model: Any, ids: torch.Tensor, sequences: Sequence[SequenceCache]) -> None:
-    """Computes the next prompt with the cache of every sequence."""
-    for sequence in sequences:
-        sequence.expect_prompt(len(ids))
-    for chunk in ids.split(CHUNK):
-        start = sequences[0].length
-        cache = QAQCache(sequences)
-        model(
-            input_ids=chunk.to(model.device).expand(len(sequences), -1),
-            position_ids=torch.arange(start, start + len(chunk), device=model.device).expand(len(sequences), -1),
-            past_key_values=cache,
-            logits_to_keep=1,
-            qaq_cache=cache,
-        )

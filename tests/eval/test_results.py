@@ -16,7 +16,7 @@ from referencing import Registry, Resource
 from tools import measure
 from tools.results.__main__ import main
 from tools.results.runs import Results
-from tools.results.tables import decode, serving, sources
+from tools.results.tables import decode, quality, serving, sources
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -27,6 +27,9 @@ SCHEMAS = {
     "qaq eval --tasks": "eval-tasks",
     "qaq eval --needle": "eval-needle",
     "qaq eval --turns": "eval-turns",
+    "qaq eval --long": "eval-long",
+    "qaq eval --needles": "eval-probes",
+    "qaq eval --formats": "eval-probes",
     "qaq paper": "paper",
     "qaq bench decode": "bench_decode",
     "qaq bench attention": "bench_attention",
@@ -111,6 +114,58 @@ def test_an_experiment_that_no_table_shows_is_refused(docs: Path) -> None:
     old.write_text(old.read_text().replace('"experiment": "table2"', '"experiment": "fig4"'))
     with pytest.raises(ValueError, match="no table shows paper/smollm2-table2"):
         main(["--check", "--docs", str(docs)])
+
+
+def evaluated(task: str, model: str = "tiny", **facts: Any) -> dict[str, Any]:
+    return {"model": model, "task": task, "text": "t.txt", "context": 64, "decode": 8, "documents": 1, **facts}
+
+
+def quality_row(config: str, **more: float) -> dict[str, Any]:
+    numbers = {"compression": 5.0, "bits_key": 2.0, "bits_value": 2.0, "delta_nll": 0.1, "delta_nll_se": 0.0}
+    numbers |= {"kl_mean": 0.25, "kl_p99": 1.5, "top1_agreement": 0.5, "requantize_bytes_per_token": 0.0}
+    return {"config": config, "context": 64, "documents": 1, **numbers, **more}
+
+
+def test_files_without_tails_are_read_too(tmp_path: Path) -> None:
+    new = {"kl_mean_se": 0.01, "kl_median": 0.2, "kl_median_se": 0.0, "kl_p99_se": 0.1, "kl_max": 9.0, "kl_max_se": 2.0}
+    rows = [quality_row("old"), quality_row("new", **new)]
+    record(tmp_path / "rivals" / "a.json", evaluated("text", rows=rows, window=128))
+    old, now = quality(Results(tmp_path).runs("rivals")).splitlines()[2:]
+    assert "| 0.2500 | not recorded | 1.500 | not recorded |" in old
+    assert "| 0.2500 ± 0.0100 | 0.2000 ± 0.0000 | 1.500 ± 0.100 | 9.00 ± 2.00 |" in now
+    assert "| 64, window 128 |" in now
+
+
+def test_rivals_and_late_runs_have_sections_and_a_plot_for_each_model(docs: Path) -> None:
+    for folder in ("rivals", "late"):
+        shutil.rmtree(docs / "results" / folder, ignore_errors=True)
+    for picture in (docs / "results").glob("*.svg"):
+        picture.unlink()
+    assert main(["--docs", str(docs)]) == 0
+    assert (docs / "results" / "README.md").read_text().count("No run is recorded.") >= 2
+    for model in ("tiny", "other"):
+        rows = [quality_row("balanced@8x"), quality_row("oscar-2", compression=6.0, kl_mean=0.3)]
+        record(docs / "results" / "rivals" / f"{model}.json", evaluated("text", model, rows=rows))
+    tails = {"kl_mean": 0.1, "kl_max": 1.0, "delta_nll": 0.0, "delta_nll_se": 0.0}
+    parts = [{"config": "kivi-2", "first": 1, "last": 4, **tails}, {"config": "kivi-2", "first": 5, "last": 8, **tails}]
+    parts[1]["kl_mean"] = 0.4
+    row = quality_row("kivi-2", kl_max=1.0)
+    record(docs / "results" / "late" / "long.json", evaluated("long", rows=[row], positions=parts))
+    probe = {"config": "kivi-2", "order": 1, "trials": 2, "score": 0.5, "score_fp16": 1.0, "compression": 4.5}
+    record(docs / "results" / "late" / "needles.json", evaluated("needles", rows=[probe, {**probe, "order": 2}]))
+    turn = [quality_row(config, turn=at) for at in (1, 2) for config in ("kivi-2", "oscar-2")]
+    record(docs / "results" / "late" / "turns.json", evaluated("turns", turns=2, rows=turn))
+    assert main(["--docs", str(docs)]) == 0
+    page = (docs / "results" / "README.md").read_text()
+    assert "![tiny, 64 tokens of t.txt](rivals-tiny.svg)" in page
+    assert "| 0.1000, 0.4000 | 4.00 | 1.00 |" in page
+    assert "| 4.50x | 50%, 50% | 100%, 100% | 2 | [needles](late/needles.json) |" in page
+    assert "2 turns of 64 + 8 tokens, 1 session, `kivi-2`: KL by turn 0.250, 0.250" in page
+    drawn = {path.name: path.read_text() for path in (docs / "results").glob("*.svg")}
+    assert set(drawn) == {"kl.svg", "rivals-tiny.svg", "rivals-other.svg", "long-tiny.svg"}
+    assert "generated tokens" in drawn["long-tiny.svg"]
+    assert "oscar-2" in drawn["rivals-other.svg"]
+    assert main(["--check", "--docs", str(docs)]) == 0
 
 
 def test_three_runs_show_their_median_and_distribution(tmp_path: Path) -> None:

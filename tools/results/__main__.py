@@ -1,6 +1,6 @@
 """`python -m tools.results` writes the page, the plot and the paper's tables; `--check` exits 1 if they are stale.
 
-The plot is drawn only when its points have changed; that needs matplotlib.
+A plot is drawn only when its points have changed; that needs matplotlib.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.results import paper, plot, tables
+from tools.results import paper, plot, rivals, tables
 from tools.results.runs import Results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +51,20 @@ Other tasks:
 
 {tables.sources(evaluated)}
 
+### Rivals of today
+
+`make rivals TEXT=wikitext2-valid.txt` compares methods with the same sinks and the same residual window (`--window`),
+so that all have the same exact tokens ([configurations](../evaluation.md#configurations)).
+
+{rivals.rivals(results.runs("rivals"))}
+
+### Long answers
+
+`make late TEXT=wikitext2-valid.txt` measures answers that the model generates itself, sessions of many turns, several
+needles at once, and formats that are set at the beginning ([how](../evaluation.md#long-answers)).
+
+{rivals.late(results.runs("late"))}
+
 ## Decode speed
 
 `make measure` measures this table and the next one. The value is the median of the runs; the smallest and the largest
@@ -86,9 +100,12 @@ A gap is the longest silence of a stream between a fault and the moment at which
 """
 
 
-def plotted(results: Results) -> list[plot.Point]:
+def plotted(results: Results) -> list[rivals.Picture]:
+    """All plots; the first is that of the quality table."""
     (baselines,) = (runs for runs in results.runs("quality") if runs.source == "quality/baselines.json")
-    return plot.points(baselines.first["rows"])
+    title = "SmolLM2-135M, 2,048 tokens of WikiText-2"
+    first = rivals.Picture("kl.svg", title, plot.points(baselines.first["rows"]), along=False)
+    return [first, *rivals.pictures(results.runs("rivals"), results.runs("late"))]
 
 
 def with_section(document: str, section: str) -> str:
@@ -111,18 +128,20 @@ def main(argv: list[str] | None = None) -> int:
         docs / "results" / "README.md": page(results),
         docs / "paper.md": with_section((docs / "paper.md").read_text("utf-8"), paper.section(results.runs("paper"))),
     }
-    points, picture = plotted(results), docs / "results" / "kl.svg"
+    pictures = {docs / "results" / picture.name: picture for picture in plotted(results)}
     stale = [path for path, text in written.items() if not path.exists() or path.read_text("utf-8") != text]
-    stale += [] if plot.is_current(picture, points) else [picture]
+    stale += [path for path, picture in pictures.items() if not plot.is_current(path, picture.points)]
     problems = [f"no table reads {path.relative_to(docs)}: delete it" for path in sorted(results.unread)]
     if arguments.check:
         problems += [f"{path.relative_to(docs)} is stale: make results" for path in stale]
     else:
         for path in stale:
-            if path == picture:
-                plot.draw(picture, points, "SmolLM2-135M, 2,048 tokens of WikiText-2")
-            else:
+            if path in written:
                 path.write_text(written[path], "utf-8")
+            else:
+                picture = pictures[path]
+                limits = (8, 40) if picture.name == "kl.svg" else None
+                plot.draw(path, picture.points, picture.title, limits, picture.along)
     print("\n".join(problems), end="\n" if problems else "")
     return 1 if problems else 0
 

@@ -45,10 +45,17 @@ def loss(row: Json) -> str:
     return f"{row['delta_nll']:+.4f} ± {row['delta_nll_se']:.4f}"
 
 
+def tails(row: Json) -> Iterator[str]:
+    """KL mean, median, 99% quantile and maximum, with the standard errors that the file has."""
+    for name, digits in (("kl_mean", 4), ("kl_median", 4), ("kl_p99", 3), ("kl_max", 2)):
+        error = f" ± {row[f'{name}_se']:.{digits}f}" if f"{name}_se" in row else ""
+        yield f"{row[name]:.{digits}f}{error}" if name in row else "not recorded"
+
+
 def quality(measured: Sequence[Runs]) -> str:
     """`qaq eval` on text: predictions against full precision, at the bytes that are held."""
-    head = ["model", "context", "config", "compression", "bits K/V", "KL mean", "KL p99", "ΔNLL", "top-1"]
-    head += ["fetched per token", "documents", "decoded each", "source"]
+    head = ["model", "context", "config", "compression", "bits K/V", "KL mean", "median", "p99", "maximum", "ΔNLL"]
+    head += ["top-1", "fetched per token", "documents", "decoded each", "source"]
     return table(head, (cells for runs in sorted(measured, key=_order) for cells in _quality_rows(runs)))
 
 
@@ -59,15 +66,15 @@ def _order(runs: Runs) -> tuple[bool, bool, bool, int]:
 
 def _quality_rows(runs: Runs) -> Iterator[list[object]]:
     passage = " (repeated passage)" if runs.first["task"] == "recall" else ""
+    window = f", window {runs.first['window']}" if "window" in runs.first else ""
     for row in runs.first["rows"]:
         yield [
             model_name(runs.first),
-            f"{row['context']:,}{passage}",
+            f"{row['context']:,}{passage}{window}",
             f"`{row['config']}`",
             f"{row['compression']:.2f}x",
             f"{row['bits_key']:.1f}/{row['bits_value']:.1f}",
-            f"{row['kl_mean']:.4f}",
-            f"{row['kl_p99']:.3f}",
+            *tails(row),
             loss(row),
             f"{row['top1_agreement']:.3f}",
             f"{row['requantize_bytes_per_token']:,.0f} B",
@@ -79,7 +86,7 @@ def _quality_rows(runs: Runs) -> Iterator[list[object]]:
 
 def tasks(measured: Sequence[Runs]) -> str:
     """`qaq eval` on multiple choice, needles and turns."""
-    lines = {"choice": _choice, "needle": _needle, "turns": _turns}
+    lines = {"choice": _choice, "needle": _needle, "turns": turns}
     return bullets(f"{lines[runs.first['task']](runs.first)} ({runs.link})" for runs in measured)
 
 
@@ -102,14 +109,22 @@ def _needle(result: Json) -> str:
     )
 
 
-def _turns(result: Json) -> str:
-    rows = result["rows"]
-    by_turn = ", ".join(f"{row['kl_mean']:.3f}" for row in rows)
-    return (
-        f"{len(rows)} turns of {result['context']} + {result['decode']} tokens, {rows[0]['documents']} sessions, "
-        f"`{rows[0]['config']}`: KL by turn {by_turn}; ΔNLL of the first "
-        f"turn {loss(rows[0])}, of the last {loss(rows[-1])}; {rows[-1]['compression']:.2f}x at the end"
-    )
+def turns(result: Json) -> str:
+    """`qaq eval --turns`: the loss of each configuration by turn."""
+    own: dict[str, list[Json]] = {}
+    for row in result["rows"]:
+        own.setdefault(row["config"], []).append(row)
+    first = result["rows"][0]
+    told = []
+    for config, rows in own.items():
+        by_turn = ", ".join(f"{row['kl_mean']:.3f}" for row in rows)
+        told.append(
+            f"`{config}`: KL by turn {by_turn}; ΔNLL of the first turn {loss(rows[0])}, of the last "
+            f"{loss(rows[-1])}; {rows[-1]['compression']:.2f}x at the end"
+        )
+    sessions = "session" if first["documents"] == 1 else "sessions"
+    size = f"{result['turns']} turns of {result['context']} + {result['decode']} tokens"
+    return f"{size}, {first['documents']} {sessions}, " + ". ".join(told)
 
 
 def decode(measured: Sequence[Runs]) -> str:

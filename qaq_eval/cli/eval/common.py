@@ -29,6 +29,8 @@ class EvalOptions:
     offset_fraction: float = 0.0
     recall: bool = False
     turns: int = 0
+    needles: int = 0
+    formats: int = 0
     trials: int = 1
     tasks: tuple[str, ...] = ()
     task_files: dict[str, Path] = field(default_factory=dict)
@@ -37,6 +39,11 @@ class EvalOptions:
     window: int | None = None
     json_path: Path | None = None
     html_path: Path | None = None
+
+    @property
+    def window_fact(self) -> dict[str, int]:
+        """The residual window, if one was asked for: a fact of the run."""
+        return {} if self.window is None else {"window": self.window}
 
     @property
     def journal(self) -> Path | None:

@@ -41,9 +41,12 @@ def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report
         "decode": options.decode,
         "documents": options.documents,
         "offset_fraction": options.offset_fraction,
+        **options.window_fact,
     }
     log = quality.ResultLog(quality.run_name(about, documents), options.journal)
-    for result in quality.evaluate(loaded.model, loaded.fingerprint, documents, configs, log.has, report):
+    for result in quality.evaluate(
+        loaded.model, loaded.fingerprint, documents, configs, log.has, report, options.window
+    ):
         log.add(result)
     names = [config.text for config in configs]
     by_document = log.select(range(options.documents), names)
@@ -59,7 +62,7 @@ def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report
 def result_table(results: Sequence[EvalResult]) -> Table:
     """A table of results. The context has a column if it varies."""
     several = len({result.context for result in results}) > 1
-    columns = ("smaller", "bits K/V", "ΔNLL", "KL", "top-1", "B/tok")
+    columns = ("smaller", "bits K/V", "ΔNLL", "KL", "median", "p99", "max", "top-1", "B/tok")
     table = empty_table("Against full precision", "config", *(["context"] if several else []), *columns)
     for result in results:
         table.add_row(
@@ -68,7 +71,10 @@ def result_table(results: Sequence[EvalResult]) -> Table:
             f"{result.compression:.2f}x",
             f"{result.bits_key:.2f}/{result.bits_value:.2f}",
             f"{result.delta_nll:+.4f}±{result.delta_nll_se:.3f}",
-            f"{result.kl_mean:.4f}",
+            f"{result.kl_mean:.4f}±{result.kl_mean_se:.4f}",
+            f"{result.kl_median:.4f}",
+            f"{result.kl_p99:.3f}±{result.kl_p99_se:.3f}",
+            f"{result.kl_max:.2f}±{result.kl_max_se:.2f}",
             f"{result.top1_agreement:.3f}",
             f"{result.requantize_bytes_per_token:.0f}",
         )

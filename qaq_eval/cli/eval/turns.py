@@ -44,10 +44,11 @@ def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report
         "decode": options.decode,
         "documents": options.documents,
         "offset_fraction": options.offset_fraction,
+        **options.window_fact,
     }
     log = quality.ResultLog(quality.run_name(about, sessions), options.journal)
     for result in turns.evaluate_turns(
-        loaded.model, loaded.fingerprint, sessions, options.turns, configs, log.has, report
+        loaded.model, loaded.fingerprint, sessions, options.turns, configs, log.has, report, options.window
     ):
         log.add(result)
     names = [config.text for config in configs]
@@ -58,7 +59,9 @@ def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report
             log.select(range(options.documents), names, turn), names, options.context, turn
         )
     ]
-    table = empty_table("Against full precision", "config", "turn", "smaller", "ΔNLL", "KL", "top-1", "B/tok")
+    table = empty_table(
+        "Against full precision", "config", "turn", "smaller", "ΔNLL", "KL", "p99", "max", "top-1", "B/tok"
+    )
     for turn_result in sorted(results, key=lambda result: names.index(result.config)):
         table.add_row(
             config_cell(turn_result.config),
@@ -66,6 +69,8 @@ def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report
             f"{turn_result.compression:.2f}x",
             f"{turn_result.delta_nll:+.4f}±{turn_result.delta_nll_se:.3f}",
             f"{turn_result.kl_mean:.4f}",
+            f"{turn_result.kl_p99:.3f}",
+            f"{turn_result.kl_max:.2f}",
             f"{turn_result.top1_agreement:.3f}",
             f"{turn_result.requantize_bytes_per_token:.0f}",
         )

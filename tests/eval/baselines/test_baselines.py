@@ -13,14 +13,40 @@ from tests.core.rows import normal
 from tests.core.tiny_models import tiny
 
 
-@pytest.mark.parametrize("name", ["uniform-3", "hadamard-2", "k4v2", "kivi-2", "h2o-0.2", "scissorhands-.5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "uniform-3",
+        "hadamard-2",
+        "k4v2",
+        "kivi-2",
+        "kvarn-k4v2",
+        "turboquant-k3v4",
+        "turboquant-3bit",
+        "h2o-0.2",
+        "scissorhands-.5",
+    ],
+)
 def test_names(name: str) -> None:
     assert baselines.find_baseline(name) is not None
     assert make_method(tiny("llama-gqa"), "tiny", name).preset == name
 
 
 @pytest.mark.parametrize(
-    "name", ["uniform", "uniform-", "uniform-x", "k4", "hadamard-3-", "kivi-2.5", "h2o-x", "h2o-1.2.3"]
+    "name",
+    [
+        "uniform",
+        "uniform-",
+        "uniform-x",
+        "k4",
+        "hadamard-3-",
+        "kivi-2.5",
+        "h2o-x",
+        "h2o-1.2.3",
+        "oscar-3",
+        "kvarn-4",
+        "turboquant-3",
+    ],
 )
 def test_other_names(name: str) -> None:
     assert baselines.find_baseline(name) is None

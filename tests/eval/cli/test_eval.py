@@ -8,6 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from referencing import Registry, Resource
 from typer.testing import CliRunner
 
 from qaq_eval.quality import needle
@@ -23,7 +24,10 @@ def run(*arguments: str | Path) -> Any:
 
 def figures(path: Path, schema: str) -> dict[str, Any]:
     told: dict[str, Any] = json.loads(path.read_text())
-    jsonschema.validate(told, json.loads((SCHEMAS / f"{schema}.json").read_text()))
+    rows = Resource.from_contents(json.loads((SCHEMAS / "eval.json").read_text()))
+    registry = Registry().with_resource("eval.json", rows)
+    validator = jsonschema.Draft202012Validator(json.loads((SCHEMAS / f"{schema}.json").read_text()), registry=registry)
+    validator.validate(told)
     return told
 
 
@@ -54,6 +58,43 @@ def test_needle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = (tmp_path / "needle.json.parts.jsonl").read_text()
     assert run("--needle", "--context", "420", "--configs", "uniform-8", "--json", path).exit_code == 0
     assert (tmp_path / "needle.json.parts.jsonl").read_text() == kept
+
+
+def test_long_answers(tmp_path: Path) -> None:
+    path, page = tmp_path / "long.json", tmp_path / "long.html"
+    asked = ("--long", "--context", 60, "--decode", 8, "--documents", 1, "--json", path, "--html", page)
+    shown = run(*map(str, asked), "--configs", "fp16,uniform-2")
+    assert shown.exit_code == 0, shown.output
+    told = figures(path, "eval-long")
+    assert [row["config"] for row in told["rows"]] == ["fp16", "uniform-2"]
+    assert [part["last"] for part in told["positions"]] == [*range(1, 9), *range(1, 9)]
+    mean = sum(part["kl_mean"] for part in told["positions"][8:]) / 8
+    assert mean == pytest.approx(told["rows"][1]["kl_mean"])
+    assert told["rows"][1]["kl_max"] >= told["rows"][1]["kl_p99"] >= told["rows"][1]["kl_median"]
+    assert "Loss along the answer" in page.read_text()
+    kept = (tmp_path / "long.json.parts.jsonl").read_text()
+    assert len(kept.splitlines()) == 3  # the answer, and a document of two configurations
+    assert run(*map(str, asked), "--configs", "fp16,uniform-2").exit_code == 0
+    assert (tmp_path / "long.json.parts.jsonl").read_text() == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["needles", "formats"])
+def test_what_is_asked_late(tmp_path: Path, kind: str) -> None:
+    path, count = tmp_path / "late.json", 2 if kind == "needles" else 1
+    asked = (f"--{kind}", count, "--context", 700, "--configs", "uniform-8", "--json", path)
+    shown = run(*map(str, asked))
+    assert shown.exit_code == 0, shown.output
+    rows = figures(path, "eval-probes")["rows"]
+    assert [row["order"] for row in rows] == [1, 2]
+    assert rows[0]["position"] < rows[1]["position"] < 700
+    for row in rows:
+        assert row["score"] == row["score_fp16"]  # 8 bits are as good as exact
+    if kind == "needles":
+        assert rows[0]["score_fp16"] == 1
+    kept = (tmp_path / "late.json.parts.jsonl").read_text()
+    assert run(*map(str, asked)).exit_code == 0
+    assert (tmp_path / "late.json.parts.jsonl").read_text() == kept
 
 
 def test_tasks(tmp_path: Path) -> None:
@@ -94,6 +135,10 @@ def test_parts_are_of_one_form_of_weights(tmp_path: Path) -> None:
         (("--tasks", "piqa", "--task-file", "hellaswag=x.jsonl"), "which --tasks does not"),
         (("--tasks", "piqa", "--task-file", "piqa=nowhere.jsonl"), "No such file"),
         (("--turns", "100"), "tokens exceed the model's context"),
+        (("--long", "--recall"), "take one"),
+        (("--needles", "2", "--html", "page.html"), "--html shows texts and turns"),
+        (("--needle", "--window", "8"), "leave --window out"),
+        (("--needles", "2", "--context", "300"), "too short for 2 needles"),
         (("--weights", "int3"), "unknown weights 'int3'; take auto, plain, float32"),
         (("--text", "short.txt"), "the text has 0 documents"),
         (("--configs", "balanced@much"), "is no configuration"),

@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from qaq_eval.quality import DocumentResult, EvalResult, plots, summarize
-from qaq_eval.quality.report import text_report, turns_report
+from qaq_eval.quality.long import summarize_positions
+from qaq_eval.quality.report import long_report, text_report, turns_report
 from qaq_eval.quality.turns import summarize_turn
 
 EVEN = [[16.0, 2.0, 2.0, 16.0]] * 3
@@ -71,6 +72,15 @@ def test_turns() -> None:
     page = turns_report({"model": "tiny"}, told, parts[3:])
     assert len(drawn(page)) == 4
     assert "Loss by turn" in page
+
+
+def test_long_answers() -> None:
+    parts = [part(config) for config in CONFIGS]
+    positions = [each for config in CONFIGS for each in summarize_positions(parts, config, buckets=2)]
+    page = long_report({"model": "tiny"}, rows(parts), positions, parts)
+    along = drawn(page)[0]
+    assert {config for config in CONFIGS if any(e.get("id") == config for e in along.iter())} == set(CONFIGS)
+    assert page.count("<th>kl_max_se</th>") == 2
 
 
 def test_nothing_is_drawn_of_nothing() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import qaq_core.calibration.calibration
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import WIDTHS
@@ -44,6 +45,9 @@ NAMES = (
     "k4v2",
     "kivi-8",
     "kivi-2",
+    "turboquant-8bit",
+    "turboquant-3bit",
+    "oscar-2",
 )
 
 
@@ -52,6 +56,10 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny model's quick calibration is found by its fingerprint."""
     directory = tmp_path_factory.mktemp("cache")
     calibration(KIND).save(directory / "calibration" / "tiny.safetensors")
+    with pytest.MonkeyPatch.context() as patch:  # OSCAR's, on as little text
+        patch.setenv("QAQ_CACHE_DIR", str(directory))
+        patch.setattr(qaq_core.calibration.calibration, "TOKENS", 32)
+        Config.parse("oscar-2").method(tiny(KIND), "tiny")
     return directory
 
 
@@ -97,7 +105,7 @@ def test_exact_has_no_loss(parts: list[DocumentResult]) -> None:
 
 
 def test_eight_bits_are_nearly_exact(parts: list[DocumentResult]) -> None:
-    for name in ("uniform-8", "kivi-8"):
+    for name in ("uniform-8", "kivi-8", "turboquant-8bit"):
         assert summarize(parts, name, CONTEXT).kl_mean < 1e-4
 
 
@@ -126,7 +134,13 @@ def test_bytes_of_packed_tokens_by_hand(parts: list[DocumentResult]) -> None:
     # a head's rows of each width begin, 4 bytes each, over all its packed tokens.
     tag = 8 / 64
     index = [2 * len(WIDTHS) * 32 / (64 * packed) for packed in (CONTEXT - 72, CONTEXT + DECODE)]
-    for name, bits in {"uniform-2": 2 + 32 / 32, "k4v2": 3 + 32 / 32, "kivi-2": 2 + 32 / 32}.items():
+    for name, bits in {
+        "uniform-2": 2 + 32 / 32,
+        "k4v2": 3 + 32 / 32,
+        "kivi-2": 2 + 32 / 32,
+        "turboquant-3bit": 3 + (16 + 32) / 64,
+        "oscar-2": 2 + 32 / 32,
+    }.items():
         row = summarize(parts, name, CONTEXT)
         most, least = (16 / (bits + tag + more) for more in reversed(index))
         assert row.compression_asymptotic is not None
@@ -209,6 +223,8 @@ def test_parts_sum_up() -> None:
     assert row.delta_nll == pytest.approx(0.25)
     assert row.delta_nll_se == pytest.approx(0.15)  # of the documents' 0.1 and 0.4
     assert row.kl_mean == pytest.approx(0.2)
+    assert row.kl_mean_se == pytest.approx(0.1)  # of the documents' 0.1 and 0.3
+    assert (row.kl_median, row.kl_max) == (0.2, 0.4)
     assert row.compression == pytest.approx(800 / 160)
     assert row.compression_asymptotic == pytest.approx(6)
     assert row.top1_agreement == 0.5
