@@ -58,7 +58,8 @@ SANITIZED := build/sanitized/_cpu.so
 sanitize: $(DEVELOPED) $(SANITIZED)
 	QAQ_LIBRARY=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(BIN)/pytest -q tests/core/attention/test_kernels.py tests/core/attention/test_kernels_fuzz.py tests/core/quantization/test_encoder.py \
+		$(BIN)/pytest -q tests/core/attention/test_kernels.py tests/core/attention/test_kernels_fuzz.py \
+		tests/core/attention/test_prompts.py tests/core/quantization/test_encoder.py \
 		tests/core/allocation/test_allocator.py tests/core/storage/test_pool.py tests/core/kernels/test_checks.py \
 		tests/core/quantization/test_tables.py -k "not reference and not triton"
 
