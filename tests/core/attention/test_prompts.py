@@ -178,6 +178,7 @@ def test_chunks_do_not_show(kernel: str, chunks: tuple[int, ...], sliding_window
         parts.append(one(part, tokens(rows, first + n), 0.3, sliding_window, watch))
         first += n
     assert relative(torch.cat(parts, 1), whole.double()) < EXACT
+    assert torch.equal(torch.cat(parts, 1), one(query, tokens(rows, 100), 0.3, sliding_window))
     assert relative(seen.sums, expected.sums.double()) < EXACT
     assert relative(seen.peaks, expected.peaks.double()) < EXACT
 
