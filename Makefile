@@ -77,7 +77,8 @@ SANITIZED := build/sanitized/_cpu.so
 sanitize: $(DEVELOPED) $(SANITIZED)
 	QAQ_LIBRARY=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(BIN)/pytest -q tests/core/attention/test_kernels.py tests/core/attention/test_kernels_fuzz.py tests/core/quantization/test_encoder.py \
+		$(BIN)/pytest -q tests/core/attention/test_kernels.py tests/core/attention/test_kernels_fuzz.py \
+		tests/core/attention/test_prompts.py tests/core/quantization/test_encoder.py \
 		tests/core/allocation/test_allocator.py tests/core/storage/test_pool.py tests/core/kernels/test_checks.py \
 		tests/core/quantization/test_tables.py -k "not reference and not triton"
 
@@ -153,12 +154,13 @@ $(LATE)/$(NAME)-%.json: | $(DEVELOPED)
 
 # The speed and serving figures of docs/results, each run three times: make measure, with nothing else running. A
 # finished run is kept: remove build/measure to begin again. One of them: make measure MEASURED=speed/decode-4096.
-# decode-4096-quanto needs optimum-quanto and decode-4096-llama.cpp needs '.[llamacpp]', so both are run by name only.
+# decode-4096-quanto needs optimum-quanto, decode-4096-llama.cpp and prefill-llama.cpp need '.[llamacpp]', so these are run
+# by name only.
 RUNS = 1 2 3
 MEASURE = build/measure
 MEASURED = speed/attention \
 	speed/decode-1024 speed/decode-2048 speed/decode-2048x8 speed/decode-4096 speed/decode-7168 \
-	speed/decode-4096-float32 speed/decode-7168-float32 \
+	speed/decode-4096-float32 speed/decode-7168-float32 speed/prefill \
 	serving/demo serving/streams serving/streams-plain serving/prefix serving/elastic serving/memory
 decode = bench decode --caches balanced
 run-speed/attention = bench attention --repeat 21
@@ -171,6 +173,8 @@ run-speed/decode-4096-float32 = $(decode) --context 4096 --steps 24 --weights fl
 run-speed/decode-7168-float32 = $(decode) --context 7168 --steps 24 --weights float32
 run-speed/decode-4096-quanto = $(decode),quanto-int4 --context 4096 --steps 24
 run-speed/decode-4096-llama.cpp = $(decode),llama.cpp-f16,llama.cpp-q8_0 --context 4096 --steps 24 --weights int4 --compiled
+run-speed/prefill = bench prefill --caches balanced
+run-speed/prefill-llama.cpp = bench prefill --caches balanced,llama.cpp-f16 --contexts 1024,2048,4096
 serve = bench serve --requests 1 --clients 1
 run-serving/demo = demo
 run-serving/streams = $(serve) --streams 16 --memory-sessions 0 --stream-tokens 64

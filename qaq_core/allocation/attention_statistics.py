@@ -71,6 +71,9 @@ class AttentionStatistic(Protocol):
 
 
 class PromptObserver(Protocol):
+    reads_from: int
+    """Position of the first query whose probabilities it takes in; a kernel may leave out those before."""
+
     def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
         """Takes in probabilities [kv_heads, group, n, tokens] of prompt queries first..first+n-1."""
         ...
@@ -78,6 +81,22 @@ class PromptObserver(Protocol):
     def state(self) -> torch.Tensor:
         """The state after the prompt, uint8 [layers, kv_heads, total, bytes_per_token]."""
         ...
+
+
+@dataclass(frozen=True)
+class LayerObserver:
+    """Observer of one layer in a pass over a prompt whose first query is at a position.
+
+    A kernel may fill in `PromptMeans` itself instead of calling the observer.
+    """
+
+    prompt: PromptObserver
+    layer: int
+    position: int
+
+    def __call__(self, probabilities: torch.Tensor, first: int) -> None:
+        """Takes in probabilities [kv_heads, group, n, tokens] of queries first.. of the pass."""
+        self.prompt(self.layer, probabilities, self.position + first)
 
 
 def to_log_byte(value: torch.Tensor, dither: int | None = None) -> torch.Tensor:
@@ -126,12 +145,12 @@ class _LastSteps:
     """Fills an attention window with the last n prompt queries."""
 
     def __init__(self, steps: int, layers: int, heads: int, total: int, device: torch.device) -> None:
-        self._total = total
+        self.reads_from = max(0, total - steps)
         self._state = torch.zeros(layers, heads, total, steps, dtype=torch.uint8, device=device)
 
     def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
         n, steps = probabilities.shape[2], self._state.shape[-1]
-        for query in range(max(0, self._total - steps - first), n):
+        for query in range(max(0, self.reads_from - first), n):
             self._state[layer, :, : probabilities.shape[3], (first + query) % steps] = to_log_byte(
                 probabilities[:, :, query].amax(1)
             )
@@ -162,7 +181,7 @@ class DecayingMeanSquare:
         self.every = every
 
     def prompt(self, layers: int, heads: int, total: int, queries: int, device: torch.device) -> PromptObserver:
-        return _PromptMeans(self, layers, heads, total, min(queries, self.queries), device)
+        return PromptMeans(self, layers, heads, total, min(queries, self.queries), device)
 
     def update(self, state: torch.Tensor, observed: torch.Tensor, position: int) -> None:
         known = state[:, :, : observed.shape[2], 0]
@@ -177,29 +196,37 @@ class DecayingMeanSquare:
         return from_log_byte(state[..., 0])
 
 
-class _PromptMeans:
-    """Sums and peaks of p² while a prompt is computed."""
+class PromptMeans:
+    """Sums and peaks of p², averaged over the query group, while a prompt is computed.
+
+    Attributes:
+        sums: float32 [layers, kv_heads, total], over the queries from `summed_from` on.
+        peaks: the same shape, the largest of a query at least `distance` positions away.
+    """
+
+    reads_from = 0
 
     def __init__(
         self, statistic: DecayingMeanSquare, layers: int, heads: int, total: int, queries: int, device: torch.device
     ) -> None:
-        self._statistic, self._total, self._queries = statistic, total, queries
-        self._sum = torch.zeros(layers, heads, total, device=device)
-        self._peak = torch.zeros(layers, heads, total, device=device)
+        self._peak_share, self._queries = statistic.peak_share, queries
+        self.distance, self.summed_from = statistic.distance, total - queries
+        self.sums = torch.zeros(layers, heads, total, device=device)
+        self.peaks = torch.zeros(layers, heads, total, device=device)
 
     def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
         tokens = probabilities.shape[3]
         squares = probabilities.square().mean(1)  # [kv_heads, n, tokens]
-        last = max(0, self._total - self._queries - first)
+        last = max(0, self.summed_from - first)
         if last < squares.shape[1]:
-            self._sum[layer, :, :tokens] += squares[:, last:].sum(1)
-        far = squares.tril_(first - self._statistic.distance).amax(1)
-        peak = self._peak[layer, :, :tokens]
+            self.sums[layer, :, :tokens] += squares[:, last:].sum(1)
+        far = squares.tril_(first - self.distance).amax(1)
+        peak = self.peaks[layer, :, :tokens]
         torch.maximum(peak, far, out=peak)
 
     def state(self) -> torch.Tensor:
-        mean = self._sum / self._queries
-        return to_log_byte(mean + self._statistic.peak_share * self._peak).unsqueeze(-1)
+        mean = self.sums / self._queries
+        return to_log_byte(mean + self._peak_share * self.peaks).unsqueeze(-1)
 
 
 class NoStatistic:
@@ -221,6 +248,8 @@ class NoStatistic:
 
 class NoObserver:
     """Takes in nothing; gives the state that it was made with."""
+
+    reads_from = 2**62
 
     def __init__(self, state: torch.Tensor) -> None:
         self._state = state

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from qaq_core.allocation.allocator import Allocator
-from qaq_core.allocation.attention_statistics import Observer, PromptObserver, StepObserver
+from qaq_core.allocation.attention_statistics import LayerObserver, Observer, PromptObserver, StepObserver
 
 
 class Importance:
@@ -85,8 +85,8 @@ class Importance:
 
     def observer(self, layer: int, position: int) -> Observer | None:
         """The observer of a layer's probabilities, of the prompt's queries from a position on or of the one there."""
-        if (prompt := self.prompt) is not None:
-            return lambda probabilities, first: prompt(layer, probabilities, position + first)
+        if self.prompt is not None:
+            return LayerObserver(self.prompt, layer, position)
         observed = self.observed.get(position)
         return None if observed is None else StepObserver(self._statistic.reduction, observed[layer])
 

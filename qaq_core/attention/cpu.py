@@ -1,4 +1,4 @@
-"""Decode attention on the CPU, in C++ behind a plain C interface (kernels/csrc/attention.h).
+"""Attention on the CPU, in C++ behind a plain C interface (kernels/csrc/attention.h, kernels/csrc/prompt.h).
 
 It reads the packed pools as they are, of one layer of a whole batch of sequences in one call, which releases
 the interpreter lock. Scratch is kept per thread. A decode step in which it does everything goes through
@@ -8,16 +8,16 @@ the interpreter lock. Scratch is kept per thread. A decode step in which it does
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_int32, c_void_p
+from ctypes import byref, c_int32, c_void_p
 from typing import Any
 
 import numpy as np
 import torch
 
-from qaq_core.allocation.attention_statistics import StepObserver
-from qaq_core.attention.fallback import KernelWithFallback, restored_outputs, transformed_queries
+from qaq_core.allocation.attention_statistics import LayerObserver, Observer, PromptMeans, StepObserver
+from qaq_core.attention.fallback import PROMPT, KernelWithFallback, restored_outputs, transformed_queries
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
-from qaq_core.kernels import LAYER, REDUCTIONS, TYPES, Describer, checked
+from qaq_core.kernels import LAYER, REDUCTIONS, TYPES, Describer, Prompt, checked
 from qaq_core.quantization.codecs import Codec
 
 SINGLE_THREAD_BELOW = 1 << 19
@@ -25,7 +25,7 @@ SINGLE_THREAD_BELOW = 1 << 19
 
 
 class CpuAttention(KernelWithFallback):
-    """The operation in C++ for one query position.
+    """The operation in C++: of one query position for a batch of sequences, and of a prompt's queries.
 
     Attributes:
         describer: tells the library where packed tokens are.
@@ -74,6 +74,71 @@ class CpuAttention(KernelWithFallback):
         checked(self.library.qaq_attend, c_void_p(calls.ctypes.data), c_int32(batch), c_int32(self.threads(size)))
         out = exact.add_(restored_outputs(transforms, layer, middle)) if transforms else exact
         return out.transpose(0, 1).unsqueeze(2)
+
+    def prompt(
+        self,
+        query: torch.Tensor,
+        tokens: LayerTokens,
+        scaling: float,
+        sliding_window: int | None,
+        observer: Observer | None,
+    ) -> torch.Tensor:
+        """See `KernelWithFallback`. What a `LayerObserver` other than `PromptMeans` reads, the reference shows it."""
+        given = (tokens, scaling, sliding_window)
+        why = self.limits(query, tokens) or (f"{query.dtype} queries" if query.dtype not in TYPES else None)
+        if why is not None:
+            return self.refer(why, query, *given, observer)
+        if observer is None:
+            return self._prompt(query, *given, None, 0)
+        if not isinstance(observer, LayerObserver):
+            return self.refer(PROMPT, query, *given, observer)
+        seen, position = observer.prompt, observer.position
+        if isinstance(seen, PromptMeans):
+            return self._prompt(query, *given, seen, position)
+        unread = max(0, seen.reads_from - position)
+        if unread == 0:
+            return self.refer(PROMPT, query, *given, observer)
+        if unread < query.shape[1]:
+            self.refer(PROMPT, query[:, unread:], *given, LayerObserver(seen, observer.layer, position + unread))
+        return self._prompt(query, *given, None, 0)
+
+    def _prompt(
+        self,
+        query: torch.Tensor,
+        tokens: LayerTokens,
+        scaling: float,
+        sliding_window: int | None,
+        seen: PromptMeans | None,
+        position: int,
+    ) -> torch.Tensor:
+        """The operation in C++ for queries from a position on, whose probabilities are added to `seen`."""
+        query = query if query.stride(2) == 1 else query.contiguous()
+        heads, n, dim = query.shape
+        record = np.empty(1, LAYER)
+        alive = self.fill(record, 0, heads, tokens, None, None)
+        out = torch.empty(n, heads, dim)
+        call = Prompt(
+            type=TYPES[query.dtype],
+            queries=n,
+            window=sliding_window or 0,
+            scaling=scaling,
+            query=query.data_ptr(),
+            head_stride=query.stride(0),
+            query_stride=query.stride(1),
+            out=out.data_ptr(),
+        )
+        maps = tokens.packed.quantizer.transform.maps() if tokens.packed is not None else None
+        if maps is not None:
+            call.query_map, call.output_map = (part[tokens.layer].data_ptr() for part in maps)
+        if seen is not None:
+            sums, peaks = seen.sums[tokens.layer], seen.peaks[tokens.layer]
+            call.distance, call.peaks, call.observed_stride = seen.distance, peaks.data_ptr(), peaks.stride(0)
+            call.summed = max(0, position + n - max(seen.summed_from, position))
+            call.sums = sums.data_ptr() if call.summed else None
+        threads = self.threads(heads * n * tokens.length * dim // 8)
+        checked(self.library.qaq_prompt, byref(call), c_void_p(record.ctypes.data), c_int32(threads))
+        del alive
+        return out.transpose(0, 1)
 
     def fill(
         self,

@@ -1,4 +1,4 @@
-"""Decode kernels with a fallback: they compute one query position; the reference computes all else."""
+"""Kernels with a fallback: they compute one query position, and prompts where they can; the reference all else."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ log = logging.getLogger(__name__)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Types of tokens in the residual window that kernels support."""
-_PROMPT = "a prompt"
+PROMPT = "a prompt"
+"""The reason of a call that `decode` does not take because it is no decode step."""
 
 
 class KernelWithFallback(ABC):
-    """An implementation of `Attention` for one query position.
+    """An implementation of `Attention` for one query position; prompts are the reference's unless `prompt` is defined.
 
     Attributes:
-        fallbacks: number of calls that the reference computed, by reason. Prompts always are.
+        fallbacks: number of calls that the reference computed, by reason.
     """
 
     def __init__(self, reference: ReferenceAttention, kernel: str) -> None:
@@ -46,6 +47,17 @@ class KernelWithFallback(ABC):
     ) -> torch.Tensor:
         """[batch, query_heads, 1, head_dim] of query [batch, query_heads, head_dim]."""
 
+    def prompt(
+        self,
+        query: torch.Tensor,
+        tokens: LayerTokens,
+        scaling: float,
+        sliding_window: int | None,
+        observer: Observer | None,
+    ) -> torch.Tensor:
+        """[query_heads, n, head_dim] of queries of a prompt, see `Attention`."""
+        return self.refer(PROMPT, query, tokens, scaling, sliding_window, observer)
+
     def __call__(
         self,
         query: torch.Tensor,
@@ -55,6 +67,8 @@ class KernelWithFallback(ABC):
         observer: Observer | None = None,
     ) -> torch.Tensor:
         """See `Attention`."""
+        if self.unsupported(query, tokens, observer) == PROMPT:
+            return self.prompt(query, tokens, scaling, sliding_window, observer)
         return self.batch(query.unsqueeze(0), [tokens], scaling, sliding_window, [observer])[0]
 
     def batch(
@@ -72,21 +86,25 @@ class KernelWithFallback(ABC):
             return self.decode(query.squeeze(2), tokens, scaling, sliding_window, observers)  # type: ignore[arg-type]
         out = torch.empty(query.shape, device=query.device)
         for i, reason in enumerate(reasons):
+            given = (query[i], tokens[i], scaling, sliding_window, observers[i])
             if reason is not None:
-                self._count(reason)
-                out[i] = self._reference(query[i], tokens[i], scaling, sliding_window, observers[i])
+                out[i] = self.prompt(*given) if reason == PROMPT else self.refer(reason, *given)
         if supported:
             mine, observing = [tokens[i] for i in supported], [observers[i] for i in supported]
             out[supported] = self.decode(query[supported].squeeze(2), mine, scaling, sliding_window, observing)  # type: ignore[arg-type]
         return out
 
     def unsupported(self, query: torch.Tensor, tokens: LayerTokens, observer: Observer | None) -> str | None:
-        """Why the kernel does not support a call; None if it does."""
+        """Why `decode` does not support a call; None if it does."""
+        if query.shape[-2] != 1 or not (observer is None or isinstance(observer, StepObserver)):
+            return PROMPT
+        return self.limits(query, tokens)
+
+    def limits(self, query: torch.Tensor, tokens: LayerTokens) -> str | None:
+        """Why the kernel does not support queries over these tokens, however many they are; None if it does."""
         packed, keys, values = tokens.packed, tokens.keys, tokens.values
-        if query.shape[2] != 1 or not (observer is None or isinstance(observer, StepObserver)):
-            return _PROMPT
-        if not supports_head_dim(query.shape[3]):
-            return f"a head_dim of {query.shape[3]}"
+        if not supports_head_dim(query.shape[-1]):
+            return f"a head_dim of {query.shape[-1]}"
         if keys.dtype != values.dtype or keys.dtype not in DTYPES:
             return f"{keys.dtype} keys with {values.dtype} values"
         if any(rows.stride(1) != rows.shape[2] or rows.stride(2) != 1 for rows in (keys, values)):
@@ -95,10 +113,20 @@ class KernelWithFallback(ABC):
             return "outliers"
         return None
 
-    def _count(self, reason: str) -> None:
+    def refer(
+        self,
+        reason: str,
+        query: torch.Tensor,
+        tokens: LayerTokens,
+        scaling: float,
+        sliding_window: int | None,
+        observer: Observer | None,
+    ) -> torch.Tensor:
+        """The reference's result, which is counted."""
         self.fallbacks[reason] += 1
-        if reason != _PROMPT:
+        if reason != PROMPT:
             _warn(self._kernel, reason)
+        return self._reference(query, tokens, scaling, sliding_window, observer)
 
 
 def supports_head_dim(head_dim: int) -> bool:

@@ -69,6 +69,8 @@ class SequentialStep:
     def attend(self, given: LayerInput) -> torch.Tensor:
         """See `Step`. Padding gives zeros."""
         query, columns = given.query, given.query.shape[2]
+        if self._fresh == [columns]:
+            return self._sequences[0].attend(given.of(0, slice(None))).unsqueeze(0)
         out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         for i, (sequence, fresh) in enumerate(zip(self._sequences, self._fresh, strict=True)):
             own = slice(columns - fresh, columns)

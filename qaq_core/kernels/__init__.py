@@ -6,7 +6,7 @@ from qaq_core.kernels.encode import NativeEncoder
 from qaq_core.kernels.layers import LAYER, REDUCTIONS, SIDES, Describer, addresses
 from qaq_core.kernels.library import checked, load_library, missing_library
 from qaq_core.kernels.repack import NativeRepacker
-from qaq_core.kernels.structures import INTERFACE, TYPES, DecodeStep
+from qaq_core.kernels.structures import INTERFACE, TYPES, DecodeStep, Prompt
 
 __all__ = [
     "INTERFACE",
@@ -20,6 +20,7 @@ __all__ = [
     "NativeAllocator",
     "NativeEncoder",
     "NativeRepacker",
+    "Prompt",
     "addresses",
     "checked",
     "kernel_name",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 17
+INTERFACE = 18
 """QAQ_INTERFACE of csrc/interface.h: changes with a function's arguments or a field's meaning."""
 
 
@@ -74,6 +74,20 @@ class DecodeStep(Structure):
         *_fields(c_void_p, "query key value"),
         ("scaling", c_float),
         *_fields(c_void_p, "query_map output_map originals scratch out"),
+    ]
+
+
+class Prompt(Structure):
+    """QaqPrompt of csrc/prompt.h."""
+
+    _fields_ = [
+        *_fields(c_int32, "type queries window distance summed"),
+        ("scaling", c_float),
+        ("query", c_void_p),
+        *_fields(c_int64, "head_stride query_stride"),
+        *_fields(c_void_p, "query_map output_map sums peaks"),
+        ("observed_stride", c_int64),
+        ("out", c_void_p),
     ]
 
 
@@ -194,6 +208,7 @@ STRUCTURES: dict[str, type[Structure]] = {
     "QaqSide": Side,
     "QaqLayer": Layer,
     "QaqDecode": DecodeStep,
+    "QaqPrompt": Prompt,
     "QaqSpan": Span,
     "QaqTransform": TransformTables,
     "QaqCells": CellTables,

@@ -47,5 +47,7 @@ def sums(state: torch.Tensor) -> torch.Tensor:
 
 
 class _PromptSums(NoObserver):
+    reads_from = 0
+
     def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
         sums(self._state)[layer, :, : probabilities.shape[3]] += probabilities.mean(1).sum(1)

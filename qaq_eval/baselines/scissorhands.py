@@ -57,6 +57,8 @@ def pivotal(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 class _PromptCounts(NoObserver):
+    reads_from = 0
+
     def __call__(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
         period_start = (self._state.shape[2] - 1) // _PERIOD * _PERIOD
         pivots = pivotal(probabilities.mean(1))  # [kv_heads, n, tokens]

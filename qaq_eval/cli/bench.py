@@ -17,6 +17,7 @@ from rich.table import Table
 from qaq_eval.cli.bench_elastic import elastic
 from qaq_eval.cli.bench_identity import identity
 from qaq_eval.cli.bench_lookup import lookup
+from qaq_eval.cli.bench_prefill import prefill
 from qaq_eval.cli.bench_prefix import prefix
 from qaq_eval.cli.bench_serve import serve
 from qaq_eval.cli.bench_weights import weights as bench_weights
@@ -36,6 +37,7 @@ SHAPES = "9/3/64/4096,12/2/128/16384,32/8/128/16384"
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
     bench.command()(decode)
+    bench.command()(prefill)
     bench.command()(attention)
     bench.command()(encode)
     bench.command("weights")(bench_weights)

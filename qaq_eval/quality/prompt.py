@@ -39,6 +39,8 @@ class Prefill:
 class _FinishedObserver:
     """An observer whose prompt has ended."""
 
+    reads_from = 0
+
     def __init__(self, state: torch.Tensor) -> None:
         self._state = state
 

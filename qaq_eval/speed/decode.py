@@ -87,22 +87,22 @@ def decode_speed(
             if name.startswith(llama_cpp.PREFIX):
                 held[name] = stack.enter_context(llama_cpp.LlamaCpp(source, name, *ids.shape))
             else:
-                held[name] = _decoder(model, fingerprint, name)
+                held[name] = decoder(model, fingerprint, name)
             held[name].decode(ids[:, :context])
         for step in range(steps):
             _say(report, "decoding", step / steps)
-            for name, decoder in held.items():
+            for name, one in held.items():
                 begun = time.perf_counter()
-                decoder.decode(ids[:, context + step : context + step + 1])
+                one.decode(ids[:, context + step : context + step + 1])
                 if ids.is_cuda:
                     torch.cuda.synchronize()
                 if step >= WARM_UP:
                     times[name].append(time.perf_counter() - begun)
-        bytes_of = {name: decoder.nbytes for name, decoder in held.items()}
+        bytes_of = {name: one.nbytes for name, one in held.items()}
         if profiled is not None:
-            for name, decoder in held.items():
-                if isinstance(decoder, ModelDecoder) and isinstance(decoder.cache, QAQCache):
-                    profiled += step_parts(model, name, decoder.cache, ids[:, context:])
+            for name, one in held.items():
+                if isinstance(one, ModelDecoder) and isinstance(one.cache, QAQCache):
+                    profiled += step_parts(model, name, one.cache, ids[:, context:])
     dense = fmean(times[DENSE])
     return [
         DecodeSpeed(
@@ -153,7 +153,8 @@ class ModelDecoder:
         return self.cache.nbytes if isinstance(self.cache, QAQCache) else _bytes(self.cache)
 
 
-def _decoder(model: Any, fingerprint: str | None, name: str) -> ModelDecoder:
+def decoder(model: Any, fingerprint: str | None, name: str) -> ModelDecoder:
+    """A model with an empty cache of that name, see `decode_speed`."""
     if name == BFLOAT16:
         return ModelDecoder(copy.deepcopy(model).to(torch.bfloat16), DynamicCache())
     return ModelDecoder(model, DynamicCache() if name == DENSE else _cache(model, fingerprint, name))

@@ -16,7 +16,7 @@ from referencing import Registry, Resource
 from tools import measure
 from tools.results.__main__ import main
 from tools.results.runs import Results
-from tools.results.tables import decode, quality, serving, sources
+from tools.results.tables import decode, prefill, quality, serving, sources
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -32,6 +32,7 @@ SCHEMAS = {
     "qaq eval --formats": "eval-probes",
     "qaq paper": "paper",
     "qaq bench decode": "bench_decode",
+    "qaq bench prefill": "bench_prefill",
     "qaq bench attention": "bench_attention",
     "qaq bench serve": "bench_serve",
     "qaq bench prefix": "bench_prefix",
@@ -174,6 +175,17 @@ def test_three_runs_show_their_median_and_distribution(tmp_path: Path) -> None:
         counted = decode(Results(tmp_path).runs("speed")).splitlines()[-1]
         assert f"| {run} | [decode-64](speed/decode-64) |" in counted
         assert ("21.0 (20.0 to 26.0)" in counted) == (run == 3)
+
+
+def test_prompts_are_said_as_they_were_measured(tmp_path: Path) -> None:
+    times = {"milliseconds": 2500.0, "cpu_milliseconds": 2400.0}
+    row = {"context": 1024, "cache": "balanced", **times, "ratio_to_dynamic_cache": 1.25}
+    rows = [{**row, "cpu_ratio_to_dynamic_cache": 1.3}]
+    result = {"weights": "plain", "threads": 1, "isa": "avx2", "rows": rows}
+    record(tmp_path / "speed" / "prefill" / "run-1.json", result)
+    said = prefill(Results(tmp_path).runs("speed")).splitlines()[-1]
+    assert "| 1,024 | plain | 1 | avx2 | `balanced` | 2.50 s | 1.25 | 1.30 | 1 |" in said
+    assert prefill([]) == "No run is recorded."
 
 
 def test_runs_of_another_commit_or_machine_are_another_row(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def page(results: Results) -> str:
     tasks = [runs for runs in evaluated if runs not in text]
     speed = results.runs("speed")
     kernels = [runs for runs in speed if runs.source == "speed/attention"]
-    decode = [runs for runs in speed if runs not in kernels]
+    prefill = [runs for runs in speed if runs.source.startswith("speed/prefill")]
+    decode = [runs for runs in speed if runs not in kernels and runs not in prefill]
     serving = results.runs("serving")
     faults = results.runs("faults")
     return f"""# Results
@@ -72,6 +73,10 @@ follow in brackets where there are at least three runs. All caches of a source d
 in turn. A step includes re-quantization and packing. Ratios are of mean steps.
 
 {tables.decode(decode)}
+
+Prompts of a text, each computed at once. Ratios are of times: above 1 is faster than DynamicCache with SDPA.
+
+{tables.prefill(prefill)}
 
 Attention of one layer and one decode step, cold caches (`query heads/KV heads/head_dim`). x is a multiple of the time
 of QAQ's kernel:

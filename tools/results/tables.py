@@ -164,6 +164,30 @@ def _decode_rows(runs: Runs) -> Iterator[list[object]]:
         ]
 
 
+def prefill(measured: Sequence[Runs]) -> str:
+    """`qaq bench prefill`."""
+    if not measured:
+        return "No run is recorded."
+    head = ["tokens", "weights", "threads", "kernels", "cache", "time", "over DynamicCache", "CPU time over it"]
+    return table([*head, "runs", "source"], (cells for runs in measured for cells in _prefill_rows(runs)))
+
+
+def _prefill_rows(runs: Runs) -> Iterator[list[object]]:
+    for at, row in enumerate(runs.first["rows"]):
+        yield [
+            f"{row['context']:,}",
+            runs.first["weights"],
+            runs.first["threads"],
+            runs.first["isa"] or "torch",
+            "DynamicCache, float32" if row["cache"] == "dynamic" else f"`{row['cache']}`",
+            runs.figure("rows", at, "milliseconds", scale=1e-3, shape="{:.2f}", unit=" s"),
+            runs.figure("rows", at, "ratio_to_dynamic_cache", shape="{:.2f}"),
+            runs.figure("rows", at, "cpu_ratio_to_dynamic_cache", shape="{:.2f}"),
+            len(runs.results),
+            runs.link,
+        ]
+
+
 def attention(measured: Sequence[Runs]) -> str:
     """`qaq bench attention`: the C++ kernel, and how many times as long dense attention takes."""
     return bullets(

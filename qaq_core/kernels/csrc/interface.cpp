@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "decode.h"
 #include "encode.h"
+#include "prompt.h"
 #include "repack.h"
 #include "rotation.h"
 
@@ -76,6 +77,23 @@ static const QaqField fields[] = {
     FIELD(QaqDecode, originals),
     FIELD(QaqDecode, scratch),
     FIELD(QaqDecode, out),
+
+    STRUCTURE(QaqPrompt),
+    FIELD(QaqPrompt, type),
+    FIELD(QaqPrompt, queries),
+    FIELD(QaqPrompt, window),
+    FIELD(QaqPrompt, distance),
+    FIELD(QaqPrompt, summed),
+    FIELD(QaqPrompt, scaling),
+    FIELD(QaqPrompt, query),
+    FIELD(QaqPrompt, head_stride),
+    FIELD(QaqPrompt, query_stride),
+    FIELD(QaqPrompt, query_map),
+    FIELD(QaqPrompt, output_map),
+    FIELD(QaqPrompt, sums),
+    FIELD(QaqPrompt, peaks),
+    FIELD(QaqPrompt, observed_stride),
+    FIELD(QaqPrompt, out),
 
     STRUCTURE(QaqSpan),
     FIELD(QaqSpan, base),

@@ -269,11 +269,14 @@ def test_nan_is_not_hidden(kernel: str, dim: int) -> None:
 
 
 @each("n", [5])
-def test_prompts_go_to_the_reference(kernel: str, n: int) -> None:
+def test_prompts_that_are_watched_go_to_the_reference(kernel: str, n: int) -> None:
+    """What a caller's own observer reads of probabilities, nobody knows. Others are in test_prompts.py."""
     mine = subject("uniform-head", 32, 60)
     one, reference = make(kernel, mine.quantizer.codec), make("reference", mine.quantizer.codec)
-    query, tokens = mine.query(0, 2, n), mine.tokens(0)
-    assert torch.equal(one(query, tokens, 0.1), reference(query, tokens, 0.1))
+    query, tokens, shown = mine.query(0, 2, n), mine.tokens(0), list[int]()
+    out = one(query, tokens, 0.1, None, lambda p, first: shown.append(p.shape[2]))
+    assert torch.equal(out, reference(query, tokens, 0.1))
+    assert shown == [n]
     if isinstance(one, KernelWithFallback):
         assert one.fallbacks["a prompt"] >= 1
 

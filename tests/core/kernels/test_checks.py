@@ -31,8 +31,10 @@ pytestmark = pytest.mark.skipif(LOADED is None, reason="the C++ library is not b
 CALLS = int(os.environ.get("QAQ_FUZZ", "3000"))
 FUNCTIONS = (
     *("qaq_attend", "qaq_decode", "qaq_transform", "qaq_transform_at", "qaq_rms", "qaq_encode", "qaq_update_statistic"),
-    *("qaq_weigh", "qaq_widths", "qaq_width_changes", "qaq_count", "qaq_repack", "qaq_narrow"),
+    *("qaq_weigh", "qaq_widths", "qaq_width_changes", "qaq_count", "qaq_repack", "qaq_narrow", "qaq_prompt"),
 )
+LAYER_AT = {"qaq_attend": 0, "qaq_decode": 1, "qaq_prompt": 1}
+"""The argument that describes a layer."""
 # Arrays of indices and sizes, by structure: their type, and how many there are.
 ARRAYS: dict[type[Structure], dict[str, tuple[Any, Any]]] = {
     TransformTables: {"kind": (c_int64, lambda one: one.layers)},
@@ -94,7 +96,7 @@ class Tampering:
         made = Changes()
         if hasattr(one, "_obj"):
             self._structure(one._obj, made)
-        elif name in ("qaq_attend", "qaq_decode") and place == name.count("decode") and self._random.random() < 0.9:
+        elif name in LAYER_AT and place == LAYER_AT[name] and self._random.random() < 0.9:
             self._structure(Layer.from_address(one.value), made)
         elif name == "qaq_transform_at" and place in (3, 4, 5) and self._random.random() < 0.7:
             self._array(one.value, c_int64, arguments[1].value, made)
