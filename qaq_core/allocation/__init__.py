@@ -16,6 +16,7 @@ from qaq_core.allocation.importance import Importance
 from qaq_core.allocation.policies import BalancedPolicy, ErrorPolicy, FixedPolicy, PaperPolicy, Policy, View
 from qaq_core.allocation.rate_control import RateControl
 from qaq_core.allocation.requantize import Requantizer
+from qaq_core.allocation.step_error import Found, StepError, StepErrors
 from qaq_core.allocation.target import Target
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "DecayingMeanSquare",
     "ErrorPolicy",
     "FixedPolicy",
+    "Found",
     "Importance",
     "NoObserver",
     "NoStatistic",
@@ -36,6 +38,8 @@ __all__ = [
     "RateControl",
     "Reduction",
     "Requantizer",
+    "StepError",
+    "StepErrors",
     "StepObserver",
     "Target",
     "TokenState",

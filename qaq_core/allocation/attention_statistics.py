@@ -36,10 +36,13 @@ class StepObserver:
 
     Attributes:
         into: float32 [kv_heads, tokens], contiguous.
+        log_sums: float32 [query_heads], contiguous, of log Σ e^score; None if they are not asked for. Whoever has the
+            scores writes them.
     """
 
     reduction: Reduction
     into: torch.Tensor
+    log_sums: torch.Tensor | None = None
 
     def __call__(self, probabilities: torch.Tensor, first: int) -> None:
         """Takes in probabilities [kv_heads, group, 1, tokens]."""

@@ -17,20 +17,27 @@ class Importance:
 
     Args:
         heads: (layers, kv_heads).
+        query_heads: every query is observed, with the sums of its scores, and not just those that the statistic takes
+            in; None if not.
 
     Attributes:
         state: uint8 [layers, kv_heads, tokens or more, `AttentionStatistic.bytes_per_token`].
         prompt: observes the probabilities of the prompt during prefill; None in decode.
         observed: position of a query of the present pass -> float32 [layers, kv_heads, position + 1], what its
             probabilities are reduced to. Queries that are not observed have none.
+        log_sums: position of a query -> float32 [layers, query_heads], log Σ e^score.
     """
 
-    def __init__(self, allocator: Allocator, heads: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self, allocator: Allocator, heads: tuple[int, int], device: torch.device, query_heads: int | None = None
+    ) -> None:
         self._allocator, self._statistic = allocator, allocator.statistic
-        self._heads, self._device = heads, device
+        self._heads, self._device, self._query_heads = heads, device, query_heads
         self.state = self._new(0)
         self.prompt: PromptObserver | None = None
         self.observed: dict[int, torch.Tensor] = {}
+        self.log_sums: dict[int, torch.Tensor] = {}
+        self._origin = 0
 
     @property
     def nbytes(self) -> int:
@@ -61,25 +68,42 @@ class Importance:
             room: tokens that the state grows to if `stop` do not fit.
             origin: position of an observed query; every `AttentionStatistic.every`-th from there is observed.
         """
+        self._origin = origin
         self.observed = {
             position: torch.empty(*self._heads, position + 1, device=self._device)
             for position in range(first, stop)
-            if (position - origin) % self._statistic.every == 0
+            if self._query_heads is not None or self._is_taken(position)
         }
+        if self._query_heads is not None:
+            layers = self._heads[0]
+            self.log_sums = {at: torch.empty(layers, self._query_heads, device=self._device) for at in self.observed}
         if self.state.shape[2] < stop:
             grown = self._new(max(room, stop))
             grown[:, :, : self.state.shape[2]] = self.state
             self.state = grown
 
+    def view(self, length: int) -> torch.Tensor:
+        """Predicted attention of the first `length` tokens, float32 [layers, kv_heads, length]."""
+        return self._statistic.importance(self.state[:, :, :length])
+
     def end_step(self, position: int) -> None:
-        """Updates the state with the query at a position, if it was observed."""
+        """Updates the state with the query at a position, if the statistic takes it in."""
         observed = self.observed.pop(position, None)
-        if observed is not None:
+        self.log_sums.pop(position, None)
+        if observed is not None and self._is_taken(position):
             self._allocator.update_statistic(self.state, observed, position)
+
+    def _is_taken(self, position: int) -> bool:
+        return (position - self._origin) % self._statistic.every == 0
+
+    def forget_queries(self) -> None:
+        """Forgets the queries of the present pass that were not taken in."""
+        self.observed, self.log_sums = {}, {}
 
     def crop(self, tokens: int) -> None:
         """Keeps the state of the first `tokens` tokens, and forgets the queries behind them."""
         self.observed = {position: seen for position, seen in self.observed.items() if position < tokens}
+        self.log_sums = {position: sums for position, sums in self.log_sums.items() if position < tokens}
         if self.state.shape[2] > tokens:
             self.state = self.state[:, :, :tokens].clone()
 
@@ -88,16 +112,20 @@ class Importance:
         if self.prompt is not None:
             return LayerObserver(self.prompt, layer, position)
         observed = self.observed.get(position)
-        return None if observed is None else StepObserver(self._statistic.reduction, observed[layer])
+        if observed is None:
+            return None
+        sums = self.log_sums.get(position)
+        return StepObserver(self._statistic.reduction, observed[layer], None if sums is None else sums[layer])
 
     def copy(self) -> Importance:
         """A copy; between decode steps only."""
-        other = Importance(self._allocator, self._heads, self._device)
+        other = Importance(self._allocator, self._heads, self._device, self._query_heads)
         other.state = self.state.clone()
         return other
 
     def close(self) -> None:
-        self.state, self.prompt, self.observed = self._new(0), None, {}
+        self.state, self.prompt = self._new(0), None
+        self.forget_queries()
 
     def _new(self, tokens: int) -> torch.Tensor:
         dims = (*self._heads, tokens, self._statistic.bytes_per_token)

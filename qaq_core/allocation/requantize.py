@@ -32,7 +32,12 @@ _NEVER = 1 << 62
 
 @dataclass
 class RequantizeCounts:
-    """What requantization has done to one sequence: numbers of rows, bytes of planes and requests."""
+    """What requantization has done to one sequence: numbers of rows, bytes of planes and requests.
+
+    Attributes:
+        rows_corrected: rows fetched for the step that looked at them, see `cache.in_time`; their bytes count too.
+        corrections_late: rows that such a step asked for and that did not come in time.
+    """
 
     exceptions: int = 0
     rows_requantized: int = 0
@@ -40,6 +45,8 @@ class RequantizeCounts:
     rows_narrowed: int = 0
     originals_missing: int = 0
     requests_failed: int = 0
+    rows_corrected: int = 0
+    corrections_late: int = 0
 
 
 @dataclass(frozen=True)

@@ -167,4 +167,5 @@ class CpuAttention(KernelWithFallback):
             call[side]["residual"], call[side]["residual_head_stride"] = rows.data_ptr(), rows.stride(0)
         if observe is not None:
             call["reduction"], call["observed"] = REDUCTIONS[observe.reduction], observe.into.data_ptr()
+            call["log_sums"] = 0 if observe.log_sums is None else observe.log_sums.data_ptr()
         return alive

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from qaq_core.allocation.attention_statistics import Observer
+from qaq_core.allocation.attention_statistics import Observer, StepObserver
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import HALF
 from qaq_core.quantization.bit_planes import LevelTable, RowLayout, unpack_half, width_index
 from qaq_core.quantization.codecs import Codec
-from qaq_core.storage.packed import PackedTokens
+from qaq_core.storage.packed import BLOCK_TOKENS, PackedTokens
 
 QUERY_CHUNK = 256
 
@@ -79,7 +79,10 @@ class ReferenceAttention:
         outputs = []
         for first in range(0, query.shape[1], QUERY_CHUNK):
             part = query[:, first : first + QUERY_CHUNK]
-            probabilities = self._probabilities(part, tokens, query.shape[1] - first, sliding_window)
+            scores = self._masked_scores(part, tokens, query.shape[1] - first, sliding_window)
+            probabilities = scores.softmax(-1)
+            if isinstance(observer, StepObserver) and observer.log_sums is not None:
+                observer.log_sums.copy_(scores.logsumexp(-1)[:, 0])
             if observer is not None:
                 heads = tokens.keys.shape[0]
                 observer(probabilities.view(heads, -1, *probabilities.shape[1:]), first)
@@ -98,11 +101,35 @@ class ReferenceAttention:
         each = zip(query, tokens, observers, strict=True)
         return torch.stack([self(one, mine, scaling, sliding_window, observer) for one, mine, observer in each])
 
+    def rows_at(
+        self, packed: PackedTokens, side: int, layer: int, head: torch.Tensor, token: torch.Tensor
+    ) -> torch.Tensor:
+        """Some packed rows of a layer, dequantized but not transformed back: float32 [n, head_dim].
+
+        Args:
+            head, token: int64 [n]; tokens count from the first packed one. The codec keeps no offsets and outliers.
+        """
+        table, levels = self._table(packed, side), torch.zeros(len(head), packed.head_dim, device=packed.device)
+        for block in token.div(BLOCK_TOKENS, rounding_mode="floor").unique().tolist():
+            first, last = packed.block_range(block)
+            here = torch.nonzero((token >= first) & (token < last)).squeeze(1)
+            pool, tags = packed.sides[side].pools[block], packed.tags[layer, :, first:last]
+            for width, which, raw in pool.take_at(tags, side, layer, head[here], token[here] - first):
+                rows = levels.new_empty(len(raw), packed.head_dim)
+                if width == HALF:
+                    rows = unpack_half(raw)
+                else:
+                    table.unpack(raw, width, rows)
+                levels[here[which]] = rows
+        position = token + packed.start
+        meta = packed.meta_at(side, torch.full_like(head, layer), head, position)
+        return levels * packed.quantizer.spread(packed.quantizer.codec.affine(meta)[0], packed.head_dim)
+
     def unpack(self, packed: PackedTokens, side: int, layer: int) -> torch.Tensor:
         """All packed rows of a layer, dequantized but not transformed back: float32 [kv_heads, tokens, head_dim]."""
         return torch.cat([self._rows(packed, side, block, layer).clone() for block in range(packed.blocks)], 1)
 
-    def _probabilities(
+    def _masked_scores(
         self, query: torch.Tensor, tokens: LayerTokens, from_end: int, sliding_window: int | None
     ) -> torch.Tensor:
         """[query_heads, n, length] of the queries that begin `from_end` positions before the end."""
@@ -117,7 +144,7 @@ class ReferenceAttention:
         if sliding_window is not None and tokens.length > sliding_window:
             past = torch.arange(tokens.length, device=query.device) <= own[:, None] - sliding_window
             scores.masked_fill_(past, float("-inf"))
-        return scores.softmax(-1)
+        return scores
 
     def _packed_scores(self, query: torch.Tensor, packed: PackedTokens, layer: int) -> torch.Tensor:
         transform = packed.quantizer.transform

@@ -80,7 +80,8 @@ class TritonAttention(KernelWithFallback):
         """See `KernelWithFallback`."""
         group = query.shape[1] // tokens.keys.shape[0]
         too_many = f"{group} query heads for a KV head" if group > GROUP else None
-        return super().unsupported(query, tokens, observer) or too_many
+        sums = "sums of scores" if isinstance(observer, StepObserver) and observer.log_sums is not None else None
+        return super().unsupported(query, tokens, observer) or too_many or sums
 
     def decode(
         self,

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """Measured state of one sequence's cache; bytes are those of allocated buffers."""
+    """Measured state of one sequence's cache; bytes are those of allocated buffers.
+
+    Attributes:
+        rows_corrected: rows fetched for the decode step that looked at them.
+        corrections_late: rows that such a step asked for in vain, because the store did not answer in time.
+    """
 
     tokens: int
     kv_bytes: int
@@ -20,6 +25,8 @@ class CacheStatistics:
     requantize_bytes: int
     rows_narrowed: int
     originals_missing: int
+    rows_corrected: int = 0
+    corrections_late: int = 0
 
     @property
     def compression(self) -> float:

@@ -7,9 +7,16 @@ from functools import cache
 
 import torch
 
-from qaq_core.allocation import Allocator, AttentionStatistic, BalancedPolicy, Policy
+from qaq_core.allocation import Allocator, AttentionStatistic, BalancedPolicy, Policy, StepErrors
 from qaq_core.attention import Attention, CpuAttention, ReferenceAttention, TritonAttention, triton_missing
-from qaq_core.kernels import NativeAllocator, NativeRepacker, kernel_name, missing_library, native_library
+from qaq_core.kernels import (
+    NativeAllocator,
+    NativeRepacker,
+    NativeStepErrors,
+    kernel_name,
+    missing_library,
+    native_library,
+)
 from qaq_core.quantization import Codec
 from qaq_core.storage import Repacker, TorchRepacker
 
@@ -47,6 +54,16 @@ def make_allocator(
     if native is not None and one_byte_each and isinstance(policy, BalancedPolicy):
         return NativeAllocator(policy, codec, statistic, native)
     return Allocator(policy, codec, statistic)
+
+
+def make_step_errors(
+    policy: BalancedPolicy, codec: Codec, head_dim: int, device: torch.device, kernel: str | None = None
+) -> StepErrors:
+    """What steps' errors cost, on a device; see `native_library` for `kernel`."""
+    native = native_library(device, kernel)
+    if native is None:
+        return StepErrors(policy, codec, head_dim)
+    return NativeStepErrors(policy, codec, head_dim, native)
 
 
 def faster_kernel(device: torch.device) -> str | None:

@@ -86,7 +86,10 @@ class LayerwiseStep:
         """See `Step`."""
         taken = [s.take(given.layer, given.keys[i], given.values[i]) for i, s in enumerate(self._sequences)]
         tokens, observers = zip(*taken, strict=True)
-        return self._attention.batch(given.query, tokens, given.scaling, given.sliding_window, observers)
+        out = self._attention.batch(given.query, tokens, given.scaling, given.sliding_window, observers)
+        for i, sequence in enumerate(self._sequences):
+            sequence.correct(0, given.layer, given.query[i, :, 0], given.scaling, out[i, :, 0])
+        return out
 
 
 class NativeStep:
@@ -104,6 +107,7 @@ class NativeStep:
         self._dims = (batch, shape.query_heads, 1, shape.head_dim)
         self._records = np.empty((shape.layers, batch), LAYER)
         self._originals = np.zeros((shape.layers, batch), np.uintp)
+        self._corrected = [(i, one) for i, (one, _) in enumerate(queries) if one.in_time is not None]
         self._lengths = np.array([sequence.length + ahead + 1 for sequence, ahead in queries])
         for i, (sequence, ahead) in enumerate(queries):
             self._describe(i, attention, sequence, ahead)
@@ -135,6 +139,8 @@ class NativeStep:
         if (observed := sequence.importance.observed.get(sequence.length + ahead)) is not None:
             mine["reduction"] = REDUCTIONS[sequence.method.statistic.reduction]
             mine["observed"] = addresses(observed)
+        if (sums := sequence.importance.log_sums.get(sequence.length + ahead)) is not None:
+            mine["log_sums"] = addresses(sums)
 
     def attend(self, given: LayerInput) -> torch.Tensor:
         """See `Step`."""
@@ -145,6 +151,8 @@ class NativeStep:
         call.query, call.key, call.value = query.data_ptr(), keys.data_ptr(), values.data_ptr()
         call.out = out.data_ptr()
         self._run(self._records_at[given.layer], self._dims[0])
+        for i, sequence in self._corrected:
+            sequence.correct(0, given.layer, query[i, :, 0], given.scaling, out[i, :, 0])
         return out
 
     def _prepare(self, given: LayerInput) -> None:
@@ -167,7 +175,7 @@ class NativeDraft(NativeStep):
 
     def __init__(self, attention: CpuAttention, sequence: SequenceCache, tokens: int) -> None:
         sequence.begin(tokens)
-        self._residual = sequence.residual
+        self._sequence, self._residual = sequence, sequence.residual
         self._begin(attention, sequence.method, [(sequence, ahead) for ahead in range(tokens)])
         self._originals_at = None  # `ResidualWindow.write` stores them
         shape = sequence.method.shape
@@ -183,6 +191,8 @@ class NativeDraft(NativeStep):
         for i, (one, key, value, mine) in enumerate(zip(query, keys, values, out, strict=True)):
             call.query, call.key, call.value, call.out = (part.data_ptr() for part in (one, key, value, mine))
             self._run(records + i * self._records.strides[1], 1)
+            if self._corrected:
+                self._sequence.correct(i, given.layer, one, given.scaling, mine[:, 0])
         return out.transpose(0, 2).contiguous()
 
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
-from qaq_core.allocation import Allocator, AttentionStatistic, Policy, Target
+from qaq_core.allocation import Allocator, AttentionStatistic, BalancedPolicy, Policy, StepErrors, Target
 from qaq_core.allocation.policies.balanced import SINKS
-from qaq_core.attention import Attention
+from qaq_core.allocation.requantize import Requantizer
+from qaq_core.attention import Attention, ReferenceAttention
+from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, PAGE_TOKENS, VALUE, PageShape, dtype_name
 from qaq_core.cache import backends
+from qaq_core.cache.in_time import InTime, InTimeLimits
 from qaq_core.kernels import make_encoder
 from qaq_core.models import ModelShape
 from qaq_core.quantization import Adaptation, Outliers, Quantizer, split_outliers
@@ -36,6 +39,7 @@ class Method:
         kernel: which kernels to run, one of `kernels.KERNELS`; the environment's QAQ_KERNEL if not given.
         outlier_ratio: share of numbers stored beside the codes; 0 for none.
         adaptation: makes a sequence's own quantizer from its first packed tokens; None if all use the model's.
+        in_time: bounds of exceptions in time; None for none.
     """
 
     preset: str
@@ -53,9 +57,12 @@ class Method:
     adaptation: Adaptation | None = None
     page_tokens: int = PAGE_TOKENS
     kernel: str | None = None
+    in_time: InTimeLimits | None = None
     attention: Attention = field(init=False)
     allocator: Allocator = field(init=False)
     repacker: Repacker = field(init=False)
+    _step_errors: StepErrors | None = field(init=False, default=None)
+    _single_rows: ReferenceAttention | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         codec, device, kernel = self.quantizer.codec, self.device, self.kernel
@@ -65,12 +72,23 @@ class Method:
             "allocator": backends.make_allocator(self.policy, codec, self.statistic, device, kernel),
             "repacker": backends.make_repacker(device, kernel),
         }
+        if self.in_time is not None:
+            if not isinstance(self.policy, BalancedPolicy):
+                raise ConfigError(f"the {self.preset} preset has no exceptions in time: only balanced predicts errors")
+            made["_single_rows"] = ReferenceAttention(codec, device)
+            made["_step_errors"] = backends.make_step_errors(self.policy, codec, self.shape.head_dim, device, kernel)
         for name, part in made.items():
             object.__setattr__(self, name, part)
 
     def sequence(self, *args: Any, **kwargs: Any) -> Any:
         """An empty sequence, see `SequenceCache`."""
         return self.new_sequence(self, *args, **kwargs)
+
+    def exceptions_in_time(self, requantizer: Requantizer) -> InTime | None:
+        """What corrects a sequence's decode steps; None without exceptions in time."""
+        if self.in_time is None or self._step_errors is None or self._single_rows is None:
+            return None
+        return InTime(self._step_errors, self._single_rows, self.in_time, requantizer)
 
     @property
     def residual_dtype(self) -> torch.dtype:

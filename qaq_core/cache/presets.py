@@ -30,6 +30,7 @@ from qaq_core.attention import use_qaq_attention
 from qaq_core.base.checks import flag, number, one_of, whole
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import PAGE_TOKENS
+from qaq_core.cache.in_time import InTimeLimits
 from qaq_core.cache.method import Method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.calibration import Calibration, Progress, calibrate, shown
@@ -125,11 +126,17 @@ def balanced(
     fingerprint: str | None,
     target: Target,
     calibration: Calibration | None = None,
-    exceptions: bool = True,
+    exceptions: bool | str | InTimeLimits = True,
     rotation: bool = True,
 ) -> dict[str, Any]:
-    """The default. Without a target it holds 2.2 code bits per element after prefill."""
-    flag("exceptions", exceptions), flag("rotation", rotation)
+    """The default. Without a target it holds 2.2 code bits per element after prefill.
+
+    Args:
+        exceptions: when a row that needs more bits gets them: "off" never, "async" (or True) a few steps later,
+            "in-time" (or its bounds) also in the very step that looks at it.
+    """
+    flag("rotation", rotation)
+    asked, in_time = _exceptions(exceptions)
     known = calibration_of(model, shape, fingerprint, calibration)
     device = known.key_mean.device
     costs = (known.key_costs, known.value_costs)
@@ -145,11 +152,26 @@ def balanced(
     wanted = target if target.given else Target(bits=BALANCED_BITS)
     return {
         "quantizer": quantizer,
-        "policy": BalancedPolicy(quantizer, costs, exceptions),
+        "policy": BalancedPolicy(quantizer, costs, asked),
         "statistic": DecayingMeanSquare(),
         "target": wanted,
         "adaptation": Adaptation(costs, rotation),
+        "in_time": in_time,
     }
+
+
+EXCEPTIONS = ("off", "async", "in-time")
+
+
+def _exceptions(setting: bool | str | InTimeLimits) -> tuple[bool, InTimeLimits | None]:
+    """Whether rows are reviewed, and the bounds of exceptions in time, if there are any."""
+    if isinstance(setting, InTimeLimits):
+        return True, setting
+    if isinstance(setting, str):
+        one_of("exceptions", setting, EXCEPTIONS)
+        return setting != "off", InTimeLimits() if setting == "in-time" else None
+    flag("exceptions", setting)
+    return setting, None
 
 
 def paper(

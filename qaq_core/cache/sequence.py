@@ -93,7 +93,9 @@ class SequenceCache(SequenceTokens):
             raise ConfigError(f"{tokens} tokens cannot be accepted: the draft that was computed has {self.drafted}")
         self.drafted = 0
         self._take_decoded(self.residual.end_step(tokens))
-        self.importance.observed.clear()
+        self.importance.forget_queries()
+        if self.in_time is not None:
+            self.in_time.forget(refused=True)
         self.importance.crop(max(self.length, self._statistic_room))
         self.residual.truncate(self.residual.held)
 
@@ -126,7 +128,26 @@ class SequenceCache(SequenceTokens):
         if self._draft:
             return self._attend_draft(given)
         tokens, observer = self.take(given.layer, given.keys, given.values)
-        return self.method.attention(given.query, tokens, given.scaling, given.sliding_window, observer)
+        out = self.method.attention(given.query, tokens, given.scaling, given.sliding_window, observer)
+        if not self._expected:
+            self.correct(0, given.layer, given.query[:, 0], given.scaling, out[:, 0])
+        return out
+
+    def correct(self, ahead: int, layer: int, query: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
+        """Corrects a layer's output of a query, `ahead` tokens behind the next one, for what it looked at.
+
+        Args:
+            query: [query_heads, head_dim].
+            out: float32 [query_heads, head_dim]; changed in place.
+        """
+        position = self.length + ahead
+        if self.in_time is not None and (sums := self.importance.log_sums.get(position)) is not None:
+            self.in_time.correct(position, layer, query, scaling, sums[layer], out)
+
+    @property
+    def predicted_errors(self) -> list[float]:
+        """Of each token of the last pass, if they were decoded with exceptions in time: the predicted KL in nats."""
+        return [] if self.in_time is None else self.in_time.predicted
 
     @property
     def prefilling(self) -> bool:
@@ -232,9 +253,14 @@ class SequenceCache(SequenceTokens):
         if self._expected and n > self._expected:
             raise ConfigError(f"a prompt of {self._expected} more tokens was announced, but {n} arrived")
         self.residual.begin_step(n, prompt=self._expected > 0)
+        if self.in_time is not None:
+            self.in_time.forget()
         if self._expected:
             return
         self.importance.begin_step(self.length, self.length + n, self._statistic_room, self.method.sinks)
+        if self.in_time is not None:
+            behind = self.length - self.method.sinks
+            self.in_time.begin(self.importance, self.method.sinks, self.length, behind % self.method.policy.every == 0)
 
     def _tokens(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> LayerTokens:
         """What a query attends to: the residual window [kv_heads, n, head_dim], and the packed tokens."""
@@ -252,6 +278,8 @@ class SequenceCache(SequenceTokens):
         observers = [self.importance.observer(layer, self.length + i) for i in range(n)]
         query = given.query.transpose(0, 1).unsqueeze(2)
         out = self.method.attention.batch(query, tokens, given.scaling, given.sliding_window, observers)
+        for ahead in range(n):
+            self.correct(ahead, layer, query[ahead, :, 0], given.scaling, out[ahead, :, 0])
         return out.squeeze(2).transpose(0, 1)
 
     def _begin_prompt(self, tokens: int) -> None:

@@ -39,6 +39,7 @@ class SequenceTokens:
     Attributes:
         rate: finds and steers λ.
         importance: the attention that the tokens have had.
+        in_time: corrects decode steps for what they look at; None without exceptions in time.
         exact_prefix: number of first tokens whose keys and values were computed over a full-precision cache: those
             of the first prompt. They depend on the token ids alone; later ones depend on what was quantized.
     """
@@ -56,11 +57,13 @@ class SequenceTokens:
         shape = method.shape
         elements = 2 * shape.layers * shape.kv_heads * shape.head_dim
         self.rate = RateControl(method.allocator, method.target, elements, shape.head_dim)
-        self.importance = Importance(method.allocator, (shape.layers, shape.kv_heads), method.device)
+        query_heads = None if method.in_time is None else shape.query_heads
+        self.importance = Importance(method.allocator, (shape.layers, shape.kv_heads), method.device, query_heads)
         self.staging = Staging(method.page_shape, originals or InProcessOriginals(), page_name or unique_names())
         dims = (shape.layers, shape.kv_heads, shape.head_dim)
         self.packed = PackedTokens(method.quantizer, dims, method.sinks, method.device, method.repacker)
         self.requantizer = Requantizer(self.packed, self.staging, method.allocator, wait)
+        self.in_time = method.exceptions_in_time(self.requantizer)
         room = method.sinks + 2 * method.pack_tokens
         self.residual = ResidualWindow(dims, room, method.dtype, method.residual_dtype, method.device)
 
@@ -115,6 +118,8 @@ class SequenceTokens:
             requantize_bytes=counts.requantize_bytes,
             rows_narrowed=counts.rows_narrowed,
             originals_missing=counts.originals_missing,
+            rows_corrected=counts.rows_corrected,
+            corrections_late=counts.corrections_late,
         )
 
     def close(self) -> None:
@@ -124,6 +129,8 @@ class SequenceTokens:
         self.importance.close()
         self.packed = PackedTokens(self.method.quantizer, (0, 0, 0), 0, self.method.device)
         self.requantizer.close(self.packed)
+        if self.in_time is not None:
+            self.in_time.close()
 
     # -- packing and cropping --------------------------------------------------------------------------
 
@@ -136,6 +143,8 @@ class SequenceTokens:
             self.length = position + 1
             self.requantizer.apply()
             self.importance.end_step(position)
+            if self.in_time is not None:
+                self.in_time.end(position)
             if self.length - self.packed.stop >= 2 * method.pack_tokens:
                 self._pack(method.pack_tokens)
             behind = self.length - method.sinks
@@ -145,6 +154,8 @@ class SequenceTokens:
     def _pack_prompt(self) -> None:
         """Packs what a prompt that has ended leaves in the window, but the most recent tokens."""
         self.importance.end_prompt()
+        if self.in_time is not None:
+            self.in_time.renew()
         movable = self.residual.held - self.method.sinks
         groups = movable // self.method.pack_tokens - 1
         if groups > 0:
@@ -167,6 +178,8 @@ class SequenceTokens:
                 packed.quantizer = self.method.quantizer
                 self.rate.restart()
         self.importance.crop(length)
+        if self.in_time is not None:
+            self.in_time.crop(stop)
         self.length, self.exact_prefix = length, min(self.exact_prefix, length)
 
     def _copy_to(self, other: SequenceTokens, page_name: Callable[[int], bytes]) -> None:
@@ -177,6 +190,8 @@ class SequenceTokens:
         other.staging = self.staging.fork(page_name)  # the last: it holds pages, which a failure would leave held
         other.requantizer = Requantizer(other.packed, other.staging, self.method.allocator, self.requantizer.wait)
         other.requantizer.rounded_from = self.requantizer.rounded_from
+        if self.in_time is not None:
+            other.in_time = self.in_time.fork(other.requantizer)
 
     def _note_rounding(self) -> None:
         """Tokens in the window now, and all later ones, are packed from rounded numbers, if the window rounds."""

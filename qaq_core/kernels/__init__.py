@@ -6,6 +6,7 @@ from qaq_core.kernels.encode import NativeEncoder
 from qaq_core.kernels.layers import LAYER, REDUCTIONS, SIDES, Describer, addresses
 from qaq_core.kernels.library import checked, load_library, missing_library
 from qaq_core.kernels.repack import NativeRepacker
+from qaq_core.kernels.step_error import NativeStepErrors
 from qaq_core.kernels.structures import INTERFACE, TYPES, DecodeStep, Prompt
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "NativeAllocator",
     "NativeEncoder",
     "NativeRepacker",
+    "NativeStepErrors",
     "Prompt",
     "addresses",
     "checked",

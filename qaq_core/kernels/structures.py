@@ -62,7 +62,7 @@ class Layer(Structure):
         ("tags_head_stride", c_int64),
         ("levels", c_void_p),
         *_fields(Side, "key value"),
-        *_fields(c_void_p, "out_residual out_packed observed"),
+        *_fields(c_void_p, "out_residual out_packed observed log_sums"),
     ]
 
 
@@ -172,6 +172,24 @@ class StatisticUpdate(Structure):
     ]
 
 
+class StepError(Structure):
+    """QaqStepError of csrc/step_error.h."""
+
+    _fields_ = [
+        *_fields(c_int32, "heads tokens"),
+        ("observed", c_void_p),
+        ("observed_stride", c_int64),
+        *_fields(c_void_p, "factors tags"),
+        ("tags_stride", c_int64),
+        *_fields(c_void_p, "key_meta value_meta"),
+        ("meta_stride", c_int64),
+        *_fields(c_void_p, "key_lost value_lost"),
+        *_fields(c_float, "negligible least"),
+        ("room", c_int64),
+        *_fields(c_void_p, "index error total"),
+    ]
+
+
 class Repack(Structure):
     """QaqRepack of csrc/repack.h."""
 
@@ -216,6 +234,7 @@ STRUCTURES: dict[str, type[Structure]] = {
     "QaqWeigh": Weigh,
     "QaqSideRows": SideRows,
     "QaqStatisticUpdate": StatisticUpdate,
+    "QaqStepError": StepError,
     "QaqRepack": Repack,
     "QaqNarrow": Narrow,
 }

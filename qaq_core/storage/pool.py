@@ -8,6 +8,7 @@ that changes is repacked, see `repack`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 
@@ -75,6 +76,25 @@ class Pool:
         self._starts = torch.nn.functional.pad(counts.sum(1).cumsum(0), (0, 0, 1, 0)).T.tolist()
         flat = counts.view(-1, len(WIDTHS))
         self.first = (flat.cumsum(0) - flat).view(counts.shape).int()
+
+    def take_at(
+        self, tags: torch.Tensor, side: int, layer: int, head: torch.Tensor, token: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Some rows of a layer: for each width above 0 the width, which of the n they are, and their bytes.
+
+        Args:
+            tags: the block's, of that layer: [kv_heads, tokens].
+            head, token: int64 [n].
+        """
+        which = width_index(tags, side)[head]  # [n, tokens]
+        own = which.gather(1, token.unsqueeze(1))
+        before = torch.arange(tags.shape[1], device=tags.device) < token.unsqueeze(1)
+        rank = ((which == own) & before).sum(1)
+        for index in own.unique().tolist():
+            if WIDTHS[index]:
+                mine = torch.nonzero(own[:, 0] == index).squeeze(1)
+                first = self.first[layer, head[mine].cpu(), index].to(tags.device)
+                yield WIDTHS[index], mine, self.rows[WIDTHS[index]][first + rank[mine]]
 
     def take(self, tags: torch.Tensor, side: int, index: torch.Tensor, width: int) -> torch.Tensor:
         """Rows at flat indices [n] that all have that width: uint8 [n, bytes]."""

@@ -41,6 +41,17 @@ kv_budget_exceeded = Counter(
 exceptions = Counter(
     "qaq_exceptions_total", "Attention-window exceptions: vectors whose required width rose above their own"
 )
+rows_corrected = Counter(
+    "qaq_rows_corrected_total", "Rows whose originals were fetched for the decode step that looked at them"
+)
+corrections_late = Counter(
+    "qaq_corrections_late_total", "Rows that a decode step asked for and that did not come in time: it went on without"
+)
+predicted_error = Histogram(
+    "qaq_predicted_error",
+    "Predicted KL divergence from full precision of a generated token, in nats",
+    buckets=(1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0),
+)
 
 # Originals: client and server.
 requantize_seconds = Histogram("qaq_requantize_seconds", "Duration of a re-quantization batch", buckets=SECONDS)

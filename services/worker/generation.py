@@ -190,17 +190,18 @@ class Generation:
             raise
         return others
 
-    def accept(self, token: int, logits: torch.Tensor) -> Reply:
+    def accept(self, token: int, logits: torch.Tensor, error: float | None = None) -> Reply:
         """Counts a sampled token and makes its message. Sets `reason` if it was the last.
 
         Args:
             logits: float [vocabulary] that the token was sampled from.
+            error: the predicted error of this distribution, in nats.
         """
         self._last_token_at = time.monotonic()
         if self._generated == 0:
             self._first_token_at = self._last_token_at
         index, text = self._generated, self._count(token)
-        info = self._logprobs.generated(token, logits) if self._logprobs.requested else None
+        info = self._logprobs.generated(token, logits, error) if self._logprobs.requested else None
         message = common_pb2.Token(
             token_id=token, text=text, index=index, choice=self.choice, info=info, chosen_at=time.time()
         )

@@ -37,9 +37,12 @@ class Logprobs:
         text = raw.decode(errors="replace")
         return common_pb2.TokenInfo(token_id=token, text=text, bytes=raw, special=special, logprob=logprob)
 
-    def generated(self, token: int, logits: torch.Tensor) -> common_pb2.TokenInfo:
-        """A generated token; `logits`, float [vocabulary], are the model's own at its position."""
-        return next(self._of([token], logits[None], self._top, ranked=False))
+    def generated(self, token: int, logits: torch.Tensor, error: float | None = None) -> common_pb2.TokenInfo:
+        """A generated token; `logits`, float [vocabulary], are the model's own at its position, with that error."""
+        info = next(self._of([token], logits[None], self._top, ranked=False))
+        if error is not None:
+            info.predicted_error = error
+        return info
 
     def prompt(self, tokens: Sequence[int], logits: torch.Tensor) -> Iterator[common_pb2.TokenInfo]:
         """Tokens of a prompt; row i of `logits`, float [tokens, vocabulary], predicts token i."""

@@ -101,6 +101,10 @@ class Methods:
             raise ConfigError(f"preset {key.preset[:50]!r} is not served; use one of {', '.join(PRESETS)}")
         model, fingerprint = self._loaded.model, self._loaded.fingerprint
         known: dict[str, Any] = {}
+        if key.preset == "balanced":
+            known["exceptions"] = self._settings.exceptions
+        elif key.preset == "paper":
+            known["exceptions"] = self._settings.exceptions != "off"
         # Measuring needs gradients.
         with torch.inference_mode(False), torch.enable_grad():
             if progress is not None and key.preset in _MEASURED:

@@ -78,7 +78,7 @@ class Session:
         loaded: tokens whose keys and values came from the store.
         min_bytes: a lower bound on the bytes of a preempted session's cache; 0 otherwise.
         reported: pages whose ids the router knows, see `new_pages`.
-        counted: exceptions and missing originals of this cache that are in the metrics already.
+        counted: counts of this cache that are in the metrics already, by name.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Session:
         other.tokens, other._resting = list(self.tokens), []
         other.names = other._names()
         other.sequence = self.sequence.fork(other.names)
-        other.counted = {"exceptions": 0, "originals_missing": 0}
+        other.counted = {}
         return other
 
     def preempt(self, min_bytes: int) -> None:
@@ -245,7 +245,7 @@ class Session:
         self.sequence = SequenceCache(self.method, self._originals, self.names, self._wait)
         self.loading = None
         self.loaded = self.reported = self.min_bytes = self._prefill_left = 0
-        self.counted = {"exceptions": 0, "originals_missing": 0}
+        self.counted = {}
 
     def _release_pages(self) -> None:
         """Releases the pages held during a preemption. The loaded ones are held by the cache itself."""

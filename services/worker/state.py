@@ -9,6 +9,15 @@ from services.common import metrics
 from services.worker.session import Session
 
 
+_COUNTERS = {
+    "exceptions": metrics.exceptions,
+    "originals_missing": metrics.originals_missing,
+    "rows_corrected": metrics.rows_corrected,
+    "corrections_late": metrics.corrections_late,
+}
+"""By the name of a count of `RequantizeCounts`."""
+
+
 @dataclass(frozen=True)
 class WorkerState:
     """What a worker runs and holds.
@@ -52,6 +61,6 @@ def record_finished(session: Session) -> None:
         for bits, vectors in histogram.items():
             metrics.kv_bits.labels(side, str(bits)).set(vectors)
     counts = session.sequence.requantizer.counts
-    for name, counter in (("exceptions", metrics.exceptions), ("originals_missing", metrics.originals_missing)):
-        counter.inc(getattr(counts, name) - session.counted[name])
+    for name, counter in _COUNTERS.items():
+        counter.inc(getattr(counts, name) - session.counted.get(name, 0))
         session.counted[name] = getattr(counts, name)

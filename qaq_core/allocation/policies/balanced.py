@@ -54,7 +54,7 @@ class BalancedPolicy:
     lam = 1e-9
 
     def __init__(self, quantizer: Quantizer, costs: tuple[torch.Tensor, torch.Tensor], exceptions: bool = True) -> None:
-        self.exceptions = exceptions
+        self.exceptions, self.device = exceptions, costs[KEY].device
         head_dim = 8 * costs[KEY].shape[-1]
         distortion = torch.tensor([quantizer.codec.distortion(bits) for bits in range(9)], device=costs[KEY].device)
         self.tables = [
@@ -123,6 +123,17 @@ class CostTable:
         for step in range(len(least) - 2, -1, -1):
             torch.minimum(least[step], least[step + 1], out=least[step])
         return least
+
+    def by_meta(self, scales: torch.Tensor) -> torch.Tensor:
+        """`lost` for every meta byte and width of a tag: float32 [layers, kv_heads, 256, widths].
+
+        Args:
+            scales: [1, 1, 256, parts], of each meta byte.
+        """
+        total = torch.zeros(*self._lost.shape[1:3], 256, len(WIDTHS), device=scales.device)
+        for lost, power in zip(self._lost, scales[0, 0].square().unbind(-1), strict=True):
+            total[..., : len(CODED)] += lost.unsqueeze(-2) * power.unsqueeze(-1)
+        return total
 
     def lost(self, scale: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
         """mean_o c_o · D(b_o) · scale² of rows of widths uint8 [layers, kv_heads, n], float32 of that shape."""

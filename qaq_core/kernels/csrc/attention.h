@@ -52,6 +52,7 @@ struct QaqLayer {
     float* out_residual;  // [kv_heads * group][dim], from residual values and the mean of packed ones
     float* out_packed;    // [kv_heads * group][dim], from packed values, transformed as they are
     float* observed;      // [kv_heads][tokens], the attention statistic, if there is a reduction
+    float* log_sums;      // [kv_heads * group], log Σ e^score of each query head, or null
 };
 
 // Attends in `count` layers, one of each of several sequences, on up to `threads` threads including the caller's.

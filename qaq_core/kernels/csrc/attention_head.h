@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -109,10 +110,14 @@ struct HeadAttention : HeadTiles {
         float* observed = layer.observed + int64_t(head) * length;
         const bool squares = layer.reduction == QAQ_MEAN_SQUARE;
         for (int q = 0; q < quads; ++q) {
-            const f4 sums = exponentiate(scores(q), layer.first, length, padded);
+            f4 peaks;
+            const f4 sums = exponentiate(scores(q), layer.first, length, padded, peaks);
             const f4 shares = 1.0f / sums;
             const int heads = std::min(QUAD, layer.group - QUAD * q);
             store4(scratch.shares.data() + QUAD * q, shares);
+            if (layer.log_sums)
+                for (int h = 0; h < heads; ++h)
+                    layer.log_sums[head * layer.group + QUAD * q + h] = peaks[h] + std::log(sums[h]);
             if (layer.reduction == QAQ_NONE) continue;
             const float* weights = scores(q);
             alignas(32) float four[4][8];

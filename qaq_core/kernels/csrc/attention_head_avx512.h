@@ -3,6 +3,7 @@
 #define QAQ_AVX512
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numeric>
@@ -207,6 +208,7 @@ struct HeadAttention : HeadRows {
     void finish(int g) const {
         const int dim = layer.dim;
         const float mass = scratch.masses[g], share = 1 / (scratch.sums[g] += mass);
+        if (layer.log_sums) layer.log_sums[head * layer.group + g] = scratch.peaks[g] + std::log(scratch.sums[g]);
         const float* mean = layer.value_mean && layer.packed ? layer.value_mean + head * dim : nullptr;
         const float *residual = scratch.residual.data() + g * dim, *packed = scratch.packed.data() + g * dim;
         float *out_residual = layer.out_residual + row(g), *out_packed = layer.out_packed + row(g);

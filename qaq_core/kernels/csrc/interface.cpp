@@ -10,6 +10,7 @@
 #include "prompt.h"
 #include "repack.h"
 #include "rotation.h"
+#include "step_error.h"
 
 #define STRUCTURE(type) {#type, "", 0, int64_t(sizeof(type))}
 #define FIELD(type, name) {#type, #name, int64_t(offsetof(type, name)), int64_t(sizeof(type::name))}
@@ -65,6 +66,7 @@ static const QaqField fields[] = {
     FIELD(QaqLayer, out_residual),
     FIELD(QaqLayer, out_packed),
     FIELD(QaqLayer, observed),
+    FIELD(QaqLayer, log_sums),
 
     STRUCTURE(QaqDecode),
     FIELD(QaqDecode, type),
@@ -176,6 +178,26 @@ static const QaqField fields[] = {
     FIELD(QaqStatisticUpdate, log2_floor),
     FIELD(QaqStatisticUpdate, step),
     FIELD(QaqStatisticUpdate, seed),
+
+    STRUCTURE(QaqStepError),
+    FIELD(QaqStepError, heads),
+    FIELD(QaqStepError, tokens),
+    FIELD(QaqStepError, observed),
+    FIELD(QaqStepError, observed_stride),
+    FIELD(QaqStepError, factors),
+    FIELD(QaqStepError, tags),
+    FIELD(QaqStepError, tags_stride),
+    FIELD(QaqStepError, key_meta),
+    FIELD(QaqStepError, value_meta),
+    FIELD(QaqStepError, meta_stride),
+    FIELD(QaqStepError, key_lost),
+    FIELD(QaqStepError, value_lost),
+    FIELD(QaqStepError, negligible),
+    FIELD(QaqStepError, least),
+    FIELD(QaqStepError, room),
+    FIELD(QaqStepError, index),
+    FIELD(QaqStepError, error),
+    FIELD(QaqStepError, total),
 
     STRUCTURE(QaqRepack),
     FIELD(QaqRepack, heads),

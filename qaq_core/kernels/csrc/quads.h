@@ -106,8 +106,8 @@ inline f4 lower(f8 v) { return f4{v[0], v[1], v[2], v[3]}; }
 inline f4 upper(f8 v) { return f4{v[4], v[5], v[6], v[7]}; }
 
 // Softmax without the division: replaces scores[first..length) of a quad's heads by e^(score - the head's highest), and
-// the others up to `padded`, an even number, by 0. Returns each head's sum.
-QAQ_NOINLINE f4 exponentiate(float* scores, int first, int length, int padded) {
+// the others up to `padded`, an even number, by 0. Returns each head's sum and, in `peak`, its highest score.
+QAQ_NOINLINE f4 exponentiate(float* scores, int first, int length, int padded, f4& peak) {
     const float inf = std::numeric_limits<float>::infinity();
     const int begin = first / 2 * 2;
     std::fill(scores, scores + QUAD * first, -inf);
@@ -117,7 +117,7 @@ QAQ_NOINLINE f4 exponentiate(float* scores, int first, int length, int padded) {
         const f8 s = load(scores + QUAD * t);
         peaks = s > peaks ? s : peaks;
     }
-    const f4 peak = lower(peaks) > upper(peaks) ? lower(peaks) : upper(peaks);
+    peak = lower(peaks) > upper(peaks) ? lower(peaks) : upper(peaks);
     const f8 both = twice(peak);
     for (int t = begin; t < length; t += 2) {
         const f8 e = exp8(load(scores + QUAD * t) - both);

@@ -257,11 +257,14 @@ class RunningBatch:
 
         The sampler's random numbers depend on the position alone, so these are the tokens of decode.
         """
-        tokens = session_of(generation).tokens
+        tokens, errors = session_of(generation).tokens, session_of(generation).sequence.predicted_errors
         for sampled, row in enumerate(logits, 1):
             token = generation.sampler.sample(row, tokens)
             tokens.append(token)
-            self._replies.put(generation, generation.accept(token, row))
+            error = errors[sampled - 1] if errors else None
+            if error is not None:
+                metrics.predicted_error.observe(error)
+            self._replies.put(generation, generation.accept(token, row, error))
             if generation.reason != UNFINISHED or draft[sampled - 1 : sampled] != [token]:
                 break
             metrics.accepted_tokens.inc()
