@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 18
+INTERFACE = 19
 """QAQ_INTERFACE of csrc/interface.h: changes with a function's arguments or a field's meaning."""
 
 
