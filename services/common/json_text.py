@@ -20,11 +20,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         RepeatedKeyError: a key is there twice.
     """
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise RepeatedKeyError(f'an object has the key "{twice[:100]}" twice; send it once')
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise RepeatedKeyError(f'an object has the key "{key[:100]}" twice; send it once')
+        made[key] = value
     return made
 
 

@@ -117,7 +117,8 @@ def _started(work: Callable[[], T], name: str) -> asyncio.Future[T]:
             result.set_result(value)  # type: ignore[arg-type]
 
     def run() -> None:
-        value, error = None, None
+        value: T | None = None
+        error: Exception | None = None
         try:
             value = work()
         except Exception as raised:
