@@ -89,8 +89,9 @@ def generate(
         or None,
         session_id=session,
     )
-    with inference(router, metadata=options.metadata(tenant)) as asked:
-        follow(asked.stream(request))
+    called = inference(router, metadata=options.metadata(tenant))
+    with called as asked, contextlib.closing(asked.stream(request)) as replies:
+        follow(replies)
 
 
 def chat(

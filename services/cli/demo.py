@@ -27,6 +27,7 @@ from services.cli.terminal import screen, size, starting, warn_of_environment
 if TYPE_CHECKING:
     from services.cli.streaming import Generation
     from services.cluster.state import StackState
+    from services.common.streams import Asked
 
 # Chapters of the reference that is a part of Python. The answer is in the first one, far from the question.
 CHAPTERS = ("with", "assert", "for", "while", "break", "continue")
@@ -117,14 +118,12 @@ def measure(running: StackState, prompt: str, max_new_tokens: int) -> DemoResult
         model = client.once(lambda stub: stub.GetModel(generate_pb2.GetModelRequest(), timeout=30)).model
         sampling = {"temperature": 0.0, "repetition_penalty": 1.1}
         stop = {"max_new_tokens": max_new_tokens}
+        asked: Asked = generate_pb2.GenerateRequest(prompt=prompt, sampling=sampling, stop=stop)
         if model.has_chat_template:
-            chat = generate_pb2.ChatRequest(
-                messages=[{"role": "user", "content": prompt}], sampling=sampling, stop=stop
-            )
-            generation = follow(client.stream(chat))
-        else:
-            plain = generate_pb2.GenerateRequest(prompt=prompt, sampling=sampling, stop=stop)
-            generation = follow(client.stream(plain))
+            messages = [{"role": "user", "content": prompt}]
+            asked = generate_pb2.ChatRequest(messages=messages, sampling=sampling, stop=stop)
+        with contextlib.closing(client.stream(asked)) as replies:
+            generation = follow(replies)
     stores = asyncio.run(stack_status(running.access)).originals
     # All cache services use the same Redis.
     stored = max((store.bytes for store in stores.values() if store is not None), default=0)

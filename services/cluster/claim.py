@@ -56,7 +56,12 @@ def clean() -> None:
     with _locked() as descriptor:
         if descriptor is not None:
             _clean(descriptor)
-            state.forget_why()
+    sweep()
+
+
+def sweep() -> None:
+    """Ends what is in no record: stacks whose owners were killed, and why the last one ended."""
+    state.forget_why()
     with contextlib.suppress(OSError):
         clear_abandoned(remains.base())
 

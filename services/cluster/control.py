@@ -86,6 +86,7 @@ def down() -> bool:
     """
     owner = claim.current()
     if owner is None:
+        claim.sweep()
         return False
     if owner.alive:
         guard = psutil.Process(owner.pid)

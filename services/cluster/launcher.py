@@ -85,8 +85,10 @@ class Launcher:
         missing = self._settings.workers - len(left)
         if has_room := not self._gpus or ray.available_resources().get("GPU", 0) >= missing * self._gpus:
             self._add_workers(missing)
-        moved = hand_over()
-        self.stop([name])
+        try:
+            moved = hand_over()
+        finally:
+            self.stop([name])
         if not has_room:  # for both at a time
             self._add_workers(missing)
         return moved
@@ -121,7 +123,10 @@ class Launcher:
 
     def _asked(self, names: Sequence[str], question: str) -> dict[str, Any]:
         """The answers of actors by name, without those that do not answer, because they start or hang."""
-        calls = {name: getattr(ray.get_actor(name, namespace=NAMESPACE), question).remote() for name in names}
+        calls = {}
+        for name in names:
+            with contextlib.suppress(ValueError):  # it has ended
+                calls[name] = getattr(ray.get_actor(name, namespace=NAMESPACE), question).remote()
         done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=ASK_S) if calls else ([], [])
         answers = {}
         for name, reference in calls.items():

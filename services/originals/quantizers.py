@@ -79,7 +79,8 @@ class Quantizers:
         """Forgets one that is kept no longer, and those of which it is the base."""
         del self._sizes[codec_id]
         if quantizer.base is None:
-            for other in [other for other, one in self._of_sequences.items() if one.base is quantizer]:
+            of_it = [other for other, one in self._of_sequences.items() if one.base and one.base.id == codec_id]
+            for other in of_it:
                 self._drop(other, self._of_sequences.pop(other))
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:

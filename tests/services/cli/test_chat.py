@@ -81,7 +81,9 @@ def test_a_session_that_is_there_is_continued_and_stays(asked: Asked) -> None:
     assert result.exit_code == 0
     assert [request.session_id for request in asked.requests] == ["mine"]
     assert asked.calls == []
-    refused = CliRunner().invoke(app, ["chat", "go on", "--session", "mine", "--preset", "fp16"])
+    refused = CliRunner().invoke(
+        app, ["chat", "go on", "--session", "mine", "--preset", "fp16"], env={"COLUMNS": "300"}
+    )
     assert (refused.exit_code, "chosen when it is opened" in refused.output) == (2, True)
 
 

@@ -60,7 +60,7 @@ def started(command: str, line: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("command", "line", "signals"),
     [
-        ("up", "stack: starting its processes", [SIGINT]),
+        ("up", "redis: starting", [SIGINT]),
         ("up", "ray: starting", [SIGINT, SIGINT]),
         ("up", "ray: head", [SIGKILL]),
         pytest.param("up", "redis: starting", [SIGTERM], marks=long),
