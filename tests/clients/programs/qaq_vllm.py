@@ -19,10 +19,15 @@ from unittest.mock import MagicMock
 import openai
 import pytest
 from qaq_front import Front, fixture_of
-from transformers import AutoTokenizer
 
 SERVED = os.environ["QAQ_MODEL"]
 named = SERVED  # the model that the present server was started with
+
+
+def tokenizer(*args: object, **options: object) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(os.environ["QAQ_TOKENIZER"])
 
 
 class Empty(MetaPathFinder, Loader):
@@ -34,7 +39,7 @@ class Empty(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module: Any = ModuleType(spec.name)
         module.__getattr__ = self.named
-        module.get_tokenizer = lambda *args, **options: AutoTokenizer.from_pretrained(os.environ["QAQ_TOKENIZER"])
+        module.get_tokenizer = tokenizer
         return module  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
