@@ -14,7 +14,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
 
 import openai
 import pytest
@@ -30,6 +29,30 @@ def tokenizer(*args: object, **options: object) -> Any:
     return AutoTokenizer.from_pretrained(os.environ["QAQ_TOKENIZER"])
 
 
+class Nothing:
+    """In the place of what vLLM has: false, and whatever is taken from it is nothing too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: object, **options: object) -> Any:
+        return self
+
+    __getitem__ = __or__ = __ror__ = __call__
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def named_thing(name: str) -> Any:
+    """What a module has by that name."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (Exception,), {}) if name.endswith(("Error", "Exception")) else Nothing()
+
+
 class Empty(MetaPathFinder, Loader):
     """Makes every module of vLLM, with any name in it."""
 
@@ -38,19 +61,13 @@ class Empty(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module: Any = ModuleType(spec.name)
-        module.__getattr__ = self.named
+        module.__getattr__ = named_thing
+        module.__version__ = "0"
         module.get_tokenizer = tokenizer
         return module  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
         pass
-
-    def named(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name.endswith(("Error", "Exception")):
-            return type(name, (Exception,), {})
-        return MagicMock(name=name)
 
 
 class RemoteOpenAIServer:
@@ -112,7 +129,7 @@ sys.meta_path.insert(0, Empty())
 helpers: Any = ModuleType("tests.utils")
 helpers.RemoteOpenAIServer = RemoteOpenAIServer
 helpers.ROCM_EXTRA_ARGS = []
-helpers.__getattr__ = Empty().named
+helpers.__getattr__ = named_thing
 sys.modules["tests.utils"] = helpers
 
 
