@@ -29,6 +29,16 @@ def tokenizer(*args: object, **options: object) -> Any:
     return AutoTokenizer.from_pretrained(os.environ["QAQ_TOKENIZER"])
 
 
+class ModelConfig:
+    """Of the served model."""
+
+    def __init__(self, **options: object) -> None:
+        pass
+
+    def get_vocab_size(self) -> int:
+        return len(tokenizer())
+
+
 class Nothing:
     """In the place of what vLLM has: false, and whatever is taken from it is nothing too."""
 
@@ -63,7 +73,7 @@ class Empty(MetaPathFinder, Loader):
         module: Any = ModuleType(spec.name)
         module.__getattr__ = named_thing
         module.__version__ = "0"
-        module.get_tokenizer = tokenizer
+        module.get_tokenizer, module.ModelConfig = tokenizer, ModelConfig
         return module  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
