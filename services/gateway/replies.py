@@ -82,11 +82,13 @@ class Answer:
             return self._object(self._shape.part, [choice]) | more
 
         async for place, reply in replies:
+            # Only when the router has accepted the request: an error before is no stream. Their usage is without the
+            # token of this message.
+            openings = [] if opened else [chunk(each) for each in self._shape.openings(prompts * self._choices)]
             pieces = list(self._pieces(place, reply))
-            if not opened:  # only when the router has accepted the request: an error before is no stream
-                for choice in self._shape.openings(prompts * self._choices):
-                    yield chunk(choice)
-                opened = True
+            for each in openings:
+                yield each
+            opened = True
             for index, piece in pieces:
                 if not piece.empty:
                     yield chunk(self._shape.delta(index, piece))

@@ -101,11 +101,8 @@ class Passing(BaseHTTPRequestHandler):
 
     def _gone_before(self, gateway: socket.socket) -> bool:
         """Whether the client left before the gateway answered."""
-        while True:
-            ready, _, _ = select.select([gateway, self.connection], [], [], 600)
-            if gateway in ready or not ready:
-                return False
-            return not self.connection.recv(1, socket.MSG_PEEK)
+        ready, _, _ = select.select([gateway, self.connection], [], [], 600)
+        return gateway not in ready and self.connection in ready and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _answer(self, answer: http.client.HTTPResponse) -> None:
         self.send_response(answer.status)

@@ -14,15 +14,53 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
 
 import openai
 import pytest
 from qaq_front import Front, fixture_of
-from transformers import AutoTokenizer
 
 SERVED = os.environ["QAQ_MODEL"]
 named = SERVED  # the model that the present server was started with
+
+
+def tokenizer(*args: object, **options: object) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(os.environ["QAQ_TOKENIZER"])
+
+
+class ModelConfig:
+    """Of the served model."""
+
+    def __init__(self, **options: object) -> None:
+        pass
+
+    def get_vocab_size(self) -> int:
+        return len(tokenizer())
+
+
+class Nothing:
+    """In the place of what vLLM has: false, and whatever is taken from it is nothing too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: object, **options: object) -> Any:
+        return self
+
+    __getitem__ = __or__ = __ror__ = __call__
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def named_thing(name: str) -> Any:
+    """What a module has by that name."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (Exception,), {}) if name.endswith(("Error", "Exception")) else Nothing()
 
 
 class Empty(MetaPathFinder, Loader):
@@ -33,19 +71,13 @@ class Empty(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module: Any = ModuleType(spec.name)
-        module.__getattr__ = self.named
-        module.get_tokenizer = lambda *args, **options: AutoTokenizer.from_pretrained(os.environ["QAQ_TOKENIZER"])
+        module.__getattr__ = named_thing
+        module.__version__ = "0"
+        module.get_tokenizer, module.ModelConfig = tokenizer, ModelConfig
         return module  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
         pass
-
-    def named(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name.endswith(("Error", "Exception")):
-            return type(name, (Exception,), {})
-        return MagicMock(name=name)
 
 
 class RemoteOpenAIServer:
@@ -107,7 +139,7 @@ sys.meta_path.insert(0, Empty())
 helpers: Any = ModuleType("tests.utils")
 helpers.RemoteOpenAIServer = RemoteOpenAIServer
 helpers.ROCM_EXTRA_ARGS = []
-helpers.__getattr__ = Empty().named
+helpers.__getattr__ = named_thing
 sys.modules["tests.utils"] = helpers
 
 
