@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from services.common import metrics
 from services.worker.session import Session
 
-
 _COUNTERS = {
     "exceptions": metrics.exceptions,
     "originals_missing": metrics.originals_missing,

@@ -83,7 +83,7 @@ class Constraint(_message.Message):
     def __init__(self, json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., grammar: _Optional[str] = ..., choice: _Optional[_Union[Constraint.Choice, _Mapping]] = ..., structural_tag: _Optional[str] = ...) -> None: ...
 
 class TokenInfo(_message.Message):
-    __slots__ = ("token_id", "text", "logprob", "top", "bytes", "rank", "special")
+    __slots__ = ("token_id", "text", "logprob", "top", "bytes", "rank", "special", "predicted_error")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class TokenInfo(_message.Message):
     BYTES_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     SPECIAL_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_ERROR_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     text: str
     logprob: float
@@ -98,7 +99,8 @@ class TokenInfo(_message.Message):
     bytes: bytes
     rank: int
     special: bool
-    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenInfo, _Mapping]]] = ..., bytes: _Optional[bytes] = ..., rank: _Optional[int] = ..., special: _Optional[bool] = ...) -> None: ...
+    predicted_error: float
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenInfo, _Mapping]]] = ..., bytes: _Optional[bytes] = ..., rank: _Optional[int] = ..., special: _Optional[bool] = ..., predicted_error: _Optional[float] = ...) -> None: ...
 
 class StopParams(_message.Message):
     __slots__ = ("max_new_tokens", "stop", "ignore_eos", "stop_token_ids", "min_new_tokens", "include_stop_string")
