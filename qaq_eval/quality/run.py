@@ -26,12 +26,13 @@ Progress = Callable[[str, float], None]
 _CONFIG = re.compile(
     r"(?P<name>[^@\[\]]+)(\[(?P<settings>[^\[\]]*)\])?(@(?P<error>e)?(?P<number>\d+(\.\d+)?)(?P<times>x)?)?"
 )
-_WITHOUT_EXCEPTIONS = "-norequant"
+_EXCEPTIONS = {"-norequant": False, "-in-time": "in-time"}
+"""By the end of a configuration's name: the preset's setting `exceptions`."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One configuration: a preset or baseline, `-norequant` for no exceptions, settings, and a target.
+    """One configuration: a preset or baseline, `-norequant` or `-in-time` for exceptions, settings, and a target.
 
     `balanced@2.2` has 2.2 code bits per element after the prompt, `balanced@8x` is 8 times smaller than fp16,
     `balanced@e0.01` has a predicted KL divergence of 0.01 nats per token. `paper[attention_window=3]` has a setting of
@@ -56,8 +57,9 @@ class Config:
             kind = "error" if match["error"] else "compression" if match["times"] else "bits"
             settings[f"target_{kind}"] = float(match["number"])
         name = match["name"]
-        if name.endswith(_WITHOUT_EXCEPTIONS):
-            name, settings["exceptions"] = name.removesuffix(_WITHOUT_EXCEPTIONS), False
+        for end, exceptions in _EXCEPTIONS.items():
+            if name.endswith(end):
+                name, settings["exceptions"] = name.removesuffix(end), exceptions
         return cls(text, name, settings)
 
     @classmethod

@@ -232,6 +232,14 @@ class Subject:
             assert relative(got, expected) < EXACT
             assert relative(seen, reduction) < EXACT
             assert bool((seen[reduction == 0] < 1e-30).all())
+        # Asked for the sums of scores, an implementation without them leaves the step to the reference.
+        sums = torch.full((len(query),), torch.nan)
+        got = one(query, self.tokens(layer), scaling, sliding_window, StepObserver("mean_square", seen, sums))
+        most = p[:, 0].max(-1)
+        keys = self.whole[KEY, layer].repeat_interleave(group, 0)
+        score = (query[:, 0].double() * keys[torch.arange(len(query)), most.indices]).sum(-1) * scaling
+        assert relative(got, expected) < EXACT
+        assert float((sums.double() - (score - most.values.log())).abs().max()) < EXACT * (1 + float(score.abs().max()))
 
 
 def _turned_back(rotation: Rotation, layer: int, rows: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from qaq_core.base.errors import KernelError
 from qaq_core.kernels import library as library_module
 from qaq_core.kernels import load_library
 from qaq_core.kernels.library import checked
-from qaq_core.kernels.structures import CellTables, Encode, Layer, Narrow, Repack, Span, TransformTables
+from qaq_core.kernels.structures import CellTables, Encode, Layer, Narrow, Repack, Span, StepError, TransformTables
 from tests.core.tiny_models import calibration, tiny, token_ids
 
 LOADED = load_library()
@@ -31,7 +31,8 @@ pytestmark = pytest.mark.skipif(LOADED is None, reason="the C++ library is not b
 CALLS = int(os.environ.get("QAQ_FUZZ", "3000"))
 FUNCTIONS = (
     *("qaq_attend", "qaq_decode", "qaq_transform", "qaq_transform_at", "qaq_rms", "qaq_encode", "qaq_update_statistic"),
-    *("qaq_weigh", "qaq_widths", "qaq_width_changes", "qaq_count", "qaq_repack", "qaq_narrow", "qaq_prompt"),
+    *("qaq_weigh", "qaq_widths", "qaq_width_changes", "qaq_step_error", "qaq_count", "qaq_repack", "qaq_narrow"),
+    "qaq_prompt",
 )
 LAYER_AT = {"qaq_attend": 0, "qaq_decode": 1, "qaq_prompt": 1}
 """The argument that describes a layer."""
@@ -98,6 +99,8 @@ class Tampering:
             self._structure(one._obj, made)
         elif name in LAYER_AT and place == LAYER_AT[name] and self._random.random() < 0.9:
             self._structure(Layer.from_address(one.value), made)
+        elif name == "qaq_step_error" and self._random.random() < 0.9:
+            self._structure(StepError.from_address(one.value), made)
         elif name == "qaq_transform_at" and place in (3, 4, 5) and self._random.random() < 0.7:
             self._array(one.value, c_int64, arguments[1].value, made)
         elif isinstance(one, c_void_p):
@@ -191,7 +194,7 @@ def test_what_is_wrong_is_refused(tampering: Tampering) -> None:
     while tampering.calls.total() < CALLS:
         kind = ("llama-gqa", "llama-mqa-80", "qwen2")[seed % 3]
         model = tiny(kind)
-        settings = {"calibration": calibration(kind), "target_bits": (2.0, 5.0)[seed % 2]}
+        settings = {"calibration": calibration(kind), "target_bits": (2.0, 5.0)[seed % 2], "exceptions": "in-time"}
         ids = token_ids(70 + seed % 50, seed)
         try:
             with torch.no_grad():
