@@ -190,7 +190,7 @@ class _Stream:
 
     def stop(self) -> None:
         self._task.cancel()
-        self._scheduler.cancel(self._generation)
+        self._scheduler.cancel(self._generation.call)
 
 
 async def _until(holds: Callable[[], bool]) -> float | None:

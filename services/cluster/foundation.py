@@ -61,9 +61,9 @@ class Foundation:
             self._restart_redis()
         if time.monotonic() - self._looked_at > BEAT_S:
             self._looked_at = time.monotonic()
-            for life in [*(life for _, life in self._of_ray.values()), self._redis_life]:
-                if life is not None:
-                    life.say_alive()
+            lives = [life for _, life in self._of_ray.values()]
+            for life in [*lives, self._redis_life] if self._redis_life else lives:
+                life.say_alive()
 
     def _restart_redis(self) -> None:
         try:

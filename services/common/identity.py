@@ -5,11 +5,10 @@ from __future__ import annotations
 import ipaddress
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import structlog
 from cryptography import x509
@@ -18,18 +17,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from qaq_core.base.errors import ConfigError
 from services.common.log import once
 from services.common.private_files import warn_if_readable
-from services.common.roles import Role
-from services.common.settings import CommonSettings, GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
+from services.common.settings import CommonSettings
 
 CHECK_S = 1.0
 """How often the files are looked at, at most."""
-
-_ROLES: Mapping[type[CommonSettings], Role] = {
-    RouterSettings: "router",
-    WorkerSettings: "worker",
-    OriginalsSettings: "originals",
-    GatewaySettings: "gateway",
-}
 
 log = structlog.get_logger()
 
@@ -93,31 +84,6 @@ class Identity:
         warn_if_readable(self.key)
         _check_pair(cert, self.cert, key, self.key)
         return Pems(ca, cert, key)
-
-
-def identity(settings: CommonSettings) -> Identity | None:
-    """The identity of a server; None if it has none, which only a server on loopback may.
-
-    Raises:
-        ConfigError: the files are missing or cannot be used, the certificate is of another role or another CA, or the
-            server would talk in clear with other machines.
-    """
-    files = {name: getattr(settings, name) for name in ("tls_ca", "tls_cert", "tls_key")}
-    missing = [name for name, path in files.items() if path is None]
-    if not missing:
-        from services.common.own_certificate import check_own  # it needs this module
-
-        who = Identity(settings.tls_ca, settings.tls_cert, settings.tls_key)  # type: ignore[arg-type]
-        check_own(who, _ROLES.get(type(settings)))
-        return who
-    if len(missing) < len(files):
-        given = ", ".join(f"QAQ_{name.upper()}" for name in missing)
-        raise ConfigError(f"a server needs tls_cert, tls_key and tls_ca together; set {given} too")
-    require_loopback(settings.host, f"the server binds {settings.host}", settings)
-    url = urlsplit(settings.redis_url.get_secret_value())
-    if url.scheme == "redis":
-        require_loopback(url.hostname or "localhost", f"Redis is at {url.hostname} without rediss://", settings)
-    return None
 
 
 def require_loopback(host: str, what: str, settings: CommonSettings) -> None:

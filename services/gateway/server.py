@@ -15,11 +15,12 @@ import uvicorn
 
 from services.common import log, metrics, tls
 from services.common.channel import open_channel
-from services.common.identity import Identity, identity, require_loopback
+from services.common.identity import Identity, require_loopback
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.routers import Routers, named, registered
 from services.common.server import PortTakenError, reachable, run_until_signal
+from services.common.server_identity import identity
 from services.common.settings import GatewaySettings
 from services.gateway.app import make_app
 from services.gateway.callers import ClientsOnly

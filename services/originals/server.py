@@ -10,11 +10,11 @@ from qaq.v1 import originals_pb2_grpc
 
 from services.common import log, metrics
 from services.common.channel import PING_S
-from services.common.identity import identity
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.secret import check_secret
 from services.common.server import GrpcServer, run_until_signal
+from services.common.server_identity import identity
 from services.common.settings import OriginalsSettings
 from services.common.tasks import ended
 from services.originals.budget import Budget, Keeper

@@ -13,10 +13,11 @@ from qaq_core.base.errors import ConfigError
 from qaq_core.models import avoid_torch
 from services.common import log, metrics
 from services.common.channel import open_channel
-from services.common.identity import identity, is_loopback
+from services.common.identity import is_loopback
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
+from services.common.server_identity import identity
 from services.common.settings import RouterSettings
 from services.router.callers import Callers, KeyInterceptor
 from services.router.placement import make

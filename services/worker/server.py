@@ -18,11 +18,11 @@ from qaq_core import calibration
 from qaq_core.models import LoadedModel, compile_layers, load_model
 from services.common import log, metrics
 from services.common.channel import PING_S
-from services.common.identity import identity
 from services.common.redis import check, connect
 from services.common.registry import Registry
 from services.common.secret import check_secret
 from services.common.server import GrpcServer, run_until_signal
+from services.common.server_identity import identity
 from services.common.settings import WorkerSettings
 from services.originals.client import RemoteOriginals
 from services.worker.scheduler.scheduler import Scheduler

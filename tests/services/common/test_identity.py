@@ -11,7 +11,8 @@ from structlog.testing import capture_logs
 
 from qaq_core.base.errors import ConfigError
 from services.common.certificates import files, issue
-from services.common.identity import identity, is_loopback
+from services.common.identity import is_loopback
+from services.common.server_identity import identity
 from services.common.settings import CommonSettings
 
 

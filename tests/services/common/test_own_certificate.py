@@ -16,8 +16,9 @@ from qaq_core.base.errors import ConfigError
 from services.cli.main import app
 from services.common import certificates
 from services.common.certificates import files, issue
-from services.common.identity import Identity, identity
+from services.common.identity import Identity
 from services.common.own_certificate import check_own
+from services.common.server_identity import identity
 from services.common.settings import CommonSettings, GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 
 SETTINGS: dict[str, type[CommonSettings]] = {
