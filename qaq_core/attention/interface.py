@@ -203,9 +203,9 @@ def _source(key: torch.Tensor, value: torch.Tensor, cache: Attendable | None) ->
         source: Source = key.source
         if value is not source.values or updated is None or updated() is not source.cache:
             raise _lost(source.layer)
-    elif updated is None or updated() is None:
+    elif updated is None or (last := updated()) is None:
         return None
-    elif cache is not None and updated() is cache:
+    elif cache is not None and last is cache:
         source = Source(cache, _updated.layer, key, value)
     else:
         raise _lost(_updated.layer)

@@ -8,7 +8,7 @@ the number (i + ½)/2^b, the middle of one of 2^b equal cells, so that a code's 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -70,7 +70,7 @@ class IndexParameters(Outliers):
         return sum(getattr(self, name).untyped_storage().nbytes() for name in self.TOKENS)
 
     def narrow(self, first: int, last: int) -> IndexParameters:
-        kept = {
+        kept: dict[str, Any] = {
             name: getattr(self, name)[:, :, first // each : -(-last // each)].clone()
             for name, each in self.TOKENS.items()
         }
@@ -78,7 +78,7 @@ class IndexParameters(Outliers):
 
     def cat(self, other: Outliers | None) -> IndexParameters:
         assert other is not None
-        joined = {name: torch.cat([getattr(self, name), getattr(other, name)], 2) for name in self.TOKENS}
+        joined: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(other, name)], 2) for name in self.TOKENS}
         return replace(self, **joined)
 
 

@@ -117,7 +117,7 @@ def evaluate(
         json_path=json_path,
         html_path=html_path,
     )
-    usual = {text.run: TEXT_CONFIGS, long.run: LONG_CONFIGS}.get(kind, OTHER_CONFIGS)
+    usual = TEXT_CONFIGS if kind is text.run else LONG_CONFIGS if kind is long.run else OTHER_CONFIGS
     parsed = quality.Config.parse_all(configs or usual)
     with progress_line() as report, calibration.shown(report):
         loaded = load_model(model_or_default(model), device, dtype, lambda stage, share: report(stage, None), weights)
