@@ -200,7 +200,14 @@ class InTime:
         at = found.token.repeat(2) + packed.start
         where = torch.full((n,), layer)
         meta = torch.cat([packed.meta_at(side, where, head[:n], at[:n]) for side in (KEY, VALUE)])
-        rows: dict[str, int | torch.Tensor] = {"layer": layer, "head": head, "position": at, "have": 0, "want": HALF, "side": 0}
+        rows: dict[str, int | torch.Tensor] = {
+            "layer": layer,
+            "head": head,
+            "position": at,
+            "have": 0,
+            "want": HALF,
+            "side": 0,
+        }
         arrays = {
             name: np.full(2 * n, part, ROW_ARRAYS[name])
             if isinstance(part, int)

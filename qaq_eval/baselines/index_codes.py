@@ -78,7 +78,9 @@ class IndexParameters(Outliers):
 
     def cat(self, other: Outliers | None) -> IndexParameters:
         assert other is not None
-        joined: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(other, name)], 2) for name in self.TOKENS}
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(self, name), getattr(other, name)], 2) for name in self.TOKENS
+        }
         return replace(self, **joined)
 
 
