@@ -130,8 +130,8 @@ class Chaos:
             if time.monotonic() >= ends:
                 break
             await asyncio.sleep(self._rng.uniform(*PAUSE_S))
+            victim = await self._victim(fault.role)
             began = time.monotonic()
-            victim = self._rng.choice(await self._stack.living(fault.role))
             await self._break(fault, victim)
             broken = Broken(fault, began, await self._recovered(str(fault), time.monotonic()))
             self.broken.append(broken)
@@ -141,6 +141,19 @@ class Chaos:
         """The longest silence of a stream between the fault and the moment at which the stack was whole again."""
         histories = (history for listener in self._listeners for history in listener.histories)
         return max((history.longest_gap(broken.began, broken.whole) for history in histories), default=0.0)
+
+    async def _victim(self, role: Role) -> Victim:
+        """One of a role. Whole as the stack was a moment ago, a process may just miss a heartbeat.
+
+        Raises:
+            NotWhole: there is none.
+        """
+        ends = time.monotonic() + RECOVERY_S
+        while not (living := await self._stack.living(role)):
+            if time.monotonic() > ends:
+                raise NotWhole(f"no {role} was left to be broken")
+            await asyncio.sleep(POLL_S)
+        return self._rng.choice(living)
 
     async def _break(self, fault: Fault, victim: Victim) -> None:
         if fault.how == "killed":

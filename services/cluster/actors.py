@@ -80,7 +80,7 @@ class ServerActor(abc.ABC, Generic[S]):
 
     async def draining(self) -> bool:
         """Whether the server takes nothing new any more."""
-        return getattr(self._server, "draining", False)
+        return bool(getattr(self._server, "draining", False))
 
     async def stop(self) -> None:
         """Stops the server, which gives running calls a moment to end."""

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import subprocess
 import urllib.request
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +21,8 @@ from tests.faults.conftest import PAGE_TOKENS
 from tests.faults.hearing import NEW, STORY, Heard, Stub, asked, hear, holder, listen, opened
 from tests.faults.network import Host, Proxy
 from tests.faults.processes import Processes
+
+_chapters = itertools.count()
 
 
 @dataclass
@@ -69,13 +70,12 @@ async def on_the_far_host(client: Stub, hosts: Hosts, opening: str = "") -> tupl
         opening: the prompt of such a session; another one with it goes to the same host.
     """
     async with asyncio.timeout(200):
-        for place in itertools.count():
-            prompt = opening or f"{place}. {uuid.uuid4()}: {STORY}"
+        while True:
+            prompt = opening or f"Chapter {next(_chapters)}. {STORY}{STORY}"  # long enough to be known again
             session = await opened(client)
             await hear(client, session, prompt)
             if await holder(client, session) == hosts.far:
                 return session, prompt
-    raise AssertionError
 
 
 def unacknowledged(hosts: Hosts) -> float:

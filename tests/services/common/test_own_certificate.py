@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -32,7 +33,7 @@ SETTINGS: dict[str, type[CommonSettings]] = {
 def started(directory: Path, role: str, shown: str, ca: Path | None = None) -> Identity | None:
     """What a server of a role makes of the certificate of another, or its own."""
     own_ca, cert, key = files(directory, shown)  # type: ignore[arg-type]
-    given = {"tls_ca": ca or own_ca, "tls_cert": cert, "tls_key": key}
+    given: dict[str, Any] = {"tls_ca": ca or own_ca, "tls_cert": cert, "tls_key": key}
     return identity(SETTINGS[role](**given, **({"model": "m"} if role in ("router", "worker") else {})))
 
 
