@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A test is marked by the fixtures that it asks for, directly or through others, and by its folder.
-MARKS_OF_FIXTURES = {"model_path": ["model"], "redis_server": ["redis"]}
+MARKS_OF_FIXTURES = {"model_path": ["model"], "redis_server": ["redis"], "parts": ["slow"]}
 MARKS_OF_FOLDERS = {
     "e2e": ["model", "redis", "slow"],
     "faults": ["model", "redis", "slow"],

@@ -10,7 +10,7 @@ import pytest
 
 from qaq_core import calibration
 from qaq_core.calibration import Calibration
-from qaq_core.calibration import calibration as room
+from qaq_core.calibration import measurement as room
 from qaq_core.models import LoadedModel
 from services.worker.methods import twin
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -20,6 +22,7 @@ def test_generated_code_is_current() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_drift_is_noticed(tmp_path: Path) -> None:
     for room in ("proto", "tools"):
         shutil.copytree(ROOT / room, tmp_path / room)

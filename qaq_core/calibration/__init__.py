@@ -1,17 +1,8 @@
 """Calibration: what is measured of a model once, before its cache is quantized."""
 
-from qaq_core.calibration.calibration import (
-    GRADIENTS,
-    PERTURBATION,
-    Calibration,
-    cached_at,
-    calibrate,
-    known,
-    measure,
-    own_text,
-    shown,
-)
+from qaq_core.calibration.calibration import GRADIENTS, PERTURBATION, Calibration, cached_at, known
 from qaq_core.calibration.duration import Progress
+from qaq_core.calibration.measurement import calibrate, measure, own_text, shown
 
 __all__ = [
     "GRADIENTS",

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from qaq_core.calibration.calibration import Calibration, measure
+from qaq_core.calibration import Calibration, measure
 from qaq_core.models.shape import ModelShape
 
 VOCABULARY = 97

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qaq_core.calibration.calibration import measure
+from qaq_core.calibration import measure
 from qaq_core.models import LoadedModel
 from qaq_core.models.shape import ModelShape
 from qaq_eval.quality import Config, EvalResult, builtin_text, cut_documents, evaluate, summarize

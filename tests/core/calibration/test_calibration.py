@@ -15,10 +15,10 @@ from transformers import DynamicCache
 from qaq_core import QAQCache
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.calibration import calibration as room
-from qaq_core.calibration.calibration import cached_at, calibrate, known, measure, weights_fingerprint
+from qaq_core.calibration import cached_at, calibrate, known, measure
+from qaq_core.calibration import measurement as room
 from qaq_core.models import LoadedModel, load_model
-from qaq_core.models.fingerprint import left_fingerprint
+from qaq_core.models.fingerprint import leave_fingerprint, left_fingerprint, weights_fingerprint
 from qaq_core.models.shape import ModelShape
 from qaq_core.quantization.transforms import LinearTransform
 from tests.core.tiny_models import KINDS, calibration, tiny, token_ids
@@ -149,7 +149,7 @@ def test_weights_that_changed_are_another_model() -> None:
         next(model.parameters()).mul_(2)
     first = weights_fingerprint(model)
     assert left_fingerprint(model) is None
-    room.leave_fingerprint(model, "abc")
+    leave_fingerprint(model, "abc")
     assert left_fingerprint(model) == "abc"
     model.set_attn_implementation("eager")
     assert left_fingerprint(model) == "abc"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from qaq_core.calibration import calibration as room
-from qaq_core.calibration import sensitivities
-from qaq_core.calibration.calibration import Calibration, calibrate, measure, shown
+from qaq_core.base.paths import cache_dir
+from qaq_core.calibration import Calibration, calibrate, measure, sensitivities, shown
+from qaq_core.calibration import measurement as room
 from qaq_core.calibration.sensitivities import Seen, gradient_bytes
 from qaq_core.models.shape import ModelShape
 from tests.core.tiny_models import KINDS, tiny, token_ids
@@ -124,4 +124,4 @@ def test_what_cannot_be_kept_is_measured_all_the_same(
     with caplog.at_level(logging.WARNING):
         assert isinstance(calibrate(model, ModelShape.of(model)), Calibration)
     assert "calibrating without keeping it" in caplog.text
-    assert room.cache_dir() == tmp_path / "file" / "cache"
+    assert cache_dir() == tmp_path / "file" / "cache"

@@ -188,6 +188,7 @@ def tampering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tampering]:
     load_library.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600 + CALLS // 50)
 def test_what_is_wrong_is_refused(tampering: Tampering) -> None:
     seed = 0

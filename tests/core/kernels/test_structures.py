@@ -37,6 +37,7 @@ def test_every_structure_of_the_headers_is_declared() -> None:
     assert names == {*STRUCTURES, "QaqField"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("header", "before", "after", "message"),
     [

@@ -15,7 +15,10 @@ from qaq_core.models.compiled import compile_layers
 from qaq_core.models.linear import pack
 from tests.core.tiny_models import tiny, token_ids
 
-pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"),
+]
 
 
 @torch.inference_mode()
@@ -29,7 +32,6 @@ def decoded(model, ids: torch.Tensor, cache, prompt: int) -> torch.Tensor:
     return torch.cat(rows, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama-gqa", "gemma3"])
 def test_steps_give_the_same_with_and_without(kind: str) -> None:
     plain, compiled, ids = tiny(kind), tiny(kind), token_ids(60)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qaq_core.base.errors import ConfigError
-from qaq_core.calibration.calibration import measure
+from qaq_core.calibration import measure
 from qaq_core.models import LoadedModel, load_model
 from qaq_core.models.linear import LOSSLESS, WEIGHTS, Int4Linear, Int8Linear, OneDnnLinear, pack
 from qaq_core.models.shape import ModelShape

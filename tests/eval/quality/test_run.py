@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import qaq_core.calibration.calibration
+import qaq_core.calibration.measurement
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import WIDTHS
@@ -58,7 +58,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibration(KIND).save(directory / "calibration" / "tiny.safetensors")
     with pytest.MonkeyPatch.context() as patch:  # OSCAR's, on as little text
         patch.setenv("QAQ_CACHE_DIR", str(directory))
-        patch.setattr(qaq_core.calibration.calibration, "TOKENS", 32)
+        patch.setattr(qaq_core.calibration.measurement, "TOKENS", 32)
         Config.parse("oscar-2").method(tiny(KIND), "tiny")
     return directory
 
