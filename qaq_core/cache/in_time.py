@@ -237,7 +237,7 @@ class InTime:
             if reply is None:
                 continue
             there = torch.from_numpy(index[reply.found])
-            planes = torch.from_numpy(reply.planes).view(len(there), -1).to(packed.device)
+            planes = torch.from_numpy(reply.planes).view(len(there), 2 * packed.head_dim).to(packed.device)
             got[there] = unpack_half(planes) * scale[there]
             if len(there) < len(index):
                 self.counts.originals_missing += len(index) - len(there)
