@@ -46,8 +46,8 @@ class InTimeLimits:
         kept_bytes: host memory for rows that were fetched, which later steps often look at again.
     """
 
-    least_error: float = 1e-5
-    most_bytes: int = 24 << 10
+    least_error: float = 1e-4
+    most_bytes: int = 6 << 10
     most_seconds: float = 0.05
     pause: int = 64
     kept_bytes: int = 4 << 20
