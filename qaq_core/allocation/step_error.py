@@ -50,8 +50,11 @@ class Found:
         """The `count` of the largest errors, in the same order."""
         if len(self) <= count:
             return self
-        kept = self.error.argsort(descending=True, stable=True)[:count].sort().values
-        return Found(self.head[kept], self.token[kept], self.error[kept])
+        return self.of(self.error.argsort(descending=True, stable=True)[:count].sort().values)
+
+    def of(self, index: torch.Tensor) -> Found:
+        """Some of them, by index."""
+        return Found(self.head[index], self.token[index], self.error[index])
 
 
 class StepError(Protocol):

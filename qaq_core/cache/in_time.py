@@ -30,6 +30,9 @@ from qaq_core.storage.packed import PackedTokens
 
 log = logging.getLogger(__name__)
 
+Place = tuple[int, int, int]
+"""Layer, KV head and position of a token's key and value."""
+
 
 @dataclass(frozen=True)
 class InTimeLimits:
@@ -43,8 +46,8 @@ class InTimeLimits:
         kept_bytes: host memory for rows that were fetched, which later steps often look at again.
     """
 
-    least_error: float = 1e-5
-    most_bytes: int = 24 << 10
+    least_error: float = 1e-4
+    most_bytes: int = 6 << 10
     most_seconds: float = 0.05
     pause: int = 64
     kept_bytes: int = 4 << 20
@@ -71,7 +74,9 @@ class InTime:
         self._ended: list[float] = []
         self._factors: torch.Tensor | None = None
         self._steps: dict[int, _Step | None] = {}
-        self._kept: OrderedDict[tuple[int, int, int], torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[Place, torch.Tensor] = OrderedDict()
+        self._held: dict[Place, torch.Tensor] = {}
+        self._held_version = 0
         self._paused_until = 0
 
     @property
@@ -129,8 +134,8 @@ class InTime:
         step.corrected += float(found.error.sum(dtype=torch.float64))
         self.counts.rows_corrected += 2 * len(found)
         self.counts.requantize_bytes += len(found) * row_bytes
-        held = [self._rows.rows_at(self.packed, side, layer, found.head, found.token) for side in (KEY, VALUE)]
-        exchanged = BetterRows(found.head, found.token + self.packed.start, torch.stack(held), rows)
+        held = self._held_rows(layer, found)
+        exchanged = BetterRows(found.head, found.token + self.packed.start, held, rows)
         transform = self.packed.quantizer.transform
         correct(out, query.float() * scaling, log_sums, layer, transform, exchanged, self.packed.heads)
 
@@ -166,19 +171,34 @@ class InTime:
         self.renew()
         self.forget()
         self._kept.clear()
+        self._held.clear()
+
+    def _places(self, layer: int, found: Found) -> list[Place]:
+        start = self.packed.start
+        pairs = zip(found.head.tolist(), found.token.tolist(), strict=True)
+        return [(layer, head, token + start) for head, token in pairs]
+
+    def _held_rows(self, layer: int, found: Found) -> torch.Tensor:
+        """The tokens' rows as they are held: float32 [2, n, head_dim]. Until some change they are dequantized once."""
+        if self._held_version != self.packed.version:
+            self._held, self._held_version = {}, self.packed.version
+        places = self._places(layer, found)
+        new = [i for i, place in enumerate(places) if place not in self._held]
+        if new:
+            some = found.of(torch.tensor(new))
+            sides = [self._rows.rows_at(self.packed, side, layer, some.head, some.token) for side in (KEY, VALUE)]
+            for i, rows in zip(new, torch.stack(sides, 1), strict=True):
+                self._held[places[i]] = rows
+        return torch.stack([self._held[place] for place in places], 1)
 
     # -- originals -------------------------------------------------------------------------------------
 
     def _fetch(self, step: _Step, position: int, layer: int, found: Found) -> tuple[Found, torch.Tensor] | None:
         """Those of the tokens whose originals are there in time, and their rows float32 [2, n, head_dim]."""
-        places = [
-            (layer, head, token + self.packed.start)
-            for head, token in zip(found.head.tolist(), found.token.tolist(), strict=True)
-        ]
+        places = self._places(layer, found)
         missing = [i for i, place in enumerate(places) if place not in self._kept]
         if missing:
-            chosen = torch.tensor(missing)
-            self._ask(step, position, layer, Found(found.head[chosen], found.token[chosen], found.error[chosen]))
+            self._ask(step, position, layer, found.of(torch.tensor(missing)))
         here = [i for i, place in enumerate(places) if place in self._kept]
         rows = [self._kept[places[i]] for i in here]
         for i in here:
@@ -189,8 +209,7 @@ class InTime:
         if not rows:
             return None
         if len(here) < len(places):
-            kept = torch.tensor(here)
-            found = Found(found.head[kept], found.token[kept], found.error[kept])
+            found = found.of(torch.tensor(here))
         return found, torch.stack(rows, 1)
 
     def _ask(self, step: _Step, position: int, layer: int, found: Found) -> None:
@@ -225,16 +244,15 @@ class InTime:
             if reply is None:
                 continue
             there = torch.from_numpy(index[reply.found])
-            planes = torch.from_numpy(reply.planes).view(len(there), -1).to(packed.device)
+            planes = torch.from_numpy(reply.planes).view(len(there), 2 * packed.head_dim).to(packed.device)
             got[there] = unpack_half(planes) * scale[there]
             if len(there) < len(index):
                 self.counts.originals_missing += len(index) - len(there)
                 self._pause(position)
         whole = got.view(2, n, -1).isfinite().all(-1).all(0).tolist()
-        places = zip(found.head.tolist(), (found.token + packed.start).tolist(), strict=True)
-        for i, (own_head, own_position) in enumerate(places):
+        for i, place in enumerate(self._places(layer, found)):
             if whole[i]:
-                self._kept[layer, own_head, own_position] = got.view(2, n, -1)[:, i].clone()
+                self._kept[place] = got.view(2, n, -1)[:, i].clone()
 
     def _wait(self, step: _Step, position: int, future: Future[RowReply], rows: int) -> RowReply | None:
         """The reply, if it comes within what is left of the step's time."""

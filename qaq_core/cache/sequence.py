@@ -17,6 +17,7 @@ from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import Page, unique_names
 from qaq_core.cache.method import Method
 from qaq_core.cache.tokens import SequenceTokens
+from qaq_core.storage.host_pages import HostPages
 from qaq_core.storage.originals import Originals
 
 
@@ -41,8 +42,9 @@ class SequenceCache(SequenceTokens):
         originals: Originals | None = None,
         page_name: Callable[[int], bytes] | None = None,
         wait: bool = False,
+        host_pages: HostPages | None = None,
     ) -> None:
-        super().__init__(method, originals, page_name, wait)
+        super().__init__(method, originals, page_name, wait, host_pages)
         self.drafted = 0
         self._expected = self._draft = 0
         self._first_prompt = True
@@ -115,6 +117,9 @@ class SequenceCache(SequenceTokens):
         for page in pages:
             self.residual.load(page.data)
         self.staging.resume([page.id for page in pages])
+        if (host_pages := self.staging.host_pages) is not None:
+            for page in pages:
+                host_pages.add(page)
         self.length = held
         self.exact_prefix = shared * self.method.page_tokens
         self._begin_prompt(coming)

@@ -21,6 +21,7 @@ from qaq_core.base.pages import KEY, VALUE, unique_names
 from qaq_core.base.statistics import CacheStatistics
 from qaq_core.cache.method import Method
 from qaq_core.quantization.outliers import Outliers
+from qaq_core.storage.host_pages import HostPages
 from qaq_core.storage.originals import InProcessOriginals, Originals
 from qaq_core.storage.packed import PackedTokens
 from qaq_core.storage.residual import ResidualWindow
@@ -35,6 +36,7 @@ class SequenceTokens:
         originals: store of full-precision pages; this process's memory if not given.
         page_name: returns the id of page i, see `Staging`; random ids if not given.
         wait: a decode step waits until re-quantized rows have arrived.
+        host_pages: where pages stay that the store has taken, so that their rows are at hand.
 
     Attributes:
         rate: finds and steers λ.
@@ -50,6 +52,7 @@ class SequenceTokens:
         originals: Originals | None = None,
         page_name: Callable[[int], bytes] | None = None,
         wait: bool = False,
+        host_pages: HostPages | None = None,
     ) -> None:
         self.method = method
         self.length = 0
@@ -59,7 +62,8 @@ class SequenceTokens:
         self.rate = RateControl(method.allocator, method.target, elements, shape.head_dim)
         query_heads = None if method.in_time is None else shape.query_heads
         self.importance = Importance(method.allocator, (shape.layers, shape.kv_heads), method.device, query_heads)
-        self.staging = Staging(method.page_shape, originals or InProcessOriginals(), page_name or unique_names())
+        names, store = page_name or unique_names(), originals or InProcessOriginals()
+        self.staging = Staging(method.page_shape, store, names, host_pages)
         dims = (shape.layers, shape.kv_heads, shape.head_dim)
         self.packed = PackedTokens(method.quantizer, dims, method.sinks, method.device, method.repacker)
         self.requantizer = Requantizer(self.packed, self.staging, method.allocator, wait)

@@ -17,6 +17,7 @@ from qaq_core.base.errors import OriginalsError
 from qaq_core.base.pages import Page, PageShape
 from qaq_core.base.rows import RowReply, RowRequest
 from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.storage.host_pages import HostPages
 from qaq_core.storage.originals import Originals, requantize_from
 
 _GROWING_ID = b"the page that is still growing".ljust(32, b".")
@@ -31,6 +32,7 @@ class Staging:
     Args:
         page_name: gives the id of page i; called once its tokens are complete, and again when a page that was cropped
             is complete anew. Other content must get another id.
+        host_pages: keeps pages after the store has acknowledged them.
 
     Attributes:
         names: ids of the complete pages, in order.
@@ -39,8 +41,15 @@ class Staging:
         stored: pages, from the first without a gap, that the store has acknowledged.
     """
 
-    def __init__(self, shape: PageShape, originals: Originals, page_name: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        shape: PageShape,
+        originals: Originals,
+        page_name: Callable[[int], bytes],
+        host_pages: HostPages | None = None,
+    ) -> None:
         self.shape, self.originals, self._page_name = shape, originals, page_name
+        self.host_pages = host_pages
         self.names: list[bytes] = []
         self.tokens = self.refused = self.stored = 0
         self._growing: torch.Tensor | None = None
@@ -93,7 +102,9 @@ class Staging:
                 self.refused += 1
                 log.warning("the store refused a page, which stays in this process: %s", _reason(future))
             else:
-                del self._staged[name]
+                page = self._staged.pop(name)
+                if self.host_pages is not None:
+                    self.host_pages.add(page)
         while self.stored < len(self.names) and self.names[self.stored] not in self._staged:
             self.stored += 1
 
@@ -103,7 +114,7 @@ class Staging:
         return {page: names[page] for page in np.unique(position // self.shape.tokens).tolist()}
 
     def requantize(self, request: RowRequest, quantizer: Quantizer) -> list[tuple[np.ndarray, Future[RowReply]]]:
-        """Quantizes the rows whose pages are staged here at once, and sends the others to the store.
+        """Quantizes the rows whose pages are here at once, and sends the others to the store.
 
         Args:
             request: rows of this sequence, with the ids that `page_ids` gives now.
@@ -112,6 +123,8 @@ class Staging:
         """
         self.collect()
         pages = dict(self._staged)
+        if self.host_pages is not None:
+            pages |= self.host_pages.get(request.page_ids.values())
         if self._growing is not None:
             pages[_GROWING_ID] = Page(_GROWING_ID, self.shape, self._growing)
         here = [page for page, page_id in request.page_ids.items() if page_id in pages]
@@ -194,7 +207,7 @@ class Staging:
 
     def fork(self, page_name: Callable[[int], bytes]) -> Staging:
         """Staging of a sequence that begins with the same tokens and shares the complete pages."""
-        other = Staging(self.shape, self.originals, page_name)
+        other = Staging(self.shape, self.originals, page_name, self.host_pages)
         other.names, other.tokens, other.stored = list(self.names), self.tokens, self.stored
         other._growing = None if self._growing is None else self._growing.clone()
         other._staged, other._under_way = dict(self._staged), dict(self._under_way)

@@ -188,6 +188,7 @@ class WorkerSettings(PageSettings):
         requantize_wait: decode waits for re-quantized rows, as in the paper.
         exceptions: when a row that attention returns to gets more bits: off, never; async, a few steps later; in-time,
             also in the very step that looks at it (`balanced` alone; `paper` answers as with async).
+        host_cache_bytes: originals that stay in host memory after the store has taken them, with exceptions in time.
         prefix_reuse: prompts begin with their stored pages.
         prefix_sharing: who finds a stored prefix: the tenant that sent it first, or all tenants.
         prefix_recompute_tokens: last tokens of a prompt that are computed even if they are stored. The attention of
@@ -216,6 +217,7 @@ class WorkerSettings(PageSettings):
     staging_budget_bytes: int = Field(default=2048 * MIB, ge=1)
     requantize_wait: bool = False
     exceptions: Literal["off", "async", "in-time"] = "async"
+    host_cache_bytes: int = Field(default=256 * MIB, ge=0)
     prefix_reuse: bool = True
     prefix_sharing: Literal["tenant", "all"] = "tenant"
     prefix_recompute_tokens: int = Field(default=128, ge=1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from blake3 import blake3
 
 from qaq_core import Method, Originals, PageShape, SequenceCache, page_id
+from qaq_core.storage import HostPages
 from services.common.secret import derive_key
 from services.worker.prefix import PrefixLoad
 
@@ -71,6 +72,7 @@ class Session:
     Args:
         tokens: the log so far.
         wait: decode waits for re-quantized rows.
+        host_pages: see `SequenceCache`.
 
     Attributes:
         names: ids of the log's pages.
@@ -89,10 +91,12 @@ class Session:
         tokens: Sequence[int],
         salt: bytes = b"",
         wait: bool = False,
+        host_pages: HostPages | None = None,
     ) -> None:
         self.method = method
         self.tokens = list(tokens)
         self._originals, self._fingerprint, self._salt, self._wait = originals, fingerprint, salt, wait
+        self._host_pages = host_pages
         self._prefill_left = 0
         self._held_pages: list[bytes] = []
         self._resting: list[bytes] = []
@@ -242,7 +246,7 @@ class Session:
 
     def _open(self) -> None:
         self.names = self._names()
-        self.sequence = SequenceCache(self.method, self._originals, self.names, self._wait)
+        self.sequence = SequenceCache(self.method, self._originals, self.names, self._wait, self._host_pages)
         self.loading = None
         self.loaded = self.reported = self.min_bytes = self._prefill_left = 0
         self.counted = {}

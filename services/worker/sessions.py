@@ -8,6 +8,7 @@ from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import Originals
 from qaq_core.models import LoadedModel
+from qaq_core.storage import HostPages
 from services.common.errors import ResourceExhausted
 from services.common.settings import WorkerSettings
 from services.worker.memory_controller import MemoryController
@@ -23,6 +24,7 @@ class Sessions:
         methods: made ready by another thread before `open`.
         idle: sessions between two turns.
         memory: the budget of all caches.
+        host_pages: originals that stay in host memory for exceptions in time.
 
     Raises:
         UnsupportedModelError, ConfigError: the worker's default method does not fit the model.
@@ -31,6 +33,7 @@ class Sessions:
     def __init__(self, loaded: LoadedModel, originals: Originals, settings: WorkerSettings) -> None:
         self._originals, self._settings = originals, settings
         self._fingerprint = loaded.identity
+        self.host_pages = HostPages(settings.host_cache_bytes) if settings.exceptions == "in-time" else None
         self.methods = Methods(loaded, settings)
         self.methods.get(common_pb2.CacheParams())
         self.idle = SessionCache(settings.max_idle_sessions)
@@ -58,7 +61,9 @@ class Sessions:
         settings = self._settings
         tenant = "" if settings.prefix_sharing == "all" else request.tenant
         salt = page_salt(settings.secret.get_secret_value(), tenant)
-        session = Session(method, self._originals, self._fingerprint, tokens, salt, settings.requantize_wait)
+        session = Session(
+            method, self._originals, self._fingerprint, tokens, salt, settings.requantize_wait, self.host_pages
+        )
         if settings.prefix_reuse:
             session.load(request.page_ids, settings.prefix_recompute_tokens, settings.prefix_timeout_s)
         return session

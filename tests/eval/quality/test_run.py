@@ -310,6 +310,8 @@ def test_targets() -> None:
     assert Config.parse("paper@8x").settings == {"target_compression": 8.0}
     assert Config.parse("balanced@e0.01").settings == {"target_error": 0.01}
     assert Config.parse("balanced-norequant@3").settings == {"target_bits": 3.0, "exceptions": False}
+    in_time = Config.parse("balanced-in-time@8x")
+    assert (in_time.preset, in_time.settings) == ("balanced", {"target_compression": 8.0, "exceptions": "in-time"})
 
 
 def test_settings() -> None:
