@@ -1,5 +1,6 @@
 """Storage: packed tokens, the residual window, and the originals behind them."""
 
+from qaq_core.storage.held_values import HeldValues, eight_bit_codes, eight_bit_values, half_values
 from qaq_core.storage.originals import InProcessOriginals, Originals
 from qaq_core.storage.packed import PackedTokens
 from qaq_core.storage.pool import Pool
@@ -8,6 +9,7 @@ from qaq_core.storage.residual import ResidualWindow
 from qaq_core.storage.staging import Staging
 
 __all__ = [
+    "HeldValues",
     "InProcessOriginals",
     "Moves",
     "Originals",
@@ -17,4 +19,7 @@ __all__ = [
     "ResidualWindow",
     "Staging",
     "TorchRepacker",
+    "eight_bit_codes",
+    "eight_bit_values",
+    "half_values",
 ]
