@@ -1,5 +1,6 @@
 """Storage: packed tokens, the residual window, and the originals behind them."""
 
+from qaq_core.storage.held_values import HeldValues, eight_bit_codes, eight_bit_values, half_values
 from qaq_core.storage.host_pages import HostPages
 from qaq_core.storage.originals import InProcessOriginals, Originals
 from qaq_core.storage.packed import PackedTokens
@@ -9,6 +10,7 @@ from qaq_core.storage.residual import ResidualWindow
 from qaq_core.storage.staging import Staging
 
 __all__ = [
+    "HeldValues",
     "HostPages",
     "InProcessOriginals",
     "Moves",
@@ -19,4 +21,7 @@ __all__ = [
     "ResidualWindow",
     "Staging",
     "TorchRepacker",
+    "eight_bit_codes",
+    "eight_bit_values",
+    "half_values",
 ]

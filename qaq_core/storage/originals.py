@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from qaq_core.base.pages import Page, PageShape
 from qaq_core.base.rows import RowReply, RowRequest
 from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.storage.held_values import HeldValues, check_held_values, rounded
 
 T = TypeVar("T")
 
@@ -62,9 +64,16 @@ class Originals(Protocol):
 
 
 class InProcessOriginals:
-    """Originals in the memory of this process, the CPU memory of arXiv 2403.04643. Every future is done at once."""
+    """Originals in the memory of this process, the CPU memory of arXiv 2403.04643. Every future is done at once.
 
-    def __init__(self) -> None:
+    Args:
+        values: "float16" and "int8" round pages, as a cache service does that stores them so.
+    Raises:
+        ConfigError: values are none of these.
+    """
+
+    def __init__(self, values: HeldValues = "exact") -> None:
+        self._values = check_held_values(values)
         self._pages: dict[bytes, Page] = {}
         self._holders: Counter[bytes] = Counter()
 
@@ -75,7 +84,7 @@ class InProcessOriginals:
         return sum(page.shape.nbytes for page in self._pages.values())
 
     def put(self, pages: Sequence[Page]) -> Future[None]:
-        self._pages.update((page.id, page) for page in pages)
+        self._pages.update((page.id, replace(page, data=rounded(page.data, self._values))) for page in pages)
         self._holders.update(page.id for page in pages)
         return _done(None)
 

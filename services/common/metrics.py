@@ -65,6 +65,8 @@ originals_corrupt = Counter(
 )
 pages_unacked = Gauge("qaq_pages_unacked", "Pages that the originals store has not acknowledged yet")
 page_bytes = Gauge("qaq_page_bytes", "Bytes of pages and codecs in Redis, with their keys")
+page_plain_bytes = Counter("qaq_page_plain_bytes_total", "Bytes of the pages that were stored, as workers sent them")
+page_stored_bytes = Counter("qaq_page_stored_bytes_total", "Bytes of the same pages as they were stored")
 page_budget_bytes = Gauge("qaq_page_budget_bytes", "Bytes that pages and codecs may take in Redis now")
 pages_evicted = Counter("qaq_pages_evicted_total", "Pages and codecs that nobody held, dropped for others")
 pages_refused = Counter("qaq_pages_refused_total", "Pages and codecs that were refused because all others were held")

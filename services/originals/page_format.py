@@ -1,6 +1,8 @@
-"""The stored form of a page: a header, and the rows, each with its checksum behind it.
+"""The stored form of a page: a header, and rows with checksums.
 
-The header has 64 bytes, little-endian: magic, version, shape, seal, checksum. The checksum of a row is 8 bytes: a
+The header has 64 bytes, little-endian: magic, version, shape, seal, checksum. In version 3 the rows are compressed in
+groups ([page_groups.py](page_groups.py)). In version 2, which is written where nothing is to be compressed and is
+always read, each row has its checksum behind it. That checksum of a row is 8 bytes: a
 universal hash of the row (multilinear, Lemire and Kaser 2014, two lanes of 32 bits) under a mask of the row's own, the
 construction of Wegman and Carter. Numpy computes it for all rows of a page at once. The keys and masks of a page are
 BLAKE3's output for the deployment's secret, the page's id and the header, whose seal depends on all rows; so no key
@@ -21,9 +23,11 @@ from blake3 import blake3
 from qaq_core.base.errors import CorruptPageError
 from qaq_core.base.pages import PageShape
 from services.common.secret import derive_key
-from services.originals.seals import SEAL_PART_BYTES, SHAPE_BYTES, Seal, read_shape, shape_bytes
+from services.originals import page_groups
+from services.originals.page_forms import FORMS, PageForm
+from services.originals.page_groups import CHECKSUM_BYTES, GroupedPage
+from services.originals.seals import SEAL_PART_BYTES, SHAPE_BYTES, Seal, Seals, read_shape, shape_bytes
 
-CHECKSUM_BYTES = 8
 _BEGIN = struct.Struct("<4sH")
 _MAGIC, _VERSION = b"QAQP", 2
 _SEAL_AT = _BEGIN.size + SHAPE_BYTES
@@ -38,13 +42,18 @@ Data = bytes | bytearray | memoryview
 
 
 def stored_bytes(shape: PageShape) -> int:
-    """Bytes of a stored page."""
+    """Bytes of a stored page of version 2."""
     return HEADER_BYTES + shape.nbytes // shape.row_bytes * (shape.row_bytes + CHECKSUM_BYTES)
+
+
+def head_bytes(shape: PageShape) -> int:
+    """Bytes that `PageFormat.header` needs of any page of this shape."""
+    return HEADER_BYTES + page_groups.index_bytes(shape)
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a page, verified or just made.
+    """The header of a page of version 2, verified or just made.
 
     Attributes:
         key: 32 bytes, for the checksums of this page.
@@ -53,6 +62,11 @@ class Header:
     shape: PageShape
     seal: Seal
     key: bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the whole page."""
+        return stored_bytes(self.shape)
 
     def span(self, place: int) -> tuple[int, int]:
         """First and last byte of a row and its checksum in the stored page.
@@ -75,6 +89,17 @@ class Header:
         masks = b"".join([self._masks.digest(CHECKSUM_BYTES, seek=CHECKSUM_BYTES * place) for place in places])
         fits = self.fits(np.frombuffer(whole, np.uint8).reshape(-1, size), masks)
         return [one[:-CHECKSUM_BYTES] if right else None for one, right in zip(stored, fits.tolist(), strict=True)]
+
+    def data(self, stored: Data) -> memoryview:
+        """The data of a whole page.
+
+        Raises:
+            CorruptPageError: a row is not as it was put.
+        """
+        rows = _rows(stored, self.shape)
+        if not self.fits(rows).all():
+            raise CorruptPageError("rows do not match their checksums")
+        return np.ascontiguousarray(rows[:, :-CHECKSUM_BYTES]).reshape(-1).data
 
     def fits(self, rows: np.ndarray, masks: bytes | None = None) -> np.ndarray:
         """bool [n]: whether the checksums fit the rows in front of them, uint8 [n, row_bytes + 8]."""
@@ -109,52 +134,83 @@ class PageFormat:
 
     Args:
         secret: of the deployment.
+        form: of the pages that are packed; those of every form are read.
     """
 
-    def __init__(self, secret: str) -> None:
-        self._key = derive_key(secret, "page checksums")
+    def __init__(self, secret: str, form: PageForm = "lossless") -> None:
+        self._key, self._seals = derive_key(secret, "page checksums"), Seals(secret)
+        self._form = form
 
     def pack(self, page_id: bytes, shape: PageShape, seal: Seal, data: Data) -> memoryview:
-        """The stored form of a page, whose seal must be right."""
-        facts = b"".join((_BEGIN.pack(_MAGIC, _VERSION), shape_bytes(shape), *seal))
-        key = self._page_key(page_id, facts)
-        stored = bytearray(stored_bytes(shape))
-        stored[:HEADER_BYTES] = facts + _checksum(key)
-        rows, bare = _rows(stored, shape), np.frombuffer(data, np.uint8).reshape(-1, shape.row_bytes)
-        rows[:, :-CHECKSUM_BYTES] = bare
-        rows[:, -CHECKSUM_BYTES:] = Header(shape, seal, key).checksums(bare)
-        return memoryview(stored)
+        """The stored form of a page, whose seal must be right. A form that rounds seals what it keeps of the page."""
+        bare = np.frombuffer(data, np.uint8).reshape(-1, shape.row_bytes)
+        if self._form == "plain":
+            return self._pack_plain(page_id, shape, seal, bare)
+        form = FORMS[self._form]
+        fixed, packed = form.split(bare, shape)
+        if not form.exact:
+            kept = form.join(fixed, packed, shape)
+            seal = self._seals.again(seal, page_id, shape, np.ascontiguousarray(kept).reshape(-1).data)
+        facts, key = self._facts(page_id, page_groups.VERSION, shape, seal)
+        return memoryview(page_groups.pack(shape, seal, form, fixed, packed, facts, key))
 
-    def header(self, page_id: bytes, stored: Data) -> Header:
-        """The header of a stored page of which at least the first `HEADER_BYTES` are given.
+    def header(self, page_id: bytes, stored: Data) -> Header | GroupedPage:
+        """The header of a stored page of which at least the first `head_bytes` are given.
 
         Raises:
             CorruptPageError: it is not one of this version that was written under this id and with this secret.
         """
-        facts, checksum = bytes(stored[:_CHECKSUM_AT]), bytes(stored[_CHECKSUM_AT:HEADER_BYTES])
-        if len(checksum) < CHECKSUM_BYTES:
-            raise CorruptPageError("the header is cut off")
-        if facts[: _BEGIN.size] != _BEGIN.pack(_MAGIC, _VERSION):
-            raise CorruptPageError("it is not a page of this version")
-        key, shape = self._page_key(page_id, facts), read_shape(facts[_BEGIN.size : _SEAL_AT])
-        if shape is None or not hmac.compare_digest(_checksum(key), checksum):
-            raise CorruptPageError("the header does not match its checksum")
-        return Header(shape, Seal(facts[_SEAL_AT:-SEAL_PART_BYTES], facts[-SEAL_PART_BYTES:]), key)
+        version, shape, seal, key = self._read(page_id, stored)
+        if version == _VERSION:
+            return Header(shape, seal, key)
+        return page_groups.read_index(shape, seal, key, HEADER_BYTES, stored)
 
-    def unpack(self, page_id: bytes, stored: Data) -> tuple[Header, memoryview]:
+    def shape(self, page_id: bytes, stored: Data) -> PageShape:
+        """The shape of a stored page of which at least the first `HEADER_BYTES` are given.
+
+        Raises:
+            CorruptPageError: as `header`.
+        """
+        return self._read(page_id, stored)[1]
+
+    def unpack(self, page_id: bytes, stored: Data) -> tuple[Header | GroupedPage, memoryview]:
         """Header and data of a stored page.
 
         Raises:
             CorruptPageError: header, length or a checksum is wrong.
         """
         header = self.header(page_id, stored)
-        shape = header.shape
-        if len(stored) != stored_bytes(shape):
-            raise CorruptPageError(f"{len(stored):,} bytes are stored of {stored_bytes(shape):,}")
+        if len(stored) != header.stored_bytes:
+            raise CorruptPageError(f"{len(stored):,} bytes are stored of {header.stored_bytes:,}")
+        return header, header.data(stored)
+
+    def _pack_plain(self, page_id: bytes, shape: PageShape, seal: Seal, bare: np.ndarray) -> memoryview:
+        facts, key = self._facts(page_id, _VERSION, shape, seal)
+        stored = bytearray(stored_bytes(shape))
+        stored[:HEADER_BYTES] = facts
         rows = _rows(stored, shape)
-        if not header.fits(rows).all():
-            raise CorruptPageError("rows do not match their checksums")
-        return header, np.ascontiguousarray(rows[:, :-CHECKSUM_BYTES]).reshape(-1).data
+        rows[:, :-CHECKSUM_BYTES] = bare
+        rows[:, -CHECKSUM_BYTES:] = Header(shape, seal, key).checksums(bare)
+        return memoryview(stored)
+
+    def _read(self, page_id: bytes, stored: Data) -> tuple[int, PageShape, Seal, bytes]:
+        """Version, shape, seal and key."""
+        facts, checksum = bytes(stored[:_CHECKSUM_AT]), bytes(stored[_CHECKSUM_AT:HEADER_BYTES])
+        if len(checksum) < CHECKSUM_BYTES:
+            raise CorruptPageError("the header is cut off")
+        magic, version = _BEGIN.unpack_from(facts)
+        if magic != _MAGIC or version not in (_VERSION, page_groups.VERSION):
+            raise CorruptPageError("it is not a page of a version that is known here")
+        key, shape = self._page_key(page_id, facts), read_shape(facts[_BEGIN.size : _SEAL_AT])
+        if shape is None or not hmac.compare_digest(_checksum(key), checksum):
+            raise CorruptPageError("the header does not match its checksum")
+        return version, shape, Seal(facts[_SEAL_AT:-SEAL_PART_BYTES], facts[-SEAL_PART_BYTES:]), key
+
+    def _facts(self, page_id: bytes, version: int, shape: PageShape, seal: Seal) -> tuple[bytes, bytes]:
+        """The header, and the key of the page."""
+        facts = b"".join((_BEGIN.pack(_MAGIC, version), shape_bytes(shape), *seal))
+        key = self._page_key(page_id, facts)
+        return facts + _checksum(key), key
 
     def _page_key(self, page_id: bytes, facts: bytes) -> bytes:
         return blake3(page_id + facts, key=self._key).digest()

@@ -45,6 +45,10 @@ class Seals:
         """The seal of a page of this model."""
         return Seal(self._model, self._mac(self._model, page_id, shape, data))
 
+    def again(self, seal: Seal, page_id: bytes, shape: PageShape, data: bytes | bytearray | memoryview) -> Seal:
+        """The seal of what is kept of a page whose seal is right."""
+        return Seal(seal.model, self._mac(seal.model, page_id, shape, data))
+
     def fits(self, seal: Seal, page_id: bytes, shape: PageShape, data: bytes | bytearray | memoryview) -> bool:
         """Whether a page, of any model, was sealed with this secret, under this id and with this data."""
         return hmac.compare_digest(self._mac(seal.model, page_id, shape, data), seal.mac)

@@ -52,7 +52,9 @@ class OriginalsServer:
             stack.push_async_callback(ended, asyncio.create_task(keeper.run(), name="page budget"))
             secret = settings.secret.get_secret_value()
             service = OriginalsService(
-                PageStore(redis, settings.page_ttl_s, secret, budget), secret, settings.upload_budget_bytes
+                PageStore(redis, settings.page_ttl_s, secret, budget, settings.page_form),
+                secret,
+                settings.upload_budget_bytes,
             )
             stack.callback(service.close)
             server = GrpcServer(

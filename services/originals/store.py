@@ -24,7 +24,9 @@ from services.common.log import once
 from services.common.redis import is_full
 from services.originals.budget import Budget
 from services.originals.index import PageIndex
-from services.originals.page_format import HEADER_BYTES, Header, PageFormat, stored_bytes
+from services.originals.page_format import HEADER_BYTES, Header, PageFormat, head_bytes
+from services.originals.page_forms import PageForm
+from services.originals.page_groups import GroupedPage
 from services.originals.seals import Seal
 
 RETRY_AFTER_MS = 2000
@@ -46,15 +48,18 @@ class PageStore:
         ttl_s: seconds until a page or codec expires that is neither put nor touched again.
         budget: of the bytes of all pages and codecs in Redis.
         secret: of the deployment. Pages that were stored with another one are as if they were not stored.
+        form: in which pages are stored; those of every form are read.
 
     Attributes:
         row_reads: rows read from Redis by this object.
         evicted, refused: pages and codecs that this object dropped for others, and that it could not store.
     """
 
-    def __init__(self, redis: Redis, ttl_s: int, secret: str = "", budget: Budget | None = None) -> None:
+    def __init__(
+        self, redis: Redis, ttl_s: int, secret: str = "", budget: Budget | None = None, form: PageForm = "lossless"
+    ) -> None:
         self._redis = redis
-        self._format = PageFormat(secret)
+        self._format = PageFormat(secret, form)
         self._index = PageIndex(redis, ttl_s)
         self._budget = budget or Budget()
         self._writing = asyncio.Semaphore(_WRITES_IN_FLIGHT)
@@ -72,7 +77,12 @@ class PageStore:
         Raises:
             ResourceExhausted: all others are held, too. InvalidArgument: it is larger than the whole budget.
         """
-        return await self._store(_page_key(page_id), self._format.pack(page_id, shape, seal, data), holder)
+        stored = await asyncio.to_thread(self._format.pack, page_id, shape, seal, data)
+        new = await self._store(_page_key(page_id), stored, holder)
+        if new:
+            metrics.page_plain_bytes.inc(shape.nbytes)
+            metrics.page_stored_bytes.inc(len(stored))
+        return new
 
     async def match(self, page_ids: Sequence[bytes]) -> int:
         """Length of the longest chain of pages, from the first, that is stored."""
@@ -96,7 +106,7 @@ class PageStore:
         if not isinstance(raw, bytes):
             return None
         try:
-            header, data = self._format.unpack(page_id, raw)
+            header, data = await asyncio.to_thread(self._format.unpack, page_id, raw)
         except CorruptPageError as error:
             _count_corrupt(page_id, str(error))
             await self._discard(key, raw)
@@ -110,12 +120,12 @@ class PageStore:
     async def rows(self, request: RowRequest) -> list[bytes | None]:
         """Original values of rows, read by GETRANGE; None where the page is missing or the row corrupt.
 
-        A page with a corrupt row is removed, so that it can be put again.
+        Rows that are stored together are read once. A page with a corrupt row is removed, so that it can be put again.
 
         Raises:
             InvalidArgument: a page is stored with another shape.
         """
-        headers = await self._headers(request.page_ids)
+        headers = await self._headers(request.page_ids, head_bytes(request.shape))
         for number, header in headers.items():
             if header.shape != request.shape:
                 name = request.page_ids[number].hex()[:12]
@@ -123,7 +133,9 @@ class PageStore:
         page, place = request.page.tolist(), (request.offset // request.shape.row_bytes).tolist()
         wanted = [row for row, number in enumerate(page) if number in headers]
         spans = [(request.page_ids[page[row]], *headers[page[row]].span(place[row])) for row in wanted]
-        stored = dict(zip(wanted, await self._ranges(spans), strict=True))
+        different = list(dict.fromkeys(spans))
+        read = dict(zip(different, await self._ranges(different), strict=True))
+        stored = {row: read[span] for row, span in zip(wanted, spans, strict=True)}
         self.row_reads += len(wanted)
         metrics.redis_row_reads.inc(len(wanted))
         of_page: defaultdict[int, list[int]] = defaultdict(list)
@@ -131,7 +143,9 @@ class PageStore:
             of_page[page[row]].append(row)
         values: list[bytes | None] = [None] * len(request)
         for number, rows in of_page.items():
-            found = headers[number].rows([place[row] for row in rows], [stored[row] for row in rows])
+            found = await asyncio.to_thread(
+                headers[number].rows, [place[row] for row in rows], [stored[row] for row in rows]
+            )
             for row, value in zip(rows, found, strict=True):
                 values[row] = value
             if None in found:
@@ -230,12 +244,18 @@ class PageStore:
             log.warning(message)
         return ResourceExhausted(message, retry_after_ms=RETRY_AFTER_MS, reason="pages-full")
 
-    async def _headers(self, page_ids: Mapping[int, bytes]) -> dict[int, Header]:
-        """The headers of the pages that are stored and have the right length. The others are removed."""
+    async def _headers(
+        self, page_ids: Mapping[int, bytes], first: int = HEADER_BYTES
+    ) -> dict[int, Header | GroupedPage]:
+        """The headers of the pages that are stored and have the right length. The others are removed.
+
+        Args:
+            first: bytes to read of each page; more are read of pages that need more.
+        """
         async with self._redis.pipeline(transaction=False) as pipe:
             for page_id in page_ids.values():
                 pipe.exists(_page_key(page_id))
-                pipe.getrange(_page_key(page_id), 0, HEADER_BYTES - 1)
+                pipe.getrange(_page_key(page_id), 0, first - 1)
                 pipe.strlen(_page_key(page_id))
             replies = iter(await pipe.execute(raise_on_error=False))
         headers = {}
@@ -246,8 +266,11 @@ class PageStore:
                 await self.get(page_id)  # which removes it, or raises the same
                 continue
             with contextlib.suppress(CorruptPageError):
+                needed = head_bytes(self._format.shape(page_id, raw))
+                if needed > len(raw):
+                    raw = await self._redis.getrange(_page_key(page_id), 0, needed - 1)
                 header = self._format.header(page_id, raw)
-                if size == stored_bytes(header.shape):
+                if size == header.stored_bytes:
                     headers[page] = header
                     continue
             await self.get(page_id)

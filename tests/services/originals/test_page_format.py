@@ -1,4 +1,4 @@
-"""The stored form of a page: what comes back is what was packed, or an error, whatever happened to the bytes."""
+"""Version 2 of a stored page: what comes back is what was packed, or an error, whatever happened to the bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.originals.seals import DTYPES, SEAL_PART_BYTES, Seal
 
 # More of them: QAQ_FUZZ=100000 pytest tests/services/originals/test_page_format.py
 TRIES = int(os.environ.get("QAQ_FUZZ", "600"))
-FORMAT = PageFormat("a secret of this test")
+FORMAT = PageFormat("a secret of this test", "plain")
 SEAL = Seal(b"model".ljust(SEAL_PART_BYTES), b"mac".ljust(SEAL_PART_BYTES))
 ID = bytes(range(32))
 SMALL = PageShape(layers=2, kv_heads=1, tokens=8, head_dim=48)
@@ -115,8 +115,8 @@ def test_a_page_fits_one_id_one_secret_and_one_version(monkeypatch: pytest.Monke
     for secret in ("", "another secret of this test"):
         with pytest.raises(CorruptPageError, match="does not match its checksum"):
             PageFormat(secret).unpack(ID, stored)
-    monkeypatch.setattr(page_format, "_VERSION", 3)
-    with pytest.raises(CorruptPageError, match="not a page of this version"):
+    monkeypatch.setattr(page_format, "_VERSION", 4)
+    with pytest.raises(CorruptPageError, match="not a page of a version that is known"):
         FORMAT.unpack(ID, stored)
 
 
@@ -202,7 +202,7 @@ DAMAGES: tuple[Damage, ...] = (flip, garbage, zeros, cut, extend, move, mix, oth
 
 @pytest.mark.parametrize("secret", ["a secret of this test", ""])
 def test_damaged_pages_give_the_right_rows_or_none(secret: str) -> None:
-    random, form = np.random.default_rng(TRIES), PageFormat(secret)
+    random, form = np.random.default_rng(TRIES), PageFormat(secret, "plain")
     data = [values(SMALL, seed) for seed in range(2)]
     packed, other = (
         bytes(form.pack(page_id, SMALL, SEAL, raw)) for page_id, raw in zip((ID, ID[::-1]), data, strict=True)

@@ -55,7 +55,8 @@ def every_row(pages: list[Page]) -> RowRequest:
 
 @pytest.fixture
 def store(redis: Redis) -> PageStore:
-    return PageStore(redis, ttl_s=600)
+    """Of plain pages, in which every row has its place; test_forms.py has the other forms."""
+    return PageStore(redis, ttl_s=600, form="plain")
 
 
 async def put(store: PageStore, pages: list[Page]) -> list[bool]:
