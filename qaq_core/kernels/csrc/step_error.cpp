@@ -16,8 +16,8 @@ int64_t qaq_step_error(const QaqStepError* job) {
     if (!job->total || (job->room && any_null({job->index, job->error}))) return QAQ_NULL;
     *job->total = 0.0;
     if (!job->heads || !job->tokens) return 0;
-    if (any_null({job->observed, job->factors, job->tags, job->key_meta, job->value_meta, job->key_lost,
-                  job->value_lost}))
+    if (any_null(
+            {job->observed, job->factors, job->tags, job->key_meta, job->value_meta, job->key_lost, job->value_lost}))
         return QAQ_NULL;
     int64_t found = 0;
     for (int head = 0; head < job->heads; ++head) {
@@ -31,7 +31,8 @@ int64_t qaq_step_error(const QaqStepError* job) {
             if (!(felt > job->negligible)) continue;
             const int key = tags[t] & 15, value = tags[t] >> 4;
             if (key >= QAQ_WIDTHS || value >= QAQ_WIDTHS) return QAQ_RANGE;
-            const float error = felt * (key_lost[keys[t] * QAQ_WIDTHS + key] + value_lost[values[t] * QAQ_WIDTHS + value]);
+            const float error =
+                felt * (key_lost[keys[t] * QAQ_WIDTHS + key] + value_lost[values[t] * QAQ_WIDTHS + value]);
             *job->total += error;
             if (!(error > job->least)) continue;
             if (found < job->room) {
