@@ -18,5 +18,5 @@ from tests.services.worker.conftest import request
 def test_a_bias_that_is_no_number_is_refused(smollm2: LoadedModel, value: float) -> None:
     validator = RequestValidator(smollm2, WorkerSettings(model="smollm2"))
     sampling = common_pb2.SamplingParams(temperature=0, logit_bias={7: value})
-    with pytest.raises(InvalidArgument, match=r"sampling.logit_bias\[7\] is -?(nan|inf); send a finite number"):
+    with pytest.raises(InvalidArgument, match=r"sampling.logit_bias\[7\] is -?(nan|inf); send a number"):
         validator.generation(request([1, 2, 3], sampling=sampling))

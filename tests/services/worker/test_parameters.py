@@ -228,8 +228,8 @@ async def test_a_branch_copies_its_origins_cache(make_scheduler: MakeScheduler, 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"stop": StopParams(stop_token_ids=[49152])}, "stop.stop_token_ids must have token ids"),
-        ({"sampling": SamplingParams(logit_bias={-1: 1})}, "sampling.logit_bias must have token ids"),
+        ({"stop": StopParams(stop_token_ids=[49152])}, "stop.stop_token_ids names token 49152"),
+        ({"sampling": SamplingParams(logit_bias={-1: 1})}, "sampling.logit_bias names token -1"),
         ({"stop": StopParams(max_new_tokens=0)}, "max_new_tokens is 0"),
         ({"history_tokens": 3}, "history_tokens is 3"),
         ({"generated_tokens": -1}, "generated_tokens is -1"),

@@ -118,7 +118,7 @@ async def test_scoring_generates_nothing(smollm2: LoadedModel, make_scheduler: M
 @pytest.mark.parametrize(
     ("stop", "sentence"),
     [
-        (StopParams(max_new_tokens=0), "max_new_tokens is 0; send at least 1, or set output.echo"),
+        (StopParams(max_new_tokens=0), "max_new_tokens is 0; send at least 1"),
         (StopParams(max_new_tokens=-1), "max_new_tokens is -1"),
         (StopParams(max_new_tokens=3, min_new_tokens=4), "min_new_tokens is 4"),
         (StopParams(min_new_tokens=-1), "min_new_tokens is -1"),

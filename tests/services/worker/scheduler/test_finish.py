@@ -53,7 +53,7 @@ async def test_context_ends_a_generation(smollm2: LoadedModel, make_scheduler: M
     tokens = ids(STORY)
     small = replace(smollm2, context_length=len(tokens) + 3)
     async with make_scheduler(loaded=small) as scheduler:
-        result = await outcome(scheduler.submit(request(tokens, 50, cache=EXACT)))
+        result = await outcome(scheduler.submit(request(tokens, 20, cache=EXACT)))
         assert result.done is not None
         assert (len(result.tokens), result.done.reason) == (3, common_pb2.FINISH_REASON_LENGTH)
         with pytest.raises(InvalidArgument, match="shorten the prompt"):

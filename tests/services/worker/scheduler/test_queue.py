@@ -59,7 +59,7 @@ async def test_cancelling_frees_within_a_step(make_scheduler: MakeScheduler, ids
         ({"tokens": [1] * 8192}, "context of 8192"),
         ({"tokens": [1], "new": 0}, "max_new_tokens"),
         ({"tokens": [1], "sampling": common_pb2.SamplingParams(temperature=-1)}, "temperature"),
-        ({"tokens": [1], "stop": common_pb2.StopParams(max_new_tokens=1, stop=[""])}, "empty string"),
+        ({"tokens": [1], "stop": common_pb2.StopParams(max_new_tokens=1, stop=[""])}, "is empty"),
     ],
 )
 async def test_bad_requests(make_scheduler: MakeScheduler, fields: dict[str, Any], sentence: str) -> None:
@@ -75,6 +75,6 @@ async def test_bad_cache_parameters_end_that_request(
     make_scheduler: MakeScheduler, ids: Ids, cache: dict[str, Any]
 ) -> None:
     async with make_scheduler() as scheduler:
-        with pytest.raises(ValueError, match=r"preset|target"):
+        with pytest.raises(InvalidArgument, match=r"cache\.(preset|target)"):
             await outcome(scheduler.submit(request(ids(STORY), cache=common_pb2.CacheParams(**cache))))
         assert (await outcome(scheduler.submit(request(ids(STORY), 1, cache=EXACT)))).tokens
