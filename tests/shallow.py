@@ -1,4 +1,4 @@
-"""The demo model's first layers: its vocabulary and its weights at a fifth of the time a token."""
+"""The demo model's first layers, a fifth of all: its vocabulary and its weights in less time a token."""
 
 from __future__ import annotations
 
