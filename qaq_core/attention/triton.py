@@ -78,7 +78,7 @@ class TritonAttention(KernelWithFallback):
 
     def unsupported(self, query: torch.Tensor, tokens: LayerTokens, observer: Observer | None) -> str | None:
         """See `KernelWithFallback`."""
-        group = query.shape[1] // tokens.keys.shape[0]
+        group = query.shape[-3] // tokens.keys.shape[0]
         too_many = f"{group} query heads for a KV head" if group > GROUP else None
         sums = "sums of scores" if isinstance(observer, StepObserver) and observer.log_sums is not None else None
         return super().unsupported(query, tokens, observer) or too_many or sums

@@ -68,7 +68,7 @@ needles at once, and formats that are set at the beginning ([how](../evaluation.
 
 ## Decode speed
 
-`make measure` measures this table and the next one. The value is the median of the runs; the smallest and the largest
+`make measure` measures the tables of this section. The value is the median of the runs; the smallest and the largest
 follow in brackets where there are at least three runs. All caches of a source decode in one process, one step of each
 in turn. A step includes re-quantization and packing. Ratios are of mean steps.
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -121,9 +121,9 @@ int qaq_prompt(const QaqPrompt* prompt, const QaqLayer* layer, int32_t threads) 
     const int together =
         each ? int(std::max<int64_t>(1, std::min<int64_t>(layer->kv_heads, MOST_FLOATS / each))) : layer->kv_heads;
     try {
-        std::vector<float> floats(size_t(together) * each);
+        const std::unique_ptr<float[]> floats(new float[size_t(together) * each]);  // written before they are read
         for (int head = 0; head < layer->kv_heads; head += together)
-            if (one.attend(head, std::min(layer->kv_heads, head + together), floats.data())) return QAQ_NO_MEMORY;
+            if (one.attend(head, std::min(layer->kv_heads, head + together), floats.get())) return QAQ_NO_MEMORY;
     } catch (const std::bad_alloc&) {
         return QAQ_NO_MEMORY;
     }
