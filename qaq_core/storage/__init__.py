@@ -1,6 +1,13 @@
 """Storage: packed tokens, the residual window, and the originals behind them."""
 
-from qaq_core.storage.held_values import HeldValues, eight_bit_codes, eight_bit_values, half_values
+from qaq_core.storage.held_values import (
+    HeldValues,
+    check_held_values,
+    eight_bit_codes,
+    eight_bit_values,
+    half_values,
+    rounded,
+)
 from qaq_core.storage.originals import InProcessOriginals, Originals
 from qaq_core.storage.packed import PackedTokens
 from qaq_core.storage.pool import Pool
@@ -19,7 +26,9 @@ __all__ = [
     "ResidualWindow",
     "Staging",
     "TorchRepacker",
+    "check_held_values",
     "eight_bit_codes",
     "eight_bit_values",
     "half_values",
+    "rounded",
 ]

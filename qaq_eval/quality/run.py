@@ -18,6 +18,7 @@ import torch
 import qaq_eval.baselines  # noqa: F401  (registers them as presets)
 from qaq_core import InProcessOriginals, Method, QAQCache, SequenceCache, make_method
 from qaq_core.base.errors import ConfigError
+from qaq_core.storage import HeldValues, check_held_values
 from qaq_eval.quality.documents import Document
 from qaq_eval.quality.prompt import Prefill, full_precision
 from qaq_eval.quality.record import DocumentResult, Measurement
@@ -35,12 +36,13 @@ class Config:
 
     `balanced@2.2` has 2.2 code bits per element after the prompt, `balanced@8x` is 8 times smaller than fp16,
     `balanced@e0.01` has a predicted KL divergence of 0.01 nats per token. `paper[attention_window=3]` has a setting of
-    the preset.
+    the preset. `balanced[originals=int8]` re-quantizes from originals that are held so.
     """
 
     text: str
     preset: str
     settings: dict[str, Any]
+    originals: HeldValues = "exact"
 
     @classmethod
     def parse(cls, text: str) -> Config:
@@ -58,7 +60,7 @@ class Config:
         name = match["name"]
         if name.endswith(_WITHOUT_EXCEPTIONS):
             name, settings["exceptions"] = name.removesuffix(_WITHOUT_EXCEPTIONS), False
-        return cls(text, name, settings)
+        return cls(text, name, settings, check_held_values(settings.pop("originals", "exact")))
 
     @classmethod
     def parse_all(cls, text: str) -> list[Config]:
@@ -106,6 +108,7 @@ def evaluate(
         ConfigError, UnsupportedModelError.
     """
     methods = {config.text: config.method(model, fingerprint) for config in configs}
+    held = {config.text: config.originals for config in configs}
     report = progress or (lambda stage, share: None)
     total = len(documents)
     for i, document in enumerate(documents):
@@ -117,7 +120,7 @@ def evaluate(
         prefill = full_precision(model, any_method, document, [method.statistic for method in pending.values()])
         measurements = [
             Measurement(document.index, text, sequence)
-            for text, sequence in start_sequences(document.context, prefill, pending).items()
+            for text, sequence in start_sequences(document.context, prefill, pending, held).items()
         ]
         for step in range(document.decode):
             if step % 8 == 0:
@@ -132,9 +135,15 @@ def evaluate(
 _Key = TypeVar("_Key", bound=Hashable)
 
 
-def start_sequences(context: int, prefill: Prefill, methods: Mapping[_Key, Method]) -> dict[_Key, SequenceCache]:
-    """A sequence of each method, by key, whose prompt has just ended. They share the prompt's originals."""
-    originals = InProcessOriginals()
+def start_sequences(
+    context: int, prefill: Prefill, methods: Mapping[_Key, Method], held: Mapping[_Key, HeldValues] | None = None
+) -> dict[_Key, SequenceCache]:
+    """A sequence of each method, by key, whose prompt has just ended. They share the prompt's originals.
+
+    Args:
+        held: how a method's originals are held, if not exactly.
+    """
+    stores: dict[HeldValues, InProcessOriginals] = {}
     sequences = {}
     for key, method in methods.items():
         shared = context // method.page_tokens
@@ -142,7 +151,8 @@ def start_sequences(context: int, prefill: Prefill, methods: Mapping[_Key, Metho
         def name(page: int, key: _Key = key, shared: int = shared) -> bytes:
             return f"{page} {'prompt' if page < shared else key}".encode()
 
-        sequences[key] = method.sequence(originals, name)
+        values = (held or {}).get(key, "exact")
+        sequences[key] = method.sequence(stores.setdefault(values, InProcessOriginals(values)), name)
         sequences[key].load_prefill(prefill.originals, prefill.observer(method.statistic))
     return sequences
 
