@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qaq_core import InProcessOriginals
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import Page, PageShape
-from qaq_core.storage import eight_bit_codes, eight_bit_values, half_values, rounded
+from qaq_core.storage import HeldValues, eight_bit_codes, eight_bit_values, half_values, rounded
 
 
 @given(st.integers(0, 2**32), st.sampled_from([16, 48, 64, 80, 128, 256]), st.floats(1e-20, 1e20))
@@ -40,8 +40,19 @@ def test_rows_of_nothing_stay_nothing() -> None:
     assert not eight_bit_values(codes, steps).any()
 
 
-def test_half_precision_has_no_infinity() -> None:
+def test_numbers_stay_numbers_in_half_precision() -> None:
     assert half_values(np.array([1e9, -1e9, 1.0], np.float32)).tolist() == [65504.0, -65504.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("values", ["float16", "int8"])
+def test_what_is_no_number_stays_none(bad: float, values: HeldValues) -> None:
+    """So whoever reads it sees that it must not be used; other rows are not touched."""
+    data = torch.ones(2, 16)
+    data[1, 3] = bad
+    near = rounded(data, values)
+    assert torch.allclose(near[0], data[0], rtol=0.01)
+    assert not torch.isfinite(near[1, 3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,17 +6,19 @@ import dataclasses
 
 import pytest
 import torch
+from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from qaq_core.base.pages import Page
-from qaq_core.base.rows import RowRequest
 from qaq_core.storage import rounded
 from services.common import metrics
+from services.common.embedded_redis import EmbeddedRedis
 from services.common.errors import InvalidArgument
 from services.common.settings import OriginalsSettings
 from services.originals.client import RemoteOriginals
 from services.originals.page_forms import FORMS, PageForm
 from services.originals.seals import Seals
+from services.originals.server import OriginalsServer
 from services.originals.store import PageStore
 from tests.services.metric import value
 from tests.services.originals.conftest import SHAPE, getranges, make_pages, seal
@@ -27,12 +29,6 @@ LONG = dataclasses.replace(SHAPE, tokens=32, head_dim=64)
 
 def in_form(redis: Redis, form: PageForm) -> PageStore:
     return PageStore(redis, ttl_s=600, form=form)
-
-
-def all_rows(pages: list[Page]) -> RowRequest:
-    rows = every_row([Page(page.id, SHAPE, page.data) for page in pages])
-    assert pages[0].shape == SHAPE
-    return rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -71,7 +67,7 @@ async def test_rows_of_a_group_are_read_once(redis: Redis) -> None:
     await put(store, pages)
     right = [row.tobytes() for page in pages for row in page.data.reshape(-1, SHAPE.head_dim).numpy()]
     before = await getranges(redis)
-    assert await store.rows(all_rows(pages)) == right
+    assert await store.rows(every_row(pages)) == right
     groups = -(-len(right) // len(pages) // 16) * len(pages)
     assert await getranges(redis) - before == len(pages) + groups
 
@@ -82,10 +78,10 @@ async def test_damage_is_missing_counted_and_its_page_can_be_put_again(redis: Re
     store = in_form(redis, form)
     for place in (0, 4, 30, 60, 64, 66, 70, 100, 300, -1):
         await put(store, [page])
-        whole = await store.rows(all_rows([page]))
+        whole = await store.rows(every_row([page]))
         await damage(redis, page, place % await redis.strlen(key(page)))
         before = value(metrics.originals_corrupt)
-        rows = await store.rows(all_rows([page]))
+        rows = await store.rows(every_row([page]))
         assert all(row in (None, right) for row, right in zip(rows, whole, strict=True))
         assert None in rows
         assert value(metrics.originals_corrupt) == before + 1
@@ -102,12 +98,9 @@ async def test_other_shapes_are_refused_not_removed(redis: Redis) -> None:
     assert await store.holds(page.id)
 
 
-async def test_a_worker_fetches_what_a_service_rounded(redis: Redis, redis_server: object) -> None:
+async def test_a_worker_fetches_what_a_service_rounded(redis: Redis, redis_server: EmbeddedRedis) -> None:
     """Over the wire: the worker's own checks accept it."""
-    from services.originals.server import OriginalsServer
-
-    settings = OriginalsSettings(redis_url=redis_server.url, page_form="int8")  # type: ignore[attr-defined]
-    server = OriginalsServer(settings)
+    server = OriginalsServer(OriginalsSettings(redis_url=SecretStr(redis_server.url), page_form="int8"))
     remote = RemoteOriginals.at([await server.start()])
     try:
         pages = make_pages(3, LONG)
