@@ -204,6 +204,7 @@ faults: | $(DEVELOPED)
 # cp -r build/measure/. docs/results/
 results: $(DEVELOPED)
 	$(BIN)/python -m tools.results
+	$(BIN)/python -m tools.results.savings
 
 clean:
 	rm -rf .venv $(CLIENTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .grimp_cache .import_linter_cache .coverage

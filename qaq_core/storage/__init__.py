@@ -1,6 +1,13 @@
 """Storage: packed tokens, the residual window, and the originals behind them."""
 
-from qaq_core.storage.held_values import HeldValues, eight_bit_codes, eight_bit_values, half_values
+from qaq_core.storage.held_values import (
+    HeldValues,
+    check_held_values,
+    eight_bit_codes,
+    eight_bit_values,
+    half_values,
+    rounded,
+)
 from qaq_core.storage.host_pages import HostPages
 from qaq_core.storage.originals import InProcessOriginals, Originals
 from qaq_core.storage.packed import PackedTokens
@@ -21,7 +28,9 @@ __all__ = [
     "ResidualWindow",
     "Staging",
     "TorchRepacker",
+    "check_held_values",
     "eight_bit_codes",
     "eight_bit_values",
     "half_values",
+    "rounded",
 ]

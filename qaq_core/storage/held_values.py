@@ -22,8 +22,9 @@ def check_held_values(name: str) -> HeldValues:
 
 
 def half_values(rows: np.ndarray) -> np.ndarray:
-    """float16 [...]: rows, float32 [...], as nearly as half precision has them."""
-    return np.clip(rows, -_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
+    """float16 [...]: rows, float32 [...], as nearly as half precision has them; infinities stay."""
+    near = np.where(np.isinf(rows), rows, np.clip(rows, -_LARGEST_HALF, _LARGEST_HALF))
+    return near.astype(np.float16)
 
 
 def eight_bit_codes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -34,16 +35,21 @@ def eight_bit_codes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         codes int8 [n, head_dim] and steps float32 [n].
     """
-    turned = _rotated(rows)
+    with np.errstate(over="ignore", invalid="ignore"):
+        turned = _rotated(rows)
     steps = np.abs(turned).max(1) / np.float32(_LARGEST_CODE)
     with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.rint(turned / steps[:, None])
-    return np.nan_to_num(np.clip(codes, -_LARGEST_CODE, _LARGEST_CODE)).astype(np.int8), steps
+        codes = np.nan_to_num(np.rint(turned / steps[:, None]), posinf=0, neginf=0)
+    return np.clip(codes, -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8), steps
 
 
 def eight_bit_values(codes: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """float32 [n, head_dim]: what `eight_bit_codes` keeps of rows. The same bits on every machine."""
-    return _rotated(codes.astype(np.float32) * steps[:, None])
+    """float32 [n, head_dim]: what `eight_bit_codes` keeps of rows. The same bits on every machine.
+
+    A row with NaN or infinity is NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        return _rotated(codes.astype(np.float32) * steps[:, None])
 
 
 def rounded(data: torch.Tensor, values: HeldValues) -> torch.Tensor:

@@ -20,6 +20,7 @@ from qaq_eval.cli.bench_lookup import lookup
 from qaq_eval.cli.bench_prefill import prefill
 from qaq_eval.cli.bench_prefix import prefix
 from qaq_eval.cli.bench_serve import serve
+from qaq_eval.cli.bench_store import store
 from qaq_eval.cli.bench_weights import weights as bench_weights
 from services.cli.options import Compiled, Device, Dtype, JsonPath, Model, Weights, model_or_default
 from services.cli.terminal import progress_line, screen, size
@@ -46,6 +47,7 @@ def register(app: typer.Typer) -> None:
     bench.command()(prefix)
     bench.command()(lookup)
     bench.command()(identity)
+    bench.command()(store)
     app.add_typer(bench, name="bench")
 
 

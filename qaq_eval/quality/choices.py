@@ -113,6 +113,7 @@ class ChoiceEvaluator:
         self._methods = {
             config.text: with_residual_window(config.method(model, fingerprint), residual_window) for config in configs
         }
+        self._held = {config.text: config.originals for config in configs}
         self._results = {(r.question, r.config): r for r in journal.entries(QuestionResult)}
 
     def answer(
@@ -147,7 +148,8 @@ class ChoiceEvaluator:
             fp16 = len(prompt) * fp16_token_bytes(any_method)
             self._add(question.name, FULL_PRECISION, scores, len(prompt), CacheBytes(fp16, fp16, 0, 0))
         keys = {(text, i): method for text, method in methods.items() for i in range(len(decoded))}
-        sequences = start_sequences(len(prompt), full.prefill(torch.empty(0)), keys)
+        held = {key: self._held[key[0]] for key in keys}
+        sequences = start_sequences(len(prompt), full.prefill(torch.empty(0)), keys, held)
         return [AnswerSequence(question.name, text, decoded[i], seq) for (text, i), seq in sequences.items()]
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 
 from qaq_core import Method
 from qaq_core.base.errors import ConfigError
+from qaq_core.storage import HeldValues
 from qaq_eval.quality.choices import FULL_PRECISION
 from qaq_eval.quality.documents import bos_tokens
 from qaq_eval.quality.prompt import FullPrecisionCache
@@ -127,6 +128,7 @@ def evaluate_needles(
 ) -> Iterator[NeedleAnswer]:
     """The answer of each configuration, and of full precision, to each haystack."""
     methods = {config.text: config.method(model, fingerprint) for config in configs}
+    held = {config.text: config.originals for config in configs}
     any_method = next(iter(methods.values()))
     report = progress or (lambda stage, share: None)
     for i, haystack in enumerate(haystacks):
@@ -144,7 +146,7 @@ def evaluate_needles(
             answers[FULL_PRECISION] = (_full_answer(full, last), size, size)
             full.rewind()
         if pending:
-            answers |= _quantized_answers(model, full, len(prompt), last, pending)
+            answers |= _quantized_answers(model, full, len(prompt), last, pending, held)
         for config, (ids, resident, fp16) in answers.items():
             text = tokenizer.decode(ids)
             yield NeedleAnswer(haystack.trial, haystack.depth, config, text, haystack.code in text, resident, fp16)
@@ -161,10 +163,15 @@ def _full_answer(full: FullPrecisionCache, last: torch.Tensor) -> list[int]:
 
 
 def _quantized_answers(
-    model: Any, full: FullPrecisionCache, context: int, last: torch.Tensor, methods: dict[str, Method]
+    model: Any,
+    full: FullPrecisionCache,
+    context: int,
+    last: torch.Tensor,
+    methods: dict[str, Method],
+    held: dict[str, HeldValues],
 ) -> dict[str, tuple[list[int], int, int]]:
     """The tokens that each method decodes, and its cache's bytes after the prompt, and those of fp16."""
-    sequences = start_sequences(context, full.prefill(torch.empty(0)), methods)
+    sequences = start_sequences(context, full.prefill(torch.empty(0)), methods, held)
     sizes = [CacheBytes.of(sequence) for sequence in sequences.values()]
     ids = last.expand(len(sequences), 1).to(model.device)
     for _ in range(ANSWER_TOKENS):

@@ -18,6 +18,7 @@ import torch
 import qaq_eval.baselines  # noqa: F401  (registers them as presets)
 from qaq_core import InProcessOriginals, Method, QAQCache, SequenceCache, make_method
 from qaq_core.base.errors import ConfigError
+from qaq_core.storage import HeldValues, check_held_values
 from qaq_eval.quality.documents import Document
 from qaq_eval.quality.prompt import CHUNK, FullPrecisionCache, Prefill
 from qaq_eval.quality.record import DocumentResult, Measurement
@@ -36,12 +37,13 @@ class Config:
 
     `balanced@2.2` has 2.2 code bits per element after the prompt, `balanced@8x` is 8 times smaller than fp16,
     `balanced@e0.01` has a predicted KL divergence of 0.01 nats per token. `paper[attention_window=3]` has a setting of
-    the preset.
+    the preset. `balanced[originals=int8]` re-quantizes from originals that are held so.
     """
 
     text: str
     preset: str
     settings: dict[str, Any]
+    originals: HeldValues = "exact"
 
     @classmethod
     def parse(cls, text: str) -> Config:
@@ -60,7 +62,7 @@ class Config:
         for end, exceptions in _EXCEPTIONS.items():
             if name.endswith(end):
                 name, settings["exceptions"] = name.removesuffix(end), exceptions
-        return cls(text, name, settings)
+        return cls(text, name, settings, check_held_values(settings.pop("originals", "exact")))
 
     @classmethod
     def parse_all(cls, text: str) -> list[Config]:
@@ -110,6 +112,7 @@ def evaluate(
         ConfigError, UnsupportedModelError.
     """
     methods = {config.text: with_residual_window(config.method(model, fingerprint), window) for config in configs}
+    held = {config.text: config.originals for config in configs}
     report = progress or (lambda stage, share: None)
     total = len(documents)
     for i, document in enumerate(documents):
@@ -120,7 +123,7 @@ def evaluate(
         any_method = next(iter(pending.values()))
         statistics = [method.statistic for method in pending.values()]
         full = FullPrecisionCache(model, any_method, document.ids[: document.context], statistics, document.decode)
-        sequences = start_sequences(document.context, full.prefill(torch.empty(0)), pending)
+        sequences = start_sequences(document.context, full.prefill(torch.empty(0)), pending, held)
         measurements = [Measurement(document.index, text, sequence) for text, sequence in sequences.items()]
         expected = iter(torch.empty(0))
         for step in range(document.decode):
@@ -152,9 +155,15 @@ def with_residual_window(method: Method, tokens: int | None) -> Method:
 _Key = TypeVar("_Key", bound=Hashable)
 
 
-def start_sequences(context: int, prefill: Prefill, methods: Mapping[_Key, Method]) -> dict[_Key, SequenceCache]:
-    """A sequence of each method, by key, whose prompt has just ended. They share the prompt's originals."""
-    originals = InProcessOriginals()
+def start_sequences(
+    context: int, prefill: Prefill, methods: Mapping[_Key, Method], held: Mapping[_Key, HeldValues] | None = None
+) -> dict[_Key, SequenceCache]:
+    """A sequence of each method, by key, whose prompt has just ended. They share the prompt's originals.
+
+    Args:
+        held: how a method's originals are held, if not exactly.
+    """
+    stores: dict[HeldValues, InProcessOriginals] = {}
     sequences = {}
     for key, method in methods.items():
         shared = context // method.page_tokens
@@ -162,7 +171,8 @@ def start_sequences(context: int, prefill: Prefill, methods: Mapping[_Key, Metho
         def name(page: int, key: _Key = key, shared: int = shared) -> bytes:
             return f"{page} {'prompt' if page < shared else key}".encode()
 
-        sequences[key] = method.sequence(originals, name)
+        values = (held or {}).get(key, "exact")
+        sequences[key] = method.sequence(stores.setdefault(values, InProcessOriginals(values)), name)
         sequences[key].load_prefill(prefill.originals, prefill.observer(method.statistic))
     return sequences
 

@@ -69,7 +69,9 @@ def evaluate_turns(
         statistics = [method.statistic for method in pending.values()]
         room = len(session.ids) - 1 - context
         full = FullPrecisionCache(model, any_method, session.ids[:context], statistics, room)
-        sequences = start_sequences(context, full.prefill(torch.empty(0)), pending)
+        sequences = start_sequences(
+            context, full.prefill(torch.empty(0)), pending, {config.text: config.originals for config in configs}
+        )
         results = []
         for turn in range(1, turns + 1):
             start = (turn - 1) * (context + decode)

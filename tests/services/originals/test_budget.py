@@ -82,7 +82,7 @@ def test_the_budget_follows_redis() -> None:
 
 
 async def test_pages_that_nobody_holds_go_before_anything_is_refused(redis: Redis) -> None:
-    store = PageStore(redis, 600, budget=within(4))
+    store = PageStore(redis, 600, form="plain", budget=within(4))
     free, held_ones, new = make_pages(3), make_pages(1, seed=1), make_pages(3, seed=2)
     await put(store, free)
     await put(store, held_ones, "aa")
@@ -95,7 +95,7 @@ async def test_pages_that_nobody_holds_go_before_anything_is_refused(redis: Redi
 
 
 async def test_pages_that_are_held_are_never_dropped_for_others(redis: Redis) -> None:
-    store = PageStore(redis, 600, budget=within(3))
+    store = PageStore(redis, 600, form="plain", budget=within(3))
     pages, more = make_pages(3), make_pages(1, seed=1)
     await put(store, pages, "aa")
     before = value(metrics.pages_refused)
@@ -121,7 +121,7 @@ async def test_a_page_that_can_never_fit_says_so(redis: Redis) -> None:
 
 async def test_codecs_are_bytes_of_the_budget_too(redis: Redis) -> None:
     """They go like pages that nobody holds; the worker puts one again when it is needed."""
-    store = PageStore(redis, 600, budget=within(3))
+    store = PageStore(redis, 600, form="plain", budget=within(3))
     for number in range(20):
         await store.put_codec(bytes([number]) * 16, bytes(3000))
     pages = make_pages(2)
@@ -149,7 +149,7 @@ async def test_the_keeper_makes_room_for_what_else_grows() -> None:
         budget, index = Budget(), PageIndex(client, 600)
         keeper = Keeper(client, index, budget)
         await keeper.step()
-        store = PageStore(client, 600, budget=budget)
+        store = PageStore(client, 600, form="plain", budget=budget)
         held_ones, free = make_pages(10, LARGE), make_pages(24, LARGE, seed=1)
         await put(store, held_ones, "aa")
         await put(store, free)
@@ -173,7 +173,7 @@ async def test_the_keeper_makes_room_for_what_else_grows() -> None:
 
 @contextlib.asynccontextmanager
 async def serving(url: str, **settings: int) -> AsyncIterator[str]:
-    server = OriginalsServer(OriginalsSettings(redis_url=SecretStr(url), **settings))
+    server = OriginalsServer(OriginalsSettings(redis_url=SecretStr(url), page_form="plain", **settings))
     try:
         yield await server.start()
     finally:

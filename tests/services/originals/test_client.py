@@ -84,7 +84,7 @@ async def test_rows_are_bit_identical_to_the_workers_own(
     assert same(reply, local(pages[:3], request, used))
     assert reply.found.tolist() == (request.page < 3).tolist()
     assert len(reply.planes) == request.payload_bytes()[reply.found].sum() > 0
-    assert await getranges(redis) >= before + int(reply.found.sum())
+    assert await getranges(redis) > before + 3  # of rows, behind those of headers
 
 
 async def test_the_quantizer_of_a_sequence_is_sent_after_its_base(

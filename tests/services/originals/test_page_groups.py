@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qaq_core.base.errors import CorruptPageError
 from qaq_core.base.pages import PageShape
-from qaq_core.storage.held_values import HeldValues, rounded
+from qaq_core.storage import HeldValues, rounded
 from services.originals import page_groups
 from services.originals.page_format import HEADER_BYTES, PageFormat, head_bytes
 from services.originals.page_forms import FORMS, PageForm
