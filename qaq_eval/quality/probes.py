@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qaq_core import Method, make_method
+from qaq_core.storage import HeldValues
 from qaq_eval.quality.choices import FULL_PRECISION
 from qaq_eval.quality.prompt import FullPrecisionCache
 from qaq_eval.quality.record import CacheBytes, fp16_token_bytes
@@ -108,6 +109,7 @@ def evaluate_probes(
         window: see `run.evaluate`.
     """
     methods = {config.text: with_residual_window(config.method(model, fingerprint), window) for config in configs}
+    originals = {config.text: config.originals for config in configs}
     any_method = next(iter(methods.values()), None) or make_method(model, fingerprint, "fp16")
     report = progress or (lambda stage, share: None)
     for i, session in enumerate(sessions):
@@ -123,7 +125,7 @@ def evaluate_probes(
             yield from _full_answers(full, session, tokenizer, fp16_token_bytes(any_method))
             full.rewind()
         if pending:
-            yield from _quantized_answers(model, full, session, tokenizer, pending)
+            yield from _quantized_answers(model, full, session, tokenizer, pending, originals)
     report("done", 1.0)
 
 
@@ -142,9 +144,14 @@ def _full_answers(full: FullPrecisionCache, session: Session, tokenizer: Any, to
 
 
 def _quantized_answers(
-    model: Any, full: FullPrecisionCache, session: Session, tokenizer: Any, methods: dict[str, Method]
+    model: Any,
+    full: FullPrecisionCache,
+    session: Session,
+    tokenizer: Any,
+    methods: dict[str, Method],
+    originals: dict[str, HeldValues],
 ) -> Iterator[ProbeAnswer]:
-    held = start_sequences(len(session.prompt), full.prefill(torch.empty(0)), methods)
+    held = start_sequences(len(session.prompt), full.prefill(torch.empty(0)), methods, originals)
     sequences = list(held.values())
     for order, probe in enumerate(session.probes):
         append_prompt(model, probe.ids[:-1], sequences)
