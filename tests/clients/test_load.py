@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .conftest import Run
 from .stack import Stack
@@ -42,8 +43,8 @@ def test_guidellm(run: Run, stack: Stack, tokenizer_dir: Path, tmp_path: Path) -
 
 
 def test_inference_perf(run: Run, stack: Stack, tokenizer_dir: Path, tmp_path: Path) -> None:
-    def always(length: int) -> dict[str, int]:
-        return {"min": length, "max": length, "mean": length, "std_dev": 0, "total_count": REQUESTS}
+    def always(length: int) -> dict[str, Any]:
+        return {"type": "fixed", "min": length, "max": length, "mean": length, "total_count": REQUESTS}
 
     settings = {
         "api": {"type": "completion", "streaming": True},
@@ -63,5 +64,8 @@ def test_inference_perf(run: Run, stack: Stack, tokenizer_dir: Path, tmp_path: P
     run("inference-perf", "--config_file", tmp_path / "settings.yml")
     summary = json.loads((tmp_path / "reports" / "summary_lifecycle_metrics.json").read_text())
     assert (summary["successes"]["count"], summary["failures"]["count"]) == (REQUESTS, 0)
-    assert summary["successes"]["output_len"]["mean"] == ANSWER
+    for side, count in (("prompt", PROMPT), ("output", ANSWER)):
+        tokens = summary["successes"][f"{side}_tokens"]
+        assert (tokens["total"], tokens["min"], tokens["max"]) == (REQUESTS * count, count, count)
+        assert summary["successes"]["client_fallback_requests"][side] == 0  # the gateway's usage says it
     assert summary["successes"]["latency"]["time_to_first_token"]["mean"] > 0
