@@ -38,9 +38,9 @@ test-fast: $(DEVELOPED)
 coverage: $(DEVELOPED)
 	$(PYTEST) --cov=qaq_core --cov=qaq_eval --cov=services --cov-report=term:skip-covered
 
-# Clients of other projects, and SMG in front, against a stack: 2.2 GB installed, so not part of `make test`. With
-# checkouts, other projects' own tests too: make clients TRANSFORMERS=path LLAMA_CPP=path VLLM=path. That of
-# transformers is at the version of constraints.txt.
+# Clients of other projects, and SMG in front, against a stack: 1.9 GB installed, and more with Python 3.12, so not
+# part of `make test`. With checkouts, other projects' own tests too: make clients TRANSFORMERS=path LLAMA_CPP=path
+# VLLM=path. That of transformers is at the version of constraints.txt.
 CLIENTS := .venv-clients
 # One of them asks for Python 3.12, and gets an environment of its own. Without such a Python its test is skipped.
 PYTHON_312 ?= $(shell for p in python3.12 python3.13 python3; do \

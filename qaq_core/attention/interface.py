@@ -96,6 +96,10 @@ class _Updated(threading.local):
     cache: weakref.ref[Any] | None = None
     layer: int = 0
 
+    def waiting(self) -> Any:
+        """The cache that was updated, or None."""
+        return None if self.cache is None else self.cache()
+
 
 _updated = _Updated()
 
@@ -111,22 +115,16 @@ def hand_out(keys: torch.Tensor, values: torch.Tensor, cache: Attendable, layer:
     return _handed_out(keys, Source(cache, layer, keys, values))
 
 
-def forget_update(cache: Attendable) -> None:
-    """Attention need not follow the last update of the cache."""
-    if _waits(cache):
+def attended(cache: Attendable) -> None:
+    """Attention over a layer of the cache has begun."""
+    if _updated.waiting() is cache:
         _updated.cache = None
 
 
 def check_attended(cache: Attendable) -> None:
     """Raises UnsupportedModelError if the cache was updated and attention did not follow."""
-    if _waits(cache):
+    if _updated.waiting() is cache:
         raise _lost(_updated.layer)
-
-
-def _waits(cache: Attendable | None) -> bool:
-    """Whether the cache was updated and attention has not followed."""
-    updated = _updated.cache
-    return updated is not None and updated() is cache
 
 
 def _lost(layer: int | None, operation: str = "") -> UnsupportedModelError:
@@ -181,6 +179,7 @@ def qaq_attention(
             position_ids=position_ids,
             **kwargs,
         )
+    check_outputs(kwargs)
     _check_kind(module, query, attention_mask, dropout, kwargs)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if source is None:
@@ -189,7 +188,6 @@ def qaq_attention(
         if source.layer == 0:  # a configuration is slow to read
             config = getattr(module, "config", None)
             source.cache.check_model(config)
-            check_outputs(kwargs)
             check_outputs({"output_attentions": getattr(config, "output_attentions", False)})
         given = LayerInput(source.layer, query, source.keys, source.values, factor, sliding_window)
         out = _attend(source.cache, given, position_ids, attention_mask)
@@ -197,20 +195,18 @@ def qaq_attention(
 
 
 def _source(key: torch.Tensor, value: torch.Tensor, cache: Attendable | None) -> Source | None:
-    """The cache and layer that keys belong to, whose attention begins now; None if they are no QAQ cache's."""
-    updated = _updated.cache
+    """The cache and layer that keys belong to; None if they are no QAQ cache's."""
     if type(key) is NewKeys:
         source: Source = key.source
-        if value is not source.values or updated is None or updated() is not source.cache:
+        if value is not source.values or _updated.waiting() is not source.cache:
             raise _lost(source.layer)
-    elif updated is None or (last := updated()) is None:
+        return source
+    waiting = _updated.waiting()
+    if waiting is None:
         return None
-    elif cache is not None and last is cache:
-        source = Source(cache, _updated.layer, key, value)
-    else:
-        raise _lost(_updated.layer)
-    _updated.cache = None
-    return source
+    if cache is not None and waiting is cache:
+        return Source(cache, _updated.layer, key, value)
+    raise _lost(_updated.layer)
 
 
 def check_outputs(asked: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from qaq_core.attention.interface import check_attended, forget_update, hand_out
+from qaq_core.attention.interface import attended, check_attended, hand_out
 from qaq_core.attention.masks import MaskColumns
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 from qaq_core.base.statistics import CacheStatistics
@@ -161,7 +161,7 @@ class QAQCache(ForwardPasses, Cache):
             sequence.close()
         self.sequences, self._columns, self._step = [], Columns([]), None
         self._recording = self._prompt_next = False
-        forget_update(self)
+        attended(self)
 
     # -- tokens off the end ----------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qaq_core.attention.base import LayerInput
+from qaq_core.attention.interface import attended
 from qaq_core.attention.masks import MaskCheck
 from qaq_core.base.errors import ConfigError, UnsupportedModelError
 from qaq_core.cache.columns import Columns
@@ -81,6 +82,7 @@ class ForwardPasses:
         return self._attend(given, position_ids, mask)
 
     def _attend(self, given: LayerInput, position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+        attended(self)
         batch, _, n, _ = given.query.shape
         if given.layer == 0:
             self._check_begin(given)
