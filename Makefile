@@ -130,9 +130,9 @@ NAME = smollm2
 RIVALS = build/rivals
 rival-window = 128
 rival-configs = balanced@4.5x,balanced@5x,balanced@5.5x,oscar-2,turboquant-4bit,turboquant-k3v4,turboquant-3bit,kvarn-k4v2,kivi-4,kivi-2
-rivals-1024 = --context 1024 --decode 128 --documents 8 --window $(rival-window) --configs $(rival-configs)
+rivals-2048 = --context 2048 --decode 128 --documents 8 --window $(rival-window) --configs $(rival-configs)
 rivals-4096 = --context 4096 --decode 128 --documents 8 --window $(rival-window) --configs $(rival-configs),balanced@6x,balanced@7x
-eval = $(BIN)/qaq eval $(if $(MODEL),--model $(MODEL)) --text $(TEXT)
+of-model = $(if $(MODEL),--model $(MODEL)) --text $(TEXT)
 # Long answers, sessions of many turns, several needles at once, and formats that are set at the beginning.
 LATE = build/late
 late-configs = balanced,balanced-norequant,kivi-2,oscar-2,turboquant-3bit
@@ -142,14 +142,14 @@ late-needles = --needles 4 --context 8192 --trials 4 --configs $(late-configs),b
 late-formats = --formats 4 --context 8192 --trials 4 --configs $(late-configs),balanced@8x
 
 .PHONY: rivals late
-rivals: $(patsubst %,$(RIVALS)/$(NAME)-%.json,1024 4096)
+rivals: $(patsubst %,$(RIVALS)/$(NAME)-%.json,2048 4096)
 late: $(patsubst %,$(LATE)/$(NAME)-%.json,long turns needles formats)
 
 $(RIVALS)/$(NAME)-%.json: | $(DEVELOPED)
-	$(BIN)/python tools/measure.py $@ $(eval) $(rivals-$*) --html $(RIVALS)/$(NAME)-$*.html
+	$(BIN)/python tools/measure.py $@ $(BIN)/qaq eval $(rivals-$*) $(of-model) --html $(RIVALS)/$(NAME)-$*.html
 
 $(LATE)/$(NAME)-%.json: | $(DEVELOPED)
-	$(BIN)/python tools/measure.py $@ $(eval) $(late-$*) \
+	$(BIN)/python tools/measure.py $@ $(BIN)/qaq eval $(late-$*) $(of-model) \
 		$(if $(filter long turns,$*),--html $(LATE)/$(NAME)-$*.html)
 
 # The speed and serving figures of docs/results, each run three times: make measure, with nothing else running. A

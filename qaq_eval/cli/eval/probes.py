@@ -48,21 +48,20 @@ def _run(
         **options.window_fact,
     }
     journal = Journal(name_of(about, sessions[0].prompt.numpy().tobytes()), options.journal)
-    answers = journal.entries(probes.ProbeAnswer)
-    known = {(answer.trial, answer.config, answer.order) for answer in answers}
+    # A stopped run leaves whole sessions of a configuration, and parts of one, which is asked again.
+    answers = {(each.trial, each.config, each.order): each for each in journal.entries(probes.ProbeAnswer)}
+    known = frozenset(answers)
 
     def is_done(trial: int, config: str) -> bool:
         return all((trial, config, order) in known for order in range(len(sessions[0].probes)))
 
-    # A stopped run leaves whole sessions of a configuration, or parts of one, which are asked again.
-    answers = [answer for answer in answers if is_done(answer.trial, answer.config)]
     for answer in probes.evaluate_probes(
         loaded.model, loaded.fingerprint, loaded.tokenizer, sessions, configs, is_done, report, options.window
     ):
         journal.add(asdict(answer))
-        answers.append(answer)
+        answers[answer.trial, answer.config, answer.order] = answer
     results = probes.summarize_probes(
-        [answer for answer in answers if answer.trial < options.trials], [config.text for config in configs]
+        [answer for answer in answers.values() if answer.trial < options.trials], [config.text for config in configs]
     )
     title = "Codes found" if task == "needles" else "Formats kept"
     table = empty_table(title, "config", "smaller", "asked", "for", "at", "right", "in full precision")
