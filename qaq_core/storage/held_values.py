@@ -48,7 +48,7 @@ def eight_bit_values(codes: np.ndarray, steps: np.ndarray) -> np.ndarray:
 
     A row with NaN or infinity is NaN.
     """
-    with np.errstate(invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return _rotated(codes.astype(np.float32) * steps[:, None])
 
 

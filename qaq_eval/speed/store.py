@@ -77,7 +77,12 @@ def _measure(pages: Sequence[torch.Tensor], form: PageForm, repeat: int, plain: 
     layers, _, heads, tokens, dim = pages[0].shape
     shape = PageShape(layers, heads, tokens, dim, dtype_name(pages[0].dtype))
     store, seals, random = PageFormat("", form), Seals(""), np.random.default_rng(0)
-    put, page_read, row_read, sizes, spans, errors = [], [], [], [], [], []
+    put: list[float] = []
+    page_read: list[float] = []
+    row_read: list[float] = []
+    errors: list[float] = []
+    sizes: list[int] = []
+    spans: list[int] = []
     for number in range(repeat + 1):
         data = pages[number % len(pages)]
         raw = data.view(torch.uint8).numpy().reshape(-1).data

@@ -114,10 +114,11 @@ class GroupedPage:
         """Rows, uint8 [rows, row_bytes], of groups by number and stored bytes; None where those are not right."""
         fixed_width, packed_width = self.form.widths(self.shape)
         found: list[int | None] = []
-        fixed, packed = [], []
+        fixed: list[Data] = []
+        packed: list[bytes] = []
         for number, piece in groups:
             rows, size = self._rows_of(number), self.sizes[number]
-            exponents = None
+            exponents: bytes | None = None
             if len(piece) == self._starts[number + 1] - self._starts[number] and self._fits(number, piece):
                 exponents = _unpacked(piece[:size], rows * packed_width) if packed_width else b""
             if exponents is None:

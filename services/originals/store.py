@@ -141,14 +141,16 @@ class PageStore:
         of_page: defaultdict[int, list[int]] = defaultdict(list)
         for row in wanted:
             of_page[page[row]].append(row)
+        parts = [
+            (headers[number], [place[row] for row in rows], [stored[row] for row in rows])
+            for number, rows in of_page.items()
+        ]
+        found = await asyncio.to_thread(lambda: [header.rows(places, read) for header, places, read in parts])
         values: list[bytes | None] = [None] * len(request)
-        for number, rows in of_page.items():
-            found = await asyncio.to_thread(
-                headers[number].rows, [place[row] for row in rows], [stored[row] for row in rows]
-            )
-            for row, value in zip(rows, found, strict=True):
+        for (number, rows), of_rows in zip(of_page.items(), found, strict=True):
+            for row, value in zip(rows, of_rows, strict=True):
                 values[row] = value
-            if None in found:
+            if None in of_rows:
                 await self.get(request.page_ids[number])  # which counts and removes it, unless it was replaced
         return values
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import qaq_core.calibration.measurement
+from qaq_core import InProcessOriginals
 from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import WIDTHS
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
+from qaq_core.storage import HeldValues
 from qaq_eval.quality import (
     Config,
     Document,
@@ -28,6 +30,7 @@ from qaq_eval.quality import (
     summarize,
     with_recall,
 )
+from qaq_eval.quality import run as quality_run
 from qaq_eval.quality.prompt import full_precision
 from qaq_eval.quality.record import MAP_BINS
 from tests.core.tiny_models import calibration, teacher_forced, tiny, token_ids
@@ -334,3 +337,28 @@ def test_settings() -> None:
 def test_settings_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="are no settings"):
         Config.parse(text)
+
+
+def test_originals_may_be_held_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each configuration re-quantizes from a store that holds what its setting says, and nothing else changes."""
+    made: list[str] = []
+
+    class Seen(InProcessOriginals):
+        def __init__(self, values: HeldValues = "exact") -> None:
+            made.append(values)
+            super().__init__(values)
+
+    monkeypatch.setattr(quality_run, "InProcessOriginals", Seen)
+    names = ("paper", "paper[originals=int8]", "paper[originals=float16]", "paper-norequant[originals=int8]")
+    exact, eight, half, never = run(names, documents(1))
+    assert sorted(made) == ["exact", "float16", "int8"]
+    assert Config.parse(names[1]).settings == Config.parse(names[0]).settings
+    assert exact.requantize_bytes > 0
+    assert exact.kl != eight.kl
+    assert exact.kl == pytest.approx(half.kl, abs=1e-3)
+    assert never.requantize_bytes == 0
+
+
+def test_originals_that_nothing_holds_so_are_refused() -> None:
+    with pytest.raises(ConfigError, match="take exact, float16, int8"):
+        Config.parse("balanced[originals=int4]@4x")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from services.originals.page_format import PageFormat, stored_bytes
 from services.originals.seals import Seal
 from tools.results.savings import main as write_table
 
+SCHEMA = Path(__file__).parents[3] / "services" / "schemas" / "estimate.json"
 LLAMA = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
 POINTS = ((1024, 0.001, 4.0), (4096, 0.002, 7.0), (4096, 0.008, 10.0))
 RESULTS = [Measured("a", *point, requantize_share=0.1) for point in POINTS]
@@ -114,6 +116,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert code == 0, out
     assert "36 layers" in out
     written = json.loads(path.read_text())
+    jsonschema.validate(written, json.loads(SCHEMA.read_text()))
     due = estimated(model_size("Qwen 3 8B"), 8192, 64, "bfloat16", 0.006, 0.9 * 80e9 - 2 * 8.19e9)
     assert written["caches"] == due["caches"]
     assert {row["measured_on"].split(",")[0] for row in written["caches"][2:]} == {"SmolLM2 135M"}
