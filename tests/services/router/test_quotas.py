@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +93,18 @@ async def test_requests_are_counted_before_they_are_read(
     async with two_routers(router_settings, tenancy) as (one, _):
         await one.GetModel(generate_pb2.GetModelRequest(call_follows=True))
         assert await redis.hget("qaq:quota:ada", "requests") is None  # that counts nothing
-        calls = (
-            replies(one.Generate(generate_pb2.GenerateRequest())),
-            replies(one.Chat(generate_pb2.ChatRequest(messages=[{"role": "user", "content": "x"}], tools=["{"]))),
-            one.Tokenize(generate_pb2.TokenizeRequest(text="x", messages=[{"role": "user", "content": "x"}])),
-            one.Detokenize(generate_pb2.DetokenizeRequest(token_ids=[-1])),
-            one.OpenSession(generate_pb2.OpenSessionRequest(model="other")),
+        chat = generate_pb2.ChatRequest(messages=[{"role": "user", "content": "x"}], tools=["{"])
+        both = generate_pb2.TokenizeRequest(text="x", messages=[{"role": "user", "content": "x"}])
+        calls: tuple[Callable[[], Awaitable[Any]], ...] = (
+            lambda: replies(one.Generate(generate_pb2.GenerateRequest())),
+            lambda: replies(one.Chat(chat)),
+            lambda: one.Tokenize(both),
+            lambda: one.Detokenize(generate_pb2.DetokenizeRequest(token_ids=[-1])),
+            lambda: one.OpenSession(generate_pb2.OpenSessionRequest(model="other")),
         )
         for count, call in enumerate(calls, 1):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call
+                await call()
             assert caught.value.code() in (Code.INVALID_ARGUMENT, Code.NOT_FOUND)
             assert float(await redis.hget("qaq:quota:ada", "requests")) == 100 - count
             await redis.hset("qaq:quota:ada", "requests_at", "9e9")  # no time passes
