@@ -56,7 +56,7 @@ def model_size(model: str) -> ModelSize:
         ConfigError: there is none, or it is none that a cache of keys and values can be computed for.
     """
     path = Path(model)
-    if path.is_dir() or path.suffix == ".json":
+    if model and (path.is_dir() or path.suffix == ".json"):
         return _of_file(path / "config.json" if path.is_dir() else path)
     wanted = _plain(model)
     found = [one for one in known_models() if _plain(one.name) == wanted]

@@ -128,6 +128,8 @@ class GroupedPage:
             packed.append(exponents)
             fixed.append(piece[size:-CHECKSUM_BYTES])
         count = sum(rows or 0 for rows in found)
+        if not count:
+            return [None] * len(found)
         joined = self.form.join(
             np.frombuffer(b"".join(fixed), np.uint8).reshape(count, fixed_width),
             np.frombuffer(b"".join(packed), np.uint8).reshape(count, packed_width),
