@@ -6,7 +6,9 @@ part of both sums is exchanged:
     out' = (out + Σ (p'·v' − p·v)) / (1 + Σ (p' − p))
 
 p and v are what the packed rows gave, p' and v' what the better rows give with the same denominator as p. That is
-attention as if the better rows had been held, without a second pass over the other tokens.
+attention as if the better rows had been held, without a second pass over the other tokens. The other tokens' part is
+a difference in float32: of a head whose better rows leave the fraction f of its sum Σ e^score, the result's relative
+error is up to about 1e-5 / f.
 """
 
 from __future__ import annotations
