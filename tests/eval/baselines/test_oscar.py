@@ -10,7 +10,7 @@ import torch
 
 from qaq_core.base.errors import ConfigError
 from qaq_core.cache.presets import make_method
-from qaq_core.calibration import calibration
+from qaq_core.calibration import measurement
 from qaq_core.models import ModelShape
 from qaq_eval.baselines import oscar
 from qaq_eval.baselines.oscar import FullRangeCodec, OscarMethod, QueryCovariances, clipped, rotation, value_covariance
@@ -23,7 +23,7 @@ KIND = "llama-gqa"
 @pytest.fixture(autouse=True)
 def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(calibration, "TOKENS", 24)
+    monkeypatch.setattr(measurement, "TOKENS", 24)
 
 
 def test_a_rotation_by_hand() -> None:
