@@ -2,10 +2,11 @@
 
 The header has 64 bytes, little-endian: magic, version, shape, seal, checksum. In version 3 the rows are compressed in
 groups ([page_groups.py](page_groups.py)). In version 2, plain pages, each row has its checksum behind it. That checksum
-of a row is 8 bytes: a universal hash of the row (multilinear, Lemire and Kaser 2014, two lanes of 32 bits) under a
-mask of the row's own, the construction of Wegman and Carter. Numpy computes it for all rows of a page at once. The keys and masks of a page are
-BLAKE3's output for the deployment's secret, the page's id and the header, whose seal depends on all rows; so no key
-serves two contents, no checksum fits other rows, places or pages, and without the secret nobody can make one.
+of a row is 8 bytes: a universal hash of the row (multilinear, Lemire and Kaser 2014, two lanes of 32 bits) under a mask
+of the row's own, the construction of Wegman and Carter. Numpy computes it for all rows of a page at once. The keys and
+masks of a page are BLAKE3's output for the deployment's secret, the page's id and the header, whose seal depends on all
+rows; so no key serves two contents, no checksum fits other rows, places or pages, and without the secret nobody can
+make one.
 """
 
 from __future__ import annotations
