@@ -105,7 +105,7 @@ def savings(
     exact = min(context, EXACT_TOKENS)
     for result in results_for(context, kl, measured() if results is None else results):
         size = 2 * model.elements * (exact + (context - exact) / result.compression)
-        network = token_bytes(model, dtype) + stored_token_bytes(model, dtype, "lossless")
+        network = token_bytes(model, dtype) + stored_token_bytes(model, dtype, "plain")
         rows.append(
             saving(
                 f"QAQ {result.compression:.1f}x",

@@ -232,12 +232,13 @@ class OriginalsSettings(PageSettings):
             60 s.
         page_budget_bytes: bytes that pages and codecs may take in Redis. None takes Redis' maxmemory without a reserve
             for sessions and heartbeats: an eighth, at least 16 MiB. Unbounded if Redis has no maxmemory either.
-        page_form: how pages are stored. lossless compresses them, plain does not; float16 and int8 round their values.
+        page_form: how pages are stored. plain is the fastest, lossless compresses them, float16 and int8 round their
+            values.
         upload_budget_bytes: of pages and tables that have not come completely; one host has three quarters of it.
     """
 
     port: int = Field(default=0, ge=0, le=65535)
     page_ttl_s: int = Field(default=3600, ge=180)
     page_budget_bytes: int | None = Field(default=None, ge=1)
-    page_form: Literal["plain", "lossless", "float16", "int8"] = "lossless"
+    page_form: Literal["plain", "lossless", "float16", "int8"] = "plain"
     upload_budget_bytes: int = Field(default=512 * MIB, ge=1)

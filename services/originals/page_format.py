@@ -1,12 +1,12 @@
 """The stored form of a page: a header, and rows with checksums.
 
 The header has 64 bytes, little-endian: magic, version, shape, seal, checksum. In version 3 the rows are compressed in
-groups ([page_groups.py](page_groups.py)). In version 2, which is written where nothing is to be compressed and is
-always read, each row has its checksum behind it. That checksum of a row is 8 bytes: a
-universal hash of the row (multilinear, Lemire and Kaser 2014, two lanes of 32 bits) under a mask of the row's own, the
-construction of Wegman and Carter. Numpy computes it for all rows of a page at once. The keys and masks of a page are
-BLAKE3's output for the deployment's secret, the page's id and the header, whose seal depends on all rows; so no key
-serves two contents, no checksum fits other rows, places or pages, and without the secret nobody can make one.
+groups ([page_groups.py](page_groups.py)). In version 2, plain pages, each row has its checksum behind it. That checksum
+of a row is 8 bytes: a universal hash of the row (multilinear, Lemire and Kaser 2014, two lanes of 32 bits) under a mask
+of the row's own, the construction of Wegman and Carter. Numpy computes it for all rows of a page at once. The keys and
+masks of a page are BLAKE3's output for the deployment's secret, the page's id and the header, whose seal depends on all
+rows; so no key serves two contents, no checksum fits other rows, places or pages, and without the secret nobody can
+make one.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class PageFormat:
         form: of the pages that are packed; those of every form are read.
     """
 
-    def __init__(self, secret: str, form: PageForm = "lossless") -> None:
+    def __init__(self, secret: str, form: PageForm = "plain") -> None:
         self._key, self._seals = derive_key(secret, "page checksums"), Seals(secret)
         self._form = form
 

@@ -56,7 +56,7 @@ class PageStore:
     """
 
     def __init__(
-        self, redis: Redis, ttl_s: int, secret: str = "", budget: Budget | None = None, form: PageForm = "lossless"
+        self, redis: Redis, ttl_s: int, secret: str = "", budget: Budget | None = None, form: PageForm = "plain"
     ) -> None:
         self._redis = redis
         self._format = PageFormat(secret, form)

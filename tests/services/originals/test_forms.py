@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import pytest
@@ -104,13 +105,13 @@ async def test_a_worker_fetches_what_a_service_rounded(redis: Redis, redis_serve
     remote = RemoteOriginals.at([await server.start()])
     try:
         pages = make_pages(3, LONG)
-        remote.put(pages).result(timeout=30)
-        fetched = remote.fetch([page.id for page in pages], LONG).result(timeout=30)
+        await asyncio.wrap_future(remote.put(pages))
+        fetched = await asyncio.wrap_future(remote.fetch([page.id for page in pages], LONG))
         for page, back in zip(pages, fetched, strict=True):
             assert back is not None
             assert torch.equal(back.data, rounded(page.data, "int8"))
     finally:
-        remote.close()
+        await asyncio.to_thread(remote.close)
         await server.stop()
 
 
