@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ SECRET = "a secret of a deployment"
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("QAQ_SECRET", "QAQ_SECRET_FILE", "QAQ_HOST", "QAQ_REDIS_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(log, "_seen", set())
+    monkeypatch.setattr(log, "_seen", OrderedDict())
 
 
 def test_it_is_read_from_the_environment_or_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

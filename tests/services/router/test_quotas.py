@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,7 @@ async def test_without_redis_nothing_begins_and_what_runs_goes_on(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "REFRESH_S", 0.01)
-    monkeypatch.setattr("services.common.log._seen", set())
+    monkeypatch.setattr("services.common.log._seen", OrderedDict())
     quotas, caller = TenantQuotas(redis), of(tokens_per_minute=1000, concurrent_streams=1)
     count, down = quotas._count, True
 
