@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qaq_core.models.checkpoint import Checkpoint, find_checkpoint
+    from qaq_core.models.checkpoint import Checkpoint, find_checkpoint, is_hub_id
     from qaq_core.models.compiled import compile_layers
     from qaq_core.models.default_model import default_model_path
     from qaq_core.models.fingerprint import left_fingerprint, weights_fingerprint
@@ -25,6 +25,7 @@ __all__ = [
     "default_model_path",
     "device_of",
     "find_checkpoint",
+    "is_hub_id",
     "left_fingerprint",
     "load_model",
     "load_tokenizer",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "checkpoint": ("Checkpoint", "find_checkpoint"),
+    "checkpoint": ("Checkpoint", "find_checkpoint", "is_hub_id"),
     "compiled": ("compile_layers",),
     "default_model": ("default_model_path",),
     "fingerprint": ("left_fingerprint", "weights_fingerprint"),

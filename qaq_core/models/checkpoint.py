@@ -52,6 +52,11 @@ def find_checkpoint(source: str) -> Checkpoint:
     return checkpoint
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a model's source would be looked for on the hub: it is not on this machine, and does not look like it."""
+    return not source.endswith(".gguf") and bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+
+
 def locate(source: str, *, with_weights: bool, download: bool = True) -> Checkpoint:
     """The files of a model, downloaded if the source is a hub id.
 
@@ -70,8 +75,7 @@ def locate(source: str, *, with_weights: bool, download: bool = True) -> Checkpo
         if not (path / "config.json").is_file():
             raise ModelLoadError(f"{source} has no config.json; for a GGUF file, name the file")
         return Checkpoint(path.resolve(), path.resolve().name)
-    looks_local = source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1
-    if looks_local or not _HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise ModelLoadError(
             f"{source!r} is not there; give a local directory, a .gguf file or a hub id such as "
             "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
@@ -49,7 +48,7 @@ def check(settings: StackSettings) -> None:
         ValidationError, QAQError, ModuleNotFoundError: a setting of a role is wrong, the model's files or a package
             are not here, or a port is taken.
     """
-    from qaq_core.models import find_checkpoint
+    from qaq_core.models import find_checkpoint, is_hub_id
     from services.router import placement
 
     environment.check()
@@ -62,7 +61,7 @@ def check(settings: StackSettings) -> None:
     gateway(settings, _NOBODY)
     worker(settings, _NOBODY)
     originals(_NOBODY)
-    if not _on_hub(settings.model):
+    if not is_hub_id(settings.model):  # the worker asks the hub, which takes a network
         find_checkpoint(settings.model)
     check_ports(settings)
 
@@ -76,12 +75,6 @@ def check_ports(settings: StackSettings) -> None:
         raise StackError(f"--port and --http-port are both {settings.port}; choose another for one of them")
     _check_port(host, settings.port, "--port")
     _check_port(host, settings.http_port or 0, "--http-port")
-
-
-def _on_hub(model: str) -> bool:
-    """Whether the worker would look for the model on the hub, which takes a network."""
-    local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1
-    return not local and not Path(model).exists()
 
 
 def _check_port(host: str, port: int, option: str) -> None:
