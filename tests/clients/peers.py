@@ -42,7 +42,11 @@ class Results:
         kinds = ("passed", "skipped", "refused", "differ", "broken")
         counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in kinds)
         refusals = Counter(told for told in self.refused.values())
-        return "\n".join([counts, *(f"  {count:3} {told}" for told, count in refusals.most_common())])
+        lines = [f"  {count:3} {told}" for told, count in refusals.most_common()]
+        lines += [
+            f"  {kind} {name}: {told}" for kind in ("differ", "broken") for name, told in getattr(self, kind).items()
+        ]
+        return "\n".join([counts, *lines])
 
 
 def checkout(variable: str, what: str) -> Path:
@@ -50,23 +54,37 @@ def checkout(variable: str, what: str) -> Path:
     given = os.environ.get(variable)
     if not given:
         pytest.skip(f"needs a checkout of {what}: make clients {variable.removeprefix('QAQ_')}=path")
-    return Path(given)
+    return Path(given).resolve()
 
 
 def run(plugin: str, tests: Sequence[str], cwd: Path, report: Path, *options: str, **environment: str) -> Results:
-    """Runs tests with a plugin of `programs`."""
+    """Runs tests with a plugin of `programs`. What they print is beside their report."""
     path = [str(PROGRAMS), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", *tests, "-q", "-p", plugin, "-p", "no:cacheprovider", "-p", "no:xdist"),
-            *("-o", "addopts=", "--timeout=300", f"--junitxml={report}", *options),
-        ],
-        cwd=cwd,
-        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert report.exists(), done.stdout[-4000:] + done.stderr[-4000:]
+    told = report.with_suffix(".log")
+    with told.open("w") as output:
+        subprocess.run(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    *tests,
+                    "-v",
+                    "-p",
+                    plugin,
+                    "-p",
+                    "no:cacheprovider",
+                    "-p",
+                    "no:xdist",
+                ),
+                *("-o", "addopts=", "--timeout=300", "--tb=native", f"--junitxml={report}", *options),
+            ],
+            cwd=cwd,
+            env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    assert report.exists(), told.read_text()[-8000:]
     return read(report)
 
 

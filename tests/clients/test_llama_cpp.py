@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from .peers import checkout, run
 from .stack import Stack
 
@@ -12,6 +14,7 @@ FILES = ("basic", "chat_completion", "completion", "tokenize", "ignore_eos", "se
 DIFFERENCES: dict[str, str] = {}
 
 
+@pytest.mark.timeout(3600)
 def test_server(stack: Stack, tmp_path: Path) -> None:
     tests = checkout("QAQ_LLAMA_CPP", "llama.cpp") / "tools/server/tests"
     files = [f"unit/test_{name}.py" for name in FILES]

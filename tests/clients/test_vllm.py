@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from .peers import checkout, run
 from .stack import Stack
 
@@ -21,6 +23,7 @@ FILES = (
 DIFFERENCES: dict[str, str] = {}
 
 
+@pytest.mark.timeout(3600)
 def test_server(stack: Stack, tokenizer_dir: Path, tmp_path: Path) -> None:
     source = checkout("QAQ_VLLM", "vLLM")
     results = run(

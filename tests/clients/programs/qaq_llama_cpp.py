@@ -18,13 +18,15 @@ from qaq_front import Front, fixture_of
 # The tests' helpers import it to download models.
 sys.modules.setdefault("wget", ModuleType("wget"))
 
-N_PREDICT = 64  # the tests' own server stops there
+# What the tests' own server is started with, but for a limit of 64 tokens: a real model takes longer.
+N_PREDICT, SEED = 16, 42
 NATIVE = ("/completion", "/completions")
 PATHS = {"/models": "/v1/models", "/chat/completions": "/v1/chat/completions"} | dict.fromkeys(
     NATIVE, "/v1/completions"
 )
 NAMES = {
     **{"n_predict": "max_tokens", "n_probs": "logprobs"},
+    **{"grammar": "guided_grammar", "json_schema": "guided_json"},
     **{"content": "prompt", "add_special": "add_special_tokens", "with_pieces": "return_token_strs"},
 }
 
@@ -38,11 +40,10 @@ class AnyCount:
 
 def asked(path: str, body: Any) -> tuple[str, Any]:
     if isinstance(body, dict):
-        body = {name: value for name, value in body.items() if name != "model"}
-        if path in (*NATIVE, "/tokenize"):
-            body = {NAMES.get(name, name): value for name, value in body.items() if name != "cache_prompt"}
-        if path in NATIVE:
-            body.setdefault("max_tokens", N_PREDICT)
+        body = {NAMES.get(name, name): value for name, value in body.items() if name not in ("model", "cache_prompt")}
+        if path.endswith("/completions") or path in NATIVE:
+            body.setdefault("max_tokens", body.pop("max_completion_tokens", N_PREDICT))
+            body.setdefault("seed", SEED)
         if path == "/tokenize":
             body.setdefault("add_special_tokens", False)
     return PATHS.get(path, path), body

@@ -8,6 +8,7 @@ nothing; it is added.
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
@@ -20,6 +21,8 @@ import pytest
 from qaq_front import Front, fixture_of
 
 SERVED = os.environ["QAQ_MODEL"]
+# A small model goes on and on where a test sets no limit.
+LIMITS, ENOUGH = {"max_tokens", "max_completion_tokens"}, 32
 named = SERVED  # the model that the present server was started with
 
 
@@ -116,6 +119,8 @@ class RemoteOpenAIServer:
 def asked(path: str, body: Any) -> tuple[str, Any]:
     if isinstance(body, dict) and body.get("model") == named:
         body["model"] = SERVED
+    if path == "/v1/chat/completions" and isinstance(body, dict) and not body.keys() & LIMITS:
+        body["max_tokens"] = ENOUGH
     return path, body
 
 
@@ -141,6 +146,11 @@ helpers.RemoteOpenAIServer = RemoteOpenAIServer
 helpers.ROCM_EXTRA_ARGS = []
 helpers.__getattr__ = named_thing
 sys.modules["tests.utils"] = helpers
+# Of the assets of all tests; and what they encode with, where it is not installed.
+assets: Any = ModuleType("tests.conftest")
+assets.__getattr__ = named_thing
+sys.modules["tests.conftest"] = assets
+sys.modules.setdefault("pybase64", base64)
 
 
 @pytest.fixture(scope="session")
