@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from qaq_eval.cli.eval import BUILTIN, journal_path, read_text, result_table
+from qaq_eval.cli.eval import BUILTIN, journal_path, read_text, result_table, show_table
 from qaq_eval.cli.experiments import EXPERIMENTS, Experiment
 from services.cli.options import Device, Dtype, JsonPath, Model, model_or_default
-from services.cli.terminal import progress_line, screen
+from services.cli.terminal import progress_line
 
 if TYPE_CHECKING:
     from qaq_core.models import LoadedModel
@@ -78,7 +78,7 @@ def paper(
             rows = [asdict(result) for result in results]
             table = result_table(results)
     table.title = chosen.about
-    screen.print(table, highlight=False)
+    show_table(table)
     if json_path is not None:
         json_path.write_text(json.dumps({**about, "contexts": contexts, "rows": rows}, indent=1) + "\n")
 

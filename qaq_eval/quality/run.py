@@ -172,7 +172,9 @@ def start_sequences(
             return f"{page} {'prompt' if page < shared else key}".encode()
 
         values = (held or {}).get(key, "exact")
-        sequences[key] = method.sequence(stores.setdefault(values, InProcessOriginals(values)), name)
+        if values not in stores:
+            stores[values] = InProcessOriginals(values)
+        sequences[key] = method.sequence(stores[values], name)
         sequences[key].load_prefill(prefill.originals, prefill.observer(method.statistic))
     return sequences
 

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from qaq_eval.cli.eval import long, needle, probes, tasks, text, turns
-from qaq_eval.cli.eval.common import BUILTIN, EvalOptions, Kind, journal_path, read_text
+from qaq_eval.cli.eval.common import BUILTIN, EvalOptions, Kind, journal_path, read_text, show_table
 from qaq_eval.cli.eval.text import result_table
 from services.cli.options import Device, Dtype, JsonPath, Model, Weights, model_or_default
-from services.cli.terminal import progress_line, screen
+from services.cli.terminal import progress_line
 
-__all__ = ["BUILTIN", "evaluate", "journal_path", "read_text", "register", "result_table"]
+__all__ = ["BUILTIN", "evaluate", "journal_path", "read_text", "register", "result_table", "show_table"]
 
 TEXT_CONFIGS = (
     "balanced,balanced-norequant,balanced@1.6,paper,paper-norequant,"
@@ -122,7 +122,7 @@ def evaluate(
     with progress_line() as report, calibration.shown(report):
         loaded = load_model(model_or_default(model), device, dtype, lambda stage, share: report(stage, None), weights)
         output = kind(loaded, parsed, options, report)
-    screen.print(output.table, highlight=False)
+    show_table(output.table)
     if json_path is not None:
         json_path.write_text(json.dumps(output.json, indent=1) + "\n")
     if html_path is not None and output.page is not None:

@@ -11,6 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from services.cli.terminal import screen
+
 if TYPE_CHECKING:
     from qaq_core.models import LoadedModel
     from qaq_eval.quality import Config
@@ -115,3 +117,10 @@ def empty_table(title: str, first: str, *columns: str) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def show_table(table: Table) -> None:
+    """Prints a table whole. A terminal that is narrower wraps its lines; no name or number is cut."""
+    unbounded = screen.options.update(max_width=1000)
+    table.width = max(screen.width, screen.measure(table, options=unbounded).maximum)
+    screen.print(table, crop=False, highlight=False)
