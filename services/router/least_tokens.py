@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from tokenizers.pre_tokenizers import ByteLevel
 
 _COMPOSED = 3
 """Bytes that Unicode's canonical composition (NFC) may make one of, at most."""
@@ -51,7 +51,7 @@ def _longest(described: Step) -> int:
         return 0
     vocab = model["vocab"]
     tokens = set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
-    if "ByteLevel" in kinds and tokens.issuperset(bytes_to_unicode().values()):
+    if "ByteLevel" in kinds and tokens.issuperset(ByteLevel.alphabet()):
         longest = max(map(len, tokens))  # a character is a byte
     elif model.get("byte_fallback") and tokens.issuperset(f"<0x{byte:02X}>" for byte in range(256)):
         longest = max(len(token.encode()) for token in tokens)
