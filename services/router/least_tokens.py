@@ -6,10 +6,18 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tokenizers.pre_tokenizers import ByteLevel
-
 _COMPOSED = 3
 """Bytes that Unicode's canonical composition (NFC) may make one of, at most."""
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """The characters of byte-level vocabularies. What imports this module may have to say first that transformers
+    shall do without torch."""
+    from transformers import convert_slow_tokenizer
+
+    alphabet: dict[int, str] = convert_slow_tokenizer.bytes_to_unicode()
+    return alphabet
+
 
 # Steps of a tokenizer, as tokenizers writes them, that lose no byte of a text.
 _KEEPS = {"ByteLevel", "Digits", "Metaspace", "Prepend", "Replace", "NFC", "Split", "Punctuation", "Sequence"}
@@ -51,7 +59,7 @@ def _longest(described: Step) -> int:
         return 0
     vocab = model["vocab"]
     tokens = set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
-    if "ByteLevel" in kinds and tokens.issuperset(ByteLevel.alphabet()):
+    if "ByteLevel" in kinds and tokens.issuperset(bytes_to_unicode().values()):
         longest = max(map(len, tokens))  # a character is a byte
     elif model.get("byte_fallback") and tokens.issuperset(f"<0x{byte:02X}>" for byte in range(256)):
         longest = max(len(token.encode()) for token in tokens)
