@@ -6,10 +6,18 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 _COMPOSED = 3
 """Bytes that Unicode's canonical composition (NFC) may make one of, at most."""
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """The characters of byte-level vocabularies. What imports this module may have to say first that transformers
+    shall do without torch."""
+    from transformers import convert_slow_tokenizer
+
+    alphabet: dict[int, str] = convert_slow_tokenizer.bytes_to_unicode()
+    return alphabet
+
 
 # Steps of a tokenizer, as tokenizers writes them, that lose no byte of a text.
 _KEEPS = {"ByteLevel", "Digits", "Metaspace", "Prepend", "Replace", "NFC", "Split", "Punctuation", "Sequence"}

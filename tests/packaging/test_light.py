@@ -100,7 +100,7 @@ def test_a_command_says_what_to_install(
     result = run("-m", "services.cli", *command, hidden=hidden)
     assert result.returncode == 1
     sentence = rf"error: this command needs {missing}, which is not installed: pip install 'qaq-kv\[{extra}\]'\n"
-    assert re.fullmatch(sentence, result.stderr.lstrip()), result.stderr
+    assert re.fullmatch(rf"(stack: .*\n)*{sentence}", result.stderr.lstrip()), result.stderr
 
 
 @pytest.mark.slow

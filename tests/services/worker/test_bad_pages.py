@@ -136,8 +136,8 @@ async def test_a_lying_cache_service_harms_no_worker(
             assert result.done is not None
             assert result.done.usage.loaded_tokens == 0
             # This one asks for rows while it decodes.
-            result = await outcome(scheduler.submit(request(tokens, 20, cache=common_pb2.CacheParams(target_bits=1.0))))
-            assert len(result.tokens) == 20
+            result = await outcome(scheduler.submit(request(tokens, 40, cache=common_pb2.CacheParams(target_bits=3.0))))
+            assert len(result.tokens) == 40
     finally:
         remote.close()
         await server.stop(0)
