@@ -22,12 +22,14 @@ OTHERS = frozenset(
         "QAQ_FAULTS",
         "QAQ_FUZZ",
         "QAQ_FUZZ_SEED",
+        "QAQ_GATEWAY",
         "QAQ_HTTP_PORT",
         "QAQ_KERNEL",
         "QAQ_LIBRARY",
         "QAQ_STACK",
         "QAQ_STATE_DIR",
         "QAQ_TENANT",
+        "QAQ_TOKENIZER",
         "QAQ_TRANSFORMERS",
     }
 )

@@ -14,10 +14,11 @@ MAX_STEPS = 100_000
 
 MAX_NESTED = 64
 
-# Of GBNF: what is passed over, literals, classes of characters, names, and signs.
+# Of GBNF: what is passed over, literals, classes of characters, names, and signs. What is not closed goes to the end of
+# the text, so that all of them together take time in proportion to the text.
 _TOKENS = re.compile(
-    r"""(?P<skip>\s+|\#[^\n]*)|(?P<rule>[\w.-]+)\s*::=|"(?P<text>(?:[^"\\]|\\.)*)"|\[(?:\\.|[^\]\\])+\]"""
-    r"""|(?P<name>[\w.-]+)|(?P<open>\()|(?P<close>\))|(?P<or>\|)|(?P<repeat>[*+?]|\{(?P<least>[\s\d]*)[^}]*\})""",
+    r"""(?P<skip>\s+|\#[^\n]*)|(?P<rule>[\w.-]+)\s*::=|"(?P<text>(?:[^"\\]|\\.)*)"?|\[(?:\\.|[^\]\\])+\]?"""
+    r"""|(?P<name>[\w.-]+)|(?P<open>\()|(?P<close>\))|(?P<or>\|)|(?P<repeat>[*+?]|\{(?P<least>[\s\d]*)[^}]*\}?)""",
     re.DOTALL,
 )
 

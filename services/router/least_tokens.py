@@ -28,8 +28,8 @@ Step = Mapping[str, Any]
 class LeastTokens:
     """The fewest tokens of a text: its bytes, divided by those of the longest token.
 
-    That holds where each byte of a text is in one of its tokens: of byte-level vocabularies, and of those with a token
-    for every byte. Of others nothing is known, and the answer is 0.
+    That holds where each byte of a text is in one of its tokens: of byte-level vocabularies, but for the bytes that
+    they lack, and of those with a token for every byte. Of others nothing is known, and the answer is 0.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -37,14 +37,15 @@ class LeastTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._longest = 0 if backend is None else _longest(json.loads(backend.to_str()))
+        self._longest, self._dropped = (0, b"") if backend is None else _known(json.loads(backend.to_str()))
 
     def of(self, text: str) -> int:
-        return -(-len(text.encode()) // self._longest) if self._longest else 0
+        return -(-len(text.encode().translate(None, self._dropped)) // self._longest) if self._longest else 0
 
 
-def _longest(described: Step) -> int:
-    """Bytes of a text that one token may stand for, at most; 0 if that is not known."""
+def _known(described: Step) -> tuple[int, bytes]:
+    """How many bytes of a text one token may stand for, at most, 0 if that is not known; and the bytes that no token
+    has, which are left out."""
     model = described["model"]
     steps = [*_steps(described["normalizer"]), *_steps(described["pre_tokenizer"])]
     kinds = {step["type"] for step in steps}
@@ -56,17 +57,21 @@ def _longest(described: Step) -> int:
         or described["truncation"]
         or any(token["lstrip"] or token["rstrip"] for token in added)
     ):
-        return 0
+        return 0, b""
     vocab = model["vocab"]
     tokens = set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
-    if "ByteLevel" in kinds and tokens.issuperset(bytes_to_unicode().values()):
+    dropped = b""
+    if "ByteLevel" in kinds:
+        dropped = bytes(byte for byte, sign in bytes_to_unicode().items() if sign not in tokens)
+        if dropped and "NFC" in kinds:
+            return 0, b""  # it may compose such bytes of others
         longest = max(map(len, tokens))  # a character is a byte
     elif model.get("byte_fallback") and tokens.issuperset(f"<0x{byte:02X}>" for byte in range(256)):
         longest = max(len(token.encode()) for token in tokens)
     else:
-        return 0
+        return 0, b""
     longest = max([longest, *(len(token["content"].encode()) for token in added)])
-    return longest * (_COMPOSED if "NFC" in kinds else 1)
+    return longest * (_COMPOSED if "NFC" in kinds else 1), dropped
 
 
 def _steps(step: Step | None) -> Iterator[Step]:

@@ -1,4 +1,4 @@
-"""What the servers of these tests read of a model: once, and not at every start."""
+"""What the servers of these tests read of a model: once, and not at every start; and logs as each test expects them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import structlog
 
 from qaq_core.models import LoadedModel, load_tokenizer
 from services.router import prompts
@@ -33,3 +34,11 @@ def _vocabularies() -> Iterator[None]:
         patch.setattr(prompts, "load_tokenizer", lru_cache(KEPT)(load_tokenizer))
         patch.setattr(constraints, "_tokenizer_info", info)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _logs() -> Iterator[None]:
+    """A command that runs in this process configures logs, on a stderr that is closed after it."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)

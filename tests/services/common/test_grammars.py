@@ -51,6 +51,9 @@ def test_a_rule_beside_itself(grammar: str) -> None:
         "",
         "no grammar ( at all",
         ")))) ::= (((",
+        "[" * 64_000,  # these took minutes
+        '"' + '\\"' * 32_000,
+        "{" * 64_000,
     ],
 )
 def test_others(grammar: str) -> None:

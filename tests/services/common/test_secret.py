@@ -58,7 +58,7 @@ def test_what_is_no_secret_is_refused_and_not_told(tmp_path: Path, given: dict[s
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "localhost", "::1"])
-@pytest.mark.parametrize("redis", ["redis://127.0.0.1:6379/0", "rediss://:word@[::1]:1/0", "unix:///run/redis.sock"])
+@pytest.mark.parametrize("redis", ["redis://127.0.0.1:6379/0", "rediss://:word@[::1]:1/0", "redis://localhost"])
 def test_on_loopback_it_may_be_left_out_which_is_said_once(host: str, redis: str) -> None:
     settings = PageSettings.model_validate({"host": host, "redis_url": redis})
     with capture_logs() as logs:

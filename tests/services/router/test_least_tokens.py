@@ -93,8 +93,10 @@ def test_the_demo_model_knows(model_path: Path) -> None:
     known = LeastTokens(tokenizer)
     longest = max(map(len, json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]))
     assert known.of("x" * longest * 1000) == 1000
-    for text in ("Once upon a time", " " * 3000, "\n" * 500, "日本語", "<|im_start|>" * 20):
+    for text in ("Once upon a time", " " * 3000, "\n" * 500, "日本語", "<|im_start|>" * 20, "\x06x" * 500):
         assert 0 < known.of(text) <= len(tokenizer(text)["input_ids"])
+    dropped = "\x06" * 1000  # its vocabulary lacks some bytes
+    assert known.of(dropped) == len(tokenizer(dropped)["input_ids"]) == 0
 
 
 def test_a_tokenizer_without_a_backend() -> None:
