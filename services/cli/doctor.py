@@ -17,6 +17,7 @@ from services.cli.terminal import screen, size
 from services.common.extras import EXTRAS
 
 VERSIONS = ("qaq-kv", "torch", "transformers", "ray", "grpcio", "redis", "numpy")
+REDIS_URL = "QAQ_REDIS_URL"
 MARKS = {"ok": "[green]ok[/]", "better": "[yellow]could be better[/]", "wrong": "[bold red]wrong[/]"}
 
 State = Literal["ok", "better", "wrong"]
@@ -145,16 +146,18 @@ def memory() -> Iterator[Finding]:
 
 def redis() -> Iterator[Finding]:
     """The configured server, or the one that `qaq up` would start."""
+    from qaq_core.base.errors import ConfigError
+    from services.common.addresses import check_redis_url
     from services.common.embedded_redis import EmbeddedRedis, RedisStartError, find_server, server_version
 
-    url = os.environ.get("QAQ_REDIS_URL")
+    url = os.environ.get(REDIS_URL) or None
     try:
         if url is not None:
-            found = EmbeddedRedis(url).start().description
+            found = EmbeddedRedis(check_redis_url(url)).start().description
         else:
             name, binary = find_server()
             found = f"{name} {server_version(binary)}, which qaq up starts"
-    except (RedisStartError, ValueError) as error:  # the latter: no address at all
+    except (RedisStartError, ConfigError) as error:
         state: State = "better" if url is None else "wrong"
         yield Finding(name="Redis", state=state, found="none", advice=str(error))
         return
@@ -206,11 +209,16 @@ def cache_directory() -> Iterator[Finding]:
 
 
 def variables() -> Iterator[Finding]:
-    """The environment variables of QAQ that are set; one finding for each that cannot be or means nothing."""
+    """The environment variables of QAQ that are set; one finding for each that cannot be or means nothing.
+
+    Not for the address of Redis, about which `redis` has its own.
+    """
     from services.common import environment
 
     wrong, unknown = environment.wrong(), environment.unknown()
     for name, what in wrong.items():
+        if name == REDIS_URL:
+            continue
         yield Finding(name=name, state="wrong", found="cannot be used", advice=what)
     for name, meant in unknown.items():
         yield Finding(name=name, state="better", found="unknown", advice=environment.told(name, meant))

@@ -103,7 +103,7 @@ class LocalStack:
 
     def _redis(self, stack: contextlib.ExitStack) -> EmbeddedRedis:
         self._report("redis", "starting", None)
-        redis = EmbeddedRedis(os.environ.get("QAQ_REDIS_URL"), directory=self._owner.directory / "redis")
+        redis = EmbeddedRedis(os.environ.get("QAQ_REDIS_URL") or None, directory=self._owner.directory / "redis")
         stack.callback(redis.stop)
         redis.start()
         self._report("redis", redis.description, 1.0)

@@ -52,6 +52,11 @@ def test_a_machine_that_works(tmp_path: Path, model_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_an_empty_address_of_redis_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAQ_REDIS_URL", "")
+    assert "qaq up starts" in diagnosed(tmp_path)["Redis"]["found"]
+
+
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "load_library", lambda: None)
     monkeypatch.setattr(kernels, "load_library", lambda: None)

@@ -27,17 +27,22 @@ class Recorder:
     """Stands for routers and keeps what they are asked."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Any, Any]] = []
+        self.asked: list[Any] = []
+        self.metadata: list[Any] = []
 
-    def stream(self, request: Any, metadata: Any) -> Iterator[Any]:
-        self.asked.append((request, metadata))
+    def inference(self, router: str | None, *, metadata: Any) -> contextlib.nullcontext[Recorder]:
+        self.metadata.append(metadata)
+        return contextlib.nullcontext(self)
+
+    def stream(self, request: Any) -> Iterator[Any]:
+        self.asked.append(request)
         yield generate_pb2.GenerateReply(finished=common_pb2.Finished())
 
     def once(self, call: Callable[[Any], Any]) -> Any:
         return call(self)
 
     def OpenSession(self, request: generate_pb2.OpenSessionRequest, timeout: float) -> Any:
-        self.asked.append((request, ()))
+        self.asked.append(request)
         return generate_pb2.OpenSessionReply(session_id="s")
 
     def CloseSession(self, request: Any, timeout: float) -> None:
@@ -47,7 +52,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(inference, "inference", lambda router: contextlib.nullcontext(made))
+    monkeypatch.setattr(inference, "inference", made.inference)
     return made
 
 
@@ -58,7 +63,7 @@ def run(*arguments: str) -> Any:
 def test_every_sampling_parameter_has_an_option(recorder: Recorder) -> None:
     assert run("generate", "Hi", *ALL, *OF_TEXT, *OF_CACHE, "--tenant", "me").exit_code == 0
     assert run("chat", "Hi", *ALL).exit_code == 0
-    (request, metadata), (opened, _), (chat, _) = recorder.asked
+    request, opened, chat = recorder.asked
     for sampling in (request.sampling, chat.sampling):
         told = {field.name for field, _ in sampling.ListFields()}
         assert told == {field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields}
@@ -68,17 +73,17 @@ def test_every_sampling_parameter_has_an_option(recorder: Recorder) -> None:
     assert {field.name for field, _ in request.cache.ListFields()} == {
         field.name for field in common_pb2.CacheParams.DESCRIPTOR.fields
     }
-    assert metadata == (("qaq-tenant", "me"),)
+    assert recorder.metadata == [(("qaq-tenant", "me"),), ()]
     assert not opened.HasField("cache")
 
 
 def test_what_is_not_given_is_left_to_the_server(recorder: Recorder) -> None:
     assert run("generate", "Hi").exit_code == 0
-    ((request, metadata),) = recorder.asked
+    (request,) = recorder.asked
     assert request == generate_pb2.GenerateRequest(
         prompt="Hi", sampling=common_pb2.SamplingParams(), stop=common_pb2.StopParams(max_new_tokens=128)
     )
-    assert metadata == ()
+    assert recorder.metadata == [()]
 
 
 def test_a_bias_that_is_none(recorder: Recorder) -> None:
