@@ -303,8 +303,8 @@ async def test_stats_count_what_redis_counts(stub: Stub, redis: Redis, quantizer
     there = int((rows.page < 2).sum())
     assert 0 < there < 50
     places = zip(rows.page.tolist(), (rows.offset // SHAPE.row_bytes).tolist(), strict=True)
-    groups = {(page, place // 16) for page, place in places if page < 2}
-    assert await getranges(redis) == before + len(groups) + len(pages)  # one header a page
+    places_there = {(page, place) for page, place in places if page < 2}
+    assert await getranges(redis) == before + len(places_there) + len(pages)  # one header a page
     stats = await stub.Stats(pb.StatsRequest(), timeout=10)
     assert stats.pages == 2
     assert stats.bytes == sum([await redis.strlen(key) for key in await redis.keys("qaq:page:*")])
