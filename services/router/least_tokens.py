@@ -13,10 +13,10 @@ _COMPOSED = 3
 def bytes_to_unicode() -> dict[int, str]:
     """The characters of byte-level vocabularies. What imports this module may have to say first that transformers
     shall do without torch."""
-    from transformers import convert_slow_tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode as alphabet  # the package has a function so named
 
-    alphabet: dict[int, str] = convert_slow_tokenizer.bytes_to_unicode()
-    return alphabet
+    characters: dict[int, str] = alphabet()
+    return characters
 
 
 # Steps of a tokenizer, as tokenizers writes them, that lose no byte of a text.
