@@ -26,7 +26,7 @@ DAYS = 86_400
 
 # What tells people and other programs what time it is; no decision depends on it.
 TOLD = {
-    "services/cluster/restarts.py": 2,  # when a server was last seen, as `qaq status` tells
+    "services/cluster/restarts.py": 3,  # when a server was last seen, as `qaq status` tells
     "services/common/certificates.py": 1,  # from when to when a certificate holds
     "services/common/identity.py": 1,  # whether it has expired
     "services/gateway/replies.py": 1,  # OpenAI's `created`

@@ -235,6 +235,7 @@ def test_a_prompt_in_inference_mode_may_be_continued_outside() -> None:
 
 @pytest.mark.slow
 def test_a_model_that_is_compiled_as_a_whole_says_so() -> None:
+    torch._dynamo.reset()  # after too many compilations in this process it would be left as it is
     model = of_one_layer()
     cache = QAQCache.for_model(model, preset="fp16")
     model.forward = torch.compile(model.forward, backend="eager")
