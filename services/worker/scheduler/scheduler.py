@@ -233,7 +233,8 @@ class Scheduler:
         if dropped:
             self._publish()
         for answer, existed in dropped:
-            answer.set_result(existed)
+            if answer.set_running_or_notify_cancel():  # else its caller has gone away
+                answer.set_result(existed)
 
     def _publish(self) -> None:
         """Updates the state and sends the collected replies."""

@@ -142,3 +142,12 @@ async def test_a_tenant_finds_no_cache_of_another_one(make_scheduler: MakeSchedu
         await turn("ada", log, session_id="s")
         assert gate.batches[0] == (1, len(ids(LISTS)) + 1)
         assert await asyncio.wrap_future(scheduler.drop("s", "ada"))
+
+
+async def test_a_drop_whose_caller_has_gone_away_ends_nothing_else(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    async with make_scheduler() as scheduler:
+        running = scheduler.submit(request(ids(STORY), 40, cache=EXACT))
+        for _ in range(50):
+            scheduler.drop("nobody").cancel()
+            await asyncio.sleep(0)
+        assert len((await outcome(running)).tokens) == 40
