@@ -114,3 +114,8 @@ async def test_only_running_sessions_hold_their_pages(make_scheduler: MakeSchedu
         await asyncio.wrap_future(scheduler.drop("c"))
     assert set(store.held.values()) == {0}
     assert store.nbytes == 0
+
+
+def test_page_ids_are_keyed_with_the_secret_and_the_tenant() -> None:
+    salts = {page_salt(secret, tenant) for secret in ("a secret" * 4, "another." * 4) for tenant in ("", "a", "b")}
+    assert len(salts) == 6
