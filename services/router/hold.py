@@ -194,8 +194,8 @@ class Hold:
         return await self._run(self._scripts.set_worker, (), address)
 
     async def leave(self) -> bool:
-        """Lets a session that was made for one call expire, because its client has gone away. The client may have
-        lost nothing but the connection: until then it can rejoin."""
+        """Lets a session that was made for one call expire. Its client may have been cut off before it had everything:
+        until then it can rejoin."""
         keys = (session_keys.tokens, session_keys.pages, lambda _: session_keys.INDEX)
         return await self._run(self._scripts.leave, keys, LEFT_TTL_S, self.session)
 

@@ -298,8 +298,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
 
     @contextlib.asynccontextmanager
     async def _held(self, session: Session, *, take: bool = False) -> AsyncIterator[tuple[Session, Hold]]:
-        """Holds a session. One that is for this call alone is deleted at the end, or a minute after its client has
-        gone away."""
+        """Holds a session. One that is for this call alone is left for a minute: its client may be cut off, and have
+        less than was sent to it. After an error, which ends the call, it is deleted."""
 
         def lost(reason: Lost) -> None:
             stream = self._streams.get(session.id)
@@ -307,11 +307,11 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
                 stream.abort(reason)
 
         async with self._sessions.held(session.id, lost, session.tenant, take=take) as hold:
-            ending = hold.forget
+            ending = hold.leave
             try:
                 yield session, hold
-            except (asyncio.CancelledError, GeneratorExit):
-                ending = hold.leave
+            except Exception:
+                ending = hold.forget
                 raise
             finally:
                 if not session.kept:

@@ -130,7 +130,7 @@ async def test_a_gateway_that_is_killed_frees_what_it_ran(served: Served, client
     """Its clients see a broken connection and ask again, at another gateway."""
     await close_all(client)
     victim = served.processes.start("gateway")
-    served.processes.until_answering(victim)
+    await asyncio.to_thread(served.processes.until_answering, victim)  # the router of `client` may be asked
     connection = await asyncio.to_thread(sent, served, victim, stream=True)
     begun = await asyncio.to_thread(connection.recv, 1024)
     served.processes.kill(victim)

@@ -139,7 +139,7 @@ async def test_a_session_that_redis_lost_is_written_down_again(
         assert [reply.WhichOneof("event") for reply in got] == ["token"] * (NEW - 1) + ["finished"]
         left = sorted([key.decode() async for key in own_redis.scan_iter("qaq:session*")])
         if not kept:
-            assert left == []
+            assert all([0 < await own_redis.ttl(key) <= hold.LEFT_TTL_S for key in left])
             return
         assert left == [f"qaq:session:{session}", f"qaq:session:{session}:tokens", "qaq:sessions", "qaq:sessions:"]
         n = len(worker.asked[-1].token_ids)

@@ -11,6 +11,7 @@ from qaq.v1 import generate_pb2, generate_pb2_grpc
 from redis.asyncio import Redis
 
 from services.common.settings import RouterSettings
+from services.router.hold import LEFT_TTL_S
 
 from .conftest import running_router
 from .test_generation import MortalWorker, mortal
@@ -101,12 +102,26 @@ async def test_a_later_turn_is_the_one_to_rejoin(routers: tuple[Stub, Stub], wor
     assert worker.asked[-1].history_tokens == worker.asked[-2].history_tokens
 
 
-async def test_a_session_for_one_call_is_forgotten_when_its_rest_has_come(
+async def test_a_session_for_one_call_is_left_for_a_minute(routers: tuple[Stub, Stub], redis: Redis) -> None:
+    """Its client may be cut off, and have less than its router has sent. Nobody sees it in the meantime."""
+    whole = await replies(routers[0].Generate(request(new=NEW)))
+    session = whole[0].session_id
+    for _ in range(2):
+        await until(lambda: _left(redis, session), "it expires")
+        assert not (await routers[0].ListSessions(generate_pb2.ListSessionsRequest())).sessions
+        got = await rejoined(routers[1], session, 3)
+        assert [reply.token for reply in got if reply.HasField("token")] == [reply.token for reply in whole[4:-1]]
+        assert got[-1].finished == whole[-1].finished
+
+
+async def test_a_session_for_one_call_is_forgotten_after_an_error(
     routers: tuple[Stub, Stub], worker: MortalWorker, redis: Redis
 ) -> None:
     session = await a_turn(routers[0])
-    await redis.hset(f"qaq:session:{session}", "kept", "0")  # its router was killed before it forgot it
-    await rejoined(routers[1], session, 3)
+    await redis.hset(f"qaq:session:{session}", "kept", "0")
+    worker.refuse = Code.INVALID_ARGUMENT
+    with pytest.raises(grpc.aio.AioRpcError):
+        await rejoined(routers[1], session, 2)
     await until(lambda: _gone(redis, session), "the session is forgotten")
 
 
@@ -121,6 +136,11 @@ async def test_a_session_for_one_call_begins_with_its_pages(
 
 async def _gone(redis: Redis, session: str) -> bool:
     return not await redis.exists(f"qaq:session:{session}")
+
+
+async def _left(redis: Redis, session: str) -> bool:
+    times = [await redis.ttl(f"qaq:session:{session}{kind}") for kind in ("", ":tokens")]
+    return all(0 < seconds <= LEFT_TTL_S for seconds in times)
 
 
 async def test_what_cannot_be_rejoined(routers: tuple[Stub, Stub]) -> None:
