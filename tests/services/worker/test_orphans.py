@@ -19,7 +19,7 @@ from services.worker.scheduler.scheduler import Scheduler
 from services.worker.service import WorkerService, model_info
 from tests.services.worker.conftest import EXACT, STORY, Gate, Ids, MakeScheduler, expected, request, settled, until
 
-NEW, AT = 48, 6
+NEW, AT = 20, 4
 LONG = 4000
 
 

@@ -91,21 +91,21 @@ async def test_what_was_left_waits_and_goes_on(
     make_scheduler: MakeScheduler, ids: Ids, gate: Gate, preset: str
 ) -> None:
     """Its router is gone. Nothing is decoded until the next one asks, and then the tokens are those of one stream."""
-    tokens, cache = ids(STORY), common_pb2.CacheParams(preset=preset)
+    tokens, cache, new = ids(STORY), common_pb2.CacheParams(preset=preset), 20
     gate.open()
     async with make_scheduler(max_sequences=2, requantize_wait=True) as scheduler:
-        whole = (await outcome(scheduler.submit(request(tokens, NEW, cache=cache)))).tokens
+        whole = (await outcome(scheduler.submit(request(tokens, new, cache=cache)))).tokens
         turn = {"cache": cache, "session_id": "s"}
-        lost = scheduler.submit(request(tokens, NEW, fence=1, **turn))
-        first = await begun(lost)
+        lost = scheduler.submit(request(tokens, new, fence=1, **turn))
+        first = await begun(lost, new // 4)
         gate.shut()
         scheduler.leave(lost.call)
         gate.open()
         await outcome(scheduler.submit(request(tokens, 2)))  # others go on beside it
         assert scheduler.state.running == 1
-        assert AT + lost.replies.qsize() < NEW
+        assert len(first) + lost.replies.qsize() < new
         before = computed()
-        rest = request([*tokens, *first], NEW, fence=2, generated_tokens=AT, **turn)
+        rest = request([*tokens, *first], new, fence=2, generated_tokens=len(first), **turn)
         assert first + (await outcome(scheduler.submit(rest))).tokens == whole
         assert computed() == before
         await settled(scheduler, running=0, sessions=0)
@@ -125,7 +125,10 @@ async def test_what_was_left_in_its_prompt_goes_on_from_there(
 ) -> None:
     """And what waits for its turn has nothing to keep."""
     tokens = ids(STORY)
+    gate.open()
     whole = expected(smollm2, tokens, 8)
+    gate.shut()
+    gate.batches.clear()
     async with make_scheduler(max_sequences=1) as scheduler:
         before = computed()
         lost, queued = (scheduler.submit(asked(tokens, fence=1, new=8, tenant=tenant)) for tenant in ("", "another"))
