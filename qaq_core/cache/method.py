@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qaq_core.allocation import Allocator, AttentionStatistic, BalancedPolicy, Policy, StepErrors, Target
+from qaq_core.allocation import Allocator, AttentionStatistic, BalancedPolicy, FixedPolicy, Policy, StepErrors, Target
 from qaq_core.allocation.policies.balanced import SINKS
 from qaq_core.allocation.requantize import Requantizer
 from qaq_core.attention import Attention, ReferenceAttention
@@ -79,6 +79,11 @@ class Method:
             made["_step_errors"] = backends.make_step_errors(self.policy, codec, self.shape.head_dim, device, kernel)
         for name, part in made.items():
             object.__setattr__(self, name, part)
+
+    @property
+    def attentive(self) -> bool:
+        """Whether the attention that a token gets decides how many bits it holds."""
+        return not isinstance(self.policy, FixedPolicy)
 
     def sequence(self, *args: Any, **kwargs: Any) -> Any:
         """An empty sequence, see `SequenceCache`."""

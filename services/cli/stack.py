@@ -160,7 +160,7 @@ def drain(
     from qaq.v1 import worker_pb2, worker_pb2_grpc
 
     from services.cli.identity import identity
-    from services.cluster import control, state
+    from services.cluster import control, restarts, state
     from services.cluster.status import addresses
     from services.common.addresses import check_address
     from services.common.channel import open_blocking_channel
@@ -172,8 +172,12 @@ def drain(
             stub = worker_pb2_grpc.WorkerStub(channel)
             return int(stub.Drain(worker_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT_S).moved)
 
+    def of_stack(running: StackState) -> bool:
+        recorded = (record.address for record in restarts.records(running.directory).values())
+        return worker in asyncio.run(addresses(running.access)) or worker in recorded  # one that hangs leaves the first
+
     running = state.load()
-    if running is not None and running.alive and worker in asyncio.run(addresses(running.access)):
+    if running is not None and running.alive and of_stack(running):
         with starting() as report:
             report(worker, "draining", None)
             moved = control.drain(running, worker, hand_over, report)

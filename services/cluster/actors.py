@@ -51,7 +51,8 @@ class ServerActor(abc.ABC, Generic[S]):
         if life is not None:
             if why := life.begin(restarted=self._restarted):
                 log.warning("the server was started again", name=name, why=why, restarts=life.record.restarts)
-            self._life = asyncio.get_running_loop().create_task(life.beat())
+            self._beats = asyncio.get_running_loop().create_task(life.beat())
+        self._life = life
         self._server = self._make(settings)
         self._address = asyncio.get_running_loop().create_task(self._start())
 
@@ -63,12 +64,16 @@ class ServerActor(abc.ABC, Generic[S]):
         """Starts the server. A failed first start raises. A failed restart is retried: nobody waits for its error."""
         while True:
             try:
-                return await self._server.start()
+                address = await self._server.start()
             except Exception as error:
                 if not self._restarted:
                     raise
                 log.warning("the server could not restart; trying again", role=type(self).__name__, error=str(error))
                 await asyncio.sleep(RETRY_PAUSE_S)
+            else:
+                if self._life is not None:
+                    self._life.serves(address)
+                return address
 
     async def address(self) -> str:
         """The address as host:port, once the server is up. Raises what its start raises."""

@@ -147,7 +147,7 @@ def _changing(running: StackState, report: Report) -> Iterator[tuple[StackState,
         except Exception as error:
             raise StackError(f"Ray at {running.ray_address} does not answer ({error}); try `qaq down`") from error
         stack.callback(ray.shutdown)
-        yield latest, Launcher(latest.settings, latest.access, report)
+        yield latest, Launcher(latest.settings, latest.access, report, directory=latest.directory)
 
 
 def _spawn(settings: StackSettings, errors: int, *, attached: bool) -> subprocess.Popen[str]:

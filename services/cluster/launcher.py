@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ import ray
 from services.cluster import roles
 from services.cluster.access import Access
 from services.cluster.actors import NAMESPACE, GatewayActor, OriginalsActor, RouterActor, WorkerActor, launch
+from services.cluster.restarts import records
 from services.cluster.state import StackError, StackSettings
 
 START_TIMEOUT_S = 600.0
@@ -29,15 +31,22 @@ class Launcher:
         access: who each server is.
         report: called with (name, stage, progress from 0 to 1 or None) while actors start.
         router: settings of the router beside the stack's.
+        directory: of the stack, if it runs.
     """
 
     def __init__(
-        self, settings: StackSettings, access: Access, report: Report, router: Mapping[str, Any] | None = None
+        self,
+        settings: StackSettings,
+        access: Access,
+        report: Report,
+        router: Mapping[str, Any] | None = None,
+        directory: Path | None = None,
     ) -> None:
         self._settings = settings
         self._access = access
         self._report = report
         self._router = dict(router or {})
+        self._directory = directory
 
     def start_all(self) -> dict[str, str]:
         """Starts all actors in parallel, because their imports take longest. Returns addresses by name.
@@ -77,7 +86,8 @@ class Launcher:
             StackError: no worker of the stack has this address, or the other one did not start.
         """
         drained = self._drained()
-        found = self._asked(self.names("worker"), "address")
+        workers = self.names("worker")
+        found = self._recorded(workers) | self._asked(workers, "address")  # one that hangs does not answer
         name = next((name for name, at in found.items() if at == address), None)
         if name is None:
             raise StackError(f"no worker of the stack is at {address}; `qaq status` shows where they are")
@@ -120,6 +130,11 @@ class Launcher:
     def _drained(self) -> list[str]:
         """Names of the workers that take nothing new."""
         return [name for name, draining in self._asked(self.names("worker"), "draining").items() if draining]
+
+    def _recorded(self, names: Sequence[str]) -> dict[str, str]:
+        """Where actors serve, by name, as they have written it down."""
+        found = records(self._directory) if self._directory else {}
+        return {name: found[name].address for name in names if name in found}
 
     def _asked(self, names: Sequence[str], question: str) -> dict[str, Any]:
         """The answers of actors by name, without those that do not answer, because they start or hang."""

@@ -1,4 +1,4 @@
-"""Why servers of a stack were started again, as far as it can be known: written by each server, read by `qaq status`.
+"""Where the servers of a stack are, and why they were started again, as far as it can be known: written by each server.
 
 A server's process writes down every few seconds that it lives, and how many processes the kernel has killed for want
 of memory. Its successor compares.
@@ -29,12 +29,14 @@ class Record(BaseModel):
     Attributes:
         seen: when the process lived last, in seconds since the epoch.
         memory_kills: the kernel's count of processes that it killed for want of memory, at that time.
+        address: host:port, once it serves.
         restarts: how often the server was started again. ended, why: when and why it was for the last time.
     """
 
     pid: int
     seen: float
     memory_kills: int
+    address: str = ""
     restarts: int = 0
     ended: float | None = None
     why: str = ""
@@ -70,6 +72,11 @@ class Life:
         self._write()
         return self.record.why
 
+    def serves(self, address: str) -> None:
+        """Says where it serves, for those who ask while it hangs."""
+        self.record = self.record.model_copy(update={"address": address})
+        self._write()
+
     async def beat(self) -> None:
         """Says every few seconds that this process lives."""
         while True:
@@ -93,10 +100,15 @@ class Life:
             os.replace(new, self._path)
 
 
+def records(directory: Path) -> dict[str, Record]:
+    """The servers of a stack, and some that it had, by name."""
+    found = {path.stem: _read(path) for path in sorted((directory / _FOLDER).glob("*.json"))}
+    return {name: record for name, record in found.items() if record is not None}
+
+
 def restarted(directory: Path) -> dict[str, Record]:
     """Servers of a stack that were started again, by name."""
-    records = {path.stem: _read(path) for path in sorted((directory / _FOLDER).glob("*.json"))}
-    return {name: record for name, record in records.items() if record is not None and record.restarts}
+    return {name: record for name, record in records(directory).items() if record.restarts}
 
 
 def memory_kills() -> int:

@@ -96,6 +96,7 @@ relay_seconds = Histogram(
     buckets=(0.00005, 0.0001, 0.00015, 0.0002, 0.0003, *SECONDS),
 )
 resumed = Counter("qaq_resumed_total", "Streams that were resumed on another worker")
+orphans_lapsed = Counter("qaq_orphans_lapsed_total", "Generations whose router was lost and that nobody took over")
 taken_over = Counter("qaq_taken_over_total", "Generations of this worker that went on for another call")
 sessions = Gauge("qaq_sessions", "Sessions with a cache on this worker")
 queue_depth = Gauge("qaq_queue_depth", "Requests in the queue")

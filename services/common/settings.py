@@ -194,6 +194,8 @@ class WorkerSettings(PageSettings):
         prefix_recompute_tokens: last tokens of a prompt that are computed even if they are stored. The attention of
             their queries decides the bits of the other tokens.
         prefix_timeout_s: seconds that loading a prefix may take; what is missing then is computed.
+        orphan_s: seconds that a generation whose router is lost keeps its place and its cache and waits for its client
+            to rejoin; 0 ends it at once.
     """
 
     port: int = Field(default=0, ge=0, le=65535)
@@ -222,6 +224,7 @@ class WorkerSettings(PageSettings):
     prefix_sharing: Literal["tenant", "all"] = "tenant"
     prefix_recompute_tokens: int = Field(default=128, ge=1)
     prefix_timeout_s: float = Field(default=10.0, gt=0)
+    orphan_s: float = Field(default=10.0, ge=0)
 
 
 class OriginalsSettings(PageSettings):

@@ -149,6 +149,7 @@ class GenerationStream:
         if self._aborted:
             raise asyncio.CancelledError
         link.calls += 1
+        unwanted = False
         self._call = link.stub.Run(self._request, timeout=max(0.0, deadline_s))
         try:
             if link.address != self._cached_on:
@@ -157,9 +158,21 @@ class GenerationStream:
                     await asyncio.wait_for(self.hold.set_worker(link.address), HINT_TIMEOUT_S)
                     self._cached_on = link.address
             yield self._call
+        except (asyncio.CancelledError, GeneratorExit, grpc.aio.AioRpcError) as end:
+            unwanted = self._unwanted(end)
+            raise
         finally:
-            self._call.cancel()  # for a client that went away; no effect on a call that has ended
+            self._call.cancel()  # no effect on a call that has ended
             link.calls -= 1
+            if unwanted:
+                link.cancel(self._request)
+
+    def _unwanted(self, end: BaseException) -> bool:
+        """Whether nobody will ask a worker for the rest of the generation, after its call ended so: the client has gone
+        away, or its deadline has passed. One whose session was taken, or whose router stops, is with another router."""
+        if isinstance(end, grpc.aio.AioRpcError):
+            return end.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        return not (self._aborted == "taken" or self._pool.leaving)
 
     def _reply(self, message: worker_pb2.RunReply) -> generate_pb2.GenerateReply | None:
         """A worker's message as the client gets it; None if it is not for the client."""

@@ -163,6 +163,7 @@ class Hold:
         self.fence = fence
         self._scripts, self._facts = scripts, dict(facts)
         self._over = False
+        self._keeper: asyncio.Task[None] | None = None
 
     async def write(self, offset: int, tokens: Sequence[int]) -> bool:
         """Writes tokens to the log at position `offset`. False if the session was lost."""
@@ -196,6 +197,8 @@ class Hold:
     async def leave(self) -> bool:
         """Lets a session that was made for one call expire. Its client may have been cut off before it had everything:
         until then it can rejoin."""
+        if self._keeper is not None:
+            await ended(self._keeper)  # its next refresh would make the session stay
         keys = (session_keys.tokens, session_keys.pages, lambda _: session_keys.INDEX)
         return await self._run(self._scripts.leave, keys, LEFT_TTL_S, self.session)
 
@@ -212,7 +215,7 @@ class Hold:
         Args:
             lost: called once, when the session turns out to be lost.
         """
-        keeper = asyncio.create_task(self._keep(lost), name=f"hold {self.session}")
+        keeper = self._keeper = asyncio.create_task(self._keep(lost), name=f"hold {self.session}")
         try:
             yield
         finally:

@@ -86,6 +86,7 @@ class RouterServer:
                 server.add(*_vllm_engine(service, callers, pool, prompts))
             address = await server.start()
             stack.push_async_callback(server.stop)
+            stack.callback(pool.leave)
 
             def facts() -> dict[str, Any]:
                 return {"model": settings.model, "relay_ms": service.latency.median_ms}

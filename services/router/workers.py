@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Container, Sequence
 
 import grpc
@@ -21,7 +22,7 @@ from services.router.placement import Policy, place
 from services.router.sessions import Session
 
 REFRESH_S = 1.0
-DESCRIBE_DEADLINE_S = DROP_DEADLINE_S = 5.0
+DESCRIBE_DEADLINE_S = DROP_DEADLINE_S = CANCEL_DEADLINE_S = 5.0
 RETRY_AFTER_MS = 2000
 
 log = structlog.get_logger()
@@ -41,6 +42,7 @@ class WorkerLink:
         self.facts: worker_pb2.DescribeReply | None = None
         self._channel = dial(address)
         self.stub = worker_pb2_grpc.WorkerStub(self._channel)
+        self._cancelling: set[asyncio.Task[None]] = set()
 
     @property
     def load(self) -> int:
@@ -66,7 +68,20 @@ class WorkerLink:
             if once(f"describe {self.address}"):
                 log.warning("a worker does not answer", worker=self.address, status=error.code().name)
 
+    def cancel(self, request: worker_pb2.RunRequest) -> None:
+        """Tells the worker that nobody wants a generation any more. Does not wait for it."""
+        cancelled = worker_pb2.CancelRequest(session_id=request.session_id, tenant=request.tenant, fence=request.fence)
+        task = asyncio.create_task(self._cancel(cancelled), name=f"cancel {request.session_id}")
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
+    async def _cancel(self, request: worker_pb2.CancelRequest) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError):  # it ends by itself
+            await self.stub.Cancel(request, timeout=CANCEL_DEADLINE_S)
+
     async def close(self) -> None:
+        if self._cancelling:
+            await asyncio.wait(self._cancelling)
         await self._channel.close()
 
 
@@ -75,6 +90,7 @@ class WorkerPool:
 
     Attributes:
         refreshed: called after each refresh of the workers and their facts.
+        leaving: this router stops; the clients of its generations go on with another one.
     """
 
     def __init__(self, registry: Registry, policies: Sequence[Policy], dial: Dial = open_channel) -> None:
@@ -86,6 +102,7 @@ class WorkerPool:
         self._model: common_pb2.ModelInfo | None = None
         self._task: asyncio.Task[None] | None = None
         self.refreshed: Callable[[], None] = lambda: None
+        self.leaving = False
 
     @property
     def ready(self) -> list[WorkerLink]:
@@ -131,6 +148,9 @@ class WorkerPool:
             await link.stub.Drop(asked, timeout=DROP_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
             log.warning("could not drop a cache", worker=link.address, status=error.code().name)
+
+    def leave(self) -> None:
+        self.leaving = True
 
     async def start(self) -> None:
         await self.refresh()

@@ -37,11 +37,13 @@ class Call:
     Attributes:
         replies: messages for the caller, at most one per token and two per chunk. The last one of each choice is
             a Finished; an error ends the call.
-        cancelled: the caller has gone away.
+        cancelled: nobody wants the generation any more.
+        left: nobody reads the messages now. Nothing is decoded until another call takes the generation over.
     """
 
     replies: asyncio.Queue[Reply | Exception] = field(default_factory=asyncio.Queue)
     cancelled: bool = False
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,11 @@ class Generation:
     @property
     def cancelled(self) -> bool:
         return self.call.cancelled
+
+    @property
+    def decodes(self) -> bool:
+        """The next forward pass is a decode step, and somebody waits for its token."""
+        return not (self.prefilling or self.call.left)
 
     @property
     def tokens_left(self) -> int:

@@ -85,7 +85,7 @@ class WorkerServer:
                 ping_s=PING_S,  # a session waits for the generation of a router that hangs
             )
             info = model_info(loaded)
-            service = WorkerService(scheduler, info, settings.max_sequences, self.drain)
+            service = WorkerService(scheduler, info, settings.max_sequences, settings.orphan_s, self.drain)
             server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)
             address = await server.start()
             stack.push_async_callback(server.stop)

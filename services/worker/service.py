@@ -12,6 +12,7 @@ from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from qaq_core.base.pages import dtype_name
 from qaq_core.models import LoadedModel, ModelShape
+from services.worker.orphans import Orphans
 from services.worker.sampling import model_defaults
 from services.worker.scheduler.scheduler import Scheduler
 
@@ -24,9 +25,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         scheduler: Scheduler,
         model: common_pb2.ModelInfo,
         max_sequences: int,
+        orphan_s: float,
         drain: Callable[[], Awaitable[int]],
     ) -> None:
         self._scheduler, self._max_sequences = scheduler, max_sequences
+        self._orphans = Orphans(scheduler, orphan_s)
         self._model = model
         self._drain = drain
 
@@ -38,15 +41,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         await self._scheduler.methods.ready(request.cache)
         call = self._scheduler.submit(request, grammar).call
         unfinished = max(1, request.choices)
-        try:
+        with self._orphans.kept(request, call):
             while unfinished:
                 reply = await call.replies.get()
                 if isinstance(reply, Exception):
                     raise reply
                 yield reply
                 unfinished -= reply.HasField("finished")
-        finally:
-            self._scheduler.cancel(call)
+
+    async def Cancel(
+        self, request: worker_pb2.CancelRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.CancelReply:
+        self._orphans.cancel((request.tenant, request.session_id), request.fence)
+        return worker_pb2.CancelReply()
 
     async def Drop(self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DropReply:
         existed = await asyncio.wrap_future(self._scheduler.drop(request.session_id, request.tenant))

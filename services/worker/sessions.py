@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qaq.v1 import common_pb2, worker_pb2
 
-from qaq_core import Originals
+from qaq_core import Method, Originals
 from qaq_core.models import LoadedModel
 from qaq_core.storage import HostPages
 from services.common.errors import ResourceExhausted
@@ -65,7 +65,7 @@ class Sessions:
             method, self._originals, self._fingerprint, tokens, salt, settings.requantize_wait, self.host_pages
         )
         if settings.prefix_reuse:
-            session.load(request.page_ids, settings.prefix_recompute_tokens, settings.prefix_timeout_s)
+            session.load(request.page_ids, self._recomputed(method), settings.prefix_timeout_s)
         return session
 
     def preempt(self, session: Session) -> None:
@@ -75,7 +75,11 @@ class Sessions:
     def restore(self, session: Session) -> None:
         """Begins to load the stored pages of a preempted session."""
         if self._settings.prefix_reuse:
-            session.restore(self._settings.prefix_recompute_tokens, self._settings.prefix_timeout_s)
+            session.restore(self._recomputed(session.method), self._settings.prefix_timeout_s)
+
+    def _recomputed(self, method: Method) -> int:
+        """Last tokens of a log that are computed even if they are stored, for the attention of their queries."""
+        return self._settings.prefix_recompute_tokens if method.attentive else 1
 
     def close(self, request: worker_pb2.RunRequest, session: Session) -> None:
         """Ends the use of a session. It stays in the session cache if the request says so and its cache is complete."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import urllib.request
 from asyncio.subprocess import PIPE
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +15,13 @@ import grpc
 import pytest
 from openai import AsyncOpenAI
 from prometheus_client import REGISTRY
+from prometheus_client.parser import text_string_to_metric_families
 from qaq.v1 import common_pb2, generate_pb2, originals_pb2, originals_pb2_grpc, worker_pb2, worker_pb2_grpc
 from redis.asyncio import Redis
 
 from services.cluster.stack import python_path
 from services.common.channel import open_channel
+from services.common.embedded_redis import free_port
 from services.common.redis import connect
 from services.common.settings import GatewaySettings
 from services.gateway.server import GatewayServer
@@ -31,16 +35,31 @@ class Stack:
     processes: Processes
     cache_service: str
     workers: list[str]
+    metrics: list[int]
+    """The workers' ports."""
+
+
+def counted(stack: Stack) -> Counter[str]:
+    """What the workers have counted: generations that went on for another call, and tokens of prompts."""
+    found = Counter[str]()
+    for port in stack.metrics:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
+            for family in text_string_to_metric_families(reply.read().decode()):
+                for sample in family.samples:
+                    if sample.name in ("qaq_taken_over_total", "qaq_prompt_tokens_total"):
+                        found[sample.name] += int(sample.value)
+    return found
 
 
 @pytest.fixture(scope="module")
 def stack(processes: Processes) -> Stack:
     """One cache service and two workers, of which the tests of this file kill one each, in order."""
     settings = {"QAQ_PAGE_TOKENS": str(PAGE_TOKENS), "QAQ_PREFIX_RECOMPUTE_TOKENS": "1"}
-    workers = [processes.start("worker", **settings) for _ in range(2)]
+    metrics = [free_port() for _ in range(2)]
+    workers = [processes.start("worker", QAQ_METRICS_PORT=str(port), **settings) for port in metrics]
     cache_service = processes.start("originals")
     processes.until_serving(cache_service, *workers)
-    return Stack(processes, cache_service, workers)
+    return Stack(processes, cache_service, workers, metrics)
 
 
 async def pages(redis: Redis) -> list[bytes]:
@@ -91,7 +110,7 @@ async def test_a_lost_page_is_computed_again(stack: Stack, client: Stub) -> None
 
 
 async def test_a_stream_is_taken_up_after_its_router_was_killed(stack: Stack, client: Stub) -> None:
-    """On another router: same tokens, same text, none lost, none repeated."""
+    """On another router: same tokens, same text, none lost, none repeated, and nothing computed twice."""
     expected, session, heard = await hear(client, await opened(client)), await opened(client), Heard()
     router = stack.processes.start("router")
     stack.processes.until_serving(router)
@@ -103,10 +122,12 @@ async def test_a_stream_is_taken_up_after_its_router_was_killed(stack: Stack, cl
         with pytest.raises(grpc.aio.AioRpcError):
             await listen(Stub(channel).Generate(asked(session), timeout=300), heard, NEW // 2, kill)
     assert NEW // 2 <= len(heard.tokens) < NEW
+    before = counted(stack)
     rest = generate_pb2.RejoinRequest(session_id=session, received=len(heard.tokens))
     await listen(client.Rejoin(rest, timeout=300), heard)
     assert (heard.tokens, heard.text) == (expected.tokens, expected.text)
-    assert heard.usage.generated_tokens == NEW
+    assert (heard.usage.prompt_tokens, heard.usage.generated_tokens) == (expected.usage.prompt_tokens, NEW)
+    assert counted(stack) - before == Counter(qaq_taken_over_total=1)  # and no token of a prompt
     assert len((await hear(client, session, " Later")).tokens) == NEW
 
 

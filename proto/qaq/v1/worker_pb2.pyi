@@ -64,6 +64,20 @@ class RunReply(_message.Message):
     pages: RunReply.Pages
     def __init__(self, prefill: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ..., prompt: _Optional[_Union[_common_pb2.PromptTokens, _Mapping]] = ..., pages: _Optional[_Union[RunReply.Pages, _Mapping]] = ...) -> None: ...
 
+class CancelRequest(_message.Message):
+    __slots__ = ("session_id", "tenant", "fence")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    tenant: str
+    fence: int
+    def __init__(self, session_id: _Optional[str] = ..., tenant: _Optional[str] = ..., fence: _Optional[int] = ...) -> None: ...
+
+class CancelReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class DropRequest(_message.Message):
     __slots__ = ("session_id", "tenant")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]

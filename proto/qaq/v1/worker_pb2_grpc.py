@@ -39,6 +39,11 @@ class WorkerStub:
                 request_serializer=qaq_dot_v1_dot_worker__pb2.RunRequest.SerializeToString,
                 response_deserializer=qaq_dot_v1_dot_worker__pb2.RunReply.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/qaq.v1.Worker/Cancel',
+                request_serializer=qaq_dot_v1_dot_worker__pb2.CancelRequest.SerializeToString,
+                response_deserializer=qaq_dot_v1_dot_worker__pb2.CancelReply.FromString,
+                _registered_method=True)
         self.Drop = channel.unary_unary(
                 '/qaq.v1.Worker/Drop',
                 request_serializer=qaq_dot_v1_dot_worker__pb2.DropRequest.SerializeToString,
@@ -60,7 +65,15 @@ class WorkerServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Run(self, request, context):
-        """Runs one generation. Cancelling the call frees its sequences within one step.
+        """Runs one generation. When the call breaks off, its sequences are freed within one step; but a generation with a
+        fence waits some seconds for a call with a later one, unless Cancel says that there will be none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Frees the sequences of a session's generation within one step. No error if there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +107,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Run,
                     request_deserializer=qaq_dot_v1_dot_worker__pb2.RunRequest.FromString,
                     response_serializer=qaq_dot_v1_dot_worker__pb2.RunReply.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=qaq_dot_v1_dot_worker__pb2.CancelRequest.FromString,
+                    response_serializer=qaq_dot_v1_dot_worker__pb2.CancelReply.SerializeToString,
             ),
             'Drop': grpc.unary_unary_rpc_method_handler(
                     servicer.Drop,
@@ -138,6 +156,33 @@ class Worker:
             '/qaq.v1.Worker/Run',
             qaq_dot_v1_dot_worker__pb2.RunRequest.SerializeToString,
             qaq_dot_v1_dot_worker__pb2.RunReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qaq.v1.Worker/Cancel',
+            qaq_dot_v1_dot_worker__pb2.CancelRequest.SerializeToString,
+            qaq_dot_v1_dot_worker__pb2.CancelReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,9 +66,12 @@ class Preemption:
         return True
 
     def _victims(self) -> list[Generation]:
-        """All choices of the call that arrived last, of those that decode. If only one call decodes, its choices are
-        preempted one by one. The last decoding generation is never preempted."""
-        decoding = sorted(self._batch.decoding, key=arrival_order)
+        """Orphans first; then all choices of the call that arrived last, of those that decode. If only one call
+        decodes, its choices are preempted one by one. The last decoding generation is never preempted."""
+        decoding = sorted(
+            (each for each in self._batch.running if not each.prefilling),
+            key=lambda each: (each.call.left, *arrival_order(each)),
+        )
         if len(decoding) < 2:
             return []
         last_call = [generation for generation in decoding if generation.call is decoding[-1].call]

@@ -71,6 +71,11 @@ class RequestQueue:
             call.cancelled = True
             self._changed.notify()
 
+    def leave(self, call: Call) -> None:
+        with self._changed:
+            call.left = True
+            self._changed.notify()
+
     def drop(self, name: Name) -> Future[bool]:
         """Asks for a session to be dropped; the future tells whether it existed."""
         dropped: Future[bool] = Future()
@@ -122,7 +127,7 @@ class RequestQueue:
 
     def remove_cancelled(self) -> None:
         with self._changed:
-            self._waiting = deque(g for g in self._waiting if not g.cancelled)
+            self._waiting = deque(g for g in self._waiting if not (g.cancelled or g.call.left))
 
     def take_all(self) -> list[Generation]:
         """Removes and returns all waiting generations."""

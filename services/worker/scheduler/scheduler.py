@@ -1,8 +1,8 @@
 """The scheduler: one thread that computes all generations of a worker.
 
 A step computes at most `prefill_chunk` prompt tokens, one prompt after the other, and then one token of every decoding
-sequence in one forward pass. All methods but `submit`, `cancel`, `drop`, `state` and those of the budget belong to
-the thread.
+sequence in one forward pass. All methods but `submit`, `cancel`, `leave`, `drop`, `state` and those of the budget
+belong to the thread.
 """
 
 from __future__ import annotations
@@ -131,6 +131,10 @@ class Scheduler:
         """Frees its generation within one step. Does nothing if that has ended, or goes on for another call."""
         self._queue.cancel(call)
 
+    def leave(self, call: Call) -> None:
+        """Nobody reads the messages of a call any more. Its generation keeps its cache and waits for another call."""
+        self._queue.leave(call)
+
     def drop(self, session_id: str, tenant: str = "") -> Future[bool]:
         """Frees a session's cache and ends its generation; False if the tenant has no such session."""
         return self._queue.drop((tenant, session_id))
@@ -181,7 +185,7 @@ class Scheduler:
             self.batch.decode(decoding)
         self._publish()
         if not prefilled and not decoding:
-            self._queue.sleep(STORE_POLL_S)  # all prompts wait for the store
+            self._queue.sleep(STORE_POLL_S)  # all prompts wait for the store, or all sequences for a call
 
     def _prefill(self) -> bool:
         """Computes at most `prefill_chunk` prompt tokens; False if no prompt was ready."""

@@ -78,7 +78,7 @@ class RunningBatch:
 
     @property
     def decoding(self) -> list[Generation]:
-        return [g for g in self.running if not g.prefilling]
+        return [g for g in self.running if g.decodes]
 
     def start(self, generation: Generation) -> None:
         """Opens the session of a generation and adds it to the running ones.

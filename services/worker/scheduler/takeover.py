@@ -1,7 +1,8 @@
 """Takeover: a generation goes on for another call, when another router has taken its session.
 
-A router that hangs, or is cut off, leaves its generations running. The client is with another router by then, and asks
-for the rest of the turn: it gets the tokens that it has missed at once, and nothing is computed twice.
+A router that hangs, or is cut off, leaves its generations running; those of one that is known to be gone wait for some
+seconds (orphans.py). The client is with another router by then, and asks for the rest of the turn: it gets the tokens
+that it has missed at once, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Takeover:
             return
         self._queue.remove(waiting)
         self._replies.tell(first.call, _taken(first))
+        self._queue.cancel(first.call)  # it has no generation any more
         self._replies.extend(waiting, first.hand_over(waiting))
         metrics.taken_over.inc()
 

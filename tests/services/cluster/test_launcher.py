@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.cluster.access import Access
 from services.cluster.launcher import Launcher
+from services.cluster.restarts import Life
 from services.cluster.state import StackError, StackSettings
 
 
@@ -16,11 +18,13 @@ class Simulated(Launcher):
 
     Attributes:
         least: fewest workers that have served at a time since the start.
+        hung: names of those that answer nothing.
     """
 
-    def __init__(self, workers: int, room: int = 100) -> None:
+    def __init__(self, workers: int, room: int = 100, directory: Path | None = None) -> None:
         access = Access(redis={"url": "redis://127.0.0.1", "description": "", "pid": None})
-        super().__init__(StackSettings(model="m", workers=workers), access, lambda *_: None)
+        super().__init__(StackSettings(model="m", workers=workers), access, lambda *_: None, directory=directory)
+        self.hung = set[str]()
         self.table = {f"worker-{index}": False for index in range(workers)}
         self.least, self._room = workers, room
 
@@ -52,7 +56,8 @@ class Simulated(Launcher):
         return {}
 
     def _asked(self, names: Any, question: str) -> dict[str, Any]:
-        return {name: self.table[name] if question == "draining" else f"at {name}" for name in names}
+        answering = [name for name in names if name not in self.hung]
+        return {name: self.table[name] if question == "draining" else f"at {name}" for name in answering}
 
 
 def test_a_drained_worker_is_replaced_before_it_goes() -> None:
@@ -92,6 +97,23 @@ def test_without_room_for_another_nothing_is_drained() -> None:
     with pytest.raises(StackError, match="no room"):
         stack.drain("at worker-0", lambda: stack.handed_over("worker-0"))
     assert stack.serving == ["worker-0"]
+
+
+def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
+    """It answers nobody, but has written down where it is."""
+    stack = Simulated(2, directory=tmp_path)
+    for name in (*stack.table, "worker-7"):  # the last one has ended
+        Life(tmp_path, name).serves(f"at {name}")
+    stack.hung.add("worker-1")
+
+    def hand_over() -> int:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        stack.drain("at worker-1", hand_over)
+    assert (stack.serving, stack.least) == (["worker-0", "worker-2"], 2)
+    with pytest.raises(StackError, match="no worker of the stack is at"):
+        stack.drain("at worker-7", hand_over)
 
 
 def test_an_address_of_nobody() -> None:

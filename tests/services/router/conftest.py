@@ -36,6 +36,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
     asked: list[worker_pb2.RunRequest] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
+    cancelled: list[tuple[str, int]] = field(default_factory=list)
     refuse: grpc.StatusCode | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     max_sequences: int = 8
@@ -58,6 +59,12 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
             yield worker_pb2.RunReply(finished=finished)
         finally:
             self.ended.append(request.session_id)
+
+    async def Cancel(
+        self, request: worker_pb2.CancelRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.CancelReply:
+        self.cancelled.append((request.session_id, request.fence))
+        return worker_pb2.CancelReply()
 
     async def Drop(self, request: worker_pb2.DropRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DropReply:
         self.dropped.append(request.session_id)

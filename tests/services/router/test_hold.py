@@ -38,6 +38,17 @@ async def test_closing_ends_a_generation_of_any_router(
         assert await asyncio.wait_for(lost.get(), 10) == "closed"
 
 
+async def test_what_its_client_has_left_expires_soon(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing makes it stay once more, while its generation ends."""
+    monkeypatch.setattr(module, "REFRESH_S", 0.02)
+    directory = SessionDirectory(redis, 3600)
+    session = await directory.open("m", common_pb2.CacheParams(), kept=False)
+    async with directory.held(session.id, lambda _: None) as hold:
+        assert await hold.leave()
+        await asyncio.sleep(0.1)
+        assert 0 < await redis.ttl(session_keys.facts(session.id)) <= module.LEFT_TTL_S
+
+
 @pytest.mark.parametrize("expired", ["the hold alone", "a refresh after it"])
 async def test_an_expired_hold_that_nobody_took_is_taken_again(
     directory: SessionDirectory, redis: Redis, monkeypatch: pytest.MonkeyPatch, expired: str

@@ -183,3 +183,4 @@ async def test_a_client_that_rejoins_takes_the_session_at_once(
                 await rest(first)
             worker.gate.set()
             assert (await rest(again))[-1].HasField("finished")
+        assert worker.cancelled == []  # the generation goes on

@@ -131,9 +131,10 @@ async def test_cancelling_ends_the_workers_call_and_keeps_the_session(client: St
     async def free() -> bool:
         # The router and the worker notice it independently.
         (listed,) = (await client.ListSessions(generate_pb2.ListSessionsRequest())).sessions
-        return not listed.running and worker.ended == [session]
+        return not listed.running and worker.ended == [session] and bool(worker.cancelled)
 
     await until(free, "the session and the worker were freed")
+    assert worker.cancelled == [(session, worker.asked[0].fence)]
     worker.gate.set()
     await replies(client.Generate(request(" more", session_id=session)))
     n = len(worker.asked[0].token_ids)

@@ -13,7 +13,19 @@ from qaq.v1 import common_pb2, worker_pb2
 from qaq_core.models import LoadedModel
 from services.common.errors import StatusError
 from services.worker.generation import Generation
-from tests.services.worker.conftest import EXACT, STORY, Ids, MakeScheduler, Outcome, expected, outcome, request, until
+from tests.services.worker.conftest import (
+    EXACT,
+    STORY,
+    Gate,
+    Ids,
+    MakeScheduler,
+    Outcome,
+    expected,
+    outcome,
+    request,
+    settled,
+    until,
+)
 
 NEW = 48
 AT = 12
@@ -72,6 +84,61 @@ async def test_the_later_call_gets_the_rest_and_nothing_is_computed_twice(
     assert result.done is not None
     usage = result.done.usage
     assert (usage.prompt_tokens, usage.generated_tokens) == (len(tokens), NEW)
+
+
+@pytest.mark.parametrize("preset", ["fp16", "balanced"])
+async def test_what_was_left_waits_and_goes_on(
+    make_scheduler: MakeScheduler, ids: Ids, gate: Gate, preset: str
+) -> None:
+    """Its router is gone. Nothing is decoded until the next one asks, and then the tokens are those of one stream."""
+    tokens, cache, new = ids(STORY), common_pb2.CacheParams(preset=preset), 20
+    gate.open()
+    async with make_scheduler(max_sequences=2, requantize_wait=True) as scheduler:
+        whole = (await outcome(scheduler.submit(request(tokens, new, cache=cache)))).tokens
+        turn = {"cache": cache, "session_id": "s"}
+        lost = scheduler.submit(request(tokens, new, fence=1, **turn))
+        first = await begun(lost, new // 4)
+        gate.shut()
+        scheduler.leave(lost.call)
+        gate.open()
+        await outcome(scheduler.submit(request(tokens, 2)))  # others go on beside it
+        assert scheduler.state.running == 1
+        assert len(first) + lost.replies.qsize() < new
+        before = computed()
+        rest = request([*tokens, *first], new, fence=2, generated_tokens=len(first), **turn)
+        assert first + (await outcome(scheduler.submit(rest))).tokens == whole
+        assert computed() == before
+        await settled(scheduler, running=0, sessions=0)
+
+
+async def test_what_was_left_ends_when_nobody_wants_it(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    async with make_scheduler() as scheduler:
+        lost = scheduler.submit(asked(ids(STORY), fence=1, new=4000))
+        await begun(lost, 1)
+        scheduler.leave(lost.call)
+        scheduler.cancel(lost.call)
+        await settled(scheduler, running=0, sessions=0, kv_bytes=0)
+
+
+async def test_what_was_left_in_its_prompt_goes_on_from_there(
+    make_scheduler: MakeScheduler, smollm2: LoadedModel, ids: Ids, gate: Gate
+) -> None:
+    """And what waits for its turn has nothing to keep."""
+    tokens = ids(STORY)
+    gate.open()
+    whole = expected(smollm2, tokens, 8)
+    gate.shut()
+    gate.batches.clear()
+    async with make_scheduler(max_sequences=1) as scheduler:
+        before = computed()
+        lost, queued = (scheduler.submit(asked(tokens, fence=1, new=8, tenant=tenant)) for tenant in ("", "another"))
+        await until(lambda: bool(gate.batches))
+        for generation in (lost, queued):
+            scheduler.leave(generation.call)
+        gate.open()
+        await settled(scheduler, running=1, waiting=0)
+        assert (await outcome(scheduler.submit(asked(tokens, fence=2, new=8)))).tokens == whole
+        assert computed() == before + len(tokens)
 
 
 async def test_the_end_of_the_call_before_ends_nothing(make_scheduler: MakeScheduler, ids: Ids) -> None:
