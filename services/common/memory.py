@@ -9,55 +9,66 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable
 from functools import cache
-
-import psutil
+from typing import Any
 
 STEP = 32 << 20
-"""Resident bytes that a process grows by before its free memory is given back. That takes some tens of milliseconds,
-in which threads that allocate may wait."""
+"""Free bytes that a process may have more than the last time before they are given back. That takes some tens of
+milliseconds, in which threads that allocate may wait."""
 
-LOOK_S = 2.0
+LOOK_S = 5.0
+
+
+class _Info(ctypes.Structure):
+    """`struct mallinfo2`; `free` is `fordblks`, which counts what was given back too."""
+
+    _fields_ = [
+        *((f"_{number}", ctypes.c_size_t) for number in range(8)),
+        ("free", ctypes.c_size_t),
+        ("_last", ctypes.c_size_t),
+    ]
 
 
 class Heap:
     """The memory of this process.
 
     Args:
-        trim: gives all free memory back to the system.
+        libc: the C library.
+    Raises:
+        AttributeError: it is not glibc 2.33 or newer.
     """
 
-    def __init__(self, trim: Callable[[], object]) -> None:
-        self._trim, self._process = trim, psutil.Process()
-        self._least = self._resident()
+    def __init__(self, libc: Any) -> None:
+        self._trim, self._info = libc.malloc_trim, libc.mallinfo2
+        self._info.restype = _Info
+        self._least = self._free()
 
-    def keep_small(self) -> bool:
-        """Gives free memory back if the process has grown since the last time. Returns whether it did."""
-        resident = self._resident()
-        self._least = min(self._least, resident)
-        if resident < self._least + STEP:
+    def give_back(self) -> bool:
+        """Gives free memory back if there is more of it than the last time. Returns whether it did."""
+        free = self._free()
+        self._least = min(self._least, free)
+        if free < self._least + STEP:
             return False
-        self._trim()
-        self._least = self._resident()
+        self._trim(ctypes.c_size_t(0))
+        self._least = free
         return True
 
-    def _resident(self) -> int:
-        return int(self._process.memory_info().rss)
+    def _free(self) -> int:
+        return int(self._info().free)
 
 
 @cache
 def watch() -> None:
-    """Keeps this process small from now on, in a thread of its own. Does nothing where the C library is not glibc."""
+    """Gives back what this process frees from now on, in a thread of its own. Elsewhere than with glibc nothing is
+    done."""
     try:
-        trim = ctypes.CDLL(None).malloc_trim
+        heap = Heap(ctypes.CDLL(None))
     except (AttributeError, OSError):
         return
-    heap = Heap(lambda: trim(ctypes.c_size_t(0)))
     threading.Thread(target=_watch, args=(heap,), name="memory", daemon=True).start()
 
 
 def _watch(heap: Heap) -> None:
     while True:
         time.sleep(LOOK_S)
-        heap.keep_small()
+        heap.give_back()

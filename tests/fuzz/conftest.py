@@ -21,6 +21,7 @@ from redis.asyncio import Redis
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qaq_core.models import LoadedModel, load_tokenizer
+from services.common import memory
 from services.common.admission import Admission
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
@@ -29,13 +30,12 @@ from services.gateway.server import GatewayServer
 from services.originals.server import OriginalsServer
 from services.originals.uploads import Uploads
 from services.router.server import RouterServer
-from services.worker.constraints import CACHE_BYTES
 from services.worker.server import WorkerServer
 
 CONTEXT = 384
-GROWTH = (100 << 20) + 2 * CACHE_BYTES
-"""Bytes that a stack may hold more after all messages than after the first: its compilers keep grammars, one for texts
-with special tokens and one for those without."""
+GROWTH = 100 << 20
+"""Bytes that a stack and its clients may hold more after all messages than after a quarter as many others, which warm
+it up: what it makes once is made by then."""
 
 LONG = int(os.environ.get("QAQ_FUZZ", "0"))
 """How much longer form is asked for: about how many messages. QAQ_FUZZ=10000 pytest tests/fuzz"""
@@ -104,8 +104,10 @@ def all_of(kind: type) -> list[Any]:
     return [made for made in gc.get_objects() if isinstance(made, kind)]
 
 
-def resident() -> int:
+async def resident() -> int:
+    """Bytes of this process, once it has given back what is free."""
     gc.collect()
+    await asyncio.sleep(4 * memory.LOOK_S)
     return int(psutil.Process().memory_info().rss)
 
 
@@ -144,6 +146,7 @@ async def fuzzed(
     redis: Redis, redis_server: EmbeddedRedis, model_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> AsyncIterator[Fuzzed]:
     monkeypatch.setenv("QAQ_CACHE_DIR", os.environ.get("QAQ_CACHE_DIR", str(tmp_path)))
+    monkeypatch.setattr(memory, "LOOK_S", 0.25)
     errors: list[Any] = []
     before = structlog.get_config()["processors"]
     structlog.configure(processors=[_unexpected(errors)])

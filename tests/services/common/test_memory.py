@@ -20,8 +20,9 @@ if sys.argv[1] == "watched":
     memory.watch()
     memory.watch()
 before = resident()
-pieces = [bytes(100_000) if i % 2 else bytes(2_000) for i in range(3200)]
+pieces = [b"x" * (100_000 if i % 2 else 2_000) for i in range(3200)]
 full = resident()
+time.sleep(0.3)  # it is looked at before it is free, too
 del pieces[1::2]
 ends = time.monotonic() + (20 if sys.argv[1] == "watched" else 0.5)
 while resident() - before > 50 and time.monotonic() < ends:
