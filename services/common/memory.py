@@ -12,20 +12,21 @@ import time
 from functools import cache
 from typing import Any
 
+import psutil
+
 STEP = 32 << 20
-"""Free bytes that a process may have more than the last time before they are given back. That takes some tens of
-milliseconds, in which threads that allocate may wait."""
+"""Bytes that a process may keep without using them, more than after the last time, before they are given back. That
+takes some tens of milliseconds, in which threads that allocate may wait."""
 
 LOOK_S = 5.0
 
 
 class _Info(ctypes.Structure):
-    """`struct mallinfo2`; `free` is `fordblks`, which counts what was given back too."""
+    """`struct mallinfo2`: `uordblks` of the heaps and `hblkhd` beside them are in use."""
 
     _fields_ = [
-        *((f"_{number}", ctypes.c_size_t) for number in range(8)),
-        ("free", ctypes.c_size_t),
-        ("_last", ctypes.c_size_t),
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
     ]
 
 
@@ -41,20 +42,23 @@ class Heap:
     def __init__(self, libc: Any) -> None:
         self._trim, self._info = libc.malloc_trim, libc.mallinfo2
         self._info.restype = _Info
-        self._least = self._free()
+        self._process = psutil.Process()
+        self._least = self._unused()
 
     def give_back(self) -> bool:
         """Gives free memory back if there is more of it than the last time. Returns whether it did."""
-        free = self._free()
-        self._least = min(self._least, free)
-        if free < self._least + STEP:
+        unused = self._unused()
+        self._least = min(self._least, unused)
+        if unused < self._least + STEP:
             return False
         self._trim(ctypes.c_size_t(0))
-        self._least = free
+        self._least = self._unused()
         return True
 
-    def _free(self) -> int:
-        return int(self._info().free)
+    def _unused(self) -> int:
+        """Resident bytes that nobody has allocated; with what other libraries have from the system, as Python has."""
+        info = self._info()
+        return int(self._process.memory_info().rss - info.uordblks - info.hblkhd)
 
 
 @cache
