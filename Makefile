@@ -73,10 +73,13 @@ lint: $(DEVELOPED)
 
 # The kernels' tests against a library that watches its memory and its arithmetic. QAQ_FUZZ=50000 make sanitize gives
 # tables and entry points as many inputs each.
+# What they find ends the tests and is in build/sanitized/report.<pid>, which pytest would otherwise swallow.
 SANITIZED := build/sanitized/_cpu.so
+REPORT := build/sanitized/report
 sanitize: $(DEVELOPED) $(SANITIZED)
 	QAQ_LIBRARY=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$(REPORT) \
 		$(BIN)/pytest -q tests/core/attention/test_kernels.py tests/core/attention/test_kernels_fuzz.py \
 		tests/core/attention/test_prompts.py tests/core/quantization/test_encoder.py \
 		tests/core/allocation/test_allocator.py tests/core/storage/test_pool.py tests/core/kernels/test_checks.py \

@@ -16,21 +16,26 @@ ROLES: tuple[type[CommonSettings], ...] = (RouterSettings, WorkerSettings, Origi
 OTHERS = frozenset(
     {
         "QAQ_API_KEY",
-        "QAQ_BUDGET_MIB",
         "QAQ_CACHE_DIR",
-        "QAQ_CLIENTS",
-        "QAQ_FAULTS",
-        "QAQ_FUZZ",
-        "QAQ_FUZZ_SEED",
-        "QAQ_GATEWAY",
         "QAQ_HTTP_PORT",
         "QAQ_KERNEL",
         "QAQ_LIBRARY",
         "QAQ_STACK",
         "QAQ_STATE_DIR",
         "QAQ_TENANT",
-        "QAQ_TOKENIZER",
+    }
+)
+# Those that tests read, which may start a stack themselves.
+OF_TESTS = frozenset(
+    {
+        "QAQ_BUDGET_MIB",
+        "QAQ_CLIENTS",
+        "QAQ_FAULTS",
+        "QAQ_FUZZ",
+        "QAQ_FUZZ_SEED",
+        "QAQ_LLAMA_CPP",
         "QAQ_TRANSFORMERS",
+        "QAQ_VLLM",
     }
 )
 # Variables that are read where torch is imported already, which takes seconds.
@@ -43,14 +48,15 @@ def variable(setting: str) -> str:
 
 
 def known() -> frozenset[str]:
-    """All variables that have a meaning."""
+    """All variables that have a meaning to QAQ itself."""
     return OTHERS | {variable(name) for role in ROLES for name in role.model_fields}
 
 
 def unknown() -> dict[str, str | None]:
     """Variables that are set and have no meaning, each with the known one that may be meant."""
     names = known()
-    found = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in names)
+    given = (name for name in os.environ if name.upper().startswith(PREFIX))
+    found = sorted(name for name in given if name.upper() not in names | OF_TESTS)
     return {name: next(iter(difflib.get_close_matches(name.upper(), names, 1, 0.75)), None) for name in found}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import Any, TextIO, cast
 
 import stamina.instrumentation
 import structlog
@@ -17,9 +18,27 @@ _seen: OrderedDict[str, None] = OrderedDict()
 _lock = threading.Lock()
 
 
+class _Stderr:
+    """Standard error, wherever it goes; what cannot be written is lost, and whoever tells it goes on."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    """Not what gRPC says, with a traceback, of each answer whose client has gone away."""
+    return not record.getMessage().startswith("ExecuteBatchError raised in core")
+
+
 def configure(level: str = "info") -> None:
     """Configures logging of this process. Retries are counted in metrics instead of logged."""
     stamina.instrumentation.set_on_retry_hooks([])
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_wanted)
     terminal = sys.stderr.isatty()
     renderer: Any = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
     errors = [] if terminal else [structlog.processors.format_exc_info]
@@ -32,7 +51,7 @@ def configure(level: str = "info") -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Stderr())),
     )
 
 

@@ -113,12 +113,15 @@ class Registry:
     async def _keep_beating(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
+            failure: Exception | None = None
             try:
                 await self._beat(kind, address, info)
             except Exception as error:  # whatever it is: without a heartbeat the member would be gone for good
+                failure = error
+            if failure is not None:
                 metrics.registry_failures.inc()
                 if once(f"heartbeat {kind} {address}"):
-                    log.warning("heartbeat failed; it is retried", kind=kind, address=address, error=str(error))
+                    log.warning("heartbeat failed; it is retried", kind=kind, address=address, error=str(failure))
 
     async def _strike(self, kind: Kind, gone: list[str]) -> None:
         """Takes addresses off the list, unless one has come back since it was looked for."""

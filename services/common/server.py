@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from qaq_core.base.errors import QAQError
-from services.common import environment, tls
+from services.common import environment, memory, tls
 from services.common.identity import Identity
 from services.common.interceptor import StatusInterceptor
 from services.common.roles import Guard
@@ -126,6 +126,7 @@ class GrpcServer:
                 "this machine; choose another port (0 takes any free one) or host"
             ) from error
         await server.start()
+        memory.watch()
         self._server = server
         for name in names:
             await self._health.set(name, _SERVING)

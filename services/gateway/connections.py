@@ -63,7 +63,10 @@ class Connection(H11Protocol):
         self.refuse(400, "the request is not valid HTTP/1.1, or its headers are too long")
 
     def refuse(self, status: int, message: str) -> None:
-        """Answers what is no request, and closes."""
+        """Answers what is no request, or no more of one, and closes."""
+        if self.cycle is not None:  # nothing more is to be written of its answer, and nobody sends the rest of its body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         code = "overloaded" if status == 503 else "invalid_request"
         body = json.dumps(described(message, status, code)).encode()
         headers = [
@@ -74,12 +77,14 @@ class Connection(H11Protocol):
         ]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
-            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+            parts = [] if self._asks_head() else [h11.Data(data=body)]
+            for event in (answer, *parts, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        if self.cycle is not None:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
         self.transport.close()
+
+    def _asks_head(self) -> bool:
+        """Whether the request that waits for its answer wants no body."""
+        return self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
 
     def _watch(self) -> None:
         """Waits for headers if a part of them has come and no request is being answered."""

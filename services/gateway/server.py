@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 import uvicorn
 
-from services.common import log, metrics, tls
+from services.common import log, memory, metrics, tls
 from services.common.channel import open_channel
 from services.common.identity import Identity, require_loopback
 from services.common.redis import check, connect
@@ -82,6 +82,7 @@ class GatewayServer:
             stack.push_async_callback(end)
             while not server.started and not task.done():  # noqa: ASYNC110 (uvicorn sets no event)
                 await asyncio.sleep(_POLL_S)
+            memory.watch()
             address = reachable(settings.host, bound.getsockname()[1], settings.advertise_host)
             await stack.enter_async_context(Registry(redis).announce("gateway", address, {"pid": os.getpid()}))
             self._stack = stack.pop_all()

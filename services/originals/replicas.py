@@ -28,6 +28,8 @@ AVOID_S = 5.0
 TRIES = 2
 _CLOSE_GRACE_S = 60.0  # above every deadline, so that running calls can end
 _NOT_RUNNING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+# What grpc.aio itself says of a call that its server ended while a message was sent: what the server said is lost.
+_UNTOLD = (grpc.StatusCode.INTERNAL, "Internal error from Core")
 _RETRYABLE = (*_NOT_RUNNING, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 log = structlog.get_logger()
@@ -53,7 +55,8 @@ class Replicas:
         self._closing: set[asyncio.Task[None]] = set()
 
     async def call(self, key: bytes, call: Callable[[Stub], Awaitable[T]], tries: int = TRIES) -> T:
-        """Calls the replica that `key` belongs to, and another one if that one is not running.
+        """Calls the replica that `key` belongs to, and another one if that one is not running. A call whose answer was
+        lost is made again.
 
         Raises:
             OriginalsError: names the replica and the reason.
@@ -68,8 +71,8 @@ class Replicas:
             except grpc.aio.AioRpcError as error:
                 if error.code() in _NOT_RUNNING:
                     self._avoided[address] = time.monotonic() + AVOID_S
-                    if left:
-                        continue
+                if left and (error.code() in _NOT_RUNNING or _untold(error)):
+                    continue
                 raise _translated(address, error) from error
             except StatusError as error:  # from the checks of `wire`
                 raise OriginalsError(f"cache service {address} sent a broken answer: {error}") from error
@@ -121,9 +124,13 @@ def choose(page_id: bytes, addresses: Sequence[str]) -> str:
     return max(addresses, key=lambda address: blake3(page_id + address.encode()).digest(8))
 
 
+def _untold(error: grpc.aio.AioRpcError) -> bool:
+    return (error.code(), error.details()) == _UNTOLD
+
+
 def _translated(address: str, error: grpc.aio.AioRpcError) -> OriginalsError:
     code = error.code()
     message = f"cache service {address}: {code.name}: {error.details()}"
-    if code in _RETRYABLE:
+    if code in _RETRYABLE or _untold(error):
         return NoAnswerError(message)
     return CodecUnknownError(message) if code is grpc.StatusCode.FAILED_PRECONDITION else OriginalsError(message)

@@ -139,6 +139,8 @@ class OriginalsService(originals_pb2_grpc.OriginalsServicer):
             rows = wire.row_request_of(request, quantizer.meta_bytes)
             values = await self._store.rows(rows)
             found, planes = await self._in_thread(_requantize, quantizer, rows, values)
+            for page_id in _without_numbers(rows, values, found):
+                await self._store.get(page_id)  # which removes it
         self._count(found, len(planes))
         return pb.RequantizeReply(found=found.astype(np.uint8).tobytes(), planes=planes)
 
@@ -194,6 +196,12 @@ def _requantize(quantizer: Quantizer, rows: RowRequest, values: Sequence[bytes |
         return found, quantizer.requantize(rows.select(found), originals[numbers]).tobytes()
     except (ConfigError, IndexError, RuntimeError) as error:
         raise InvalidArgument(f"the codec's tables do not fit pages of {rows.shape}: {error}") from error
+
+
+def _without_numbers(rows: RowRequest, values: Sequence[bytes | None], found: np.ndarray) -> set[bytes]:
+    """The pages of rows that are there and are no numbers."""
+    there = np.array([value is not None for value in values], dtype=bool)
+    return {rows.page_ids[page] for page in np.unique(rows.page[there & ~found]).tolist()}
 
 
 def _check_codec_id(codec_id: bytes) -> None:

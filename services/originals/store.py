@@ -22,6 +22,7 @@ from services.common import metrics
 from services.common.errors import InvalidArgument, ResourceExhausted
 from services.common.log import once
 from services.common.redis import is_full
+from services.originals import wire
 from services.originals.budget import Budget
 from services.originals.index import PageIndex
 from services.originals.page_format import HEADER_BYTES, Header, PageFormat, head_bytes
@@ -93,7 +94,10 @@ class PageStore:
         return there.index(0) if 0 in there else len(there)
 
     async def get(self, page_id: bytes) -> tuple[PageShape, Seal, memoryview] | None:
-        """A whole page; None if it is missing or corrupt. A corrupt page is removed, so that it can be put again."""
+        """A whole page; None if it is missing or corrupt. A corrupt page is removed, so that it can be put again.
+
+        One that holds NaN or infinity counts as corrupt: no worker uses it, and each would compute its tokens again.
+        """
         key = _page_key(page_id)
         try:
             raw = await self._redis.get(key)
@@ -106,7 +110,7 @@ class PageStore:
         if not isinstance(raw, bytes):
             return None
         try:
-            header, data = await asyncio.to_thread(self._format.unpack, page_id, raw)
+            header, data = await asyncio.to_thread(self._unpack, page_id, raw)
         except CorruptPageError as error:
             _count_corrupt(page_id, str(error))
             await self._discard(key, raw)
@@ -277,6 +281,17 @@ class PageStore:
                     continue
             await self.get(page_id)
         return headers
+
+    def _unpack(self, page_id: bytes, raw: bytes) -> tuple[Header | GroupedPage, memoryview]:
+        """Header and data of a page that can be used.
+
+        Raises:
+            CorruptPageError: it cannot.
+        """
+        header, data = self._format.unpack(page_id, raw)
+        if not wire.finite(header.shape, data):
+            raise CorruptPageError("it holds NaN or infinity")
+        return header, data
 
     async def _ranges(self, spans: Sequence[tuple[bytes, int, int]]) -> list[bytes]:
         """What is stored of pages: of each id from a first to a last byte."""

@@ -117,8 +117,13 @@ class PageAssembly:
     @property
     def finite(self) -> bool:
         """Whether a complete page holds neither NaN nor infinity."""
-        values = torch.frombuffer(self.data, dtype=self.shape.torch_dtype)
-        return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values))
+        return finite(self.shape, self.data)
+
+
+def finite(shape: PageShape, data: bytearray | memoryview) -> bool:
+    """Whether the data of a page holds neither NaN nor infinity."""
+    values = torch.frombuffer(data, dtype=shape.torch_dtype)
+    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values))
 
 
 def codec_chunks(codec_id: bytes, tables: bytes) -> list[pb.PutCodecRequest]:

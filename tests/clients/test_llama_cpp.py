@@ -38,7 +38,7 @@ DIFFERENCES = {
 def test_server(stack: Stack, tmp_path: Path) -> None:
     tests = checkout("QAQ_LLAMA_CPP", "llama.cpp") / "tools/server/tests"
     files = [f"unit/test_{name}.py" for name in FILES]
-    results = run("qaq_llama_cpp", files, tests, tmp_path / "report.xml", QAQ_GATEWAY=stack.url)
+    results = run("qaq_llama_cpp", files, tests, tmp_path / "report.xml", STACK_URL=stack.url)
     print(results)
     assert not results.broken
     assert not results.unexplained(DIFFERENCES)

@@ -50,9 +50,9 @@ def test_server(stack: Stack, tokenizer_dir: Path, tmp_path: Path) -> None:
         source,
         tmp_path / "report.xml",
         f"--confcutdir={source / 'tests/entrypoints'}",
-        QAQ_GATEWAY=stack.url,
+        STACK_URL=stack.url,
         QAQ_MODEL=stack.model,
-        QAQ_TOKENIZER=str(tokenizer_dir),
+        STACK_TOKENIZER=str(tokenizer_dir),
     )
     print(results)
     assert not results.broken

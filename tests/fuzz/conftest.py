@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +22,22 @@ from redis.asyncio import Redis
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qaq_core.models import LoadedModel, load_tokenizer
+from services.common import interceptor, memory
 from services.common.admission import Admission
 from services.common.embedded_redis import EmbeddedRedis
+from services.common.errors import StatusError, to_status
 from services.common.settings import GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 from services.gateway.bodies import Bodies
 from services.gateway.server import GatewayServer
 from services.originals.server import OriginalsServer
 from services.originals.uploads import Uploads
 from services.router.server import RouterServer
-from services.worker.constraints import CACHE_BYTES
 from services.worker.server import WorkerServer
 
 CONTEXT = 384
-GROWTH = (100 << 20) + 2 * CACHE_BYTES
-"""Bytes that a stack may hold more after all messages than after the first: its compilers keep grammars, one for texts
-with special tokens and one for those without."""
+GROWTH = 100 << 20
+"""Bytes that a stack and its clients may hold more after all messages than after a quarter as many others, which warm
+it up: what it makes once is made by then."""
 
 LONG = int(os.environ.get("QAQ_FUZZ", "0"))
 """How much longer form is asked for: about how many messages. QAQ_FUZZ=10000 pytest tests/fuzz"""
@@ -52,7 +54,7 @@ class Fuzzed:
 
     Attributes:
         addresses: of each kind of server.
-        errors: unexpected errors that its servers have logged.
+        errors: unexpected errors that its servers have logged, and internal ones that they have answered with.
     """
 
     addresses: dict[str, str]
@@ -104,9 +106,14 @@ def all_of(kind: type) -> list[Any]:
     return [made for made in gc.get_objects() if isinstance(made, kind)]
 
 
-def resident() -> int:
-    gc.collect()
-    return int(psutil.Process().memory_info().rss)
+async def resident() -> int:
+    """Bytes of this process, once it has given back what is free: the least of some seconds."""
+    least = sys.maxsize
+    for _ in range(12):
+        gc.collect()
+        least = min(least, int(psutil.Process().memory_info().rss))
+        await asyncio.sleep(memory.LOOK_S)
+    return least
 
 
 def _tiny(path: Path) -> LoadedModel:
@@ -130,6 +137,18 @@ def _tiny(path: Path) -> LoadedModel:
     return LoadedModel(model, tokenizer, "tiny", str(path), "f" * 64, torch.float32, CONTEXT)
 
 
+def _noted(errors: list[Any]) -> Any:
+    """`to_status` of the servers, which notes what must not be."""
+
+    def told(error: Exception) -> StatusError | None:
+        status = to_status(error)
+        if status is not None and status.code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+            errors.append(f"{status.code.name}: {status.message}")
+        return status
+
+    return told
+
+
 def _unexpected(errors: list[Any]) -> Any:
     def note(logger: Any, method: str, entry: dict[str, Any]) -> dict[str, Any]:
         if entry.get("event") in ("unexpected error", "a stream failed", "a step failed") or method == "critical":
@@ -144,7 +163,9 @@ async def fuzzed(
     redis: Redis, redis_server: EmbeddedRedis, model_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> AsyncIterator[Fuzzed]:
     monkeypatch.setenv("QAQ_CACHE_DIR", os.environ.get("QAQ_CACHE_DIR", str(tmp_path)))
+    monkeypatch.setattr(memory, "LOOK_S", 0.25)
     errors: list[Any] = []
+    monkeypatch.setattr(interceptor, "to_status", _noted(errors))
     before = structlog.get_config()["processors"]
     structlog.configure(processors=[_unexpected(errors)])
     common: dict[str, Any] = {"redis_url": redis_server.url, "port": 0}

@@ -1,4 +1,4 @@
-"""A pytest plugin: llama.cpp's tests of its server ask QAQ's gateway, whose address is `QAQ_GATEWAY`.
+"""A pytest plugin: llama.cpp's tests of its server ask QAQ's gateway, whose address is `STACK_URL`.
 
 Left out is what cannot be equal: texts of another model, how many tokens its tokenizer makes of a prompt, and the
 options of a process. llama.cpp takes any model's name, and marks its builds by a `b`. Its own completion and
@@ -63,7 +63,7 @@ def answered(path: str, body: Any) -> Any:
     return choices[0] if len(choices) == 1 else choices
 
 
-front = Front(os.environ["QAQ_GATEWAY"], asked, answered)
+front = Front(os.environ["STACK_URL"], asked, answered)
 os.environ |= {"DEBUG_EXTERNAL": "1", "PORT": front.url.rpartition(":")[2]}
 _noted = fixture_of(front)
 

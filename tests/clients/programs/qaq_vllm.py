@@ -1,9 +1,9 @@
-"""A pytest plugin: vLLM's tests of its server ask QAQ's gateway, whose address is `QAQ_GATEWAY`.
+"""A pytest plugin: vLLM's tests of its server ask QAQ's gateway, whose address is `STACK_URL`.
 
-vLLM itself is not needed: its modules are empty, but for its tokenizer, which is the served model's (`QAQ_TOKENIZER`).
-Tests without a server are skipped. The model that a test names is the served one (`QAQ_MODEL`); what a server was
-started with is left out. vLLM's answers have a null for `prompt_logprobs` that nobody asked for, where QAQ's have
-nothing; it is added.
+vLLM itself is not needed: its modules are empty, but for its tokenizer, which is the served model's
+(`STACK_TOKENIZER`). Tests without a server are skipped. The model that a test names is the served one (`QAQ_MODEL`);
+what a server was started with is left out. vLLM's answers have a null for `prompt_logprobs` that nobody asked for,
+where QAQ's have nothing; it is added.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ named = SERVED  # the model that the present server was started with
 def tokenizer(*args: object, **options: object) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(os.environ["QAQ_TOKENIZER"])
+    return AutoTokenizer.from_pretrained(os.environ["STACK_TOKENIZER"])
 
 
 class ModelConfig:
@@ -137,7 +137,7 @@ def answered(path: str, body: Any) -> Any:
     return body
 
 
-front = Front(os.environ["QAQ_GATEWAY"], asked, answered)
+front = Front(os.environ["STACK_URL"], asked, answered)
 _noted = fixture_of(front)
 
 sys.meta_path.insert(0, Empty())

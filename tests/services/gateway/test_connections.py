@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import structlog
 import uvicorn
 from starlette.responses import StreamingResponse
 
@@ -131,6 +132,26 @@ async def test_what_is_no_http() -> None:
 async def test_a_body_that_is_no_chunks() -> None:
     async with serving() as port:
         error(await answer(port, HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n"), 400)
+
+
+BAD_CHUNK = b"transfer-encoding: chunked\r\n\r\nzz\r\n"
+
+
+@pytest.mark.parametrize("method", [b"HEAD", b"GET", b"POST"])
+@pytest.mark.parametrize("path", [b"/version", b"/nothing", b"/detokenize"])
+async def test_a_body_that_is_no_chunks_is_no_error_of_the_gateway(
+    method: bytes, path: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it is sent to: also where an answer has no body, and where no body is read."""
+    with structlog.testing.capture_logs() as logged:
+        async with serving() as port:
+            head = method + b" " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            status, headers, body = await answer(port, head + BAD_CHUNK)
+            # What its connection was closed for does not end others'.
+            assert (await answer(port, b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"))[0] == 200
+    assert (status, headers["connection"], bool(body)) == (400, "close", method != b"HEAD")
+    assert not logged
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,7 @@ async def test_rows_without_numbers_are_missing(stub: Stub, redis: Redis, quanti
     assert 0 < bad.sum() < 200
     assert list(reply.found) == (~bad).tolist()
     assert len(reply.planes) == rows.payload_bytes()[~bad].sum()
+    assert await redis.keys("qaq:page:*") == [f"qaq:page:{pages[0].id.hex()}".encode()], "the others can be put again"
 
 
 async def test_rows_beyond_every_codec_fail_no_service(stub: Stub, redis: Redis, quantizer: Quantizer) -> None:

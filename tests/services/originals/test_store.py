@@ -18,6 +18,7 @@ from services.common.embedded_redis import EmbeddedRedis
 from services.common.errors import InvalidArgument
 from services.common.redis import connect
 from services.originals.page_format import CHECKSUM_BYTES, HEADER_BYTES, stored_bytes
+from services.originals.page_forms import PageForm
 from services.originals.store import PageStore
 from tests.services.metric import value
 from tests.services.originals.conftest import SHAPE, make_pages, seal
@@ -142,6 +143,27 @@ async def test_a_corrupt_row_is_missing_counted_and_its_page_can_be_put_again(
     assert not await redis.exists(key(page))
     assert await put(store, [page]) == [True]
     assert await store.rows(every_row([page])) == right
+
+
+@pytest.mark.parametrize("form", ["plain", "lossless"])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+async def test_a_page_that_is_no_numbers_is_missing_and_can_be_put_again(
+    redis: Redis, form: PageForm, wrong: float
+) -> None:
+    """One that stands in Redis from earlier, sealed as it should be: without this it would stay, and be of no use."""
+    store = PageStore(redis, ttl_s=600, form=form)
+    (page,) = make_pages(1)
+    bad = dataclasses.replace(page, data=page.data.clone())
+    bad.data[2, 1, 0, 3, 5] = wrong
+    await put(store, [bad])
+    before = value(metrics.originals_corrupt)
+    assert await store.get(page.id) is None
+    assert value(metrics.originals_corrupt) == before + 1
+    assert not await redis.exists(key(page))
+    assert await put(store, [page]) == [True]
+    stored = await store.get(page.id)
+    assert stored is not None
+    assert bytes(stored[2]) == bytes(page.to_bytes())
 
 
 async def test_garbage_over_a_page_gives_no_row(store: PageStore, redis: Redis) -> None:
