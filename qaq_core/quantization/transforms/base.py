@@ -9,8 +9,11 @@ import torch
 
 class Transform(Protocol):
     name: str
-    kept_bytes: int
-    """Bytes of what a sequence's own transform has made of its tensors and keeps."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what a sequence's own transform has made of its tensors and keeps."""
+        ...
 
     def to(self, device: torch.device) -> Transform:
         """The same transform with its tensors on a device."""

@@ -103,7 +103,7 @@ def whole_life(run: Run) -> list[Any]:
     run.decode(1, second)
     run.feed(token_ids(30, seed=8), second)  # another turn
     bits = []
-    if first.rate.elastic:
+    if first.rate.elastic and first.in_time is None:
         bits.append(first.bits_at(2 * first.rate.value))
         for factor in (8.0, 0.1):
             first.set_lambda_floor(factor * first.rate.value)
@@ -136,6 +136,7 @@ def test_every_path_makes_the_bits_of_a_cpu(name: str) -> None:
     if name != "fp16":
         assert stats.exceptions > 0
         assert stats.rows_requantized > 0
+    if name in ("balanced", "paper"):
         assert stats.rows_narrowed > 0
     if name == "in time":
         assert stats.rows_corrected > 0
