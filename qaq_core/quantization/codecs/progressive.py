@@ -56,9 +56,8 @@ class ProgressiveCodec(GaussianCodec):
             layer = int(torch.nonzero(rms > self._table[-1])[0, 0])
             most = float(self._table[-1])
             raise QuantizationError(f"layer {layer}: a row is over {most:.0f} times as large as a typical one")
-        first, rest = (
-            torch.bucketize(rms, constant_on(self._borders, rms.device), out_int32=True).to(torch.uint8).unbind(-1)
-        )
+        borders = constant_on(self._borders, rms.device)
+        first, rest = torch.bucketize(rms, borders, out_int32=True).to(torch.uint8).unbind(-1)
         return (first | (rest << 4)).unsqueeze(-1)
 
     def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
