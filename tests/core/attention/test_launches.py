@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qaq_core.quantization import LinearTransform
+from qaq_core.storage import packed as packed_module
 from tests.core.tiny_models import first_layers
 from tests.devices import Count, PretendedDevice
 
@@ -31,7 +32,11 @@ def counts(device: PretendedDevice, batch: int) -> list[Count]:
     return made
 
 
-def test_a_step_with_tritons_kernels_makes_the_logits_of_the_reference(device: PretendedDevice) -> None:
+@pytest.mark.slow
+def test_a_step_with_tritons_kernels_makes_the_logits_of_the_reference(
+    device: PretendedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_module, "BLOCK_TOKENS", 64)
     away, home = (launches.Decoding(*first_layers(KIND, 1), place, 1, PROMPT) for place in (device, None))
     torch.testing.assert_close(away.step(10), home.step(10), rtol=2e-3, atol=2e-3)
 
