@@ -33,6 +33,20 @@ MARKS_OF_FOLDERS = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--filled",
+        action="store_true",
+        help="fill memory that torch has not initialized: floats with NaN, integers with their largest number",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--filled"):
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     items.sort(key=lambda item: schedule.rank(item.path.relative_to(here).as_posix()))

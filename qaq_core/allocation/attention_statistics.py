@@ -12,10 +12,14 @@ from typing import Literal, Protocol
 
 import torch
 
+from qaq_core.base.constants import constant_on
+
 LOG2_FLOOR = -40.0
 """log2 of the smallest number that a byte distinguishes from 0; the largest number is 1."""
 
 LOG2_STEP = -LOG2_FLOOR / 255
+_LOG_TABLE = torch.exp2(LOG2_FLOOR + LOG2_STEP * torch.arange(256, dtype=torch.float32))
+_LOG_TABLE[0] = 0.0
 
 DITHER = 1_000_003
 """Distance between the dither sequences of two consecutive seeds."""
@@ -120,9 +124,7 @@ def _thresholds(like: torch.Tensor, seed: int) -> torch.Tensor:
 
 def from_log_byte(code: torch.Tensor) -> torch.Tensor:
     """float32 of log codes; code 0 is 0."""
-    table = torch.exp2(LOG2_FLOOR + LOG2_STEP * torch.arange(256, device=code.device, dtype=torch.float32))
-    table[0] = 0.0
-    return table[code.int()]
+    return constant_on(_LOG_TABLE, code.device)[code.int()]
 
 
 class AttentionWindow:

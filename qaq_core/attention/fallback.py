@@ -143,9 +143,13 @@ def _warn(kernel: str, reason: str) -> None:
 
 def transformed_queries(transforms: Sequence[Transform], layer: int, query: torch.Tensor) -> torch.Tensor:
     """Queries [heads, sequences, head_dim] to multiply with each sequence's packed keys."""
+    if len(transforms) == 1:
+        return transforms[0].query(layer, query)
     return torch.cat([transform.query(layer, query[:, i : i + 1]) for i, transform in enumerate(transforms)], 1)
 
 
 def restored_outputs(transforms: Sequence[Transform], layer: int, output: torch.Tensor) -> torch.Tensor:
     """Sums of each sequence's packed values [heads, sequences, head_dim], transformed back."""
+    if len(transforms) == 1:
+        return transforms[0].restore(layer, output)
     return torch.cat([transform.restore(layer, output[:, i : i + 1]) for i, transform in enumerate(transforms)], 1)

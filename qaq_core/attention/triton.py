@@ -66,6 +66,7 @@ class TritonAttention(KernelWithFallback):
         self._levels = levels.to(device)
         # With one meta byte a row, scales are looked up; other codecs' parameters are passed as numbers.
         self._by_meta = codec.meta_bytes == 1
+        self._has_offset = codec.affine(torch.zeros(1, codec.meta_bytes, dtype=torch.uint8))[1] is not None
         scales = torch.ones(256, 1)
         if self._by_meta:
             scales = codec.affine(torch.arange(256, dtype=torch.uint8).unsqueeze(-1))[0]
@@ -113,7 +114,6 @@ class TritonAttention(KernelWithFallback):
             mean, angles = self._scales, self._scales
             if centers:
                 mean, angles = torch.stack([center[0] for center in centers]), centers[0][1]
-            offset = packed.affine(KEY, layer, 0, 1)[1]
             self._kernels.packed_split[splits, kv_heads, batch](
                 *(sequences, query, asked, mean, angles, *self._layout(packed.quantizer, dim)),
                 *(self._levels, self._scales, peaks, masses, sums, *shape),
@@ -123,7 +123,7 @@ class TritonAttention(KernelWithFallback):
                 FIRST_OCTETS=packed.quantizer.codec.split or octets,
                 PARTS=self._scales.shape[1],
                 BY_META=self._by_meta,
-                HAS_OFFSET=offset is not None,
+                HAS_OFFSET=self._has_offset,
                 HAS_MEAN=len(centers) > 0,
                 SPLIT=SPLIT,
                 TILE=TILE,

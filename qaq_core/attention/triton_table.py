@@ -47,8 +47,10 @@ class Table:
         self.exact_type = types.pop() if len(types) == 1 else torch.float32
         rows = [self._rows(mine.packed, mine.layer) if mine.packed else None for mine in tokens]
         begin = fields.FIELDS.value * len(tokens)
-        table = torch.empty(begin + sum(row.numel() for row in rows if row is not None), dtype=torch.int64)
-        on_device = torch.empty_like(table, device=self._device)
+        size = begin + sum(row.numel() for row in rows if row is not None)
+        # From pinned memory a copy is part of the device's queue, and the host goes on.
+        table = torch.empty(size, dtype=torch.int64, pin_memory=self._device.type != "cpu")
+        on_device = torch.empty(size, dtype=torch.int64, device=self._device)
         for i, (mine, observe, row) in enumerate(zip(tokens, observers, rows, strict=True)):
             known = self._exact(mine) | self._watch(mine, observe, heads)
             if mine.packed is not None and row is not None:
@@ -61,7 +63,7 @@ class Table:
                 own[getattr(fields, name).value] = value
             table[i * len(own) : (i + 1) * len(own)] = torch.tensor(own)
         self._held.append(on_device)
-        return on_device.copy_(table)
+        return on_device.copy_(table, non_blocking=True)
 
     def _exact(self, tokens: LayerTokens) -> dict[str, int]:
         keys, values = self._keep(tokens.keys.to(self.exact_type)), self._keep(tokens.values.to(self.exact_type))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from qaq_core.base.constants import constant_on
 from qaq_core.base.widths import HALF, WIDTHS
 
 _WIDTH = torch.tensor(WIDTHS, dtype=torch.uint8)
@@ -39,7 +40,7 @@ def widths_of(tags: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return table.to(index.device).index_select(0, index.reshape(-1).int()).view(index.shape)
+    return constant_on(table, index.device).index_select(0, index.reshape(-1).int()).view(index.shape)
 
 
 def round_robin(head_dim: int) -> torch.Tensor:
@@ -80,13 +81,13 @@ class RowLayout:
             uint8 [n, last-first].
         """
         planes = _transpose(codes.contiguous().view(torch.int64)).view(torch.uint8)  # byte i: bit i of 8 codes
-        place = self.units[first:last].to(codes.device)
+        place = constant_on(self.units, codes.device)[first:last]
         return planes.index_select(1, place ^ 7)
 
     def unpack(self, rows: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [n, head_dim] of rows uint8 [n, bytes]; bits that are not held are 0."""
         planes = torch.zeros(len(rows), 8 * self.octets, dtype=torch.uint8, device=rows.device)
-        planes[:, self.units[: rows.shape[1]].to(rows.device) ^ 7] = rows
+        planes[:, constant_on(self.units, rows.device)[: rows.shape[1]] ^ 7] = rows
         return _transpose(planes.view(torch.int64)).view(torch.uint8)
 
 

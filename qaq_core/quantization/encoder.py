@@ -113,8 +113,9 @@ def spread(scale: torch.Tensor, head_dim: int, split: int) -> torch.Tensor:
     """Scales per row [..., 1 or 2] as scales per dim [..., 1 or head_dim]; `split` as in `Codec`."""
     if not split:
         return scale
-    dims = torch.tensor([8 * split, head_dim - 8 * split], device=scale.device)
-    return scale.repeat_interleave(dims, -1, output_size=head_dim)
+    first, rest = scale.split(1, -1)
+    shape = scale.shape[:-1]
+    return torch.cat([first.expand(*shape, 8 * split), rest.expand(*shape, head_dim - 8 * split)], -1)
 
 
 def torch_encoder(transform: Transform, codec: Codec, layouts: Layouts, device: torch.device) -> Encoder:

@@ -49,6 +49,7 @@ class Quantizer:
         self.meta_bytes = codec.meta_bytes
         self._layouts: dict[tuple[int, int], RowLayout] = base._layouts if base else {}
         self._encoders: dict[str, Encoder] = {}
+        self._transforms: dict[str, Transform] = {}
         self.id = blake3(self.to_bytes()).digest(16)
 
     def using(self, make_encoder: MakeEncoder) -> Quantizer:
@@ -69,7 +70,8 @@ class Quantizer:
     @property
     def own_bytes(self) -> int:
         """Bytes of the tensors that a sequence does not share with others."""
-        return sum(tensor.nbytes for tensor in self._own_tensors().values())
+        held = sum(tensor.nbytes for tensor in self._own_tensors().values())
+        return held + self.transform.kept_bytes
 
     def _own_tensors(self) -> dict[str, torch.Tensor]:
         if self.base is None:
@@ -162,9 +164,27 @@ class Quantizer:
     def encoder(self, device: torch.device) -> Encoder:
         """The encoder of a device, made once."""
         if device.type not in self._encoders:
-            made = self._make_encoder(self.transform, self.codec, self.layout, device)
+            made = self._make_encoder(self.transform_on(device), self.codec, self.layout, device)
             self._encoders[device.type] = made
         return self._encoders[device.type]
+
+    def transform_on(self, device: torch.device) -> Transform:
+        """The transform with its tables on a device: originals are on the host, wherever a sequence is.
+
+        A sequence's own transform shares the tables of the model's there.
+        """
+        if device.type not in self._transforms:
+            transform = self.transform
+            if self.base is None or not isinstance(transform, LinearTransform):
+                made = transform.to(device)
+            elif transform.key_mean.device == device:
+                made = transform
+            else:
+                model = self.base.transform_on(device)
+                assert isinstance(model, LinearTransform)
+                made = model.adapted_as(transform)
+            self._transforms[device.type] = made
+        return self._transforms[device.type]
 
     def to_bytes(self) -> bytes:
         """Transform and codec as safetensors; for a sequence's own quantizer the base's id and its own tensors.

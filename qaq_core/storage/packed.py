@@ -283,7 +283,7 @@ class PackedTokens:
         for width in moves.want[halves].unique().tolist():
             mine = moves.want[halves] == width
             made = layout.pack(codes[mine], 0, layout.row_bytes(width)).view(-1)
-            offsets[halves[mine]] = torch.arange(size, size + len(made), layout.row_bytes(width))
+            offsets[halves[mine]] = torch.arange(size, size + len(made), layout.row_bytes(width), device=self.device)
             parts.append(made)
             size += len(made)
         return replace(moves, keep=keep, planes=torch.cat(parts), offsets=offsets)

@@ -61,9 +61,30 @@ def check(settings: StackSettings) -> None:
     gateway(settings, _NOBODY)
     worker(settings, _NOBODY)
     originals(_NOBODY)
+    check_device(settings.device, settings.workers)
     if not is_hub_id(settings.model):  # the worker asks the hub, which takes a network
         find_checkpoint(settings.model)
     check_ports(settings)
+
+
+def check_device(device: str, workers: int) -> None:
+    """Each worker has a CUDA device of its own, which is the only one that Ray lets it see.
+
+    Raises:
+        ConfigError: the device is not there.
+        StackError: it is one by number, or there are not enough.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    from qaq_core.models import device_of
+
+    device_of(device)
+    if device != "cuda":
+        raise StackError(f"a stack chooses its workers' devices itself: take cuda, not {device}")
+    if workers > (found := torch.cuda.device_count()):
+        raise StackError(f"{workers} workers need a CUDA device each, and there are {found}; take --workers {found}")
 
 
 def check_ports(settings: StackSettings) -> None:

@@ -15,7 +15,7 @@ from qaq.v1 import worker_pb2_grpc
 from redis.exceptions import RedisError
 
 from qaq_core import calibration
-from qaq_core.models import LoadedModel, compile_layers, load_model
+from qaq_core.models import LoadedModel, compile_layers, device_of, load_model
 from services.common import log, metrics
 from services.common.channel import PING_S
 from services.common.redis import check, connect
@@ -62,6 +62,7 @@ class WorkerServer:
                 PortTakenError: the message says what to change. Nothing is left running.
         """
         settings = self._settings
+        device_of(settings.device)
         async with AsyncExitStack() as stack:
             check_secret(settings)
             who = identity(settings)

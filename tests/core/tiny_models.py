@@ -93,6 +93,14 @@ def calibration(kind: str) -> Calibration:
     return measure(model, ModelShape.of(model), sequences=2, tokens=32)
 
 
+def first_layers(kind: str, layers: int) -> tuple[Any, Calibration]:
+    """A tiny model without its last layers, and the measurement of those that it has."""
+    model = tiny(kind)
+    del model.model.layers[layers:]
+    model.config.num_hidden_layers = layers
+    return model, Calibration(**{name: table[:layers].clone() for name, table in calibration(kind).tables.items()})
+
+
 def token_ids(n: int, seed: int = 0) -> torch.Tensor:
     """[1, n] without the special tokens."""
     return torch.randint(3, VOCABULARY, (1, n), generator=torch.Generator().manual_seed(seed))

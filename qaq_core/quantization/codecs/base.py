@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from qaq_core.base.constants import constant_on
+
 
 class Codec(Protocol):
     """Turns rows into 8-bit codes whose first b bits are the b-bit code.
@@ -73,7 +75,7 @@ class Cells:
 
     def codes(self, units: torch.Tensor) -> torch.Tensor:
         """See `Codec`."""
-        return torch.bucketize(units, self.edges.to(units.device), out_int32=True).to(torch.uint8)
+        return torch.bucketize(units, constant_on(self.edges, units.device), out_int32=True).to(torch.uint8)
 
 
 def part_rms(rows: torch.Tensor, split: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from qaq_core.base.constants import constant_on
 from qaq_core.base.errors import QuantizationError
 from qaq_core.quantization.bit_planes import round_robin
 from qaq_core.quantization.codecs.base import Cells, normal_cells, part_rms
@@ -50,7 +51,7 @@ class GaussianCodec(Cells):
         return code.to(torch.uint8)
 
     def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._scales.to(meta.device)[meta.long()], None
+        return constant_on(self._scales, meta.device)[meta.long()], None
 
     def levels(self, bits: int) -> torch.Tensor:
         return cells(bits)[0].float()

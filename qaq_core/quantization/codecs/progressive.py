@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qaq_core.base.constants import constant_on
 from qaq_core.base.errors import ConfigError, QuantizationError
 from qaq_core.quantization.codecs.gaussian import GaussianCodec, cells
 
@@ -55,11 +56,12 @@ class ProgressiveCodec(GaussianCodec):
             layer = int(torch.nonzero(rms > self._table[-1])[0, 0])
             most = float(self._table[-1])
             raise QuantizationError(f"layer {layer}: a row is over {most:.0f} times as large as a typical one")
-        first, rest = torch.bucketize(rms, self._borders.to(rms.device), out_int32=True).to(torch.uint8).unbind(-1)
+        borders = constant_on(self._borders, rms.device)
+        first, rest = torch.bucketize(rms, borders, out_int32=True).to(torch.uint8).unbind(-1)
         return (first | (rest << 4)).unsqueeze(-1)
 
     def affine(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        table, code = self._table.to(meta.device), meta[..., 0].int()
+        table, code = constant_on(self._table, meta.device), meta[..., 0].int()
         return table[torch.stack([code & 15, code >> 4], -1)], None
 
     def settings(self) -> dict[str, object]:

@@ -10,6 +10,15 @@ import torch
 class Transform(Protocol):
     name: str
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what a sequence's own transform has made of its tensors and keeps."""
+        ...
+
+    def to(self, device: torch.device) -> Transform:
+        """The same transform with its tensors on a device."""
+        ...
+
     def rows(self, side: int, originals: torch.Tensor, start: int) -> torch.Tensor:
         """Rows float32 of originals [layers, kv_heads, tokens, head_dim] of positions start, start+1, …."""
         ...

@@ -11,6 +11,10 @@ class IdentityTransform:
     """Rows are the originals."""
 
     name = "identity"
+    kept_bytes = 0
+
+    def to(self, device: torch.device) -> Transform:
+        return self
 
     def rows(self, side: int, originals: torch.Tensor, start: int) -> torch.Tensor:
         return originals.float()

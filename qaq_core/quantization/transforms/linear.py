@@ -65,11 +65,24 @@ class LinearTransform:
         """Of keys and values: [.., dim of the original, dim of the row]."""
         key_inverse, value_inverse = (torch.linalg.inv(matrix.double().mT).float() for matrix in self.matrices)
         self._key_inverse, self._output_map = key_inverse.contiguous(), value_inverse.mT.contiguous()
+        self._turned: tuple[torch.Tensor, torch.Tensor] | None = None
         self._angles = Angles(self.frequencies, key_matrix.device)
         self._kinds: list[int] = self.kind.tolist()
 
     def to(self, device: torch.device) -> LinearTransform:
-        return LinearTransform(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        if device == self.key_mean.device:
+            return self
+        made = LinearTransform(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return made.adapted_as(self)
+
+    def adapted_as(self, other: LinearTransform) -> LinearTransform:
+        """This transform with the means and the rotation of another one, on the device of this one."""
+        device = self.key_mean.device
+        own = self._recentered(other.key_mean.to(device), other.value_mean.to(device))
+        if other.rotation is None:
+            return own
+        keys, values = other.rotation
+        return own.rotated((keys.to(device), values.to(device)))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {
@@ -136,11 +149,8 @@ class LinearTransform:
         return self._angles.at(self.kind[layer], position) if far else None
 
     def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        inverse = self._key_inverse[layer]
-        transformed = query.reshape(len(inverse), -1, query.shape[-1]) @ inverse
-        if self.rotation is not None:
-            transformed = self.rotation[KEY].query(layer, transformed)
-        return transformed.view(query.shape)
+        inverse = self._own_maps()[KEY][layer]
+        return (query.reshape(len(inverse), -1, query.shape[-1]) @ inverse).view(query.shape)
 
     def center_scores(self, layer: int, query: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
         group = query.shape[0] // self.key_mean.shape[1]
@@ -154,11 +164,8 @@ class LinearTransform:
         return self.key_mean[layer], self._angles(stop)[self._kinds[layer]]
 
     def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
-        back = self._output_map[layer]
-        sums = output.reshape(len(back), -1, output.shape[-1])
-        if self.rotation is not None:
-            sums = self.rotation[VALUE].restore(layer, sums)
-        return (sums @ back).view(output.shape)
+        back = self._own_maps()[VALUE][layer]
+        return (output.reshape(len(back), -1, output.shape[-1]) @ back).view(output.shape)
 
     def value_center(self, layer: int) -> torch.Tensor | None:
         return self.value_mean[layer]
@@ -195,11 +202,28 @@ class LinearTransform:
         if any(one.shape != (layers, heads, dim) for one in rotation):
             raise ConfigError(f"a rotation must be for {layers} layers, {heads} KV heads and head_dim {dim}")
         other = copy.copy(self)
-        other.rotation = rotation
+        other.rotation, other._turned = rotation, None
         return other
 
     def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return self._key_inverse, self._output_map
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of matrices that are this transform's own and kept from their first use on."""
+        return sum(part.nbytes for part in self._turned or ())
+
+    def _own_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`maps` with the rotation: made at its first use, since it never changes, and kept."""
+        if self.rotation is None:
+            return self._key_inverse, self._output_map
+        if self._turned is None:
+            keys, values = self.rotation
+            layers = range(len(self._kinds))
+            inverse = [self._key_inverse[layer].double() @ keys.query_map(layer) for layer in layers]
+            back = [values.output_map(layer) @ self._output_map[layer].double() for layer in layers]
+            self._turned = torch.stack(inverse).float(), torch.stack(back).float()
+        return self._turned
 
 
 def _check_tables(

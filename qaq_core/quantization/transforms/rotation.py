@@ -63,14 +63,34 @@ class Rotation:
         layers, heads, octets = self.before.shape
         return layers, heads, OCTET * octets
 
+    def to(self, device: torch.device) -> Rotation:
+        return Rotation(*(part.to(device) for part in vars(self).values()))
+
     def matrix(self, layer: int) -> torch.Tensor:
-        """U of each head, float64 [kv_heads, head_dim, head_dim]."""
+        """U of each head, float64 [kv_heads, head_dim, head_dim].
+
+        With the vectors as the rows of V, a product of reflections is I - Vᵀ·L⁻¹·V. L is the lower triangle of V·Vᵀ,
+        its diagonal halved (Schreiber and Van Loan, 1989).
+        """
         _, heads, dim = self.shape
-        rotated = torch.eye(dim, dtype=torch.float64, device=self.reflections.device).repeat(heads, 1, 1)
-        for first, vector in self._vectors(layer):
-            part = rotated[:, first:]
-            part -= (vector * (2 / _square(vector))).unsqueeze(-1) * (vector.unsqueeze(-2) @ part)
-        return rotated
+        device = self.reflections.device
+        vectors = torch.zeros(heads, dim - 1, dim, dtype=torch.float64, device=device)
+        row, column = torch.triu_indices(dim - 1, dim, device=device)
+        vectors[:, row, column] = self.reflections[layer].double()
+        lower = (vectors @ vectors.mT).tril_()
+        lower.diagonal(dim1=-2, dim2=-1).clamp_min_(1).div_(2)
+        eye = torch.eye(dim, dtype=torch.float64, device=device)
+        return eye - vectors.mT @ torch.linalg.solve_triangular(lower, vectors, upper=False)
+
+    def query_map(self, layer: int) -> torch.Tensor:
+        """What queries are multiplied with from the right for rotated keys: float64 [kv_heads, head_dim, head_dim]."""
+        before, after = self._scales(layer)
+        return self.matrix(layer).mT / before.mT / after
+
+    def output_map(self, layer: int) -> torch.Tensor:
+        """What sums of rotated values are multiplied with from the right: float64 [kv_heads, head_dim, head_dim]."""
+        before, after = self._scales(layer)
+        return self.matrix(layer) / after.mT / before
 
     def rows(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """Rotated rows float32 [kv_heads, n, head_dim] of a layer.
@@ -90,16 +110,6 @@ class Rotation:
         """The same for the rows [n, head_dim] of one head."""
         part = (tensor[layer, None, head, None] for tensor in vars(self).values())
         return Rotation(*part).rows(0, rows.unsqueeze(0))[0]
-
-    def query(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Queries float32 [kv_heads, n, head_dim] to multiply with rotated rows."""
-        before, after = self._scales(layer)
-        return ((query / before.float()) @ self.matrix(layer).mT.float()) / after.float()
-
-    def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
-        """Sums of rotated rows, float32 [kv_heads, n, head_dim], rotated back."""
-        before, after = self._scales(layer)
-        return ((output / after.float()) @ self.matrix(layer).float()) / before.float()
 
     def _vectors(self, layer: int) -> Iterator[tuple[int, torch.Tensor]]:
         """The reflections' vectors float64 [kv_heads, head_dim - first], and the first dim of each."""

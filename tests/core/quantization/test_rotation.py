@@ -19,10 +19,19 @@ from tests.core.rows import HEAD_DIMS, decoded, normal, quantizers, rotated, rot
 
 @given(seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS))
 def test_reflections_are_a_turn(seed: int, dim: int) -> None:
-    own = rotation(2, 2, dim, seed)
+    own, eye = rotation(2, 2, dim, seed), torch.eye(dim, dtype=torch.float64)
     for layer in range(2):
         matrix = own.matrix(layer)
-        assert torch.allclose(matrix @ matrix.mT, torch.eye(dim, dtype=torch.float64), atol=1e-11)
+        assert torch.allclose(matrix @ matrix.mT, eye, atol=1e-11)
+        expected = eye.repeat(2, 1, 1)
+        begin = 0
+        for first in range(dim - 1):
+            vector = torch.zeros(2, dim, 1, dtype=torch.float64)
+            vector[:, first:, 0] = own.reflections[layer, :, begin : begin + dim - first].double()
+            length = vector.square().sum((1, 2), keepdim=True).clamp_min(1)
+            expected = expected - 2 / length * vector @ (vector.mT @ expected)
+            begin += dim - first
+        assert torch.allclose(matrix, expected, atol=1e-11)
 
 
 @given(seed=st.integers(0, 1 << 30), dim=st.sampled_from(HEAD_DIMS))
@@ -34,10 +43,10 @@ def test_rows_are_the_formula_and_scores_and_sums_come_back(seed: int, dim: int)
     assert torch.allclose(made.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert torch.equal(own.head_rows(1, 2, rows[2]), made[2])
     for got, wanted in (
-        (own.query(1, query) @ made.mT, query.double() @ rows.double().mT),
-        (own.restore(1, made), rows),
+        (query.double() @ own.query_map(1) @ made.double().mT, query.double() @ rows.double().mT),
+        (made.double() @ own.output_map(1), rows.double()),
     ):
-        assert torch.allclose(got.double(), wanted.double(), rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 def skewed(layers: int, heads: int, tokens: int, dim: int) -> torch.Tensor:
@@ -105,6 +114,20 @@ def test_axes_are_a_sequences_own_and_counted() -> None:
     assert again.id == own.id != model.id
     for side in (KEY, VALUE):
         assert torch.equal(again.rows(side, originals, 70), own.rows(side, originals, 70))
+
+
+def test_matrices_are_made_once_and_counted_from_then_on() -> None:
+    model = quantizers(2, 3, 64)["balanced"]
+    own = rotated(model)
+    before, query = own.own_bytes, normal(1, 6, 1, 64)
+    assert model.transform.kept_bytes == 0
+    made = own.transform.query(0, query)
+    assert own.own_bytes == before + 2 * 2 * 3 * 64 * 64 * 4
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delattr(Rotation, "matrix")
+        assert torch.equal(own.transform.query(0, query), made)
+        assert own.transform.restore(1, query).shape == query.shape
+    assert rotated(model).own_bytes == before
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
@@ -103,3 +104,30 @@ def test_other_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert (router.session_ttl_s, router.port, gateway and gateway.port) == (60, 0, 0)
     assert roles.originals(WHO).port == 0
     assert roles.gateway(StackSettings(model="m"), WHO) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "there", "words"),
+    [
+        (["--device", "cuda"], 0, "error: cuda is not there: torch sees 0 CUDA devices; take cpu"),
+        (["--device", "cuda:1"], 2, "chooses its workers' devices itself: take cuda, not cuda:1"),
+        (["--device", "cuda", "--workers", "3"], 2, "3 workers need a CUDA device each, and there are 2"),
+    ],
+)
+def test_devices_are_there_before_anything_starts(
+    options: list[str], there: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    assert words in up(*options)
+
+
+@pytest.mark.parametrize("command", ["demo", "worker", "eval", "bench decode", "calibrate"])
+def test_every_command_says_at_once_that_a_device_is_not_there(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one sentence, and before it looks for Redis."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    shown = CliRunner().invoke(
+        app, [*command.split(), "--device", "cuda"], env={"COLUMNS": "300", "QAQ_REDIS_URL": "redis://127.0.0.1:9"}
+    )
+    assert shown.exit_code == 1, shown.output
+    last = shown.output.strip().splitlines()[-1]
+    assert last == "error: cuda is not there: torch sees 0 CUDA devices; take cpu"
