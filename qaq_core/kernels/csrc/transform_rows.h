@@ -91,7 +91,7 @@ QAQ_NOINLINE void center(const QaqTransform& transform, int64_t place, int32_t t
     }
 }
 
-// Reflects R rows, side by side as the sums of one row alone wait for each other. As above, the result does not depend
+// Reflects up to four rows, side by side as the sums of one row alone wait for each other. As above, the result does not depend
 // on fused operations: a product of a float and a small integer is exact in double precision.
 template <int R>
 void reflect_rows(const double* vector, int square, int begin, int dim, const RowToMake* rows) {
@@ -103,14 +103,13 @@ void reflect_rows(const double* vector, int square, int begin, int dim, const Ro
             high[r] += widened(rows[r].out + d + 4) * second;
         }
     }
-    double share[R];
-    for (int r = 0; r < R; ++r) {
-        const d4 sums = low[r] + high[r];
-        share[r] = float(((sums[0] + sums[1]) + (sums[2] + sums[3])) * 2 / square);
-    }
+    d4 sums[4] = {};
+    for (int r = 0; r < R; ++r) sums[r] = low[r] + high[r];
+    float share[4];
+    store_narrowed(share, totals(sums) * 2 / double(square));
     for (int d = begin; d < dim; d += 4) {
         const d4 numbers = widened(vector + d);
-        for (int r = 0; r < R; ++r) store_narrowed(rows[r].out + d, widened(rows[r].out + d) - share[r] * numbers);
+        for (int r = 0; r < R; ++r) store_narrowed(rows[r].out + d, widened(rows[r].out + d) - double(share[r]) * numbers);
     }
 }
 
