@@ -131,7 +131,6 @@ def fit_rotation(rows: torch.Tensor, costs: torch.Tensor) -> Rotation:
     _, vectors = torch.linalg.eigh(weight.unsqueeze(-1) * covariance * weight.unsqueeze(-2))
     mix = torch.block_diag(*[hadamard(OCTET)] * (dim // OCTET)).to(rows.device)
     reflections = _reflections(vectors.flip(-1) @ mix.mT)
-    rotation = Rotation(reflections, before, torch.ones_like(before))
     along = _product(reflections, dim) * weight.unsqueeze(-2)
     spread = octet_means(along @ covariance @ along.mT)
     return Rotation(reflections, before, spread.rsqrt().float())
