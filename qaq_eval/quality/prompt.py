@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qaq_core import Method, QAQCache
-from qaq_core.allocation import AttentionStatistic, PromptObserver
+from qaq_core.allocation import AttentionStatistic, LayerObserver, Observer, PromptMeans, PromptObserver
 from qaq_core.attention import LayerInput, LayerTokens
 from qaq_core.base.pages import KEY, VALUE
 from qaq_eval.quality.documents import Document
@@ -102,13 +102,29 @@ class FullPrecisionCache:
         self._rows[layer, KEY, :, start:stop] = keys
         self._rows[layer, VALUE, :, start:stop] = values
         tokens = LayerTokens(layer, self._rows[layer, KEY, :, :stop], self._rows[layer, VALUE, :, :stop], 0, None)
+        attention, out = self.method.attention, None
+        for unread, observer in self._watch(layer) if stop <= self._context else ():
+            if unread < query.shape[1]:
+                seen = attention(query[:, unread:], tokens, scaling, sliding_window, observer)
+                out = out if unread else seen
+        return attention(query, tokens, scaling, sliding_window) if out is None else out
 
-        def observe(probabilities: torch.Tensor, first: int) -> None:
-            for observer in self._observers.values():
-                observer(layer, probabilities, start + first)
+    def _watch(self, layer: int) -> Iterator[tuple[int, Observer]]:
+        """The observers of a layer's next queries, and the first of these that each reads."""
+        start, others = self.length, []
+        for observer in self._observers.values():
+            if isinstance(observer, PromptMeans):  # a kernel fills it in
+                yield 0, LayerObserver(observer, layer, start)
+            else:
+                others.append(observer)
+        if others:
+            unread = max(0, min(observer.reads_from for observer in others) - start)
 
-        in_prompt = stop <= self._context
-        return self.method.attention(query, tokens, scaling, sliding_window, observe if in_prompt else None)
+            def observe(probabilities: torch.Tensor, first: int) -> None:
+                for observer in others:
+                    observer(layer, probabilities, start + unread + first)
+
+            yield unread, observe
 
     def commit(self) -> None:
         self.length += self._incoming

@@ -26,12 +26,17 @@ typedef int32_t wide_int __attribute__((vector_size(4 * WIDE)));
 
 inline wide splat_wide(float x) { return wide{} + x; }
 
-inline wide exp_wide(wide x) {
-#ifdef QAQ_AVX512
-    return (wide)exp16((__m512)x);
-#else
-    return exp8(x);
-#endif
+// 2^x for x <= 0, with a relative error below 2e-7.
+inline wide power_of_two(wide x) {
+    const wide lowest = splat_wide(-126.0f), shifter = splat_wide(12582912.0f);
+    x = x < lowest ? lowest : x;  // keeps NaN
+    const wide shifted = x + shifter, f = x - (shifted - shifter);
+    wide p = f * 1.3264727e-3f + 9.671512645e-3f;
+    p = p * f + 5.550733743e-2f;
+    p = p * f + 2.4022242085e-1f;
+    p = p * f + 6.931469776e-1f;
+    p = p * f + 1.0f;
+    return p * (wide)(((wide_int)shifted << 23) + 0x3F800000);
 }
 
 inline wide_int first_lanes() {
@@ -81,7 +86,8 @@ inline f8 halves(wide v, Join join) {
 struct BlockScratch {
     Buffer<float> query, output;     // [group][dim][lanes]
     Buffer<float> weights, highest;  // [tiles][group][KEYS][lanes] and [tiles][group][lanes], or of one tile
-    Buffer<float> peak, sum, row;    // [group][lanes], of a query's scores and weights; [dim]
+    Buffer<float> peak, sum, scale;  // [group][lanes], of a query's scores and weights
+    Buffer<float> row;               // [dim]
 };
 
 // N vectors of queries.
@@ -108,25 +114,27 @@ struct PromptBlock {
     float* highest(int tile, int g) const { return scratch.highest.data() + place(tile, g) * LANES; }
     float* peak(int g) const { return scratch.peak.data() + g * LANES; }
     float* sum(int g) const { return scratch.sum.data() + g * LANES; }
+    float* scale(int g) const { return scratch.scale.data() + g * LANES; }
     wide_int positions(int n) const { return first_lanes() + (position + n * WIDE); }
 
     void prepare() const {
         const size_t area = size_t(group()) * LANES, tiles = observed() ? (end() - begin() + KEYS - 1) / KEYS : 1;
         grow(scratch.query, area * dim()), grow(scratch.output, area * dim());
         grow(scratch.weights, tiles * area * KEYS), grow(scratch.highest, tiles * area);
-        grow(scratch.peak, area), grow(scratch.sum, area), grow(scratch.row, size_t(dim()));
+        grow(scratch.peak, area), grow(scratch.sum, area), grow(scratch.scale, area), grow(scratch.row, size_t(dim()));
         std::fill_n(scratch.output.data(), area * dim(), 0.0f);
         std::fill_n(scratch.query.data(), area * dim(), 0.0f);
         std::fill_n(scratch.peak.data(), area, LOWEST);
         std::fill_n(scratch.sum.data(), area, 0.0f);
         const int size = bytes_of(prompt.type);
+        const float factor = float(prompt.scaling * 1.4426950408889634);  // scores are exponents of 2
         float* row = scratch.row.data();
         for (int g = 0; g < group(); ++g)
             for (int i = 0; i < count; ++i) {
                 const int64_t at =
                     (int64_t(head) * group() + g) * prompt.head_stride + (first + i) * prompt.query_stride;
                 to_floats(prompt.type, static_cast<const uint8_t*>(prompt.query) + at * size, dim(), row);
-                for (int d = 0; d < dim(); ++d) query(g)[d * LANES + i] = row[d] * prompt.scaling;
+                for (int d = 0; d < dim(); ++d) query(g)[d * LANES + i] = row[d] * factor;
             }
     }
 
@@ -155,13 +163,13 @@ struct PromptBlock {
             for (int i = 0; i < N; ++i) {
                 float* at = scores + k * LANES + i * WIDE;
                 const wide s = load_wide(at);
-                wide e = exp_wide(s - high[i]);
+                wide e = power_of_two(s - high[i]);
                 if (masked) e = s < splat_wide(LOWEST) ? wide{} : e;
                 sums[i] += e;
                 store_wide(at, e);
             }
         for (int i = 0; i < N; ++i) {
-            const wide by = exp_wide(before[i] - high[i]);
+            const wide by = power_of_two(before[i] - high[i]);
             store_wide(scale + i * WIDE, by);
             store_wide(peak + i * WIDE, high[i]);
             store_wide(sum + i * WIDE, load_wide(sum + i * WIDE) * by + sums[i]);
@@ -169,7 +177,6 @@ struct PromptBlock {
     }
 
     void attend() const {
-        alignas(64) float scale[LANES];
         for (int t = begin(), tile = 0; t < end(); t += KEYS, ++tile) {
             const int n = std::min(KEYS, end() - t);
             const bool masked = t + n - 1 > position || (prompt.window && t <= end() - 1 - prompt.window);
@@ -178,11 +185,12 @@ struct PromptBlock {
                 multiply<N>(Strided{rows.keys + int64_t(t) * dim(), dim(), 1}, n, query(g), LANES, dim(), tiled,
                             nullptr);
                 if (masked) mask(tiled, t, n);
-                weigh(tiled, n, masked, peak(g), sum(g), scale);
+                weigh(tiled, n, masked, peak(g), sum(g), scale(g));
                 std::copy_n(peak(g), LANES, highest(tile, g));
-                multiply<N>(Strided{rows.values + int64_t(t) * dim(), 1, dim()}, dim(), tiled, LANES, n, output(g),
-                            scale);
             }
+            for (int g = 0; g < group(); ++g)
+                multiply<N>(Strided{rows.values + int64_t(t) * dim(), 1, dim()}, dim(), weights(tile, g), LANES, n,
+                            output(g), scale(g));
         }
     }
 
@@ -210,7 +218,7 @@ struct PromptBlock {
                 for (int i = 0; i < LANES; i += WIDE)
                     store_wide(
                         factors.data() + g * LANES + i,
-                        exp_wide(load_wide(highest(tile, g) + i) - load_wide(peak(g) + i)) * load_wide(sum(g) + i));
+                        power_of_two(load_wide(highest(tile, g) + i) - load_wide(peak(g) + i)) * load_wide(sum(g) + i));
             }
             for (int k = 0; k < n; k += 8) {
                 f8 peaks[8], sums[8];

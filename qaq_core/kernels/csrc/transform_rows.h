@@ -91,17 +91,26 @@ QAQ_NOINLINE void center(const QaqTransform& transform, int64_t place, int32_t t
     }
 }
 
-// Reflects one row. As above, the result does not depend on fused operations: a product of a float and a small integer
-// is exact in double precision.
-void reflect_row(const double* vector, int square, int begin, int dim, float* row) {
-    d4 low = {}, high = {};
+// Reflects up to four rows, side by side as the sums of one row alone wait for each other. As above, the result does not depend
+// on fused operations: a product of a float and a small integer is exact in double precision.
+template <int R>
+void reflect_rows(const double* vector, int square, int begin, int dim, const RowToMake* rows) {
+    d4 low[R] = {}, high[R] = {};
     for (int d = begin; d < dim; d += 8) {
-        low += widened(row + d) * widened(vector + d);
-        high += widened(row + d + 4) * widened(vector + d + 4);
+        const d4 first = widened(vector + d), second = widened(vector + d + 4);
+        for (int r = 0; r < R; ++r) {
+            low[r] += widened(rows[r].out + d) * first;
+            high[r] += widened(rows[r].out + d + 4) * second;
+        }
     }
-    const d4 sums = low + high;
-    const double share = float(((sums[0] + sums[1]) + (sums[2] + sums[3])) * 2 / square);
-    for (int d = begin; d < dim; d += 4) store_narrowed(row + d, widened(row + d) - share * widened(vector + d));
+    d4 sums[4] = {};
+    for (int r = 0; r < R; ++r) sums[r] = low[r] + high[r];
+    float share[4];
+    store_narrowed(share, totals(sums) * 2 / double(square));
+    for (int d = begin; d < dim; d += 4) {
+        const d4 numbers = widened(vector + d);
+        for (int r = 0; r < R; ++r) store_narrowed(rows[r].out + d, widened(rows[r].out + d) - double(share[r]) * numbers);
+    }
 }
 
 // Applies a head's rotation to its rows. The result of each reflection is rounded to floats.
@@ -116,7 +125,10 @@ void rotate_rows(const QaqRotation& rotation, int64_t place, int dim, const RowT
     const int8_t* numbers = rotation.reflections + place * entries_of(dim);
     for (int first = 0; first < dim - 1; numbers += dim - first, ++first) {
         const int square = expand_vector(numbers, first, dim, vector);
-        for (int r = 0; square && r < n; ++r) reflect_row(vector, square, first / 8 * 8, dim, rows[r].out);
+        const int begin = first / 8 * 8;
+        int r = square ? 0 : n;
+        for (; r + 4 <= n; r += 4) reflect_rows<4>(vector, square, begin, dim, rows + r);
+        for (; r < n; ++r) reflect_rows<1>(vector, square, begin, dim, rows + r);
     }
     scale(rotation.after);
 }

@@ -141,8 +141,7 @@ def fit_rotation(rows: torch.Tensor, costs: torch.Tensor) -> Rotation:
     _, vectors = torch.linalg.eigh(weight.unsqueeze(-1) * covariance * weight.unsqueeze(-2))
     mix = torch.block_diag(*[hadamard(OCTET)] * (dim // OCTET)).to(rows.device)
     reflections = _reflections(vectors.flip(-1) @ mix.mT)
-    rotation = Rotation(reflections, before, torch.ones_like(before))
-    along = torch.stack([rotation.matrix(layer) for layer in range(len(rows))]) * weight.unsqueeze(-2)
+    along = _product(reflections, dim) * weight.unsqueeze(-2)
     spread = octet_means(along @ covariance @ along.mT)
     return Rotation(reflections, before, spread.rsqrt().float())
 
@@ -150,6 +149,16 @@ def fit_rotation(rows: torch.Tensor, costs: torch.Tensor) -> Rotation:
 def _square(vectors: torch.Tensor) -> torch.Tensor:
     """Of vectors [..., d]: [..., 1]; 1 for vectors of zeros, which are no reflection."""
     return vectors.square().sum(-1, keepdim=True).clamp_min(1)
+
+
+def _product(reflections: torch.Tensor, dim: int) -> torch.Tensor:
+    """`Rotation.matrix` of every layer, of reflections that `_reflections` made: the first number of each is 127."""
+    column, row = torch.triu_indices(dim, dim, device=reflections.device)[:, :-1]
+    vectors = reflections.new_zeros(*reflections.shape[:-1], dim, dim, dtype=torch.float64)
+    vectors[..., row, column] = reflections.double() / _MOST
+    squares = vectors.square().sum(-2)[..., :-1]
+    factors = torch.where(squares > 0, 2 / squares.clamp_min(1), 0.0)
+    return torch.linalg.householder_product(vectors, factors).mT
 
 
 def _reflections(vectors: torch.Tensor) -> torch.Tensor:

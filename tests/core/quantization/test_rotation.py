@@ -13,6 +13,7 @@ from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.quantization.adaptation import MEANS_TOKENS, ROTATION_TOKENS, Adaptation
 from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.quantization.transforms import rotation as rotations
 from qaq_core.quantization.transforms.rotation import Rotation, fit_rotation
 from tests.core.rows import HEAD_DIMS, decoded, normal, quantizers, rotated, rotation
 
@@ -72,6 +73,20 @@ def test_fitted_axes_diagonalize_what_errors_cost_and_octets_have_variance_one(d
             assert float((blocks.sum() - blocks.diagonal().sum()) / blocks.sum()) < 2e-3
             powers = covariance[head].diagonal().unflatten(-1, (-1, 8)).mean(-1)
             assert bool((powers[1:] <= powers[:-1] * 1.02).all())
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80])
+def test_the_product_of_fitted_reflections_is_their_rotation(dim: int) -> None:
+    """Also of one that reflects nothing, as of rows that spread along their dims already."""
+    vectors, _ = torch.linalg.qr(normal(3, 2, 3, dim, dim).double())
+    vectors[0, 0] = torch.eye(dim)
+    reflections = rotations._reflections(vectors)
+    ones = torch.ones(2, 3, dim // 8)
+    own = Rotation(reflections, ones, ones)
+    product = rotations._product(reflections, dim)
+    assert not reflections[0, 0].any()
+    for layer in range(2):
+        assert torch.allclose(product[layer], own.matrix(layer), atol=1e-12)
 
 
 def test_the_same_bits_lose_less_along_own_axes() -> None:
