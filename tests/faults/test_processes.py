@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 from asyncio.subprocess import PIPE
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -21,26 +20,14 @@ from services.common.channel import open_channel
 from services.common.redis import connect
 from services.common.settings import GatewaySettings
 from services.gateway.server import GatewayServer
-from tests.faults.conftest import PAGE_TOKENS
+from tests.faults.conftest import PAGE_TOKENS, Stack
 from tests.faults.hearing import NEW, STORY, Heard, Stub, asked, hear, holder, listen, opened
 from tests.faults.processes import Processes
 
 
-@dataclass
-class Stack:
-    processes: Processes
-    cache_service: str
-    workers: list[str]
-
-
-@pytest.fixture(scope="module")
-def stack(processes: Processes) -> Stack:
-    """One cache service and two workers, of which the tests of this file kill one each, in order."""
-    settings = {"QAQ_PAGE_TOKENS": str(PAGE_TOKENS), "QAQ_PREFIX_RECOMPUTE_TOKENS": "1"}
-    workers = [processes.start("worker", **settings) for _ in range(2)]
-    cache_service = processes.start("originals")
-    processes.until_serving(cache_service, *workers)
-    return Stack(processes, cache_service, workers)
+@pytest.fixture
+def processes(stack: Stack) -> Processes:
+    return stack.processes
 
 
 async def pages(redis: Redis) -> list[bytes]:
