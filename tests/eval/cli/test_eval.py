@@ -12,34 +12,11 @@ import pytest
 from referencing import Registry, Resource
 from typer.testing import CliRunner
 
-from qaq_core import models
-from qaq_core.models import LoadedModel
 from qaq_eval.quality import needle
 from services.cli.main import app
 
 pytestmark = pytest.mark.model
 SCHEMAS = Path(__file__).parents[3] / "qaq_eval" / "schemas"
-
-
-def gives(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands get a model that is loaded already, unless they ask for another form of its weights."""
-    load = models.load_model
-
-    def found(source: str, device: str, dtype: str, progress: Any, weights: str = "plain") -> LoadedModel:
-        return loaded if weights == "plain" else load(source, device, dtype, progress, weights)
-
-    monkeypatch.setattr(models, "load_model", found)
-
-
-@pytest.fixture
-def loaded_once(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    gives(smollm2, monkeypatch)
-
-
-@pytest.fixture
-def first_layers(shallow_smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what depends neither on the number of layers nor on what the text says."""
-    gives(shallow_smollm2, monkeypatch)
 
 
 def run(*arguments: str | Path) -> Any:
