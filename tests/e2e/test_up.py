@@ -189,12 +189,12 @@ def test_up_on_a_port_that_is_taken(state_directory: Path, place: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        failed(qaq("up", "--port", str(port)), f"port {port} is taken; choose another with --port")
+        failed(here("up", "--port", str(port)), f"port {port} is taken; choose another with --port")
     until_nothing_is_left(place)
 
 
 def test_up_with_a_model_that_is_missing(state_directory: Path, place: Path, tmp_path: Path) -> None:
-    failed(qaq("up", "--port", "0", "--model", tmp_path / "none.gguf"), "none.gguf", "is not there; give")
+    failed(here("up", "--port", "0", "--model", tmp_path / "none.gguf"), "none.gguf", "is not there; give")
     until_nothing_is_left(place)
     assert not (state_directory / "stack.json").exists()
 
@@ -204,9 +204,9 @@ def test_up_with_a_model_that_is_cut_short(state_directory: Path, place: Path, t
     shutil.copy(default_model_path(), cut)
     with cut.open("r+b") as file:
         file.truncate(cut.stat().st_size // 2)
-    failed(qaq("up", "--port", "0", "--model", cut), "cut.gguf")
+    failed(here("up", "--port", "0", "--model", cut), "cut.gguf")
     until_nothing_is_left(place)
 
 
 def test_a_bad_option_is_told(state_directory: Path) -> None:
-    failed(qaq("up", "--dtype", "int3"), "dtype", "float32")
+    failed(here("up", "--dtype", "int3"), "dtype", "float32")
