@@ -12,6 +12,7 @@ import pytest
 from referencing import Registry, Resource
 from typer.testing import CliRunner
 
+from qaq_eval import quality
 from qaq_eval.quality import needle
 from services.cli.main import app
 
@@ -168,17 +169,20 @@ def test_settings_are_part_of_a_name() -> None:
 
 @pytest.mark.usefixtures("first_layers")
 @pytest.mark.parametrize(
-    ("options", "module", "missing", "need"),
+    ("options", "modules", "missing", "need"),
     [
-        (("--tasks", "arc_easy"), "qaq_eval.quality.tasks", "lm_eval", "lm-eval"),
-        (("--html", "page.html"), "qaq_eval.quality.report", "matplotlib", "matplotlib"),
+        (("--tasks", "arc_easy"), ("tasks",), "lm_eval", "lm-eval"),
+        (("--html", "page.html"), ("report", "plots"), "matplotlib", "matplotlib"),
     ],
 )
 def test_a_package_that_is_missing_is_named(
-    options: tuple[str, ...], module: str, missing: str, need: str, monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...], modules: tuple[str, ...], missing: str, need: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, missing, None)
+    for name in modules:  # as if nothing had imported them
+        monkeypatch.delitem(sys.modules, f"qaq_eval.quality.{name}", raising=False)
+        monkeypatch.delattr(quality, name, raising=False)
+    for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     shown = run(*options)
     assert shown.exit_code == 1
     assert need in shown.output
