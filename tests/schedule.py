@@ -28,9 +28,11 @@ FIRST = (
     "services/gateway/",
 )
 # Files that use one stack of processes.
-TOGETHER = {
-    f"e2e/test_{name}.py": "the composed stack" for name in ("bench_serve", "clients", "compose", "requests")
-} | {f"packaging/test_{name}.py": "the wheel" for name in ("light", "wheel")}
+TOGETHER = (
+    {f"e2e/test_{name}.py": "the composed stack" for name in ("bench_serve", "clients", "compose", "requests")}
+    | {f"faults/test_{name}.py": "two workers" for name in ("chaos", "processes", "redis")}
+    | {f"packaging/test_{name}.py": "the wheel" for name in ("light", "wheel")}
+)
 
 
 def rank(path: str) -> int:

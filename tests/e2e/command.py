@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from typer.testing import CliRunner
 
+from services.cli.main import app
 from services.cluster.stack import python_path
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,13 @@ def qaq(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
         text=True,
         timeout=400,
     )
+
+
+def here(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As `qaq`, but in this process, which has imported already what the command needs."""
+    asked = list(map(str, arguments))
+    done = CliRunner().invoke(app, asked, env=environment, catch_exceptions=False)
+    return subprocess.CompletedProcess(asked, done.exit_code, done.stdout, done.stderr)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`qaq bench elastic` and `qaq bench prefix`, small."""
+"""`qaq bench elastic` and `qaq bench prefix`, small: what they measure depends on no text, so a few layers do."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import json
 from pathlib import Path
 
 import jsonschema
+import pytest
 
-from .command import qaq
-from .composed import ROOT
+from qaq_core import models
+from qaq_core.models import LoadedModel
+
+from .command import ROOT, here
+
+
+@pytest.fixture(autouse=True)
+def _first_layers(shallow_smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands get the demo model's first layers."""
+    monkeypatch.setattr(models, "load_model", lambda *_: shallow_smollm2)
 
 
 def bench(name: str, path: Path, *options: str) -> dict:
-    result = qaq("bench", name, "--json", path, *options)
+    result = here("bench", name, "--json", path, *options)
     assert result.returncode == 0, result.stderr
     figures = json.loads(path.read_text())
     jsonschema.validate(figures, json.loads((ROOT / "qaq_eval" / "schemas" / f"bench_{name}.json").read_text()))

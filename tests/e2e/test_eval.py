@@ -1,4 +1,4 @@
-"""`qaq eval` as a user runs it."""
+"""`qaq eval` as a user runs it. tests/eval/cli has its kinds and its mistakes, in the test's own process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jsonschema
 
-from .command import ROOT, qaq
+from .command import ROOT, here, qaq
 
 SCHEMA = json.loads((ROOT / "qaq_eval" / "schemas" / "eval.json").read_text())
 SMALL = ("--context", "160", "--decode", "6", "--documents", "1")
@@ -27,15 +27,7 @@ def test_rows_are_written_and_a_second_run_takes_them_from_before(tmp_path: Path
     kept = tmp_path / "eval.json.parts.jsonl"
     lines = kept.read_text().splitlines()
     assert len(lines) == 2
-    again = qaq("eval", *SMALL, "--configs", "uniform-2,balanced@2.2", "--json", path)
+    again = here("eval", *SMALL, "--configs", "uniform-2,balanced@2.2", "--json", path)
     assert again.returncode == 0, again.stderr
     assert kept.read_text().splitlines() == lines
     assert json.loads(path.read_text())["rows"] == [bad, good]
-
-
-def test_mistakes_are_told_in_a_sentence(tmp_path: Path) -> None:
-    """tests/eval/cli/test_eval.py has the other ones."""
-    shown = qaq("eval", *SMALL, "--text", tmp_path / "none.txt")
-    assert shown.returncode == 1
-    assert "No such file" in " ".join(shown.stderr.split())
-    assert "Traceback" not in shown.stderr

@@ -23,7 +23,7 @@ from services.cluster import restarts, state
 from services.cluster.state import StackState
 from services.common.embedded_redis import free_port
 
-from .command import qaq, until_nothing_is_left, watched
+from .command import here, qaq, until_nothing_is_left, watched
 
 pytestmark = pytest.mark.ray
 
@@ -42,7 +42,7 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
         assert up.returncode == 0, up.stderr
         assert "The router is at 127.0.0.1:" in up.stdout
         url = up.stdout.split("OpenAI's API is at ")[1].split("/v1")[0]
-        assert qaq("health", url).returncode == 0
+        assert here("health", url).returncode == 0
         asks_for_its_key(up.stdout, url, state_directory)
         again = qaq("up", "--port", "0")
         assert (again.returncode, "a stack is running already" in again.stderr) == (1, True)
@@ -55,7 +55,7 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
         for count in (2, 1):
             scaled = qaq("scale", "--workers", str(count))
             assert scaled.returncode == 0, scaled.stderr
-            shown = qaq("status", "--json", tmp_path / "status.json")
+            shown = here("status", "--json", tmp_path / "status.json")
             assert shown.returncode == 0, shown.stderr
             found = json.loads((tmp_path / "status.json").read_text())
             assert len(found["workers"]) == count
@@ -81,7 +81,7 @@ def a_drained_worker_is_replaced(workers: list[str], place: Path) -> None:
     """Two serve before and after; the drained one is gone."""
     drained = qaq("drain", workers[0])
     assert (drained.returncode, "The worker is stopped." in drained.stdout) == (0, True), drained.stderr
-    shown = qaq("status", "--json", place / "status.json")
+    shown = here("status", "--json", place / "status.json")
     assert shown.returncode == 0, shown.stderr
     found = json.loads((place / "status.json").read_text())
     assert (len(found["workers"]), found["draining"]) == (2, [])
@@ -133,7 +133,7 @@ def a_worker_goes_first_and_says_so(running: StackState, place: Path) -> None:
     ((worker, record),) = again.items()  # which number is left depends on which one was drained
     assert worker.startswith("worker-")
     assert "was killed or crashed" in record.why
-    shown = qaq("status", "--json", place / "status.json")
+    shown = here("status", "--json", place / "status.json")
     assert f"{worker} was started again once" in shown.stdout
     assert json.loads((place / "status.json").read_text())["restarts"][worker]["restarts"] == 1
 
@@ -152,7 +152,7 @@ def asks_for_its_key(said: str, url: str, directory: Path) -> None:
         except urllib.error.HTTPError as error:
             answered = error.code
         assert answered == status
-    other = qaq("generate", "Hi", "--max-new-tokens", "1", QAQ_API_KEY="qaq_of-nobody")
+    other = here("generate", "Hi", "--max-new-tokens", "1", QAQ_API_KEY="qaq_of-nobody")
     assert (other.returncode, "this key is of no tenant" in other.stderr) == (1, True)
 
 
@@ -189,12 +189,12 @@ def test_up_on_a_port_that_is_taken(state_directory: Path, place: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        failed(qaq("up", "--port", str(port)), f"port {port} is taken; choose another with --port")
+        failed(here("up", "--port", str(port)), f"port {port} is taken; choose another with --port")
     until_nothing_is_left(place)
 
 
 def test_up_with_a_model_that_is_missing(state_directory: Path, place: Path, tmp_path: Path) -> None:
-    failed(qaq("up", "--port", "0", "--model", tmp_path / "none.gguf"), "none.gguf", "is not there; give")
+    failed(here("up", "--port", "0", "--model", tmp_path / "none.gguf"), "none.gguf", "is not there; give")
     until_nothing_is_left(place)
     assert not (state_directory / "stack.json").exists()
 
@@ -204,9 +204,9 @@ def test_up_with_a_model_that_is_cut_short(state_directory: Path, place: Path, t
     shutil.copy(default_model_path(), cut)
     with cut.open("r+b") as file:
         file.truncate(cut.stat().st_size // 2)
-    failed(qaq("up", "--port", "0", "--model", cut), "cut.gguf")
+    failed(here("up", "--port", "0", "--model", cut), "cut.gguf")
     until_nothing_is_left(place)
 
 
 def test_a_bad_option_is_told(state_directory: Path) -> None:
-    failed(qaq("up", "--dtype", "int3"), "dtype", "float32")
+    failed(here("up", "--dtype", "int3"), "dtype", "float32")

@@ -56,6 +56,7 @@ async def faults(
     spare: int = 1,
     seed: int = 0,
     save: Callable[[ChaosResult], None] = lambda _: None,
+    running: Processes | None = None,
 ) -> ChaosResult:
     """Makes the faults of a plan in a random order.
 
@@ -63,6 +64,7 @@ async def faults(
         tokens: length of the longest streams.
         spare: workers beside the two that make the stack whole. A killed one starts while the next fault is made.
         save: gets the result so far, now and then.
+        running: workers and a cache service that run already; only routers are started beside them.
     """
     began, not_whole = time.monotonic(), None
     order = random.Random(seed).sample(
@@ -70,11 +72,12 @@ async def faults(
     )
     expected: dict[Role, int] = {"worker": 2, "router": 2, "cache service": 1, "Redis": 1}
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qaq-faults-")))
-        processes = Processes(stack.enter_context(EmbeddedRedis(persist=True)), directory, ENVIRONMENT)
-        stack.callback(processes.stop)
-        started = [processes.start("worker") for _ in range(2 + spare)]
-        started += [processes.start(role) for role in ("originals", "router", "router")]
+        processes, started = running or _processes(stack), []
+        if running is None:
+            started = [processes.start(role) for role in ("originals", *["worker"] * (2 + spare))]
+        for _ in range(2):
+            started.append(processes.start("router"))
+            stack.callback(processes.end, started[-1])
         await asyncio.to_thread(processes.until_serving, *started)
         redis = connect(processes.redis.url)
         listeners = [
@@ -108,6 +111,14 @@ async def faults(
         finally:
             await redis.aclose()
     return result()
+
+
+def _processes(stack: contextlib.ExitStack) -> Processes:
+    """None yet, over a Redis of their own."""
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qaq-faults-")))
+    processes = Processes(stack.enter_context(EmbeddedRedis(persist=True)), directory, ENVIRONMENT)
+    stack.callback(processes.stop)
+    return processes
 
 
 async def _undisturbed(listeners: list[Listener], tokens: int) -> dict[str, list[int]]:

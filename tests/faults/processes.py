@@ -86,6 +86,11 @@ class Processes:
         process.kill()
         process.wait(STOP_S)
 
+    def end(self, address: str) -> None:
+        """As `kill`, if it runs."""
+        if address in self._running:
+            self.kill(address)
+
     @contextlib.contextmanager
     def stopped(self, address: str) -> Iterator[None]:
         """The process hangs (SIGSTOP) while the context lasts, and then goes on."""

@@ -13,9 +13,11 @@ import pytest
 from qaq.v1 import generate_pb2
 from redis.asyncio import Redis
 
+from services.common import registry
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 from services.common.settings import RouterSettings
+from services.router import hold
 from tests.services.router.conftest import running_router, running_worker
 from tests.services.router.test_outages import rest
 from tests.services.router.test_service import replies, request, until
@@ -76,8 +78,12 @@ async def redis(clock: Path) -> AsyncIterator[Redis]:
 
 
 @pytest.mark.parametrize("jump", [DAYS, -DAYS])
-async def test_a_stream_outlives_a_jump_of_redis_clock(redis: Redis, clock: Path, model_path: Path, jump: int) -> None:
+async def test_a_stream_outlives_a_jump_of_redis_clock(
+    redis: Redis, clock: Path, model_path: Path, jump: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forwards, every key expires at once: as if Redis lost its data. Backwards, none does for a day."""
+    monkeypatch.setattr(hold, "REFRESH_S", 0.2)
+    monkeypatch.setattr(registry, "HEARTBEAT_S", 0.2)
     settings = RouterSettings(redis_url=redis.qaq_url, port=0, model=str(model_path))  # type: ignore[attr-defined]
     async with running_worker(redis) as worker, running_router(settings) as client:
         worker.gate.clear()
@@ -88,7 +94,7 @@ async def test_a_stream_outlives_a_jump_of_redis_clock(redis: Redis, clock: Path
         await asyncio.to_thread(clock.write_text, f"{jump:+d}\n")
         seconds, _ = await redis.time()
         assert abs(seconds - time.time() - jump) < 60
-        await asyncio.sleep(3)  # a refresh of the hold, a heartbeat
+        await asyncio.sleep(0.6)  # a refresh of the hold, a heartbeat
         worker.gate.set()
         assert [reply.WhichOneof("event") for reply in await rest(call)] == ["token"] * 5 + ["finished"]
 

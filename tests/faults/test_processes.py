@@ -8,7 +8,6 @@ import sys
 import urllib.request
 from asyncio.subprocess import PIPE
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -21,22 +20,17 @@ from redis.asyncio import Redis
 
 from services.cluster.stack import python_path
 from services.common.channel import open_channel
-from services.common.embedded_redis import free_port
 from services.common.redis import connect
 from services.common.settings import GatewaySettings
 from services.gateway.server import GatewayServer
-from tests.faults.conftest import PAGE_TOKENS
+from tests.faults.conftest import PAGE_TOKENS, Stack
 from tests.faults.hearing import NEW, STORY, Heard, Stub, asked, hear, holder, listen, opened
 from tests.faults.processes import Processes
 
 
-@dataclass
-class Stack:
-    processes: Processes
-    cache_service: str
-    workers: list[str]
-    metrics: list[int]
-    """The workers' ports."""
+@pytest.fixture
+def processes(stack: Stack) -> Processes:
+    return stack.processes
 
 
 def counted(stack: Stack) -> Counter[str]:
@@ -49,17 +43,6 @@ def counted(stack: Stack) -> Counter[str]:
                     if sample.name in ("qaq_taken_over_total", "qaq_prompt_tokens_total"):
                         found[sample.name] += int(sample.value)
     return found
-
-
-@pytest.fixture(scope="module")
-def stack(processes: Processes) -> Stack:
-    """One cache service and two workers, of which the tests of this file kill one each, in order."""
-    settings = {"QAQ_PAGE_TOKENS": str(PAGE_TOKENS), "QAQ_PREFIX_RECOMPUTE_TOKENS": "1"}
-    metrics = [free_port() for _ in range(2)]
-    workers = [processes.start("worker", QAQ_METRICS_PORT=str(port), **settings) for port in metrics]
-    cache_service = processes.start("originals")
-    processes.until_serving(cache_service, *workers)
-    return Stack(processes, cache_service, workers, metrics)
 
 
 async def pages(redis: Redis) -> list[bytes]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -16,43 +15,18 @@ from qaq.v1 import generate_pb2
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 from services.common.settings import RouterSettings
 from services.router.server import RouterServer
-from tests.faults.conftest import PAGE_TOKENS
+from tests.faults.conftest import Stack
 from tests.faults.hearing import NEW, Stub, hear, opened
 from tests.faults.network import Proxy
 from tests.faults.processes import Processes, crash
 
-DISK_BYTES = 256 << 20
 
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A small one, if it may be mounted."""
-    path = tmp_path_factory.mktemp("disk")
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(path)]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        subprocess.run(command, check=True, capture_output=True)
-    yield path
-    if path.is_mount():
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-@pytest.fixture(scope="module")
-def processes(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """A worker and a cache service over a Redis whose data is on that disk."""
-    with contextlib.ExitStack() as stack:
-        redis = EmbeddedRedis(persist=True)
-        redis.directory = disk / "redis"
-        redis.directory.mkdir()
-        stack.enter_context(redis)
-        made = Processes(redis, tmp_path_factory.mktemp("faults"))
-        stack.callback(made.stop)
-        settings = {"QAQ_PAGE_TOKENS": str(PAGE_TOKENS), "QAQ_PREFIX_RECOMPUTE_TOKENS": "1"}
-        made.until_serving(made.start("originals"), made.start("worker", **settings))
-        yield made
+@pytest.fixture
+def processes(stack: Stack) -> Processes:
+    return stack.processes
 
 
 @pytest.fixture

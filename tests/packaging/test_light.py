@@ -90,7 +90,6 @@ def test_the_lines_of_the_readme_run_with_what_the_library_requires(run: Run, tm
         (["--help"], ("typer",), "typer", "serve"),
         (["--help"], ("rich",), "rich", "serve"),
         (["up"], ("ray",), "ray", "serve"),
-        (["demo"], ("ray",), "ray", "serve"),
         (["gateway"], ("fastapi",), "fastapi", "serve"),
     ],
 )
@@ -101,17 +100,6 @@ def test_a_command_says_what_to_install(
     assert result.returncode == 1
     sentence = rf"error: this command needs {missing}, which is not installed: pip install 'qaq-kv\[{extra}\]'\n"
     assert re.fullmatch(rf"(stack: .*\n)*{sentence}", result.stderr.lstrip()), result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "hidden", "need"),
-    [(["--tasks", "arc_easy"], "lm_eval", "lm-eval"), (["--html", "page.html"], "matplotlib", "matplotlib")],
-)
-def test_evaluation_says_what_to_install(run: Run, options: list[str], hidden: str, need: str) -> None:
-    result = run("-m", "services.cli", "eval", *options, hidden=(hidden,))
-    assert result.returncode == 1
-    assert re.fullmatch(rf"error: .*{need}.*pip install 'qaq-kv\[eval\]'\n", result.stderr.lstrip()), result.stderr
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ PROMPT, STEPS = 200, 36
 
 
 @torch.no_grad()
-def test_what_a_floor_takes_is_not_missed_and_comes_back(smollm2: LoadedModel) -> None:
+def test_what_a_floor_takes_is_not_missed_and_comes_back(shallow_smollm2: LoadedModel) -> None:
     """However long it lasts, a sequence does not turn its own price, and afterwards holds what it held."""
-    ids = smollm2.tokenizer(topics.topics["assignment"], return_tensors="pt").input_ids[:, : PROMPT + 2 * STEPS]
-    cache = QAQCache.for_model(smollm2.model, fingerprint=smollm2.fingerprint)
-    smollm2.model(ids[:, :PROMPT], past_key_values=cache)
+    ids = shallow_smollm2.tokenizer(topics.topics["assignment"], return_tensors="pt").input_ids[:, : PROMPT + 2 * STEPS]
+    cache = QAQCache.for_model(shallow_smollm2.model, fingerprint=shallow_smollm2.fingerprint)
+    shallow_smollm2.model(ids[:, :PROMPT], past_key_values=cache)
     sequence = cache.sequences[0]
     own, before = sequence.rate.own, sequence.packed.mean_bits
     assert own is not None
@@ -27,11 +27,11 @@ def test_what_a_floor_takes_is_not_missed_and_comes_back(smollm2: LoadedModel) -
     assert sequence.bits_at(8 * own) <= squeezed + 1e-6
     assert squeezed < sequence.bits_at(0.0)
     for at in range(PROMPT, PROMPT + STEPS):
-        smollm2.model(ids[:, at : at + 1], past_key_values=cache)
+        shallow_smollm2.model(ids[:, at : at + 1], past_key_values=cache)
     assert sequence.rate.own == own
     sequence.set_lambda_floor(0.0)
     assert sequence.rate.recovering
     for at in range(PROMPT + STEPS, PROMPT + 2 * STEPS):
-        smollm2.model(ids[:, at : at + 1], past_key_values=cache)
+        shallow_smollm2.model(ids[:, at : at + 1], past_key_values=cache)
     assert not sequence.rate.recovering
     assert 0.85 * before < sequence.packed.mean_bits < 1.15 * before

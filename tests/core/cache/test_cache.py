@@ -23,6 +23,12 @@ TEXT = (
 )
 
 
+@pytest.fixture(scope="module")
+def smollm2(shallow_smollm2: LoadedModel) -> LoadedModel:
+    """The demo model's first layers, for what does not depend on what the text says."""
+    return shallow_smollm2
+
+
 def generated(model: Any, inputs: Any, cache: QAQCache | None, new: int = 12, **settings: Any) -> torch.Tensor:
     settings = {"do_sample": False, **settings}
     out: torch.Tensor = model.generate(
@@ -61,15 +67,15 @@ def test_the_kernel_changes_speed_only(smollm2: LoadedModel) -> None:
     assert held["cpu"] == pytest.approx(held["reference"], rel=0.01)
 
 
-def test_balanced_answers_in_english(smollm2: LoadedModel) -> None:
-    inputs = smollm2.tokenizer.apply_chat_template(
+def test_balanced_answers_in_english(whole_smollm2: LoadedModel) -> None:
+    inputs = whole_smollm2.tokenizer.apply_chat_template(
         [{"role": "user", "content": f"{TEXT}\nWhat does a comment begin with?"}],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
     )
-    cache = QAQCache.for_model(smollm2.model, fingerprint=smollm2.fingerprint, target_bits=3)
-    text = smollm2.tokenizer.decode(generated(smollm2.model, inputs, cache, new=10)[0])
+    cache = QAQCache.for_model(whole_smollm2.model, fingerprint=whole_smollm2.fingerprint, target_bits=3)
+    text = whole_smollm2.tokenizer.decode(generated(whole_smollm2.model, inputs, cache, new=10)[0])
     assert "hash" in text
     assert cache.stats()[0].compression > 1.5
 

@@ -28,6 +28,12 @@ PROMPT, STEPS = 200, 24
 
 
 @pytest.fixture(scope="module")
+def smollm2(shallow_smollm2: LoadedModel) -> LoadedModel:
+    """The demo model's first layers: what a cache holds and reads is the same for each layer."""
+    return shallow_smollm2
+
+
+@pytest.fixture(scope="module")
 def ids(smollm2: LoadedModel) -> torch.Tensor:
     """[1, 224] of real English."""
     encoded = smollm2.tokenizer(topics.topics["assignment"], return_tensors="pt").input_ids

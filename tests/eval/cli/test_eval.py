@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from referencing import Registry, Resource
 from typer.testing import CliRunner
 
+from qaq_eval import quality
 from qaq_eval.quality import needle
 from services.cli.main import app
 
@@ -31,6 +33,7 @@ def figures(path: Path, schema: str) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.usefixtures("first_layers")
 def test_turns(tmp_path: Path) -> None:
     path, page = tmp_path / "turns.json", tmp_path / "turns.html"
     asked = ("--turns", 2, "--context", 60, "--decode", 4, "--documents", 1)
@@ -48,6 +51,7 @@ def test_turns(tmp_path: Path) -> None:
     assert len((tmp_path / "turns.json.parts.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_needle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needle, "DEPTHS", (50,))
     path = tmp_path / "needle.json"
@@ -60,6 +64,7 @@ def test_needle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "needle.json.parts.jsonl").read_text() == kept
 
 
+@pytest.mark.usefixtures("first_layers")
 def test_long_answers(tmp_path: Path) -> None:
     path, page = tmp_path / "long.json", tmp_path / "long.html"
     asked = ("--long", "--context", 60, "--decode", 8, "--documents", 1, "--json", path, "--html", page)
@@ -78,7 +83,7 @@ def test_long_answers(tmp_path: Path) -> None:
     assert (tmp_path / "long.json.parts.jsonl").read_text() == kept
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("first_layers")
 @pytest.mark.parametrize("kind", ["needles", "formats"])
 def test_what_is_asked_late(tmp_path: Path, kind: str) -> None:
     path, count = tmp_path / "late.json", 2 if kind == "needles" else 1
@@ -95,6 +100,7 @@ def test_what_is_asked_late(tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "late.json.parts.jsonl").read_text() == kept
 
 
+@pytest.mark.usefixtures("first_layers")
 def test_tasks(tmp_path: Path) -> None:
     questions, path = tmp_path / "piqa.jsonl", tmp_path / "tasks.json"
     asked = [{"goal": f"To open door {i}", "sol1": "push it", "sol2": "eat it", "label": 0} for i in range(3)]
@@ -124,6 +130,7 @@ def test_parts_are_of_one_form_of_weights(tmp_path: Path) -> None:
     assert (losses[1], losses[0]) == (losses[2], losses[3])
 
 
+@pytest.mark.usefixtures("first_layers")
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -139,6 +146,7 @@ def test_parts_are_of_one_form_of_weights(tmp_path: Path) -> None:
         (("--needles", "2", "--context", "300"), "too short for 2 needles"),
         (("--weights", "int3"), "unknown weights 'int3'; take auto, plain, float32"),
         (("--text", "short.txt"), "the text has 0 documents"),
+        (("--text", "none.txt"), "No such file"),
         (("--configs", "balanced@much"), "is no configuration"),
     ],
 )
@@ -152,7 +160,30 @@ def test_mistakes_are_told_in_a_sentence(
     assert sentence in " ".join(shown.output.replace("│", " ").split())
 
 
+@pytest.mark.usefixtures("first_layers")
 def test_settings_are_part_of_a_name() -> None:
     shown = run("--context", 60, "--decode", 2, "--documents", 1, "--configs", "paper[codec=normal]")
     assert shown.exit_code == 0, shown.output
     assert "paper[codec=normal]" in shown.output
+
+
+@pytest.mark.usefixtures("first_layers")
+@pytest.mark.parametrize(
+    ("options", "modules", "missing", "need"),
+    [
+        (("--tasks", "arc_easy"), ("tasks",), "lm_eval", "lm-eval"),
+        (("--html", "page.html"), ("report", "plots"), "matplotlib", "matplotlib"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(
+    options: tuple[str, ...], modules: tuple[str, ...], missing: str, need: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in modules:  # as if nothing had imported them
+        monkeypatch.delitem(sys.modules, f"qaq_eval.quality.{name}", raising=False)
+        monkeypatch.delattr(quality, name, raising=False)
+    for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    shown = run(*options)
+    assert shown.exit_code == 1
+    assert need in shown.output
+    assert "pip install 'qaq-kv[eval]'" in " ".join(shown.output.split())

@@ -12,8 +12,9 @@ from typer.testing import CliRunner, Result
 
 from services.cli.main import app
 from tests.e2e.command import ROOT
+from tests.shallow import LAYERS
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("first_layers")]
 SCHEMAS = ROOT / "qaq_eval" / "schemas"
 SMALL = ("--context", "120", "--decode", "4", "--documents", "1")
 
@@ -47,7 +48,7 @@ def test_keys_have_outliers_in_few_channels(tmp_path: Path) -> None:
     shown = paper("fig2c", *SMALL, "--json", path)
     assert shown.exit_code == 0, shown.output
     rows = checked(path)["rows"]
-    assert len(rows) == 2 * 30
+    assert len(rows) == 2 * LAYERS
     keys, values = ([row["beyond"]["4"] for row in rows if row["side"] == side] for side in ("key", "value"))
     assert sum(keys) > sum(values)
 

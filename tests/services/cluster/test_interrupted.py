@@ -62,7 +62,8 @@ def started(command: str, line: str) -> subprocess.Popen[str]:
     [
         ("up", "redis: starting", [SIGINT]),
         ("up", "ray: starting", [SIGINT, SIGINT]),
-        ("up", "ray: head", [SIGKILL]),
+        ("up", "ray: starting", [SIGKILL]),
+        pytest.param("up", "ray: head", [SIGKILL], marks=long),
         pytest.param("up", "redis: starting", [SIGTERM], marks=long),
         pytest.param("demo", "ray: starting", [SIGHUP], marks=long),
         pytest.param("demo", "worker-0: loading", [SIGTERM, SIGTERM], marks=long),
