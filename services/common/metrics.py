@@ -100,6 +100,7 @@ orphans_lapsed = Counter("qaq_orphans_lapsed_total", "Generations whose router w
 taken_over = Counter("qaq_taken_over_total", "Generations of this worker that went on for another call")
 sessions = Gauge("qaq_sessions", "Sessions with a cache on this worker")
 queue_depth = Gauge("qaq_queue_depth", "Requests in the queue")
+running = Gauge("qaq_running", "Generations in prefill or decode on this worker")
 unauthenticated = Counter("qaq_unauthenticated_total", "Calls of the router without the key of a tenant")
 tenants_failures = Counter("qaq_tenants_failures_total", "Tenants files that could not be used when they changed")
 quota_refusals = Counter("qaq_quota_refusals_total", "Calls that exceeded a quota of their tenant", ["quota"])

@@ -47,6 +47,7 @@ def summarize(running: int, waiting: int, sessions: Sequence[Session]) -> Worker
     metrics.kv_bytes.labels("staging").set(sum(session.sequence.staging_bytes for session in sessions))
     metrics.kv_compression_ratio.set(fp16_bytes / state.kv_bytes if state.kv_bytes else 1.0)
     metrics.sessions.set(state.sessions)
+    metrics.running.set(running)
     metrics.queue_depth.set(waiting)
     return state
 

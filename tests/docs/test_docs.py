@@ -17,6 +17,8 @@ PAGES = sorted(
     key=str,
 )
 SOURCES = ("qaq_core", "qaq_eval", "services", "examples", "proto")
+# Whose variables and values are named.
+DEPLOYMENT = ("docker-compose.yml", "deploy/Dockerfile", "deploy/helm/qaq/values.yaml")
 
 # Names of others: a variable of OpenMP and of Triton, one of the paper's code, a pattern of names, OpenAI's fields that
 # are refused.
@@ -42,6 +44,7 @@ def anchors(page: Path) -> set[str]:
 def known_names() -> frozenset[str]:
     """Every word of the code, every setting as a variable of the environment, every file."""
     files = [path for source in SOURCES for kind in ("py", "proto") for path in (ROOT / source).rglob(f"*.{kind}")]
+    files += [ROOT / name for name in DEPLOYMENT]
     words = {word for path in files for word in re.findall(r"[A-Za-z_]\w+", path.read_text())}
     stems = {path.stem for source in SOURCES for path in (ROOT / source).rglob("*.*")}
     return frozenset(words | {f"QAQ_{word.upper()}" for word in words} | stems | names_of_tests() | ELSEWHERE)

@@ -46,7 +46,7 @@ class Composed:
         self.addresses = {
             name: f"{self._hosts[name]}:{service['environment']['QAQ_PORT']}"
             for name, service in self.file["services"].items()
-            if name != "redis"
+            if "QAQ_PORT" in service.get("environment", {})
         }
 
     def start(self) -> None:
@@ -62,10 +62,10 @@ class Composed:
             | {"REDIS_VERSION": ".".join(map(str, redis_binary.version()))},
             check=True,
         )
-        for name, service in self.file["services"].items():
-            self._processes[name] = self._redis(service) if name == "redis" else self._role(name, service)
-            if name == "redis":
-                self._until_healthy(name)  # the others depend on it
+        self._processes["redis"] = self._redis(self.file["services"]["redis"])
+        self._until_healthy("redis")  # the others depend on it
+        for name in self.addresses:
+            self._processes[name] = self._role(name, self.file["services"][name])
         for name in self.addresses:
             self._until_healthy(name)
 
@@ -112,7 +112,7 @@ class Composed:
         (self._directory / "redis.conf").write_text(config)
         server, path = service["command"]
         assert server == "redis-server"
-        assert path == service["configs"][0]["target"]
+        assert f"./deploy/redis.conf:{path}:ro" in service["volumes"]
         return self._spawn("redis", [str(binary), str(self._directory / "redis.conf")], {})
 
     def _role(self, name: str, service: dict[str, Any]) -> subprocess.Popen[bytes]:

@@ -68,6 +68,11 @@ async def test_metrics_follow(make_scheduler: MakeScheduler, ids: Ids) -> None:
         assert value("qaq_kv_bytes", tier="device") == scheduler.state.kv_bytes == cache.kv_bytes
         assert value("qaq_kv_compression_ratio") == pytest.approx(cache.kv_bytes_fp16 / cache.kv_bytes)
         assert value("qaq_sessions") == 1
+        assert value("qaq_running") == 0
+        running = scheduler.submit(request(ids(STORY), 12))
+        assert (await running.replies.get()).WhichOneof("event")
+        assert value("qaq_running") == 1
+        await outcome(running)
     assert value("qaq_kv_bytes", tier="device") == 0
 
 
