@@ -109,21 +109,24 @@ class ReferenceAttention:
         Args:
             head, token: int64 [n]; tokens count from the first packed one. The codec keeps no offsets and outliers.
         """
-        table, levels = self._table(packed, side), torch.zeros(len(head), packed.head_dim, device=packed.device)
+        levels = torch.zeros(len(head), packed.head_dim, device=packed.device)
         for block in token.div(BLOCK_TOKENS, rounding_mode="floor").unique().tolist():
             first, last = packed.block_range(block)
             here = torch.nonzero((token >= first) & (token < last)).squeeze(1)
             pool, tags = packed.sides[side].pools[block], packed.tags[layer, :, first:last]
             for width, which, raw in pool.take_at(tags, side, layer, head[here], token[here] - first):
-                rows = levels.new_empty(len(raw), packed.head_dim)
-                if width == HALF:
-                    rows = unpack_half(raw)
-                else:
-                    table.unpack(raw, width, rows)
-                levels[here[which]] = rows
+                levels[here[which]] = self.levels(packed, side, raw, width)
         position = token + packed.start
         meta = packed.meta_at(side, torch.full_like(head, layer), head, position)
         return levels * packed.quantizer.spread(packed.quantizer.codec.affine(meta)[0], packed.head_dim)
+
+    def levels(self, packed: PackedTokens, side: int, raw: torch.Tensor, width: int) -> torch.Tensor:
+        """The levels of rows of one width, uint8 [n, bytes], in the layout of packed tokens: float32 [n, head_dim]."""
+        if width == HALF:
+            return unpack_half(raw)
+        levels = torch.empty(len(raw), packed.head_dim, device=raw.device)
+        self._table(packed, side).unpack(raw, width, levels)
+        return levels
 
     def unpack(self, packed: PackedTokens, side: int, layer: int) -> torch.Tensor:
         """All packed rows of a layer, dequantized but not transformed back: float32 [kv_heads, tokens, head_dim]."""

@@ -24,8 +24,6 @@ from qaq_core.attention import BetterRows, ReferenceAttention, correct
 from qaq_core.base.errors import OriginalsError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.rows import ROW_ARRAYS, RowReply, RowRequest
-from qaq_core.base.widths import HALF
-from qaq_core.quantization.bit_planes import unpack_half
 from qaq_core.storage.packed import PackedTokens
 
 log = logging.getLogger(__name__)
@@ -42,6 +40,7 @@ class InTimeLimits:
         least_error: nats that a token's rows must cost a step in one layer to be fetched.
         most_bytes: bytes of rows fetched.
         most_seconds: waited for a store.
+        width: of a row that is fetched, in half bits an element, see `base.widths`.
         pause: steps without a fetch after one that failed, came too late, or found no original.
         kept_bytes: host memory for rows that were fetched, which later steps often look at again.
     """
@@ -49,6 +48,7 @@ class InTimeLimits:
     least_error: float = 1e-4
     most_bytes: int = 6 << 10
     most_seconds: float = 0.05
+    width: int = 16
     pause: int = 64
     kept_bytes: int = 4 << 20
 
@@ -122,7 +122,7 @@ class InTime:
         step = self._steps.get(position)
         if step is None or (found := step.error.look(layer, self.limits.least_error)) is None:
             return
-        row_bytes = 2 * HALF * self.packed.head_dim // 16
+        row_bytes = 2 * self.limits.width * self.packed.head_dim // 16
         found = found.largest(step.bytes_left // row_bytes)
         if not len(found) or position < self._paused_until:
             return
@@ -224,7 +224,7 @@ class InTime:
             "head": head,
             "position": at,
             "have": 0,
-            "want": HALF,
+            "want": self.limits.width,
             "side": 0,
         }
         arrays = {
@@ -238,21 +238,24 @@ class InTime:
         page_ids = staging.page_ids(arrays["position"])
         request = RowRequest(staging.shape, page_ids, meta=meta.cpu().numpy(), **arrays)
         scale = packed.quantizer.spread(packed.quantizer.codec.affine(meta)[0], packed.head_dim)
-        got = torch.full((2 * n, packed.head_dim), float("nan"), device=packed.device)
+        got = torch.full((2, n, packed.head_dim), float("nan"), device=packed.device)
         for index, future in staging.requantize(request, packed.quantizer):
             reply = self._wait(step, position, future, len(index))
             if reply is None:
                 continue
             there = torch.from_numpy(index[reply.found])
-            planes = torch.from_numpy(reply.planes).view(len(there), 2 * packed.head_dim).to(packed.device)
-            got[there] = unpack_half(planes) * scale[there]
+            planes = torch.from_numpy(reply.planes).view(len(there), self.limits.width * packed.head_dim // 16)
+            for side in (KEY, VALUE):
+                mine = there.div(n, rounding_mode="floor") == side
+                levels = self._rows.levels(packed, side, planes[mine].to(packed.device), self.limits.width)
+                got[side, there[mine] - side * n] = levels * scale[there[mine]]
             if len(there) < len(index):
                 self.counts.originals_missing += len(index) - len(there)
                 self._pause(position)
-        whole = got.view(2, n, -1).isfinite().all(-1).all(0).tolist()
+        whole = got.isfinite().all(-1).all(0).tolist()
         for i, place in enumerate(self._places(layer, found)):
             if whole[i]:
-                self._kept[place] = got.view(2, n, -1)[:, i].clone()
+                self._kept[place] = got[:, i].clone()
 
     def _wait(self, step: _Step, position: int, future: Future[RowReply], rows: int) -> RowReply | None:
         """The reply, if it comes within what is left of the step's time."""

@@ -191,7 +191,7 @@ def test_a_step_fetches_at_most_so_many_bytes() -> None:
         before = sequence.stats()
         forward(model, sequence, [token])
         corrected = sequence.stats().rows_corrected - before.rows_corrected
-        assert 0 < corrected * 2 * method.shape.head_dim <= 1000
+        assert 0 < corrected * limits.width * method.shape.head_dim // 16 <= 1000
 
 
 class Silent(InProcessOriginals):
