@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from qaq_core.allocation import (
+    FIRST_KEYS,
     AttentionWindow,
     BalancedPolicy,
     DecayingMeanSquare,
@@ -35,7 +36,7 @@ from qaq_core.cache.method import Method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.calibration import Calibration, Progress, calibrate, shown
 from qaq_core.kernels import KERNELS
-from qaq_core.models import ModelShape
+from qaq_core.models import ModelShape, has_key_bias
 from qaq_core.quantization import (
     Adaptation,
     GaussianCodec,
@@ -152,7 +153,7 @@ def balanced(
     wanted = target if target.given else Target(bits=BALANCED_BITS)
     return {
         "quantizer": quantizer,
-        "policy": BalancedPolicy(quantizer, costs, asked),
+        "policy": BalancedPolicy(quantizer, costs, asked, FIRST_KEYS if has_key_bias(model) else 0),
         "statistic": DecayingMeanSquare(),
         "target": wanted,
         "adaptation": Adaptation(costs, rotation),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qaq_core.models.fingerprint import left_fingerprint, weights_fingerprint
     from qaq_core.models.linear import PackedLinear
     from qaq_core.models.loading import LoadedModel, device_of, load_model
-    from qaq_core.models.shape import ModelShape
+    from qaq_core.models.shape import ModelShape, has_key_bias
     from qaq_core.models.tokenizer import avoid_torch, load_tokenizer
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "default_model_path",
     "device_of",
     "find_checkpoint",
+    "has_key_bias",
     "is_hub_id",
     "left_fingerprint",
     "load_model",
@@ -39,7 +40,7 @@ _HOMES = {
     "fingerprint": ("left_fingerprint", "weights_fingerprint"),
     "linear": ("PackedLinear",),
     "loading": ("LoadedModel", "device_of", "load_model"),
-    "shape": ("ModelShape",),
+    "shape": ("ModelShape", "has_key_bias"),
     "tokenizer": ("avoid_torch", "load_tokenizer"),
 }
 
