@@ -12,8 +12,9 @@ from redis.asyncio import Redis
 
 from services.common.settings import RouterSettings
 from services.router.hold import LEFT_TTL_S
+from services.router.server import RouterServer
 
-from .conftest import running_router
+from .conftest import running_router, running_worker
 from .test_generation import MortalWorker, mortal
 from .test_service import replies, request, until
 
@@ -132,6 +133,21 @@ async def test_a_session_for_one_call_begins_with_its_pages(
     await redis.hset(f"qaq:session:{session}", "kept", "0")
     await rejoined(routers[1], session, NEW)
     assert len(worker.asked[-1].page_ids) == NEW
+
+
+async def test_a_router_that_stops_leaves_its_generations_to_others(
+    router_settings: RouterSettings, redis: Redis
+) -> None:
+    """It tells the worker nothing, which keeps them until their clients are with another router."""
+    router = RouterServer(router_settings)
+    async with running_worker(redis) as worker, grpc.aio.insecure_channel(await router.start()) as channel:
+        worker.gate.clear()
+        call = Stub(channel).Generate(request())
+        while (await call.read()).WhichOneof("event") != "token":
+            pass
+        await router.stop()
+        assert await call.code() is Code.UNAVAILABLE
+        assert (len(worker.ended), worker.cancelled) == (1, [])
 
 
 async def _gone(redis: Redis, session: str) -> bool:

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 from prometheus_client import REGISTRY
+from qaq.v1 import common_pb2
 
 from qaq_core import InProcessOriginals, OriginalsError, Page, PageShape
 from qaq_core.models import LoadedModel
@@ -45,6 +46,16 @@ async def test_a_stored_prefix_is_loaded(
         same = await outcome(second.submit(request(shared + tails[0], 2, cache=EXACT)))
         assert same.done is not None
         assert same.done.usage.loaded_tokens == (len(shared + tails[0]) - 1) // 16 * 16
+
+
+async def test_with_fp16_no_stored_token_is_computed_for_its_attention(make_scheduler: MakeScheduler, ids: Ids) -> None:
+    tokens, store = ids(STORY * 8), InProcessOriginals()
+    async with make_scheduler(store, page_tokens=16) as scheduler:
+        await outcome(scheduler.submit(request(tokens, 1, cache=EXACT, session_id="a", keep=True)))
+        for cache, computed in ((EXACT, 1), (common_pb2.CacheParams(preset="balanced"), 128)):
+            done = (await outcome(scheduler.submit(request(tokens, 1, cache=cache)))).done
+            assert done is not None
+            assert done.usage.loaded_tokens == (len(tokens) - computed) // 16 * 16 > 0
 
 
 async def test_a_hit_holds_the_bits_that_computing_it_gives(make_scheduler: MakeScheduler, ids: Ids) -> None:
