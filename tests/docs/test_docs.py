@@ -20,9 +20,17 @@ SOURCES = ("qaq_core", "qaq_eval", "services", "examples", "proto")
 # Whose variables and values are named.
 DEPLOYMENT = ("docker-compose.yml", "deploy/Dockerfile", "deploy/helm/qaq/values.yaml")
 
-# Names of others: a variable of OpenMP and of Triton, one of the paper's code, a pattern of names, OpenAI's fields that
-# are refused.
-ELSEWHERE = {"web_search_options", "OMP_WAIT_POLICY", "TORCH_INDEX", "TRITON_INTERPRET", "q_norm", "kAvB"}
+# Names of others: variables of OpenMP, Triton and CUDA, one of the paper's code, a pattern of names, OpenAI's fields
+# that are refused.
+ELSEWHERE = {
+    "web_search_options",
+    "OMP_WAIT_POLICY",
+    "TORCH_INDEX",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "q_norm",
+    "kAvB",
+}
 
 
 def names(pages: list[Path]) -> list[str]:
