@@ -91,8 +91,8 @@ QAQ_NOINLINE void center(const QaqTransform& transform, int64_t place, int32_t t
     }
 }
 
-// Reflects up to four rows, side by side as the sums of one row alone wait for each other. As above, the result does
-// not depend on fused operations: a product of a float and a small integer is exact in double precision.
+// Reflects up to four rows side by side: the sums of one alone wait for each other. As above, the result does not
+// depend on fused operations: a product of a float and a small integer is exact in double precision.
 template <int R>
 void reflect_rows(const double* vector, int square, int begin, int dim, const RowToMake* rows) {
     d4 low[R] = {}, high[R] = {};
