@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
 
 from services.common.certificates import files
 
-from .command import here, qaq
+from .command import qaq
 from .composed import ROOT, Composed
 
 SCHEMA = json.loads((ROOT / "qaq_eval" / "schemas" / "bench_serve.json").read_text())
 SMALL = ("--streams", "2", "--stream-tokens", "2", "--memory-sessions", "15")
 
 
-def bench(composed: Composed, path: Path, *options: str | Path, run: Callable[..., Any] = here) -> dict:
+def bench(composed: Composed, path: Path, *options: str | Path) -> dict:
     router = composed.addresses["router"]
     ca, cert, key = map(str, files(composed.secrets, "router"))  # it calls the worker as a router does
     who = {"QAQ_TLS_CA": ca, "QAQ_TLS_CERT": cert, "QAQ_TLS_KEY": key, "QAQ_REDIS_URL": composed.redis_url("operator")}
     who |= {"QAQ_API_KEY": composed.key}
-    result = run("bench", "serve", "--router", router, "--json", path, *options, **who)
+    result = qaq("bench", "serve", "--router", router, "--json", path, *options, **who)
     assert result.returncode == 0, result.stderr
     assert "first token" in result.stdout
     figures = json.loads(path.read_text())
@@ -33,8 +31,7 @@ def bench(composed: Composed, path: Path, *options: str | Path, run: Callable[..
 
 
 def test_a_mix(composed: Composed, tmp_path: Path) -> None:
-    asked = ("--clients", "2", "--requests", "2", "--seed", "24", *SMALL)
-    figures = bench(composed, tmp_path / "mix.json", *asked, run=qaq)
+    figures = bench(composed, tmp_path / "mix.json", "--clients", "2", "--requests", "2", "--seed", "24", *SMALL)
     assert (figures["clients"], figures["requests"], figures["errors"]) == (2, 2, {})
     assert figures["kv_bytes_peak"] > 0
     assert figures["streams"]["streams"] == 2
