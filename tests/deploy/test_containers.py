@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from qaq.v1 import generate_pb2, generate_pb2_grpc
@@ -109,19 +110,17 @@ def request(new: int = 8, **more: object) -> generate_pb2.GenerateRequest:
     return generate_pb2.GenerateRequest(prompt="The capital of France is", **fields)
 
 
-def chat(project: Project, secrets: Path) -> str:
-    """The answer to a chat through the gateway."""
+def gateway(project: Project, secrets: Path, path: str, body: dict | None = None) -> Any:
+    """What the gateway answers."""
     key = (secrets / "client.key").read_text().strip()
-    body = {"model": "default", "messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 8}
     asked = urllib.request.Request(
-        f"https://127.0.0.1:{project.variables['GATEWAY_PORT']}/v1/chat/completions",
-        json.dumps(body).encode(),
+        f"https://127.0.0.1:{project.variables['GATEWAY_PORT']}{path}",
+        json.dumps(body).encode() if body else None,
         {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
     )
     context = ssl.create_default_context(cafile=secrets / "client" / "ca.pem")
     with urllib.request.urlopen(asked, context=context, timeout=300) as answer:
-        said: str = json.load(answer)["choices"][0]["message"]["content"]
-    return said
+        return json.load(answer)
 
 
 def test_the_image_has_the_kernels(engine: Engine, image: str) -> None:
@@ -146,7 +145,11 @@ async def test_a_generation(client: generate_pb2_grpc.InferenceStub) -> None:
 
 
 def test_a_chat(stack: Project, secrets: Path) -> None:
-    assert chat(stack, secrets).strip()
+    model = gateway(stack, secrets, "/v1/models")["data"][0]["id"]
+    messages = [{"role": "user", "content": "Name a colour."}]
+    body = {"model": model, "messages": messages, "max_tokens": 8}
+    answer = gateway(stack, secrets, "/v1/chat/completions", body)
+    assert answer["choices"][0]["message"]["content"].strip()
 
 
 @pytest.mark.parametrize("role", ROLES)
