@@ -11,13 +11,18 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import grpc
 import structlog
 from qaq.v1 import worker_pb2
 
 from services.common import metrics
+from services.common.errors import StatusError
 from services.worker.generation import Call
 from services.worker.scheduler.scheduler import Scheduler
 from services.worker.session_cache import Name, session_name
+
+UNWANTED_S = 60.0
+"""How long a cancelled fence is known: a call may come after it that was sent before."""
 
 log = structlog.get_logger()
 
@@ -39,6 +44,12 @@ class Orphans:
     def __init__(self, scheduler: Scheduler, seconds: float) -> None:
         self._scheduler, self._seconds = scheduler, seconds
         self._runs: list[_Run] = []
+        self._unwanted: dict[Name, int] = {}
+
+    def check(self, request: worker_pb2.RunRequest) -> None:
+        """Raises StatusError if nobody wants the generation any more, before its call came or while it was prepared."""
+        if 0 < request.fence <= self._unwanted.get(session_name(request), 0):
+            raise StatusError("the generation was cancelled before it began", code=grpc.StatusCode.ABORTED)
 
     @contextlib.contextmanager
     def kept(self, request: worker_pb2.RunRequest, call: Call) -> Iterator[None]:
@@ -59,8 +70,10 @@ class Orphans:
                 self._end(run)
 
     def cancel(self, name: Name, fence: int) -> None:
-        """Ends a session's generations with this fence or an earlier one, whether their calls have broken off yet or
-        are about to."""
+        """Ends a session's generations with this fence or an earlier one, whether their calls have broken off yet, are
+        about to, or have not come."""
+        self._unwanted[name] = max(fence, self._unwanted.get(name, 0))
+        asyncio.get_running_loop().call_later(UNWANTED_S, self._unwanted.pop, name, None)
         for run in [run for run in self._runs if run.name == name and run.fence <= fence]:
             self._end(run)
 

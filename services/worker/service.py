@@ -39,6 +39,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._scheduler.check(request)
         grammar = await self._scheduler.grammars.get(request.constraint, request.tenant)
         await self._scheduler.methods.ready(request.cache)
+        self._orphans.check(request)
         call = self._scheduler.submit(request, grammar).call
         unfinished = max(1, request.choices)
         with self._orphans.kept(request, call):

@@ -150,3 +150,18 @@ async def test_calls_that_are_left_and_cancelled_at_any_moment_leave_nothing(
             with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
                 await reading
             await settled(scheduler, running=0, waiting=0, sessions=0)
+
+
+async def test_a_call_that_comes_after_its_cancellation_begins_nothing(
+    make_scheduler: MakeScheduler, smollm2: LoadedModel, ids: Ids
+) -> None:
+    """Its session may be closed: a cache that it left behind would stay."""
+    async with serving(make_scheduler, smollm2) as (address, scheduler), open_channel(address) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        await stub.Cancel(worker_pb2.CancelRequest(session_id="s", fence=2), timeout=60)
+        for fence in (1, 2):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read(stub.Run(asked(ids(STORY), fence, AT), timeout=120))
+            assert caught.value.code() is grpc.StatusCode.ABORTED
+        assert not scheduler.state.sessions
+        assert len(await read(stub.Run(asked(ids(STORY), 3, AT), timeout=120))) == AT
