@@ -86,8 +86,7 @@ class ModelShape:
 
 def has_key_bias(model: Any) -> bool:
     """Whether a bias is added to the keys of a transformers causal LM, as in Qwen 2."""
-    named = (*model.named_parameters(), *model.named_buffers())
-    return any(_KEY_BIAS.search(name) is not None and tensor is not None for name, tensor in named)
+    return any(_KEY_BIAS.search(name) for name, _ in (*model.named_parameters(), *model.named_buffers()))
 
 
 def layers_of(config: Any) -> int:

@@ -73,9 +73,13 @@ class Orphans:
         """Ends a session's generations with this fence or an earlier one, whether their calls have broken off yet, are
         about to, or have not come."""
         self._unwanted[name] = max(fence, self._unwanted.get(name, 0))
-        asyncio.get_running_loop().call_later(UNWANTED_S, self._unwanted.pop, name, None)
+        asyncio.get_running_loop().call_later(UNWANTED_S, self._forget, name, fence)
         for run in [run for run in self._runs if run.name == name and run.fence <= fence]:
             self._end(run)
+
+    def _forget(self, name: Name, fence: int) -> None:
+        if self._unwanted.get(name) == fence:  # else a later one was cancelled meanwhile
+            del self._unwanted[name]
 
     def _lapse(self, run: _Run) -> None:
         if run in self._runs and not run.call.cancelled:  # else its generation has ended, or goes on for another call
