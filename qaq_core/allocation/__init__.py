@@ -15,22 +15,13 @@ from qaq_core.allocation.attention_statistics import (
     StepObserver,
 )
 from qaq_core.allocation.importance import Importance
-from qaq_core.allocation.policies import (
-    FIRST_KEYS,
-    BalancedPolicy,
-    ErrorPolicy,
-    FixedPolicy,
-    PaperPolicy,
-    Policy,
-    View,
-)
+from qaq_core.allocation.policies import BalancedPolicy, ErrorPolicy, FixedPolicy, PaperPolicy, Policy, View
 from qaq_core.allocation.rate_control import RateControl
 from qaq_core.allocation.requantize import Requantizer
 from qaq_core.allocation.step_error import Found, StepError, StepErrors
 from qaq_core.allocation.target import Target
 
 __all__ = [
-    "FIRST_KEYS",
     "Allocator",
     "AttentionStatistic",
     "AttentionWindow",

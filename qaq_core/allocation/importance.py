@@ -82,9 +82,10 @@ class Importance:
             grown[:, :, : self.state.shape[2]] = self.state
             self.state = grown
 
-    def view(self, length: int) -> torch.Tensor:
-        """Predicted attention of the first `length` tokens, float32 [layers, kv_heads, length]."""
-        return self._statistic.importance(self.state[:, :, :length])
+    def view(self, length: int, first: int = 0) -> torch.Tensor:
+        """Predicted attention of the tokens from `first` to `length`, float32 [layers, kv_heads, length - first]. There
+        are fewer while a prompt is computed."""
+        return self._statistic.importance(self.state[:, :, first:length])
 
     def end_step(self, position: int) -> None:
         """Updates the state with the query at a position, if the statistic takes it in."""

@@ -49,6 +49,44 @@ class RequantizeCounts:
     corrections_late: int = 0
 
 
+class RowLog:
+    """How many vectors of each token were asked for, and how many were re-quantized, since the log began."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((2, 0), dtype=np.int32)
+
+    def ask(self, positions: np.ndarray) -> None:
+        """Vectors of the tokens at these positions are requested; a position occurs once for each."""
+        self._add(0, positions)
+
+    def answer(self, positions: np.ndarray) -> None:
+        """Vectors of the tokens at these positions have been re-quantized."""
+        self._add(1, positions)
+
+    def asked(self, first: int, stop: int) -> np.ndarray:
+        """int32 [stop - first]."""
+        return self._read(0, first, stop)
+
+    def answered(self, first: int, stop: int) -> np.ndarray:
+        """int32 [stop - first]."""
+        return self._read(1, first, stop)
+
+    def crop(self, stop: int) -> None:
+        """The tokens from position `stop` on are others now."""
+        self._counts[:, stop:] = 0
+
+    def _add(self, kind: int, positions: np.ndarray) -> None:
+        if not len(positions):
+            return
+        if (room := int(positions.max()) + 1) > self._counts.shape[1]:
+            self._counts = np.pad(self._counts, ((0, 0), (0, 2 * room - self._counts.shape[1])))
+        np.add.at(self._counts[kind], positions, 1)
+
+    def _read(self, kind: int, first: int, stop: int) -> np.ndarray:
+        known = self._counts[kind, first:stop]
+        return np.pad(known, (0, stop - first - len(known)))
+
+
 @dataclass(frozen=True)
 class PendingRequest:
     """A request whose reply has not been applied.
@@ -77,12 +115,14 @@ class Requantizer:
 
     Attributes:
         rounded_from: rows from this position on were packed from rounded numbers; all their planes are requested.
+        log: of single tokens, once somebody watches, see `cache.view`; None before.
     """
 
     def __init__(self, packed: PackedTokens, staging: Staging, allocator: Allocator, wait: bool = False) -> None:
         self.packed, self.staging, self.allocator, self.wait = packed, staging, allocator, wait
         self.counts = RequantizeCounts()
         self.rounded_from = _NEVER
+        self.log: RowLog | None = None
         self._pending: PendingRequest | None = None
         self._reviews_to_skip = 0
 
@@ -151,6 +191,8 @@ class Requantizer:
             return
         request, held = self._make_request(rising)
         self.counts.exceptions += len(request)
+        if self.log is not None:
+            self.log.ask(request.position)
         self._pending = PendingRequest(request, held, self.staging.requantize(request, self.packed.quantizer))
         self.apply()
 
@@ -210,6 +252,8 @@ class Requantizer:
             packed.change(side, index[rows], want[rows], planes, start[rows], keep[rows])
             self.counts.rows_requantized += len(rows)
             self.counts.requantize_bytes += int(size[rows].sum())
+            if self.log is not None:
+                self.log.answer(position[rows].cpu().numpy())
 
     def crop(self, stop: int) -> None:
         """The tokens from position `stop` on are packed no more. Those that are packed there later were rounded."""
@@ -217,6 +261,8 @@ class Requantizer:
             self._pending = replace(self._pending, stop=min(self._pending.stop, stop))
         if self.rounded_from != _NEVER:
             self.rounded_from = min(self.rounded_from, stop)
+        if self.log is not None:
+            self.log.crop(stop)
 
     def close(self, empty: PackedTokens) -> None:
         """Releases the packed tokens (`empty` takes their place) and the pending request; the counts stay."""

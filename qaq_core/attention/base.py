@@ -33,6 +33,10 @@ class LayerInput(NamedTuple):
         query, keys, values = (part[sequence, :, columns] for part in (self.query, self.keys, self.values))
         return self._replace(query=query, keys=keys, values=values)
 
+    def rows(self, rows: list[int]) -> LayerInput:
+        """Some sequences of a batch."""
+        return self._replace(query=self.query[rows], keys=self.keys[rows], values=self.values[rows])
+
 
 class Attention(Protocol):
     """Causal attention of a sequence's last positions over all its tokens in one layer."""

@@ -5,9 +5,11 @@ from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.method import Method, Pair
 from qaq_core.cache.presets import PRESETS, make_method, register_family, register_preset
 from qaq_core.cache.sequence import SequenceCache
+from qaq_core.cache.view import CacheView
 
 __all__ = [
     "PRESETS",
+    "CacheView",
     "Method",
     "Pair",
     "QAQCache",

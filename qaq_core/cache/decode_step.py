@@ -1,8 +1,9 @@
 """Decode steps: one token of each of several sequences, or the draft of one, layer by layer.
 
-`LayerwiseStep` does it with any attention. Where the C++ library can do all of it, `NativeStep` describes the
-sequences once, and then makes one call a layer: it takes the new tokens in, attends, and transforms outputs
-back. `NativeDraft` makes one call a layer for each token of the draft, as if they were decoded one by one.
+Sequences of one method are computed together, see `begin_decode`. `LayerwiseStep` does it with any attention. Where the
+C++ library can do all of it, `NativeStep` describes the sequences once, and then makes one call a layer: it takes the
+new tokens in, attends, and transforms outputs back. `NativeDraft` makes one call a layer for each token of the draft,
+as if they were decoded one by one.
 """
 
 from __future__ import annotations
@@ -34,8 +35,20 @@ class Step(Protocol):
         ...
 
 
-def begin_decode(method: Method, sequences: Sequence[SequenceCache]) -> Step:
-    """A decode step of sequences of that method: in C++ where it can do all of it."""
+def begin_decode(sequences: Sequence[SequenceCache]) -> Step:
+    """A decode step: those of one method together, in C++ where it can do all of it, and others one by one."""
+    groups: dict[int, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        groups.setdefault(id(sequence.method) if sequence.batched else -1 - i, []).append(i)
+    steps = [(rows, _begin_alike([sequences[i] for i in rows])) for rows in groups.values()]
+    return steps[0][1] if len(steps) == 1 else GroupedStep(steps)
+
+
+def _begin_alike(sequences: Sequence[SequenceCache]) -> Step:
+    """A decode step of sequences of one method, or of one that is computed alone."""
+    if not sequences[0].batched:
+        return SequentialStep(sequences, [1])
+    method = sequences[0].method
     attention = native_attention(method, sequences)
     return LayerwiseStep(method, sequences) if attention is None else NativeStep(attention, method, sequences)
 
@@ -75,6 +88,24 @@ class SequentialStep:
         for i, (sequence, fresh) in enumerate(zip(self._sequences, self._fresh, strict=True)):
             own = slice(columns - fresh, columns)
             out[i, :, own] = sequence.attend(given.of(i, own))
+        return out
+
+
+class GroupedStep:
+    """Steps of several groups of sequences.
+
+    Args:
+        steps: the rows of the batch that are a group's, and its step.
+    """
+
+    def __init__(self, steps: Sequence[tuple[list[int], Step]]) -> None:
+        self._steps = steps
+
+    def attend(self, given: LayerInput) -> torch.Tensor:
+        """See `Step`."""
+        out = torch.empty(given.query.shape, dtype=torch.float32, device=given.query.device)
+        for rows, step in self._steps:
+            out[rows] = step.attend(given.rows(rows))
         return out
 
 

@@ -145,8 +145,8 @@ class ForwardPasses:
             for sequence, tokens in zip(self.sequences, fresh, strict=True):
                 sequence.expect_draft(tokens)
         self._prompt_next = False
-        if n == 1 and all(sequence.batched and sequence.method is self.method for sequence in self.sequences):
-            return begin_decode(self.method, self.sequences)
+        if fresh == [1] * batch:
+            return begin_decode(self.sequences)
         first = self.sequences[0]
         if fresh == [n] and first.batched and first.drafting and first.method is self.method:
             return begin_draft(self.method, first, n)

@@ -10,6 +10,7 @@ What others do has names too, see `baselines`.
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 
 from qaq_core.allocation import (
-    FIRST_KEYS,
     AttentionWindow,
     BalancedPolicy,
     DecayingMeanSquare,
@@ -34,9 +34,9 @@ from qaq_core.base.pages import PAGE_TOKENS
 from qaq_core.cache.in_time import InTimeLimits
 from qaq_core.cache.method import Method
 from qaq_core.cache.sequence import SequenceCache
-from qaq_core.calibration import Calibration, Progress, calibrate, shown
+from qaq_core.calibration import REVISION, Calibration, Progress, calibrate, shown
 from qaq_core.kernels import KERNELS
-from qaq_core.models import ModelShape, has_key_bias
+from qaq_core.models import ModelShape
 from qaq_core.quantization import (
     Adaptation,
     GaussianCodec,
@@ -49,6 +49,8 @@ from qaq_core.quantization import (
 )
 from qaq_core.quantization.codecs.grouped import GRANULARITIES
 from qaq_core.quantization.codecs.progressive import greedy_order
+
+log = logging.getLogger(__name__)
 
 BALANCED_BITS = 2.2
 MOST_PAGE_TOKENS = 1024
@@ -118,6 +120,8 @@ def calibration_of(
         raise ConfigError(f"calibration must be a qaq_core.calibration.Calibration or None, not {given!r:.80}")
     if given is not None:
         given.check(shape)
+        if given.revision != REVISION:
+            log.warning("the calibration was measured by a version that measured other things; measure it again")
     return (given or calibrate(model, shape, fingerprint)).to(next(model.parameters()).device)
 
 
@@ -153,7 +157,7 @@ def balanced(
     wanted = target if target.given else Target(bits=BALANCED_BITS)
     return {
         "quantizer": quantizer,
-        "policy": BalancedPolicy(quantizer, costs, asked, FIRST_KEYS if has_key_bias(model) else 0),
+        "policy": BalancedPolicy(quantizer, costs, asked),
         "statistic": DecayingMeanSquare(),
         "target": wanted,
         "adaptation": Adaptation(costs, rotation),

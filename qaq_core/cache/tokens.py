@@ -84,6 +84,12 @@ class SequenceTokens:
         if self.rate.set_floor(floor) and len(self.packed):
             self.requantizer.narrow_to(self.packed_state(), self.rate.value)
 
+    def recover(self) -> None:
+        """Applies what was fetched, and goes on getting back what a floor took, as decode does; between two turns."""
+        self.requantizer.apply()
+        if self.rate.recovering and len(self.packed):
+            self._review(narrow=False)
+
     def packed_state(self) -> TokenState:
         """The state of the packed tokens."""
         return TokenState(self.importance.state[:, :, : self.length], self.packed.start, self.packed.metas)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,6 +25,8 @@ from qaq_core.calibration.shipped import FILES
 from qaq_core.models.shape import ModelShape
 
 GRADIENTS, PERTURBATION = "gradients", "perturbation"
+REVISION = 2
+"""Of what is measured. Since 2 the first tokens, which stay exact, do not count."""
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class Calibration:
         key_costs, value_costs: float32 [layers, kv_heads, head_dim/8].
         query_norm: float32 [layers, kv_heads].
         source: how costs were measured: "gradients", or "perturbation" where those had no memory.
+        revision: of what was measured, see REVISION.
     """
 
     key_matrix: torch.Tensor
@@ -48,6 +52,7 @@ class Calibration:
     value_costs: torch.Tensor
     query_norm: torch.Tensor
     source: str = GRADIENTS
+    revision: int = REVISION
 
     @property
     def tables(self) -> dict[str, torch.Tensor]:
@@ -63,21 +68,23 @@ class Calibration:
             )
 
     def to(self, device: torch.device) -> Calibration:
-        return Calibration(**{name: table.to(device) for name, table in self.tables.items()}, source=self.source)
+        moved: dict[str, Any] = {name: table.to(device) for name, table in self.tables.items()}
+        return replace(self, **moved)
 
     def save(self, path: Path) -> None:
         """Writes safetensors, all at once."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         tables = {name: table.cpu().contiguous() for name, table in self.tables.items()}
-        save_file(tables, part, {"source": self.source})
+        save_file(tables, part, {"source": self.source, "revision": str(self.revision)})
         part.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
         with safe_open(path, "pt") as file:
-            source = (file.metadata() or {}).get("source", GRADIENTS)
-            return cls(**{name: file.get_tensor(name) for name in file.keys()}, source=source)  # noqa: SIM118
+            known = file.metadata() or {}
+            tables: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(**tables, source=known.get("source", GRADIENTS), revision=int(known.get("revision", 1)))
 
 
 def known(fingerprint: str) -> Calibration | None:
@@ -96,7 +103,11 @@ def cached_at(fingerprint: str) -> Path:
 def kept_at(path: Path) -> Calibration | None:
     """What was measured before, unless it was by a version that measured other things."""
     try:
-        return Calibration.load(path) if path.is_file() else None
+        kept = Calibration.load(path) if path.is_file() else None
     except TypeError:
+        kept = None
         log.info("%s has not the tables that are needed now", path)
+    if kept is not None and kept.revision != REVISION:
+        log.info("%s was measured by a version that measured other things", path)
         return None
+    return kept

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from qaq_core.calibration import sensitivities
 from qaq_core.calibration.calibration import GRADIENTS, PERTURBATION, Calibration, cached_at, kept_at, known
 from qaq_core.calibration.duration import Pace, Progress, estimate, told
-from qaq_core.calibration.moments import QueryNorms, moments
+from qaq_core.calibration.moments import SINKS, QueryNorms, moments
 from qaq_core.calibration.sampled_text import sample
 from qaq_core.models.fingerprint import leave_fingerprint, left_fingerprint, weights_fingerprint
 from qaq_core.models.shape import ModelShape
@@ -127,6 +127,7 @@ def _announced(model: Any, kept: str, progress: Progress | None) -> Pace:
     return Pace(type(model).__name__, level, report)
 
 
+@torch.inference_mode(False)  # who makes a cache where gradients are off for good needs some all the same
 def measure(
     model: Any,
     shape: ModelShape,
@@ -194,7 +195,7 @@ def _fisher_by_gradients(
     for i, row in enumerate(text):
         products = products + sensitivities.by_gradients(model, shape, row[None], generator)
         report("calibrating", (i + 1) / len(text))
-    return products / text.numel()
+    return products / _counted(text)
 
 
 def _fisher_by_perturbation(
@@ -206,8 +207,13 @@ def _fisher_by_perturbation(
     for found in sensitivities.by_perturbation(model, shape, text, generator):
         layers.append(found)
         report("calibrating without gradients", len(layers) / shape.layers)
-    means = torch.stack(layers, 1) / text.numel()
+    means = torch.stack(layers, 1) / _counted(text)
     return means[..., None, None] * torch.eye(shape.head_dim, dtype=torch.float64, device=text.device)
+
+
+def _counted(text: torch.Tensor) -> int:
+    """Tokens [sequences, tokens] that sensitivities are means over."""
+    return len(text) * (text.shape[1] - SINKS)
 
 
 def _affordable(model: Any, tokens: int, device: torch.device) -> str:

@@ -17,7 +17,8 @@ SINKS = 4
 
 
 def moments(shape: ModelShape, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of keys before RoPE and of values; covariances of what centering each text on its own means leaves.
+    """Means of keys before RoPE and of values; covariances of what centering each text on its own means leaves. Both
+    are of the tokens from SINKS on.
 
     Args:
         cache: keys after RoPE and values of the sampled text.
@@ -32,12 +33,13 @@ def moments(shape: ModelShape, cache: DynamicCache) -> tuple[torch.Tensor, torch
         angles = angles * shape.frequencies[shape.kind[layer]].to(keys.device)
         cos, sin = angles.cos(), angles.sin()
         plain = rotate_pairs(keys, torch.cat([cos, -sin], -1))
-        own = plain[:, :, SINKS:].mean(2, keepdim=True), values[:, :, SINKS:].mean(2, keepdim=True)
+        plain_rest, values_rest = plain[:, :, SINKS:], values[:, :, SINKS:]
+        own = plain_rest.mean(2, keepdim=True), values_rest.mean(2, keepdim=True)
         centers = (rotate_pairs(own[0], torch.cat([cos, sin], -1)), own[1])
         for side, center in zip((keys, values), centers, strict=True):
             rows = (side - center)[:, :, SINKS:].flatten(1, 2)
             covariances.append(rows.mT @ rows / rows.shape[1])
-        means.extend((plain.mean((1, 2)), values.mean((1, 2))))
+        means.extend((plain_rest.mean((1, 2)), values_rest.mean((1, 2))))
     return _by_side(means), _by_side(covariances)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 19
+INTERFACE = 20
 """QAQ_INTERFACE of csrc/interface.h: changes with a function's arguments or a field's meaning."""
 
 
@@ -220,6 +220,23 @@ class Narrow(Structure):
     ]
 
 
+class Weights(Structure):
+    """QaqWeights of csrc/dense.h."""
+
+    _fields_ = [*_fields(c_void_p, "weight bias"), ("outputs", c_int64)]
+
+
+class Heads(Structure):
+    """QaqHeads of csrc/dense.h."""
+
+    _fields_ = [
+        *_fields(c_int32, "rows query_heads kv_heads dim"),
+        *_fields(c_void_p, "joint query_norm key_norm"),
+        ("epsilon", c_float),
+        *_fields(c_void_p, "cos sin query key value"),
+    ]
+
+
 STRUCTURES: dict[str, type[Structure]] = {
     "QaqPool": Pool,
     "QaqRotation": NativeRotation,
@@ -237,6 +254,8 @@ STRUCTURES: dict[str, type[Structure]] = {
     "QaqStepError": StepError,
     "QaqRepack": Repack,
     "QaqNarrow": Narrow,
+    "QaqWeights": Weights,
+    "QaqHeads": Heads,
 }
 
 Layout = dict[str, tuple[int, int]]

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qaq_core.models.checkpoint import Checkpoint, find_checkpoint, is_hub_id
     from qaq_core.models.compiled import compile_layers
+    from qaq_core.models.decoder import Decoder
     from qaq_core.models.default_model import default_model_path
     from qaq_core.models.fingerprint import left_fingerprint, weights_fingerprint
     from qaq_core.models.linear import PackedLinear
     from qaq_core.models.loading import LoadedModel, device_of, load_model
-    from qaq_core.models.shape import ModelShape, has_key_bias
+    from qaq_core.models.shape import ModelShape
     from qaq_core.models.tokenizer import avoid_torch, load_tokenizer
 
 __all__ = [
     "Checkpoint",
+    "Decoder",
     "LoadedModel",
     "ModelShape",
     "PackedLinear",
@@ -25,7 +27,6 @@ __all__ = [
     "default_model_path",
     "device_of",
     "find_checkpoint",
-    "has_key_bias",
     "is_hub_id",
     "left_fingerprint",
     "load_model",
@@ -36,11 +37,12 @@ __all__ = [
 _HOMES = {
     "checkpoint": ("Checkpoint", "find_checkpoint", "is_hub_id"),
     "compiled": ("compile_layers",),
+    "decoder": ("Decoder",),
     "default_model": ("default_model_path",),
     "fingerprint": ("left_fingerprint", "weights_fingerprint"),
     "linear": ("PackedLinear",),
     "loading": ("LoadedModel", "device_of", "load_model"),
-    "shape": ("ModelShape", "has_key_bias"),
+    "shape": ("ModelShape",),
     "tokenizer": ("avoid_torch", "load_tokenizer"),
 }
 

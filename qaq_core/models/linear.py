@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from qaq_core.base.errors import ConfigError
+from qaq_core.kernels import native_library
+from qaq_core.kernels.dense import MOST_ROWS, NativeDense
 
 WEIGHTS = ("auto", "plain", "float32", "bfloat16", "int8", "int4")
-"""plain: the layers as transformers makes them. float32, bfloat16: reordered once for oneDNN. int8: a scale for
-each output. int4: a scale and an offset for every 32 inputs. With the last two the output layer is bfloat16.
-auto: float32 where that can be, else plain."""
+"""plain: the layers as transformers makes them. float32: the same weights, multiplied with few rows by the C++ library
+and with many by oneDNN. bfloat16: reordered once for oneDNN. int8: a scale for each output. int4: a scale and an offset
+for every 32 inputs. With the last two the output layer is bfloat16. auto: float32 where that can be, else plain."""
 LOSSLESS = ("plain", "float32")
 """Those that change numbers by the order of sums only."""
 GROUP_SIZE = 32
@@ -64,7 +66,7 @@ def _packed(name: str, layer: nn.Linear, weights: str) -> nn.Module:
         if layer.in_features % GROUP_SIZE or layer.out_features % _OUTPUTS:
             raise ConfigError(f"{name} has sizes that int4 weights are not for; take int8 ones")
         return Int4Linear(layer)
-    return OneDnnLinear(layer, torch.float32 if weights == "float32" else torch.bfloat16)
+    return Float32Linear(layer) if weights == "float32" else OneDnnLinear(layer)
 
 
 class PackedLinear(nn.Module, ABC):
@@ -90,17 +92,31 @@ class PackedLinear(nn.Module, ABC):
         """[rows, out_features] of [rows, in_features], both in `dtype`."""
 
 
+class Float32Linear(PackedLinear):
+    """The layer's own weights, which it shares with whatever else they are tied to."""
+
+    weight: torch.Tensor
+    differentiable = True
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer, torch.float32)
+        self.register_buffer("weight", layer.weight.detach(), persistent=False)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.qaq.linear(x, self.weight, self.bias, self.out_features)
+        return y
+
+
 class OneDnnLinear(PackedLinear):
-    """Weights in the order that oneDNN wants, float32 or bfloat16."""
+    """Weights in bfloat16, in the order that oneDNN wants."""
 
     weight: torch.Tensor
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__(layer, dtype)
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer, torch.bfloat16)
         with torch.no_grad():
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), 1)
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().bfloat16(), 1)
         self.register_buffer("weight", weight, persistent=False)
-        self.differentiable = dtype == torch.float32
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.qaq.linear(x, self.weight, self.bias, self.out_features)
@@ -148,12 +164,16 @@ class Int4Linear(PackedLinear):
         return y if self.bias is None else y + self.bias
 
 
-# oneDNN's product under a name of its own: under torch's, torch.compile wants the weights to be constants.
+# The product under a name of its own: under torch's, torch.compile wants oneDNN's weights to be constants.
 _library = torch.library.Library("qaq", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, int outputs) -> Tensor")
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outputs: int) -> torch.Tensor:
+    if weight.dtype == torch.float32 and len(x) <= MOST_ROWS and x.shape[1] % 16 == 0:
+        library = native_library(x.device)
+        if library is not None:
+            return NativeDense(library).multiply(x.contiguous(), weight, bias)
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 

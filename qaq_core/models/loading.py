@@ -119,6 +119,9 @@ def _weights(directory: Path, dtype: torch.dtype, device: torch.device, source: 
         raise ModelLoadError(
             f"{source} lacks {len(info['missing_keys'])} weights, among them {first}; download it again"
         )
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ModelLoadError(f"{source} is damaged: {name} holds NaN or infinity; download it again")
     return model.eval()
 
 

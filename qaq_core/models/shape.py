@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -19,10 +18,6 @@ OWN_ATTENTION = {
     "moshi": "has a sliding window that only the cache of transformers knows of",
 }
 """What classes do that look as if they used transformers' attention. Others are found at the first forward pass."""
-
-
-_KEY_BIAS = re.compile(r"\b(k_proj|qkv_proj|query_key_value|c_attn)\.bias$")
-"""What architectures call it, alone or together with the bias of queries and values."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +77,6 @@ class ModelShape:
             kind=kind,
             model_type=config.model_type,
         )
-
-
-def has_key_bias(model: Any) -> bool:
-    """Whether a bias is added to the keys of a transformers causal LM, as in Qwen 2."""
-    return any(_KEY_BIAS.search(name) for name, _ in (*model.named_parameters(), *model.named_buffers()))
 
 
 def layers_of(config: Any) -> int:

@@ -22,6 +22,8 @@ from qaq_core.quantization.encoder import Encoder, MakeEncoder, spread, torch_en
 from qaq_core.quantization.transforms import IdentityTransform, LinearTransform, Transform
 from qaq_core.quantization.transforms.rotation import Rotation
 
+VERSION = 1
+"""Of a quantizer's bytes. They do not say it as long as it is 1."""
 _SETTINGS = "codec_settings"
 _MEANS = ("key_mean", "value_mean")
 
@@ -213,6 +215,8 @@ class Quantizer:
         """The quantizer that `to_bytes` wrote; `base` is the one that `base_of` names."""
         tensors = load_tensors(raw)
         described = json.loads(bytes(tensors.pop(_SETTINGS).numpy()))
+        if described.get("version", VERSION) != VERSION:
+            raise ConfigError(f"a quantizer of version {described['version']} was made by another release")
         if "base" in described:
             if base is None or base.base is not None or not isinstance(base.transform, LinearTransform):
                 raise ConfigError("a sequence's own means need a base quantizer with a linear transform")

@@ -36,11 +36,6 @@ REACH = 64
 
 SINKS = 4
 
-FIRST_KEYS = 6
-"""Least width, in half bits, of keys in the first layer of a model whose keys have a bias. Heads of that layer may
-attend to all tokens alike. Then each key's cost is next to nothing, but keys without bits flatten all scores at once,
-which the costs, of one error at a time, do not tell."""
-
 
 class BalancedPolicy:
     """Sensitivity-weighted allocation with one λ. kernels/allocate.py computes the same in C++.
@@ -48,7 +43,6 @@ class BalancedPolicy:
     Args:
         quantizer: its codec gives D(b) and the planes of each octet at each width.
         costs: for keys and values, float32 [layers, kv_heads, octets].
-        first_keys: least width of keys in the first layer.
     """
 
     elastic = True
@@ -59,19 +53,13 @@ class BalancedPolicy:
     narrow_every = 16
     lam = 1e-9
 
-    def __init__(
-        self,
-        quantizer: Quantizer,
-        costs: tuple[torch.Tensor, torch.Tensor],
-        exceptions: bool = True,
-        first_keys: int = 0,
-    ) -> None:
+    def __init__(self, quantizer: Quantizer, costs: tuple[torch.Tensor, torch.Tensor], exceptions: bool = True) -> None:
         self.exceptions, self.device = exceptions, costs[KEY].device
         head_dim = 8 * costs[KEY].shape[-1]
         distortion = torch.tensor([quantizer.codec.distortion(bits) for bits in range(9)], device=costs[KEY].device)
         self.tables = [
-            CostTable(costs[side], quantizer.layout(side, head_dim), distortion, quantizer.codec.split, least)
-            for side, least in ((KEY, first_keys), (VALUE, 0))
+            CostTable(costs[side], quantizer.layout(side, head_dim), distortion, quantizer.codec.split)
+            for side in (KEY, VALUE)
         ]
 
     def demand(self, view: View) -> WeightedRows:
@@ -106,16 +94,9 @@ class WeightedRows:
 
 
 class CostTable:
-    """The cost of errors in one side's rows, per width and per part of the row that has its own scale.
+    """The cost of errors in one side's rows, per width and per part of the row that has its own scale."""
 
-    Args:
-        least: width that every row of the first layer gets.
-    """
-
-    def __init__(
-        self, costs: torch.Tensor, layout: RowLayout, distortion: torch.Tensor, split: int, least: int = 0
-    ) -> None:
-        self._given = CODED.index(least)
+    def __init__(self, costs: torch.Tensor, layout: RowLayout, distortion: torch.Tensor, split: int) -> None:
         planes = layout.planes[list(CODED)].long().to(costs.device)
         lost = costs.unsqueeze(-2) * distortion[planes] / costs.shape[-1]  # [layers, kv_heads, widths, octets]
         parts = (lost[..., :split], lost[..., split:]) if split else (lost,)
@@ -141,7 +122,6 @@ class CostTable:
             torch.div((after - before) / 2, gained, out=least[step])
         for step in range(len(least) - 2, -1, -1):
             torch.minimum(least[step], least[step + 1], out=least[step])
-        least[: self._given, 0] = -1.0
         return least
 
     def by_meta(self, scales: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@
 #include "allocate.h"
 #include "attention.h"
 #include "decode.h"
+#include "dense.h"
 #include "encode.h"
 #include "prompt.h"
 #include "repack.h"
@@ -233,6 +234,26 @@ static const QaqField fields[] = {
     FIELD(QaqNarrow, held_rows),
     FIELD(QaqNarrow, rows),
     FIELD(QaqNarrow, room),
+
+    STRUCTURE(QaqWeights),
+    FIELD(QaqWeights, weight),
+    FIELD(QaqWeights, bias),
+    FIELD(QaqWeights, outputs),
+
+    STRUCTURE(QaqHeads),
+    FIELD(QaqHeads, rows),
+    FIELD(QaqHeads, query_heads),
+    FIELD(QaqHeads, kv_heads),
+    FIELD(QaqHeads, dim),
+    FIELD(QaqHeads, joint),
+    FIELD(QaqHeads, query_norm),
+    FIELD(QaqHeads, key_norm),
+    FIELD(QaqHeads, epsilon),
+    FIELD(QaqHeads, cos),
+    FIELD(QaqHeads, sin),
+    FIELD(QaqHeads, query),
+    FIELD(QaqHeads, key),
+    FIELD(QaqHeads, value),
     {nullptr, nullptr, 0, 0},
 };
 

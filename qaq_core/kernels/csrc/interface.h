@@ -5,7 +5,7 @@
 extern "C" {
 
 // Changes with a function's arguments or a field's meaning. Layouts of structures are compared by themselves.
-enum { QAQ_INTERFACE = 19 };
+enum { QAQ_INTERFACE = 20 };
 
 enum { QAQ_WIDTHS = 14 };  // of rows: 0..8, 10, 12, 14, 16 and 32 half bits; a tag's nibble is an index into them
 

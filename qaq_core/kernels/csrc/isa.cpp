@@ -16,14 +16,14 @@ static const InstructionSet* best_first(int& count) {
                     __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni") &&
                     __builtin_cpu_supports("fma");
          },
-         attend_avx512, decode_avx512, encode_avx512, prompt_avx512},
+         attend_avx512, decode_avx512, dense_avx512, encode_avx512, prompt_avx512},
         {"avx2",
          [] {
              return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
          },
-         attend_avx2, decode_avx2, encode_avx2, prompt_avx2},
+         attend_avx2, decode_avx2, dense_avx2, encode_avx2, prompt_avx2},
 #endif
-        {"generic", [] { return true; }, attend_generic, decode_generic, encode_generic, prompt_generic},
+        {"generic", [] { return true; }, attend_generic, decode_generic, dense_generic, encode_generic, prompt_generic},
     };
     count = int(sizeof all / sizeof *all);
     return all;

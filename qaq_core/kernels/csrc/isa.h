@@ -1,6 +1,7 @@
 // The instruction sets that kernels are compiled for, and the one in use.
 #pragma once
 #include "decode.h"
+#include "dense_kernels.h"
 #include "encode_kernels.h"
 #include "prompt_kernels.h"
 
@@ -15,6 +16,7 @@ struct InstructionSet {
     bool (*runs)();  // on this processor, under this system
     AttendHead attend;
     DecodeHead decode;
+    DenseKernels dense;
     EncodeKernels encode;
     PromptKernels prompt;
 };
@@ -22,20 +24,23 @@ struct InstructionSet {
 // The one in use: the best that runs here, unless qaq_use chose another.
 const InstructionSet& instruction_set();
 
-// attention_generic.cpp, decode_generic.cpp, encode_generic.cpp, prompt_generic.cpp
+// attention_generic.cpp, decode_generic.cpp, dense_generic.cpp, encode_generic.cpp, prompt_generic.cpp
 void attend_generic(const QaqLayer& layer, int head);
 void decode_generic(const QaqDecode& step, QaqLayer layer, int i, int head, AttendHead attend);
+extern const DenseKernels dense_generic;
 extern const EncodeKernels encode_generic;
 extern const PromptKernels prompt_generic;
 
 // attention_avx2.cpp, ...; on x86-64 only
 void attend_avx2(const QaqLayer& layer, int head);
 void decode_avx2(const QaqDecode& step, QaqLayer layer, int i, int head, AttendHead attend);
+extern const DenseKernels dense_avx2;
 extern const EncodeKernels encode_avx2;
 extern const PromptKernels prompt_avx2;
 
 // attention_avx512.cpp, ...; on x86-64 only
 void attend_avx512(const QaqLayer& layer, int head);
 void decode_avx512(const QaqDecode& step, QaqLayer layer, int i, int head, AttendHead attend);
+extern const DenseKernels dense_avx512;
 extern const EncodeKernels encode_avx512;
 extern const PromptKernels prompt_avx512;

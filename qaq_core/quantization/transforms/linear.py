@@ -160,7 +160,7 @@ class LinearTransform:
         weights = torch.cat([q1 * m1 + q2 * m2, q2 * m1 - q1 * m2], -1)
         return weights @ self._angles(stop)[self._kinds[layer], start:stop].T
 
-    def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def center(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.key_mean[layer], self._angles(stop)[self._kinds[layer]]
 
     def restore(self, layer: int, output: torch.Tensor) -> torch.Tensor:
@@ -205,7 +205,7 @@ class LinearTransform:
         other.rotation, other._turned = rotation, None
         return other
 
-    def maps(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def maps(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._key_inverse, self._output_map
 
     @property

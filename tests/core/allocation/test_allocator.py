@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qaq_core.allocation.allocator import Allocator, TokenState
 from qaq_core.allocation.attention_statistics import AttentionWindow, DecayingMeanSquare
-from qaq_core.allocation.policies import FIRST_KEYS, BalancedPolicy
+from qaq_core.allocation.policies import BalancedPolicy
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import WIDTHS
 from qaq_core.cache.backends import make_allocator
@@ -33,7 +33,7 @@ class Subject:
         costs = torch.rand(2, LAYERS, HEADS, OCTETS, generator=self.generator) * 2.0 ** -torch.arange(OCTETS)
         self.codec = ProgressiveCodec([greedy_order(side) for side in costs])
         quantizer = Quantizer(IdentityTransform(), self.codec)
-        self.policy = BalancedPolicy(quantizer, (costs[KEY], costs[VALUE]), first_keys=FIRST_KEYS * (seed % 2))
+        self.policy = BalancedPolicy(quantizer, (costs[KEY], costs[VALUE]))
         room = self.bytes(LAYERS, HEADS, length + 5, 1)  # a window's buffer is larger than what it holds
         metas = (self.bytes(LAYERS, HEADS, count, 1), self.bytes(LAYERS, HEADS, count, 1))
         self.kept = TokenState(room[:, :, :length], first, metas)

@@ -276,19 +276,6 @@ def test_the_price_meets_the_tolerated_error(tolerated: float) -> None:
     assert policy.error(demand, policy.widths(demand, lam)) == pytest.approx(tolerated, rel=0.02)
 
 
-@pytest.mark.parametrize("lam", [1e-3, 1e3, 1e30])
-def test_keys_of_the_first_layer_have_a_least_width(lam: float) -> None:
-    policy, costs = Balanced(1, 0.3).policy, Balanced(1, 0.3).costs
-    guarded = BalancedPolicy(
-        Quantizer(IdentityTransform(), Balanced(1, 0.3).codec), (costs[KEY], costs[VALUE]), True, 6
-    )
-    seen = view(1, parts=2)
-    (keys, values), plain = guarded.widths(guarded.demand(seen), lam), policy.widths(policy.demand(seen), lam)
-    assert torch.equal(keys[0], plain[KEY][0].clamp(min=6))
-    assert torch.equal(keys[1:], plain[KEY][1:])
-    assert torch.equal(values, plain[VALUE])
-
-
 def test_codecs_with_one_scale_a_row_are_the_same_sum() -> None:
     costs = torch.rand(LAYERS, HEADS, OCTETS)
     policy = BalancedPolicy(Quantizer(IdentityTransform(), GaussianCodec()), (costs, costs))

@@ -11,7 +11,7 @@ import torch
 from qaq_core.allocation import DecayingMeanSquare
 from qaq_core.attention import LayerInput, cpu
 from qaq_core.cache.cache import QAQCache
-from qaq_core.cache.decode_step import LayerwiseStep, NativeStep, begin_decode
+from qaq_core.cache.decode_step import GroupedStep, LayerwiseStep, NativeStep, begin_decode
 from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
@@ -73,7 +73,7 @@ def stepped(
     method: Method, sequences: list[SequenceCache], native: bool, sliding_window: int | None
 ) -> list[torch.Tensor]:
     """Outputs of the layers in one step; the step is not committed."""
-    step = begin_decode(method, sequences) if native else LayerwiseStep(method, sequences)
+    step = begin_decode(sequences) if native else LayerwiseStep(method, sequences)
     assert isinstance(step, NativeStep) is native
     out = []
     for layer in range(method.shape.layers):
@@ -128,7 +128,7 @@ def test_the_step_in_cpp_is_the_step(
 def test_halves_are_rounded_as_everywhere(isa: str) -> None:
     subject = method("llama-gqa")
     shape, sequences = subject.shape, filled(subject, (3,))
-    step = begin_decode(subject, sequences)
+    step = begin_decode(sequences)
     size = (1, shape.kv_heads, 1, shape.head_dim)
     hard = torch.tensor([0.0, -0.0, 1.0, 2049.0, 2051.0, 65519.0, 65520.0, 1e9, 6e-8, 2.9e-8, 3e-8, 1e-40, 6.1e-5])
     hard = torch.cat([hard, 2.0 ** -torch.arange(12.0, 27.0) * 1.0003, torch.tensor([torch.inf, -torch.inf, 0.1])])
@@ -174,9 +174,25 @@ def test_what_the_library_does_not_do_goes_layer_by_layer() -> None:
     subject = method("llama-gqa")
     prefilling = SequenceCache(subject)
     prefilling.expect_prompt(1)
-    assert type(begin_decode(subject, [prefilling])) is LayerwiseStep
+    assert type(begin_decode([prefilling])) is LayerwiseStep
     for other in (
         method("llama-gqa", "paper"),
         make_method(tiny("llama-gqa"), preset="fp16", kernel="reference"),
     ):
-        assert type(begin_decode(other, [SequenceCache(other)])) is LayerwiseStep
+        assert type(begin_decode([SequenceCache(other)])) is LayerwiseStep
+
+
+def test_sequences_of_several_methods_are_computed_as_alone() -> None:
+    """And so they hold what they hold alone: nothing is kept beside a rotation."""
+    methods = [replace(method("llama-gqa"), adaptation=turning) for _ in range(2)]
+    alone = [stepped(one, filled(one, LENGTHS), True, 24) for one in methods]
+    sequences = [sequence for pair in zip(*(filled(one, LENGTHS) for one in methods), strict=True) for sequence in pair]
+    step = begin_decode(sequences)
+    assert isinstance(step, GroupedStep)
+    for layer in range(methods[0].shape.layers):
+        each = [fresh(methods[0], 5000 + 100 * (i // 2) + 10 * layer, 1) for i in range(len(sequences))]
+        query, keys, values = (torch.stack(parts) for parts in zip(*each, strict=True))
+        out = step.attend(LayerInput(layer, query, keys, values, 0.3, 24))
+        for i, one in enumerate(alone):
+            assert torch.equal(out[i::2], one[layer])
+    assert all(sequence.packed.quantizer.transform.kept_bytes == 0 for sequence in sequences)

@@ -18,15 +18,15 @@ CONFIGS = ("balanced@3", "hadamard-3")
 def test_an_offset_of_the_keys_costs_the_default_nothing(
     shallow_smollm2: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each model against its own full precision, with a calibration of its own (a short one)."""
+    """Each model against its own full precision, with a short calibration of its own."""
     monkeypatch.setenv("QAQ_CACHE_DIR", str(tmp_path))
     documents = cut_documents(
-        builtin_text(), shallow_smollm2.tokenizer, context=200, decode=8, documents=1, offset_fraction=0.4
+        builtin_text(), shallow_smollm2.tokenizer, context=200, decode=16, documents=1, offset_fraction=0.4
     )
     rows: dict[tuple[bool, str], EvalResult] = {}
     for biased in (False, True):
         model = with_key_bias(shallow_smollm2.model, 30.0) if biased else shallow_smollm2.model
-        known = measure(model, ModelShape.of(model), sequences=1, tokens=64)
+        known = measure(model, ModelShape.of(model), sequences=4, tokens=64)
         known.save(tmp_path / "calibration" / f"{biased}.safetensors")
         parts = list(evaluate(model, str(biased), documents, [Config.parse(name) for name in CONFIGS]))
         rows.update({(biased, name): summarize(parts, name, 200) for name in CONFIGS})

@@ -77,7 +77,7 @@ def test_a_sequence_holds_what_its_error_needs() -> None:
         held = [sum(width * n for width, n in h.items()) / sum(h.values()) for h in (stats.key_bits, stats.value_bits)]
         return sum(held) / 2
 
-    least, middle, most = bits(0.3), bits(0.03), bits(0.003)
+    least, middle, most = bits(0.1), bits(0.01), bits(0.001)
     assert least < middle - 0.5
     assert middle < most - 0.5
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from qaq_core.allocation.policies.balanced import SINKS
 from qaq_core.base.paths import cache_dir
 from qaq_core.calibration import Calibration, calibrate, measure, sensitivities, shown
 from qaq_core.calibration import measurement as room
@@ -52,6 +53,21 @@ def test_disturbing_measures_the_trace_that_gradients_do(kind: str) -> None:
     ratio = (near / exact.diagonal(dim1=-2, dim2=-1).mean(-1)).log2()
     assert ratio.shape == (2, shape.layers, shape.kv_heads)
     assert float(ratio.abs().median()) < 0.8
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "gemma3"])
+def test_tokens_that_stay_exact_do_not_count(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny(kind), token_ids(48)
+    shape = ModelShape.of(model)
+
+    def run(sinks: int) -> torch.Tensor:
+        monkeypatch.setattr(sensitivities, "SINKS", sinks)
+        return sensitivities.by_gradients(model, shape, ids, torch.Generator().manual_seed(1))
+
+    assert sensitivities.SINKS == SINKS
+    of_sinks = run(0) - run(SINKS)
+    assert bool((of_sinks.diagonal(dim1=-2, dim2=-1).sum(-1) > 0).all())
+    assert int(torch.linalg.matrix_rank(of_sinks, rtol=1e-6).max()) == SINKS
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ def test_a_build_without_a_compiler_succeeds(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from setuptools import setup; setup()", *command],
         cwd=ROOT,
-        env={**os.environ, "CC": "false", "CXX": "false"},
+        env={**os.environ, "CC": "false", "CXX": "false", "QAQ_CUDA": "1", "QAQ_NVCC": "false"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -25,6 +25,7 @@ def test_a_build_without_a_compiler_succeeds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert 'building extension "qaq_core.kernels._cpu" failed' in done.stdout + done.stderr
     assert not list(built.rglob("*.so"))
+    assert "CUDA kernels are left out: false failed for sm_" in done.stdout + done.stderr
 
 
 def test_the_build_lists_every_source() -> None:

@@ -9,17 +9,19 @@ import torch
 
 from qaq_core.base.errors import ConfigError
 from qaq_core.calibration import measure
+from qaq_core.kernels import load_library
+from qaq_core.kernels.dense import MOST_ROWS, NativeDense
 from qaq_core.models import LoadedModel, load_model
-from qaq_core.models.linear import LOSSLESS, WEIGHTS, Int4Linear, Int8Linear, OneDnnLinear, pack
+from qaq_core.models.linear import LOSSLESS, WEIGHTS, Float32Linear, Int4Linear, Int8Linear, OneDnnLinear, pack
 from qaq_core.models.shape import ModelShape
 from tests.core.tiny_models import tiny, token_ids
 
-PACKED = [name for name in WEIGHTS if name not in ("auto", "plain")]
-
-pytestmark = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+avx512 = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     reason="this processor has no AVX-512",
 )
+PACKED = ["float32", *(pytest.param(name, marks=avx512) for name in WEIGHTS if name not in ("auto", *LOSSLESS))]
 
 
 @torch.no_grad()
@@ -27,22 +29,24 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("made", "most"),
     [
-        (lambda layer: OneDnnLinear(layer, torch.float32), 1e-5),
-        (lambda layer: OneDnnLinear(layer, torch.bfloat16), 0.01),
-        (Int8Linear, 0.02),
-        (Int4Linear, 0.15),
+        (Float32Linear, 1e-5),
+        pytest.param(OneDnnLinear, 0.01, marks=avx512),
+        pytest.param(Int8Linear, 0.02, marks=avx512),
+        pytest.param(Int4Linear, 0.15, marks=avx512),
     ],
 )
 def test_a_packed_layer_multiplies_as_the_plain_one_does(made, most: float, bias: bool) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(128, 96, bias=bias)
+    packed = made(layer)
     for shape in ((1, 1, 128), (3, 7, 128), (70, 128)):
         x = torch.randn(shape)
-        want, got = layer(x), made(layer)(x)
+        want, got = layer(x), packed(x)
         assert (got.shape, got.dtype) == (want.shape, torch.float32)
         assert (got - want).norm() / want.norm() < most
 
 
+@avx512
 @torch.no_grad()
 def test_weights_on_a_grid_of_16_levels_lose_nothing_but_roundings_to_bfloat16() -> None:
     torch.manual_seed(0)
@@ -55,6 +59,7 @@ def test_weights_on_a_grid_of_16_levels_lose_nothing_but_roundings_to_bfloat16()
     assert (got - want).abs().max() <= want.abs().max() / 128
 
 
+@avx512
 @torch.no_grad()
 def test_a_row_of_equal_weights_stays_as_it_is() -> None:
     layer = torch.nn.Linear(32, 16, bias=False)
@@ -76,7 +81,7 @@ def test_a_model_with_packed_weights_says_nearly_the_same(weights: str, kind: st
     got = model(ids).logits.log_softmax(-1)
     kl = (want.exp() * (want - got)).sum(-1).mean()
     assert kl < {"float32": 1e-6, "bfloat16": 1e-3, "int8": 1e-3, "int4": 0.1}[weights]
-    assert isinstance(model.get_output_embeddings(), OneDnnLinear)
+    assert type(model.get_output_embeddings()) is (Float32Linear if weights == "float32" else OneDnnLinear)
 
 
 def test_plain_weights_are_left_alone() -> None:
@@ -87,18 +92,35 @@ def test_plain_weights_are_left_alone() -> None:
 
 def test_auto_takes_what_loses_nothing() -> None:
     model = tiny("llama-gqa")
+    weight = model.lm_head.weight
     assert pack(model, "auto") == "float32"
-    assert isinstance(model.lm_head, OneDnnLinear)
+    assert isinstance(model.lm_head, Float32Linear)
+    assert model.lm_head.weight.data_ptr() == weight.data_ptr()
     half = tiny("llama-gqa").bfloat16()
     assert pack(half, "auto") == "plain"
     assert type(half.lm_head) is torch.nn.Linear
+
+
+def test_the_library_multiplies_few_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    if load_library() is None:
+        pytest.skip("the C++ library is not built")
+    rows: list[int] = []
+    multiply = NativeDense.multiply
+    monkeypatch.setattr(NativeDense, "multiply", lambda self, x, *rest: rows.append(len(x)) or multiply(self, x, *rest))
+    packed = Float32Linear(torch.nn.Linear(64, 32))
+    with torch.inference_mode():
+        packed(torch.randn(1, 1, 64))
+        packed(torch.randn(1, MOST_ROWS + 1, 64))
+        monkeypatch.setenv("QAQ_KERNEL", "reference")
+        packed(torch.randn(1, 1, 64))
+    assert rows == [1]
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_go_through_float32_weights(bias: bool) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(128, 96, bias=bias)
-    packed, gradient = OneDnnLinear(layer, torch.float32), torch.randn(3, 7, 96)
+    packed, gradient = Float32Linear(layer), torch.randn(3, 7, 96)
     both = [torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1), requires_grad=True) for _ in "xy"]
     layer(both[0]).backward(gradient)
     packed(both[1]).backward(gradient)
@@ -115,6 +137,7 @@ def test_a_model_with_float32_weights_is_calibrated_as_with_plain_ones() -> None
             torch.testing.assert_close(got.tables[name], table, rtol=1e-2, atol=1e-2 * float(table.max()))
 
 
+@avx512
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown weights"):
         pack(tiny("llama-gqa"), "int3")
@@ -126,6 +149,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack(model, "int4")
 
 
+@avx512
 def test_packed_weights_have_no_gradients_and_say_so() -> None:
     layer = Int8Linear(torch.nn.Linear(32, 16))
     with pytest.raises(ConfigError, match="gradients"):

@@ -169,6 +169,15 @@ def test_damaged_directory(tiny: Path) -> None:
         load_tokenizer(str(tiny))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tiny: Path, number: float) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 7] = number
+    save_file(weights, tiny / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"damaged: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        load_model(str(tiny))
+
+
 def test_bad_device_and_dtype(saved: Path) -> None:
     with pytest.raises(ConfigError, match="dtype"):
         load_model(str(saved), dtype="int3")

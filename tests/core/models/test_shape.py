@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from qaq_core.base.errors import UnsupportedModelError
-from qaq_core.models.shape import ModelShape, has_key_bias
+from qaq_core.models.shape import ModelShape
 from tests.core.tiny_models import capped, tiny
 
 SMALL = {
@@ -34,10 +34,6 @@ def test_dimensions(kind: str, dims: tuple[int, int, int, int]) -> None:
     assert (shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim) == dims
     assert shape.frequencies.shape[1] == shape.head_dim // 2
     assert len(shape.kind) == shape.layers
-
-
-def test_which_keys_have_a_bias() -> None:
-    assert [has_key_bias(tiny(kind)) for kind in ("llama-mha", "gemma3", "qwen2")] == [False, False, True]
 
 
 def test_ropes_frequencies_by_hand() -> None:
