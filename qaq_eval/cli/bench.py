@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from qaq_eval.cli.bench_elastic import elastic
+from qaq_eval.cli.bench_gpu import gpu
 from qaq_eval.cli.bench_identity import identity
 from qaq_eval.cli.bench_lookup import lookup
 from qaq_eval.cli.bench_prefill import prefill
@@ -41,6 +42,7 @@ def register(app: typer.Typer) -> None:
     bench.command()(prefill)
     bench.command()(attention)
     bench.command()(encode)
+    bench.command()(gpu)
     bench.command("weights")(bench_weights)
     bench.command()(serve)
     bench.command()(elastic)
@@ -59,7 +61,8 @@ def decode(
     caches: Annotated[
         str,
         typer.Option(
-            help="Separated by commas: presets, with a kernel after / (balanced/reference), dynamic-bf16, quanto-int4, "
+            help="Separated by commas: presets, with -in-time for exceptions in time, a kernel after / "
+            "(balanced/reference), and /modules for steps through transformers' modules; dynamic-bf16, quanto-int4, "
             "hqq-int4, llama.cpp-f16, llama.cpp-q8_0, llama.cpp-q4_0."
         ),
     ] = CACHES,

@@ -16,10 +16,11 @@ import torch
 from blake3 import blake3
 
 from qaq_core import SequenceCache
+from qaq_eval.quality.config import Config
 from qaq_eval.quality.journal import Journal
 from qaq_eval.quality.prompt import FullPrecisionCache
 from qaq_eval.quality.record import CacheBytes, fp16_token_bytes
-from qaq_eval.quality.run import Config, next_logits, start_sequences, with_residual_window
+from qaq_eval.quality.run import next_logits, start_sequences, with_residual_window
 
 FULL_PRECISION = "full"
 """The name of the configuration without quantization."""

@@ -17,10 +17,11 @@ from qaq_core import Method
 from qaq_core.base.errors import ConfigError
 from qaq_core.storage import HeldValues
 from qaq_eval.quality.choices import FULL_PRECISION
+from qaq_eval.quality.config import Config
 from qaq_eval.quality.documents import bos_tokens
 from qaq_eval.quality.prompt import FullPrecisionCache
 from qaq_eval.quality.record import CacheBytes, fp16_token_bytes
-from qaq_eval.quality.run import Config, Progress, next_logits, start_sequences
+from qaq_eval.quality.run import Progress, next_logits, start_sequences
 
 DEPTHS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 NEEDLE = "\n\nThe secret code is {code}. Remember it: the secret code is {code}.\n\n"

@@ -16,9 +16,10 @@ import torch
 from qaq_core import Method, make_method
 from qaq_core.storage import HeldValues
 from qaq_eval.quality.choices import FULL_PRECISION
+from qaq_eval.quality.config import Config
 from qaq_eval.quality.prompt import FullPrecisionCache
 from qaq_eval.quality.record import CacheBytes, fp16_token_bytes
-from qaq_eval.quality.run import Config, Progress, append_prompt, next_logits, start_sequences, with_residual_window
+from qaq_eval.quality.run import Progress, append_prompt, next_logits, start_sequences, with_residual_window
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from qaq_eval.quality.config import Config
 from qaq_eval.quality.documents import Document, cut_documents
 from qaq_eval.quality.prompt import FullPrecisionCache
 from qaq_eval.quality.record import DocumentResult, EvalResult, Measurement, summarize
-from qaq_eval.quality.run import Config, Progress, append_prompt, decode_step, start_sequences, with_residual_window
+from qaq_eval.quality.run import Progress, append_prompt, decode_step, start_sequences, with_residual_window
 
 
 @dataclass(frozen=True)

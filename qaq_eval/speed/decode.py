@@ -15,7 +15,8 @@ from transformers import DynamicCache, QuantizedCache
 
 import qaq_eval.baselines  # noqa: F401  (registers them as presets)
 from qaq_core import Method, QAQCache, make_method
-from qaq_core.base.errors import ConfigError
+from qaq_core.base.errors import ConfigError, UnsupportedModelError
+from qaq_core.models import Decoder as LeanModel
 from qaq_eval.speed import llama_cpp
 from qaq_eval.speed.step_parts import StepPart, step_parts
 
@@ -25,6 +26,10 @@ BFLOAT16 = "dynamic-bf16"
 """The same in bfloat16, weights included."""
 QUANTIZED = {"quanto-int4": "quanto", "hqq-int4": "hqq"}
 """transformers' QuantizedCache, if its backend is installed."""
+MODULES = "/modules"
+"""After a preset: its steps go through transformers' modules, as those of other caches do."""
+IN_TIME = "-in-time"
+"""After a preset: its exceptions are answered in time."""
 WARM_UP = 1
 """First steps that are not timed: backends compile and allocate buffers."""
 
@@ -68,8 +73,9 @@ def decode_speed(
 
     Args:
         ids: int64 [batch, context + steps].
-        caches: presets, each with "/" and a kernel of `attention.KERNELS` if not the default one; "dynamic-bf16";
-            "quanto-int4" and "hqq-int4"; those of `llama_cpp.CACHES`.
+        caches: presets, each with "/" and a kernel of `attention.KERNELS` if not the default one, and with MODULES;
+            "dynamic-bf16"; "quanto-int4" and "hqq-int4"; those of `llama_cpp.CACHES`. Without MODULES, steps of presets
+            go through `qaq_core.models.Decoder` as a worker's do, where it knows the model.
         source: where the model was loaded from; llama.cpp reads the same GGUF file.
         profiled: list to which the parts of a step of QAQ's caches are appended; these decode the tokens once more.
     """
@@ -102,7 +108,7 @@ def decode_speed(
         if profiled is not None:
             for name, one in held.items():
                 if isinstance(one, ModelDecoder) and isinstance(one.cache, QAQCache):
-                    profiled += step_parts(model, name, one.cache, ids[:, context:])
+                    profiled += step_parts(one, name, ids[:, context:])
     dense = fmean(times[DENSE])
     return [
         DecodeSpeed(
@@ -132,15 +138,21 @@ class Decoder(Protocol):
 
 
 class ModelDecoder:
-    """A transformers model with a cache."""
+    """A transformers model with a cache.
 
-    def __init__(self, model: Any, cache: Any) -> None:
-        self.model, self.cache, self._length = model, cache, 0
+    Args:
+        lean: what computes steps in the model's place.
+    """
+
+    def __init__(self, model: Any, cache: Any, lean: LeanModel | None = None) -> None:
+        self.model, self.cache, self.lean, self._length = model, cache, lean, 0
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Decoder`."""
         positions = torch.full_like(ids, self._length) if ids.shape[1] == 1 else None
         self._length += ids.shape[1]
+        if self.lean is not None and positions is not None:
+            return self.lean(ids, positions, self.cache)[:, -1]
         own = {"qaq_cache": self.cache} if isinstance(self.cache, QAQCache) else {}
         output = self.model(
             ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **own
@@ -157,7 +169,18 @@ def decoder(model: Any, fingerprint: str | None, name: str) -> ModelDecoder:
     """A model with an empty cache of that name, see `decode_speed`."""
     if name == BFLOAT16:
         return ModelDecoder(copy.deepcopy(model).to(torch.bfloat16), DynamicCache())
-    return ModelDecoder(model, DynamicCache() if name == DENSE else _cache(model, fingerprint, name))
+    if name == DENSE:
+        return ModelDecoder(model, DynamicCache())
+    cache = _cache(model, fingerprint, name.removesuffix(MODULES))
+    lean = not name.endswith(MODULES) and isinstance(cache, QAQCache)
+    return ModelDecoder(model, cache, _lean(model) if lean else None)
+
+
+def _lean(model: Any) -> LeanModel | None:
+    try:
+        return LeanModel(model)
+    except UnsupportedModelError:  # the worker too takes the model's own modules then
+        return None
 
 
 def _cache(model: Any, fingerprint: str | None, name: str) -> Any:
@@ -173,7 +196,9 @@ def _cache(model: Any, fingerprint: str | None, name: str) -> Any:
 def _method(model: Any, fingerprint: str | None, name: str) -> Method:
     preset, _, kernel = name.partition("/")
     settings: dict[str, Any] = {"kernel": kernel} if kernel else {}
-    return make_method(model, fingerprint, preset, **settings)
+    if preset.endswith(IN_TIME):
+        settings["exceptions"] = "in-time"
+    return make_method(model, fingerprint, preset.removesuffix(IN_TIME), **settings)
 
 
 def _bytes(cache: Any) -> int:

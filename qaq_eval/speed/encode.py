@@ -56,9 +56,9 @@ def encode_speed(
     """
     layers, heads, dim = shape
     generator = torch.Generator().manual_seed(0)
-    made = _quantizer(layers, heads, dim, generator)
+    made = random_quantizer(layers, heads, dim, generator)
     originals = torch.randn(layers, 2, heads, tokens, dim, generator=generator)
-    request, request_rows = _request(made, shape, tokens, generator)
+    request, request_rows = random_request(made, shape, tokens, generator)
     kernels = ["reference", *(["cpu"] if load_library() is not None else [])]
     rows = {"prompt": 2 * layers * heads * tokens, "group": 2 * layers * heads * PACK_TOKENS, "request": REQUEST_ROWS}
     times: dict[tuple[str, str], list[tuple[float, float]]] = {(what, k): [] for what in rows for k in kernels}
@@ -94,7 +94,7 @@ def _encode(quantizer: Quantizer, originals: torch.Tensor, widths: torch.Tensor)
         quantizer.encode_each(side, rows, meta.view(len(want), -1), torch.zeros_like(want), want)
 
 
-def _quantizer(layers: int, heads: int, dim: int, generator: torch.Generator) -> Quantizer:
+def random_quantizer(layers: int, heads: int, dim: int, generator: torch.Generator) -> Quantizer:
     """A quantizer like that of a calibrated model: dense matrices, and octets of decreasing importance."""
     matrices = torch.randn(2, layers, heads, dim, dim, generator=generator).div_(dim**0.5).add_(2 * torch.eye(dim))
     transform = LinearTransform(
@@ -114,7 +114,7 @@ def _widths(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return torch.tensor(WIDTHS, dtype=torch.uint8)[drawn].view(shape)
 
 
-def _request(
+def random_request(
     quantizer: Quantizer, shape: tuple[int, int, int], tokens: int, generator: torch.Generator
 ) -> tuple[RowRequest, torch.Tensor]:
     """A request for rows at random positions that gain one bit, and their originals."""

@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from qaq_core import QAQCache, SequenceCache
 from qaq_core.attention import CpuAttention
+from qaq_core.kernels import load_library
 from qaq_core.models import PackedLinear
 
 PARTS = ("linear", "attention", "around attention", "begin", "packing and exceptions", "next token")
@@ -79,36 +80,41 @@ class Stopwatch:
         return timed
 
 
+class Decoding(Protocol):
+    """A model with a QAQ cache, see `decode.ModelDecoder`."""
+
+    model: Any
+    cache: Any
+    lean: Any
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+
 @torch.inference_mode()
-def step_parts(model: Any, name: str, cache: QAQCache, ids: torch.Tensor) -> list[StepPart]:
+def step_parts(one: Decoding, name: str, ids: torch.Tensor) -> list[StepPart]:
     """Decodes more tokens, int64 [batch, steps], and measures the parts of the steps.
 
     Linear layers inside compiled layers cannot be measured: their time counts as rest.
     """
-    watch, steps, at = Stopwatch(), ids.shape[1], cache.get_seq_length()
-    with _watched(model, cache, watch):
+    watch, steps = Stopwatch(), ids.shape[1]
+    with _watched(one, watch):
         for step in range(steps):
             with watch.timing(REST):
-                positions = torch.full((len(ids), 1), at + step)
-                output = model(
-                    ids[:, step : step + 1],
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    qaq_cache=cache,
-                )
+                logits = one.decode(ids[:, step : step + 1])
                 with watch.timing("next token"):
-                    output.logits[:, -1].argmax(-1).tolist()
+                    logits.argmax(-1).tolist()
     return [
         StepPart(name, part, watch.seconds[part] * 1000 / steps, watch.calls[part] / steps) for part in (*PARTS, REST)
     ]
 
 
 @contextmanager
-def _watched(model: Any, cache: QAQCache, watch: Stopwatch) -> Iterator[None]:
+def _watched(one: Decoding, watch: Stopwatch) -> Iterator[None]:
     """Measures the model and the cache with the stopwatch."""
-    attention = cache.method.attention
+    model, attention = one.model, one.cache.method.attention
     kernel = (attention.library, "qaq_decode") if isinstance(attention, CpuAttention) else (attention, "batch")
+    library = load_library()  # the decoder's products
+    products = [] if library is None or one.lean is None else [(library, "qaq_multiply", "linear")]
     compiled = any("forward" in vars(module) for module in model.modules())
     linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, PackedLinear))]
     with ExitStack() as stack:
@@ -120,6 +126,7 @@ def _watched(model: Any, cache: QAQCache, watch: Stopwatch) -> Iterator[None]:
             (QAQCache, "begin_step", "begin"),
             (SequenceCache, "commit", "packing and exceptions"),
             (*kernel, "attention"),
+            *products,
         ):
             call = getattr(owner, method)
             setattr(owner, method, watch.wrapped(part, call))

@@ -42,7 +42,8 @@ SmolLM2's. What was tried and what it gave: [ablations](../ablations.md). The pa
 on the same tokens of WikiText-2 (validation, from its beginning). Compression is fp16 bytes over all resident bytes:
 residual window, scales, tags and attention statistics included. KL and ΔNLL are in nats per token; ± is the standard
 error over documents. These figures repeat with the same kernels, so documents are counted, not runs. Constants were
-chosen on other documents, from 0.55 of the text on.
+chosen on other documents, from 0.55 of the text on. Rows of 2026-11-27 are of an earlier calibration, whose costs of
+errors counted the first tokens ([what changed](../ablations.md#costs-without-the-first-tokens-2026-12-01)).
 
 {tables.quality(text)}
 

@@ -62,9 +62,10 @@ def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report
     positions = [part for name in names for part in long.summarize_positions(by_document, name)]
     page = None
     if options.html_path is not None:
+        from qaq_eval.quality.provenance import provenance
         from qaq_eval.quality.report import long_report
 
-        page = long_report(about, results, positions, by_document)
+        page = long_report(about, results, positions, by_document, provenance())
     rows = {name: [asdict(each) for each in kind] for name, kind in (("rows", results), ("positions", positions))}
     return EvalOutput({**about, **rows}, position_table(positions), page)
 

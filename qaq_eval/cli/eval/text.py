@@ -53,9 +53,10 @@ def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report
     results = [quality.summarize(by_document, name, options.context) for name in names]
     page = None
     if options.html_path is not None:
+        from qaq_eval.quality.provenance import provenance
         from qaq_eval.quality.report import text_report
 
-        page = text_report(about, results, by_document)
+        page = text_report(about, results, by_document, provenance())
     return EvalOutput({**about, "rows": [asdict(result) for result in results]}, result_table(results), page)
 
 

@@ -76,7 +76,9 @@ def run(loaded: LoadedModel, configs: list[Config], options: EvalOptions, report
         )
     page = None
     if options.html_path is not None:
+        from qaq_eval.quality.provenance import provenance
         from qaq_eval.quality.report import turns_report
 
-        page = turns_report(about, results, log.select(range(options.documents), names, options.turns))
+        last_turn = log.select(range(options.documents), names, options.turns)
+        page = turns_report(about, results, last_turn, provenance())
     return EvalOutput({**about, "rows": [asdict(result) for result in results]}, table, page)

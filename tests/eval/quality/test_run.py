@@ -23,12 +23,9 @@ from qaq_eval.quality import (
     Document,
     DocumentResult,
     ResultLog,
-    builtin_text,
-    cut_documents,
     evaluate,
     run_name,
     summarize,
-    with_recall,
 )
 from qaq_eval.quality import run as quality_run
 from qaq_eval.quality.prompt import full_precision
@@ -238,58 +235,6 @@ def test_parts_sum_up() -> None:
         summarize([], "d", 9)
 
 
-class _Words:
-    """A tokenizer: a word is a token; it begins a text with token 1."""
-
-    bos_token_id = 1
-
-    def __call__(self, text: str, add_special_tokens: bool = True, **kwargs: Any) -> Any:
-        ids = [int(word) for word in text.split()]
-        ids = [1, *ids] if add_special_tokens else ids
-
-        class Encoded:
-            input_ids = torch.tensor([ids]) if "return_tensors" in kwargs else ids
-
-        return Encoded
-
-
-def test_documents_follow_each_other() -> None:
-    text = " ".join(str(i) for i in range(100, 200))
-    first, second = cut_documents(text, _Words(), context=10, decode=4, documents=2, offset_fraction=0.5)
-    assert first.ids.tolist() == [1, *range(150, 164)]
-    assert second.ids.tolist() == [1, *range(164, 178)]
-    assert (first.context, first.decode, second.index) == (10, 4, 1)
-    with pytest.raises(ConfigError, match="has 3 documents of 15 tokens after the offset, not 4"):
-        cut_documents(text, _Words(), 10, 4, 4, 0.5)
-
-
-@pytest.mark.parametrize(("context", "decode", "count", "offset"), [(1, 4, 1, 0), (9, 0, 1, 0), (9, 4, 1, 1.0)])
-def test_impossible_documents_are_refused(context: int, decode: int, count: int, offset: float) -> None:
-    with pytest.raises(ConfigError):
-        cut_documents("1 2 3", _Words(), context, decode, count, offset)
-
-
-def test_recall_repeats_a_passage() -> None:
-    document = with_recall(documents(1)[0])
-    assert document.decode == DECODE
-    assert torch.equal(document.ids[CONTEXT:], document.ids[CONTEXT // 8 : CONTEXT // 8 + DECODE + 1])
-    with pytest.raises(ConfigError, match="too short to repeat"):
-        with_recall(documents(1, context=60)[0])
-
-
-def test_the_builtin_text_is_long_enough() -> None:
-    assert len(builtin_text()) > 400_000
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "@2", "balanced@", "balanced@x", "balanced@2y", "balanced@-1", "paper[", "paper[]]", "balanced@e2x"],
-)
-def test_what_is_no_configuration_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no configuration"):
-        Config.parse(text)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -306,37 +251,6 @@ def test_what_is_no_configuration_is_refused(text: str) -> None:
 def test_a_wrong_configuration_says_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run([text], documents(1, 64, 2))
-
-
-def test_targets() -> None:
-    assert Config.parse("balanced@2.2").settings == {"target_bits": 2.2}
-    assert Config.parse("paper@8x").settings == {"target_compression": 8.0}
-    assert Config.parse("balanced@e0.01").settings == {"target_error": 0.01}
-    assert Config.parse("balanced-norequant@3").settings == {"target_bits": 3.0, "exceptions": False}
-    in_time = Config.parse("balanced-in-time@8x")
-    assert (in_time.preset, in_time.settings) == ("balanced", {"target_compression": 8.0, "exceptions": "in-time"})
-
-
-def test_settings() -> None:
-    found = Config.parse("paper[attention_window=3, granularity=head, bits=(2, 6), exceptions=False]@4x")
-    assert found.preset == "paper"
-    assert found.settings == {
-        "attention_window": 3,
-        "granularity": "head",
-        "bits": (2, 6),
-        "exceptions": False,
-        "target_compression": 4.0,
-    }
-    several = Config.parse_all(
-        "paper[codec=normal,bits=(2, 6)], uniform-2,,paper[codec=normal,bits=(2, 6)],balanced@8x"
-    )
-    assert [config.text for config in several] == ["paper[codec=normal,bits=(2, 6)]", "uniform-2", "balanced@8x"]
-
-
-@pytest.mark.parametrize("text", ["paper[3]", "paper[codec=]", "paper[codec=1+x]", "paper[**{}]", "paper[a=b.c]"])
-def test_settings_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="are no settings"):
-        Config.parse(text)
 
 
 def test_originals_may_be_held_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,8 +271,3 @@ def test_originals_may_be_held_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exact.kl != eight.kl
     assert exact.kl == pytest.approx(half.kl, abs=1e-3)
     assert never.requantize_bytes == 0
-
-
-def test_originals_that_nothing_holds_so_are_refused() -> None:
-    with pytest.raises(ConfigError, match="take exact, float16, int8"):
-        Config.parse("balanced[originals=int4]@4x")

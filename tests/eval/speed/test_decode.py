@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qaq_core.base.errors import ConfigError
+from qaq_core.cache.in_time import InTime
 from qaq_eval.speed import decode_speed
 from tests.core.tiny_models import tiny, token_ids
 
@@ -26,6 +27,19 @@ def test_every_cache_is_timed_and_weighed() -> None:
         assert row.tokens_per_second > 0
         ratio = row.tokens_per_second / rows["dynamic"].tokens_per_second
         assert row.ratio_to_dynamic_cache == pytest.approx(ratio)
+
+
+def test_exceptions_in_time_are_timed_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    def end(self: InTime, position: int) -> None:
+        nonlocal steps
+        steps += 1
+
+    monkeypatch.setattr(InTime, "end", end)
+    rows = decode_speed(tiny("llama-gqa"), None, token_ids(140), 12, ["balanced", "balanced-in-time"])
+    assert [row.cache for row in rows] == ["dynamic", "balanced", "balanced-in-time"]
+    assert steps == 12
 
 
 def test_decoding_needs_a_prompt_before_it() -> None:

@@ -34,9 +34,14 @@ def test_every_form_is_measured() -> None:
 
 def test_the_command_writes_what_its_schema_says(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    done = CliRunner().invoke(app, ["bench", "store", "--tokens", "32", "--repeat", "1", "--json", str(out)])
+    done = CliRunner().invoke(
+        app, ["bench", "store", "--tokens", "32", "--repeat", "1", "--calls", "2", "--json", str(out)]
+    )
     assert done.exit_code == 0, done.output
-    jsonschema.validate(json.loads(out.read_text()), json.loads(SCHEMA.read_text()))
+    written = json.loads(out.read_text())
+    jsonschema.validate(written, json.loads(SCHEMA.read_text()))
+    assert [call["call"] for call in written["calls"]] == ["put", "fetch", "rows", "redis set", "redis get"]
+    assert all(0 < call["p50_ms"] <= call["p99_ms"] for call in written["calls"])
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
