@@ -147,8 +147,8 @@ def memory() -> Iterator[Finding]:
 def redis() -> Iterator[Finding]:
     """The configured server, or the one that `qaq up` would start."""
     from qaq_core.base.errors import ConfigError
-    from services.common.addresses import check_redis_url
     from services.common.embedded_redis import EmbeddedRedis, RedisStartError, find_server, server_version
+    from services.common.redis_url import check_redis_url
 
     url = os.environ.get(REDIS_URL) or None
     try:

@@ -54,6 +54,15 @@ class Inference:
 
         return self._loop.run(answer())
 
+    def inspect(self, call: Callable[[Any], Awaitable[T]]) -> T:
+        """As `once`, of the service that shows caches."""
+
+        async def answer() -> T:
+            async with self._routers.inspector() as stub:
+                return await call(WithMetadata(stub, self._caller))
+
+        return self._loop.run(answer())
+
     def stream(self, request: Asked) -> Generator[generate_pb2.GenerateReply]:
         """The messages of a generation as they arrive, see `Stream`. Ended early, it ends the generation.
 

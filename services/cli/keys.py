@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from services.cli.terminal import errors
+
+if TYPE_CHECKING:
+    from services.common.tenants import Role
 
 Limit = Annotated[int | None, typer.Option(min=1, show_default="unbounded")]
 
@@ -55,11 +58,12 @@ def key(
     typer.echo(made)
 
 
-def caller_key(router: str | None) -> str:
-    """QAQ_API_KEY, or the client's key of the stack that runs on this machine, for calls to that stack alone.
+def caller_key(router: str | None, role: Role = "client") -> str:
+    """QAQ_API_KEY, or a key of the stack that runs on this machine, for calls to that stack alone.
 
     Args:
         router: the routers that are called; None for those of the stack.
+        role: whose key of the stack's.
     Returns:
         The key; empty if there is none.
     """
@@ -72,5 +76,5 @@ def caller_key(router: str | None) -> str:
     with contextlib.suppress(StackError, OSError):  # a damaged state is told where the stack is looked for
         running = state.load()
         if running is not None and running.keys is not None and running.alive and router in (None, running.router):
-            return StackKeys(running.keys).key("client")
+            return StackKeys(running.keys).key(role)
     return ""

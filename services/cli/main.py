@@ -8,7 +8,21 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from services.cli import calibrate, client, demo, doctor, estimate, keys, roles, secrets, stack, tokenizer
+from services.cli import (
+    calibrate,
+    client,
+    demo,
+    doctor,
+    estimate,
+    keys,
+    logs,
+    roles,
+    secrets,
+    stack,
+    status,
+    tokenizer,
+    top,
+)
 from services.cli.terminal import errors
 from services.common.extras import advice
 
@@ -79,7 +93,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (demo, doctor, stack, client, keys, roles, secrets, calibrate, estimate, tokenizer):
+for module in (demo, doctor, stack, status, top, logs, client, keys, roles, secrets, calibrate, estimate, tokenizer):
     module.register(app)
 # Packages that are installed beside this one add commands of their own.
 for plugin in entry_points(group="qaq.commands"):

@@ -1,20 +1,16 @@
-"""Commands for the stack of this machine: up, status, scale, drain, down."""
+"""Commands for a stack, of this machine or on a Ray cluster: up, scale, drain, restart, down."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from services.cli.options import (
     Compiled,
     Device,
     Dtype,
-    JsonPath,
     Model,
     StackPreset,
     StackTargetBits,
@@ -22,17 +18,17 @@ from services.cli.options import (
     Workers,
     model_or_default,
 )
-from services.cli.terminal import screen, size, starting, warn_of_environment
+from services.cli.running import Address, running_or, where
+from services.cli.terminal import screen, starting, warn_of_environment
 
 if TYPE_CHECKING:
     from services.cluster.state import StackState
-    from services.cluster.status import StackStatus
 
 DRAIN_TIMEOUT_S = 60.0
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, status, scale, drain, down):
+    for command in (up, scale, drain, restart, down):
         app.command(rich_help_panel="Stack")(command)
 
 
@@ -60,11 +56,28 @@ def up(
     keys: Annotated[
         bool, typer.Option(help="Ask callers for a key; the stack makes one, which `qaq` commands use by themselves.")
     ] = True,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Start it on this Ray cluster: host:port of its head, or ray://host:port from elsewhere."),
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="With --address: a Redis that all nodes reach; default: QAQ_REDIS_URL.")
+    ] = None,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="With --address: another name of router and gateway, for their certificates; repeatable."),
+    ] = None,
+    worker_cpus: Annotated[
+        float, typer.Option(min=0, help="With --address: CPUs that each worker reserves of its node; 0 reserves none.")
+    ] = 0,
 ) -> None:
     """Starts Ray, Redis, cache services, workers and the router, and returns when they are ready.
 
-    QAQ_REDIS_URL names a Redis server to use. Without it, an embedded server is started.
+    QAQ_REDIS_URL names a Redis server to use. Without it, an embedded server is started. With --address Ray and Redis
+    are there already, on any number of machines.
     """
+    if address is None and (redis_url or host or worker_cpus):
+        raise typer.BadParameter("--redis-url, --host and --worker-cpus are for a Ray cluster; give --address too")
     if https and (http_port is None or not tls):
         given = "without --no-tls" if not tls else "with --http-port"
         raise typer.BadParameter(f"--https is for the gateway, by the stack's certificates; give it {given}")
@@ -90,14 +103,21 @@ def up(
                 "tls": tls,
                 "https": https,
                 "keys": keys,
+                "worker_cpus": worker_cpus,
             }
         )
         warn_of_environment(stack=True)
-        running = control.up(settings, report)
+        if address is None:
+            running = control.up(settings, report)
+        else:
+            from services.cluster import deploy
+
+            running = deploy.up(settings, address, redis_url, host or (), report)
     screen.print(f"The router is at [bold]{running.router}[/]. Try: qaq chat", highlight=False)
     if running.gateway is not None:
         scheme = "https" if https else "http"
         screen.print(f"OpenAI's API is at [bold]{scheme}://{running.gateway}/v1[/].", highlight=False)
+        screen.print(f"Its cache inspector is at [bold]{scheme}://{running.gateway}/[/].", highlight=False)
     if running.certificates is not None:
         screen.print(f"Its CA, for other clients, is {state.ca()}", highlight=False)
     if running.keys is not None:
@@ -110,52 +130,26 @@ def up(
             screen.print(line, soft_wrap=True, highlight=False)
 
 
-def status(
-    json_path: JsonPath = None,
+def scale(
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Number of workers to run.")], address: Address = None
 ) -> None:
-    """Shows the servers and their load."""
-    from google.protobuf.json_format import MessageToDict
-
-    from services.cluster import restarts, state
-    from services.cluster.status import stack_status
-
-    running = _running()
-    again = restarts.restarted(running.directory)
-    found = asyncio.run(stack_status(running.access))
-    if json_path is not None:
-        status = {
-            "routers": found.routers,
-            "workers": {a: MessageToDict(w) if w else None for a, w in found.workers.items()},
-            "draining": sorted(found.draining),
-            "originals": {a: MessageToDict(o) if o else None for a, o in found.originals.items()},
-            "redis": running.redis["description"],
-            "restarts": {name: record.model_dump() for name, record in again.items()},
-            "ca": str(state.ca()) if running.certificates else None,
-            "keys": str(running.keys) if running.keys else None,
-        }
-        json_path.write_text(json.dumps(status, indent=1) + "\n")
-    screen.print(_table(running, found))
-    for name, record in again.items():
-        times = "once" if record.restarts == 1 else f"{record.restarts} times, the last time"
-        when = time.strftime("%H:%M:%S", time.localtime(record.ended))
-        screen.print(f"{name} was started again {times} after {when}: {record.why}", highlight=False, soft_wrap=True)
-
-
-def scale(workers: Annotated[int, typer.Option(min=1, max=64, help="Number of workers to run.")]) -> None:
     """Starts or stops workers."""
     from services.cluster import control
 
-    running = _running()
+    stack = where(address)
     with starting() as report:
-        control.scale(running, workers, report)
+        control.scale(stack, workers, report)
 
 
 def drain(
-    worker: Annotated[str, typer.Argument(help="The worker's host:port, as `qaq status` shows it.")],
+    target: Annotated[
+        str, typer.Argument(metavar="WORKER|NODE", help="A worker's host:port, or a node's id or address.")
+    ],
+    address: Address = None,
 ) -> None:
-    """Moves a worker's sessions to other workers, without interrupting a stream, so that it can be stopped.
+    """Moves sessions to other workers, without interrupting a stream, so that a worker or a node can be stopped.
 
-    A worker of the stack of this machine is stopped, too. Another one is started in its place, and before.
+    Workers of a stack are stopped, too. Others are started in their place, and before; on a drained node, none.
     """
     from qaq.v1 import worker_pb2, worker_pb2_grpc
 
@@ -165,81 +159,58 @@ def drain(
     from services.common.addresses import check_address
     from services.common.channel import open_blocking_channel
 
-    check_address(worker)
-
-    def hand_over() -> int:
-        with open_blocking_channel(worker, identity(worker), "worker") as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
-            return int(stub.Drain(worker_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT_S).moved)
-
     def of_stack(running: StackState) -> bool:
+        if running.address is not None:
+            return True
         recorded = (record.address for record in restarts.records(running.directory).values())
-        return worker in asyncio.run(addresses(running.access)) or worker in recorded  # one that hangs leaves the first
+        return target in asyncio.run(addresses(running.access)) or target in recorded  # one that hangs leaves the first
 
-    running = state.load()
-    if running is not None and running.alive and of_stack(running):
+    running = state.load() if address is None else None
+    if address is not None or (running is not None and running.alive and of_stack(running)):
         with starting() as report:
-            report(worker, "draining", None)
-            moved = control.drain(running, worker, hand_over, report)
-            report(worker, "stopped", 1.0)
-        screen.print(f"Moved {moved} running generations. The worker is stopped.")
+            report(target, "draining", None)
+            moved = control.drain(address or running_or(running), target, report)
+            report(target, "stopped", 1.0)
+        screen.print(f"Moved {moved} running generations. {_stopped(target)}")
         return
-    with screen.status("draining"):
-        moved = hand_over()
+    check_address(target)
+    with (
+        screen.status("draining"),
+        open_blocking_channel(target, identity(target), "worker") as channel,
+    ):
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        moved = int(stub.Drain(worker_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT_S).moved)
     screen.print(f"Moved {moved} running generations. The process can be stopped now.")
 
 
-def down() -> None:
-    """Stops the stack and all processes it started."""
+def restart(
+    workers: Annotated[
+        Literal["workers"], typer.Argument(help="What is replaced: the workers, one after the other.")
+    ] = "workers",
+    address: Address = None,
+) -> None:
+    """Replaces all workers, one after the other, without interrupting a stream: a rolling update.
+
+    The new ones run the code and read the files that are there now.
+    """
     from services.cluster import control
 
+    stack = where(address)
+    with starting() as report:
+        moved = control.restart(stack, report)
+    screen.print(f"Moved {moved} running generations. All workers are new.")
+
+
+def down(address: Address = None) -> None:
+    """Stops the stack and all processes it started."""
+    from services.cluster import control, deploy, state
+
+    running = state.load() if address is None else None
+    address = address or (running.address if running else None)
     with screen.status("stopping"):
-        stopped = control.down()
+        stopped = control.down() if address is None else deploy.down(address)
     screen.print("Stopped." if stopped else "No stack is running.")
 
 
-def _running() -> StackState:
-    from services.cluster import claim, state
-    from services.cluster.state import StackError
-
-    running = state.load()
-    owner = running or claim.current()
-    if owner is None:
-        last = f" (the last one ended by itself: {why})" if (why := state.why_it_ended()) else ""
-        raise StackError(f"no stack is running{last}; start one with `qaq up`")
-    if running is None and owner.alive:
-        raise claim.taken(owner)
-    if running is None or not running.alive:
-        raise StackError("the stack's process has died; clean up with `qaq down`, then `qaq up`")
-    return running
-
-
-def _table(running: StackState, found: StackStatus) -> Table:
-    from services.cluster import state
-
-    table = Table(title=running.settings.model, title_justify="left")
-    for column in ("role", "address", "state"):
-        table.add_column(column)
-    for address in found.routers:
-        table.add_row("router", address, "running")
-    if running.gateway is not None:
-        table.add_row("gateway", running.gateway, "")
-    for address, worker in found.workers.items():
-        load = (
-            f"{worker.running} running, {worker.waiting} waiting, {worker.sessions} sessions, "
-            f"{size(worker.kv_bytes)} of cache"
-            if worker
-            else "does not answer"
-        )
-        if address in found.draining:
-            load = f"draining: {load}" if worker and worker.running + worker.waiting else "drained; it can be stopped"
-        table.add_row("worker", address, load)
-    for address, store in found.originals.items():
-        stored = f"{store.pages} pages, {size(store.bytes)}" if store else "does not answer"
-        table.add_row("originals", address, stored)
-    table.add_row("redis", "", running.redis["description"])
-    if running.certificates is not None:
-        table.add_row("CA", "", str(state.ca()))
-    without = "of QAQ_TENANTS_FILE" if running.settings.keys else "not asked for"
-    table.add_row("keys", "", f"in {running.keys}" if running.keys else without)
-    return table
+def _stopped(target: str) -> str:
+    return "The worker is stopped." if ":" in target else "The workers of this node are stopped, and none starts there."

@@ -18,6 +18,7 @@ class Generation:
 
     text: str = ""
     tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     reason: int = common_pb2.FINISH_REASON_UNSPECIFIED
@@ -56,6 +57,7 @@ def follow(replies: Iterable[generate_pb2.GenerateReply], *, quiet: bool = False
                     now = time.monotonic() - begun
                     got.first_token_s = got.first_token_s or now
                     got.last_token_s, got.tokens = now, got.tokens + 1
+                    got.token_ids.append(reply.token.token_id)
                     text = reply.token.text
                 case _:
                     got.reason, got.usage = reply.finished.reason, reply.finished.usage

@@ -72,7 +72,7 @@ def warn_of_environment(*, stack: bool = False) -> None:
 
     said = [environment.told(name, meant) for name, meant in environment.unknown().items()]
     if stack and "QAQ_METRICS_PORT" in os.environ:
-        said.append("QAQ_METRICS_PORT means nothing to a stack; its gateway serves its own metrics at /metrics")
+        said.append("QAQ_METRICS_PORT means nothing to a stack; its gateway lists all metrics at /metrics/targets")
     for sentence in said:
         errors.print(f"[yellow]warning:[/] {sentence}", highlight=False, soft_wrap=True)
 

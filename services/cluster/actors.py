@@ -5,12 +5,18 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import psutil
 import ray
 import structlog
 
+from services.cluster.handed import Handed
+from services.cluster.logs import Log
+from services.cluster.nodes import NAMESPACE, Request, own_address
 from services.cluster.restarts import Life
 from services.common.server import Role
 from services.common.settings import (
@@ -21,8 +27,12 @@ from services.common.settings import (
     WorkerSettings,
 )
 
-NAMESPACE = "qaq"
 RETRY_PAUSE_S = 2.0
+STOP_TIMEOUT_S = 10.0
+
+if TYPE_CHECKING:
+    from services.router.server import RouterServer
+    from services.worker.server import WorkerServer
 
 log = structlog.get_logger()
 
@@ -39,20 +49,29 @@ class ServerActor(abc.ABC, Generic[S]):
 
     MEMORY_SCORE = 0
 
-    def __init__(self, settings: S) -> None:
+    def __init__(self, settings: S, handed: Handed | None = None, logs: Path | None = None) -> None:
+        from services.common import metrics
         from services.common.log import configure
 
-        configure(settings.log_level)
         context = ray.get_runtime_context()
         self._restarted: bool = context.was_current_actor_reconstructed
-        _offer_to_the_kernel(self.MEMORY_SCORE)
         name = context.get_actor_name() or type(self).__name__
+        if logs is not None:
+            log_file = Log(logs, name, again=self._restarted)
+            log_file.take()
+            self._keeps = asyncio.get_running_loop().create_task(log_file.keep())
+        configure(settings.log_level)
+        if handed is not None:
+            settings = handed.placed(settings, own_address())
+        _offer_to_the_kernel(self.MEMORY_SCORE)
         life = Life.of_this_actor(name)
         if life is not None:
             if why := life.begin(restarted=self._restarted):
                 log.warning("the server was started again", name=name, why=why, restarts=life.record.restarts)
+            metrics.restarts.inc(life.record.restarts)
             self._beats = asyncio.get_running_loop().create_task(life.beat())
         self._life = life
+        self._failure = ""
         self._server = self._make(settings)
         self._address = asyncio.get_running_loop().create_task(self._start())
 
@@ -66,11 +85,14 @@ class ServerActor(abc.ABC, Generic[S]):
             try:
                 address = await self._server.start()
             except Exception as error:
+                self._failure = str(error)
                 if not self._restarted:
                     raise
                 log.warning("the server could not restart; trying again", role=type(self).__name__, error=str(error))
                 await asyncio.sleep(RETRY_PAUSE_S)
             else:
+                self._failure = ""
+                log.info("serving", role=type(self).__name__, address=address, pid=os.getpid())
                 if self._life is not None:
                     self._life.serves(address)
                 return address
@@ -87,6 +109,11 @@ class ServerActor(abc.ABC, Generic[S]):
         """Whether the server takes nothing new any more."""
         return bool(getattr(self._server, "draining", False))
 
+    async def facts(self) -> tuple[str, str]:
+        """The address, empty until the server is up, and what is in its way."""
+        ready = self._address.done() and not self._address.cancelled() and self._address.exception() is None
+        return (self._address.result() if ready else "", self._failure)
+
     async def stop(self) -> None:
         """Stops the server, which gives running calls a moment to end."""
         if self._address.done() and not self._address.cancelled() and self._address.exception() is None:
@@ -96,6 +123,8 @@ class ServerActor(abc.ABC, Generic[S]):
 
 
 class RouterActor(ServerActor[RouterSettings]):
+    _server: RouterServer
+
     def _make(self, settings: RouterSettings) -> Role:
         from qaq_core.models import avoid_torch
         from services.router.server import RouterServer
@@ -103,15 +132,25 @@ class RouterActor(ServerActor[RouterSettings]):
         avoid_torch()
         return RouterServer(settings)
 
+    async def workers(self) -> int:
+        """How many workers it sees."""
+        return self._server.workers
+
 
 class WorkerActor(ServerActor[WorkerSettings]):
     # Its streams go on when it is started again, and it has most of the memory. The others are few and small.
     MEMORY_SCORE = 500
+    _server: WorkerServer
 
     def _make(self, settings: WorkerSettings) -> Role:
         from services.worker.server import WorkerServer
 
+        _use_the_cores()
         return WorkerServer(settings)
+
+    async def hand_over(self) -> int:
+        """Drains the server, see `WorkerServer.drain`."""
+        return await self._server.drain()
 
 
 class OriginalsActor(ServerActor[OriginalsSettings]):
@@ -128,16 +167,36 @@ class GatewayActor(ServerActor[GatewaySettings]):
         return GatewayServer(settings)
 
 
+def _use_the_cores() -> None:
+    """Ray gives an actor that reserves no CPU a single compute thread; one with none of its own takes the node's cores.
+
+    To be called before torch is imported. What was in the environment of the node stays.
+    """
+    given = psutil.Process().environ()  # as it was before Ray changed it
+    reserved = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+    if reserved < 1 and "OMP_NUM_THREADS" not in given:
+        os.environ["OMP_NUM_THREADS"] = str(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+
+
 def _offer_to_the_kernel(score: int) -> None:
     if score:
         with contextlib.suppress(OSError):  # only Linux has it
             Path("/proc/self/oom_score_adj").write_text(str(score))
 
 
-def launch(name: str, actor: type[ServerActor[S]], settings: S, *, gpus: float = 0) -> Any:
-    """Creates a named actor that outlives its creator and is restarted when its process dies.
+def launch(
+    name: str,
+    actor: type[ServerActor[S]],
+    settings: S,
+    request: Request | None = None,
+    handed: Handed | None = None,
+    logs: Path | None = None,
+) -> Any:
+    """Creates a named actor that outlives its creator and is started again when its process or its node dies.
 
-    CPUs are not reserved: an idle server uses none, and a machine may have fewer CPUs than servers.
+    Args:
+        handed: of a server on another machine.
+        logs: where its log is kept; None leaves it to Ray.
     """
     remote: Any = ray.remote(actor)
     options = remote.options(
@@ -145,8 +204,20 @@ def launch(name: str, actor: type[ServerActor[S]], settings: S, *, gpus: float =
         namespace=NAMESPACE,
         lifetime="detached",
         max_restarts=-1,
-        num_cpus=0,
-        num_gpus=gpus,
         max_concurrency=16,
+        **(request or Request()).options(),
     )
-    return options.remote(settings)
+    return options.remote(settings, handed, logs)
+
+
+def stop(names: Sequence[str], seconds: float = STOP_TIMEOUT_S) -> None:
+    """Stops actors. Each drains its server before its process ends."""
+    handles = []
+    for name in names:
+        with contextlib.suppress(ValueError):  # it has ended already
+            handles.append(ray.get_actor(name, namespace=NAMESPACE))
+    if handles:
+        stopped = [handle.stop.remote() for handle in handles]
+        ray.wait(stopped, num_returns=len(stopped), timeout=seconds)
+    for handle in handles:
+        ray.kill(handle, no_restart=True)

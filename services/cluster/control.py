@@ -12,19 +12,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import psutil
-from filelock import FileLock, Timeout
 
 from services.cluster import claim, roles, state
 from services.cluster.remains import MARK
 from services.cluster.stack import python_path, ray_environment
 from services.cluster.state import StackError, StackSettings, StackState
 from services.common.extras import require
+from services.common.identity import is_loopback
 
 if TYPE_CHECKING:
-    from services.cluster.launcher import Launcher
+    from services.cluster.survey import Survey
 
 STOP_TIMEOUT_S = 60.0
 
@@ -40,9 +41,7 @@ def up(settings: StackSettings, report: Report) -> StackState:
         StackError: a stack is running already, or this one did not start; nothing is left running.
         ValidationError, QAQError, ModuleNotFoundError: a setting or the machine is not fit; nothing was started.
     """
-    owner = claim.current()
-    if owner is not None and owner.alive:
-        raise claim.taken(owner)
+    refuse_a_second()
     report(STACK, "checking the settings", None)
     roles.check(settings)
     report(STACK, "starting its processes", None)
@@ -54,6 +53,20 @@ def up(settings: StackSettings, report: Report) -> StackState:
         os.close(log)
     with _ended(guard, report, unless_received=True):
         return _started(guard, report)
+
+
+def refuse_a_second() -> None:
+    """Raises:
+    StackError: the state directory has a stack already.
+    """
+    owner, deployed = claim.current(), state.load()
+    if owner is not None and owner.alive:
+        raise claim.taken(owner)
+    if deployed is not None and deployed.address is not None:
+        raise StackError(
+            f"a stack was started on the Ray cluster at {deployed.address}; stop it with `qaq down`, or set "
+            "QAQ_STATE_DIR to another directory for a second one"
+        )
 
 
 @contextlib.contextmanager
@@ -100,54 +113,60 @@ def down() -> bool:
     return True
 
 
-def scale(running: StackState, workers: int, report: Report) -> None:
+def scale(where: StackState | str, workers: int, report: Report) -> None:
     """Starts or stops workers until there are `workers` that serve.
+
+    Args:
+        where: the stack of this machine, or the address of the Ray cluster on which one runs; so for all below.
+    Raises:
+        StackError: Ray does not answer, or a worker did not start.
+    """
+    _changed(where, "scale", workers, report=report)
+
+
+def drain(where: StackState | str, target: str, report: Report) -> int:
+    """Stops a worker, or those of a node, when it has handed over what it runs. The number of workers stays.
+
+    Args:
+        target: see `Launcher.drain`.
+    Returns:
+        the number of generations that moved.
+    Raises:
+        StackError: Ray does not answer, nothing of the stack is there, or none could be started in its place.
+    """
+    return int(_changed(where, "drain", target, report=report))
+
+
+def restart(where: StackState | str, report: Report) -> int:
+    """Replaces all workers, one after the other. Returns the number of generations that moved.
 
     Raises:
         StackError: Ray does not answer, or a worker did not start.
     """
-    with _changing(running, report) as (latest, launcher):
-        launcher.scale(workers)
-        state.save(latest.model_copy(update={"settings": latest.settings.model_copy(update={"workers": workers})}))
+    return int(_changed(where, "restart", report=report))
 
 
-def drain(running: StackState, worker: str, hand_over: Callable[[], int], report: Report) -> int:
-    """Stops the worker at an address when it has handed over what it runs. The number of workers stays.
+def survey(where: StackState | str) -> Survey:
+    """What runs where, of a stack on a Ray cluster.
 
-    Args:
-        hand_over: see `Launcher.drain`.
     Raises:
-        StackError: Ray does not answer, no worker of the stack is there, or none could be started in its place.
+        StackError: Ray or the stack's controller does not answer.
     """
-    with _changing(running, report) as (_, launcher):
-        return launcher.drain(worker, hand_over)
+    address = reach(where)
+    from services.cluster import controller
+
+    with controller.connected(address):
+        found: Survey = controller.answer(controller.find().survey.remote(), controller.ANSWER_S)
+        return found
 
 
-@contextlib.contextmanager
-def _changing(running: StackState, report: Report) -> Iterator[tuple[StackState, Launcher]]:
-    """The stack as it is now, and its launcher. One command changes a stack at a time: others wait here."""
-    with state.writing() as folder:
-        lock = FileLock(folder / "change.lock", mode=0o600)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock.acquire(timeout=0))
-        except Timeout:
-            report(STACK, "waiting for another command that changes it", None)
-            stack.enter_context(lock.acquire())
-        latest = state.load()
-        if latest is None or latest.directory != running.directory:
-            raise StackError("the stack was stopped meanwhile; start one with `qaq up`")
-        ray_environment(running.directory)
-        import ray
+def _changed(where: StackState | str, method: str, *arguments: Any, report: Report) -> Any:
+    """The answer of the controller. It changes a stack once at a time: others wait there."""
+    address = reach(where)
+    from services.cluster import controller
 
-        from services.cluster.launcher import Launcher
-
-        try:
-            ray.init(address=running.ray_address, namespace="qaq", log_to_driver=False, logging_level="error")
-        except Exception as error:
-            raise StackError(f"Ray at {running.ray_address} does not answer ({error}); try `qaq down`") from error
-        stack.callback(ray.shutdown)
-        yield latest, Launcher(latest.settings, latest.access, report, directory=latest.directory)
+    with controller.connected(address):
+        return controller.call(controller.find(), method, *arguments, report=report)
 
 
 def _spawn(settings: StackSettings, errors: int, *, attached: bool) -> subprocess.Popen[str]:
@@ -241,3 +260,15 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+def reach(where: StackState | str) -> str:
+    """The address of a stack's Ray; sets the environment for calls to it. Call it before Ray is imported."""
+    if isinstance(where, StackState) and where.address is None:
+        ray_environment(where.directory)
+        return where.ray_address
+    address = where if isinstance(where, str) else where.ray_address
+    host = urlsplit(address if "://" in address else f"ray://{address}").hostname or ""
+    if is_loopback(host):  # Ray would replace it by an address of this machine that others can reach
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    return address

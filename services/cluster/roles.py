@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 
+from services.cluster.access import Access
 from services.cluster.state import ModelSettings, StackError, StackSettings
 from services.common import environment
 from services.common.extras import require
@@ -18,27 +21,57 @@ from services.common.settings import CommonSettings, GatewaySettings, OriginalsS
 
 Who = Mapping[str, Any]
 
+# The gateway tells Prometheus which ports these are.
+MEASURED: Who = {"metrics_port": 0, "metrics_https": False}
 _NOBODY: Who = {"redis_url": SecretStr("redis://127.0.0.1")}
 
 
 def router(settings: StackSettings, who: Who) -> RouterSettings:
-    return RouterSettings(**who, model=settings.model, port=settings.port)
+    return RouterSettings(**who, **MEASURED, model=settings.model, port=settings.port)
 
 
 def gateway(settings: StackSettings, who: Who) -> GatewaySettings | None:
     """None if the stack has no gateway."""
     if settings.http_port is None:
         return None
-    return GatewaySettings(**who, port=settings.http_port, https=settings.https)
+    return GatewaySettings(**who, **MEASURED, port=settings.http_port, https=settings.https)
 
 
 def worker(settings: StackSettings, who: Who) -> WorkerSettings:
     model = settings.model_dump(include=set(ModelSettings.model_fields))
-    return WorkerSettings(**who, port=0, **model)
+    return WorkerSettings(**who, **MEASURED, port=0, **model)
 
 
 def originals(who: Who) -> OriginalsSettings:
-    return OriginalsSettings(**who, port=0)
+    return OriginalsSettings(**who, **MEASURED, port=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of every role, made where a stack is started: no other environment is read for them.
+
+    Attributes:
+        logs: where servers of this machine keep their logs; None leaves them to Ray.
+    """
+
+    router: RouterSettings
+    worker: WorkerSettings
+    originals: OriginalsSettings
+    gateway: GatewaySettings | None
+    logs: Path | None = None
+
+
+def plan(settings: StackSettings, access: Access, of_router: Who | None = None, logs: Path | None = None) -> Plan:
+    """Args:
+    of_router: settings of the router beside the stack's.
+    """
+    return Plan(
+        router(settings, {**access.settings("router"), **(of_router or {})}),
+        worker(settings, access.settings("worker")),
+        originals(access.settings("originals")),
+        gateway(settings, access.settings("gateway")),
+        logs,
+    )
 
 
 def check(settings: StackSettings) -> None:
@@ -49,6 +82,20 @@ def check(settings: StackSettings) -> None:
             are not here, or a port is taken.
     """
     from qaq_core.models import find_checkpoint, is_hub_id
+
+    check_settings(settings)
+    check_device(settings.device, settings.workers)
+    if not is_hub_id(settings.model):  # the worker asks the hub, which takes a network
+        find_checkpoint(settings.model)
+    check_ports(settings)
+
+
+def check_settings(settings: StackSettings) -> None:
+    """Checks what does not depend on the machine.
+
+    Raises:
+        ValidationError, QAQError, ModuleNotFoundError: a setting of a role is wrong, or a package is not here.
+    """
     from services.router import placement
 
     environment.check()
@@ -61,10 +108,6 @@ def check(settings: StackSettings) -> None:
     gateway(settings, _NOBODY)
     worker(settings, _NOBODY)
     originals(_NOBODY)
-    check_device(settings.device, settings.workers)
-    if not is_hub_id(settings.model):  # the worker asks the hub, which takes a network
-        find_checkpoint(settings.model)
-    check_ports(settings)
 
 
 def check_device(device: str, workers: int) -> None:

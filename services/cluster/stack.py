@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
 import psutil
 from pydantic import ValidationError
-from qaq.v1 import generate_pb2, generate_pb2_grpc
 
-from services.cluster import roles
+from services.cluster import logs, roles
 from services.cluster.access import Access
 from services.cluster.foundation import Foundation
 from services.cluster.keys import StackKeys
@@ -22,14 +19,10 @@ from services.cluster.restarts import MONITOR
 from services.cluster.slow_start import patient
 from services.cluster.state import Owner, StackError, StackSettings, StackState
 from services.common.certificates import issue
-from services.common.channel import open_blocking_channel
 from services.common.embedded_redis import EmbeddedRedis
-from services.common.identity import Identity
-from services.common.keys import WithMetadata, authorization
 from services.common.settings import PageSettings
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no data of ours goes through it
-READY_TIMEOUT_S = 30.0
 RAY_TIMEOUT_S = 180.0
 
 Report = Callable[[str, str, float | None], None]
@@ -63,16 +56,16 @@ class LocalStack:
             secret = chosen_secret()
             redis = self._redis(stack)
             address = self._ray(stack)
-            from services.cluster.launcher import Launcher  # imported here because Ray reads the environment at import
+            from services.cluster import actors, controller, nodes  # here because Ray reads the environment at import
 
             access = Access(redis=redis.state(), certificates=self._certificates(), secret=secret)
             keys = self._keys()
-            launcher = Launcher(self._settings, access, self._report, _who_may_call(self._settings, keys))
-            stack.callback(lambda: launcher.stop(launcher.names()))
-            addresses = launcher.start_all()
+            kept = logs.folder() if self._kept_keys else None
+            plan = roles.plan(self._settings, access, _who_may_call(self._settings, keys), kept)
+            stack.callback(lambda: actors.stop(nodes.names()))
+            changes = controller.launch(self._settings, plan, self._owner.directory)
+            addresses = controller.call(changes, "start", report=self._report)
             router = addresses["router"]
-            key = keys.key("client") if keys else os.environ.get("QAQ_API_KEY", "")
-            self._wait_until_ready(router, access.identity("operator"), key)
             self._report("router", f"serves at {router}", 1.0)
             self._foundation = Foundation(redis, self._owner.directory)
             self._stack = stack.pop_all()
@@ -168,20 +161,6 @@ class LocalStack:
         keys.make()
         return keys
 
-    def _wait_until_ready(self, router: str, who: Identity | None, key: str) -> None:
-        """Waits until the router sees its workers."""
-        workers = self._settings.workers
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        with open_blocking_channel(router, who, "router") as channel:
-            stub = WithMetadata(generate_pb2_grpc.InferenceStub(channel), authorization(key))
-            while time.monotonic() < deadline:
-                self._report("router", "waiting for the workers", None)
-                with contextlib.suppress(grpc.RpcError):  # UNAVAILABLE until it has seen one
-                    if stub.GetModel(generate_pb2.GetModelRequest(), timeout=5).workers >= workers:
-                        return
-                time.sleep(0.1)
-        raise StackError(f"the router at {router} does not see {workers} worker(s); see its log")
-
 
 def _who_may_call(settings: StackSettings, keys: StackKeys | None) -> dict[str, Path | None]:
     """The router's settings of who may call it; empty leaves them to the environment."""
@@ -219,6 +198,7 @@ def ray_environment(directory: Path) -> None:
     os.environ["AUTOSCALER_METRIC_PORT"] = "-1"
     # An actor that imports slowly on a busy machine is not started over and over again.
     os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
     # Ray runs actors at niceness 15: beside anything else that computes, they would get next to nothing.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Without this, Ray gives an actor that reserves no CPU a single compute thread.

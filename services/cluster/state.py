@@ -50,6 +50,7 @@ class StackSettings(ModelSettings):
         tls: the servers have certificates, and use TLS among each other and with clients of the router.
         https: the gateway uses TLS too.
         keys: the router asks for a key, and the stack makes one for a client and one for an operator.
+        worker_cpus: CPUs that each worker reserves of its node.
     """
 
     workers: int = Field(default=1, ge=1, le=64)
@@ -59,6 +60,7 @@ class StackSettings(ModelSettings):
     tls: bool = True
     https: bool = False
     keys: bool = True
+    worker_cpus: float = Field(default=0, ge=0, le=1024)
 
 
 class Owner(BaseModel):
@@ -91,6 +93,8 @@ class StackState(Owner):
         redis: the argument of `EmbeddedRedis.attach`.
         certificates, secret: see `Access`.
         keys: the directory of the stack's keys; None if its router asks for none, or has a tenants file of its own.
+        address: of the Ray cluster on which the stack was started; None is one of this machine. `directory` is then
+            where its certificates are, and no process of this machine owns it.
     """
 
     settings: StackSettings
@@ -101,6 +105,12 @@ class StackState(Owner):
     certificates: Path | None = None
     secret: str = Field(default="", repr=False)
     keys: Path | None = None
+    address: str | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether its owner runs. What runs elsewhere is not asked."""
+        return self.address is not None or super().alive
 
     def key(self, role: Role) -> str:
         """The stack's key of a role, else QAQ_API_KEY; empty if there is none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import get_args
 
 import grpc
 from qaq.v1 import originals_pb2, originals_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -13,7 +12,7 @@ from services.cluster.access import Access
 from services.common.channel import open_channel
 from services.common.identity import Identity
 from services.common.redis import connect
-from services.common.registry import Kind, Registry
+from services.common.registry import SERVERS, Registry
 
 DEADLINE_S = 5.0
 
@@ -38,7 +37,12 @@ async def stack_status(access: Access) -> StackStatus:
     Raises:
         redis.exceptions.RedisError: the registry cannot be read.
     """
-    redis = connect(access.settings("operator")["redis_url"])
+    return await status_at(access.settings("operator")["redis_url"], access.identity("operator"))
+
+
+async def status_at(redis_url: str, who: Identity | None) -> StackStatus:
+    """The same for the servers of a Redis, asked by somebody."""
+    redis = connect(redis_url, who)
     try:
         registry = Registry(redis)
         routers = [member.address for member in await registry.members("router")]
@@ -46,7 +50,6 @@ async def stack_status(access: Access) -> StackStatus:
         originals = [member.address for member in await registry.members("originals")]
     finally:
         await redis.aclose()
-    who = access.identity("operator")
     workers = [member.address for member in members]
     descriptions = await asyncio.gather(*(_describe(address, who) for address in workers))
     stats = await asyncio.gather(*(_stats(address, who) for address in originals))
@@ -59,6 +62,12 @@ async def stack_status(access: Access) -> StackStatus:
     )
 
 
+async def described(routers: list[str], workers: list[str], who: Identity | None) -> StackStatus:
+    """The load of workers that are known by their addresses, as far as they answer to `who`."""
+    descriptions = await asyncio.gather(*(_describe(address, who) for address in workers))
+    return StackStatus(routers, dict(zip(workers, descriptions, strict=True)), {})
+
+
 async def addresses(access: Access) -> set[str]:
     """Of every registered server.
 
@@ -68,7 +77,7 @@ async def addresses(access: Access) -> set[str]:
     redis = connect(access.settings("operator")["redis_url"])
     try:
         registry = Registry(redis)
-        return {member.address for kind in get_args(Kind) for member in await registry.members(kind)}
+        return {member.address for kind in SERVERS for member in await registry.members(kind)}
     finally:
         await redis.aclose()
 

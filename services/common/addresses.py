@@ -1,16 +1,13 @@
-"""Addresses and URLs as settings and options give them: what is wrong with one is said before it is used."""
+"""Addresses as settings and options give them: what is wrong with one is said before it is used."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 from qaq_core.base.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
-_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 
 def check_host(host: str) -> str:
@@ -50,32 +47,9 @@ def check_addresses(addresses: str) -> list[str]:
     return [check_address(address.strip()) for address in addresses.split(",")]
 
 
-def check_redis_url(url: str) -> str:
-    """A URL of Redis. Messages do not repeat it, because it may have a password in it.
-
-    Raises:
-        ConfigError: Redis' client could not use it.
-    """
-    from redis.asyncio import ConnectionPool
-
-    if not url.startswith(("redis://", "rediss://")):
-        raise ConfigError("it must begin with redis:// or rediss://, as in redis://127.0.0.1:6379/0")
+def is_local(host: str) -> bool:
+    """Whether a host name or address is of this machine and cannot be reached from others."""
     try:
-        parts = urlsplit(url)
-        _ = parts.port
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        raise ConfigError(
-            "its port is no number up to 65535, or its password has one of / ? # [ ] in it, which must be "
-            "percent-encoded"
-        ) from None
-    if parts.path.strip("/") and not parts.path.strip("/").isdigit():
-        raise ConfigError("behind the host comes the number of a database, as in redis://127.0.0.1:6379/0")
-    options = parse_qs(parts.query)
-    for path in (path for name in _FILES for path in options.get(name, ())):
-        if not Path(path).is_file():
-            raise ConfigError(f"its file {path} is not there")
-    try:
-        ConnectionPool.from_url(url).make_connection()  # which connects to nothing yet
-    except (TypeError, ValueError):
-        raise ConfigError(f"Redis' client does not know one of its options: {', '.join(options)}") from None
-    return url
+        return host == "localhost"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from prometheus_client import Gauge
+from prometheus_client import Gauge, Histogram
 
+from services.common import tracing
 from services.common.errors import ResourceExhausted
 
 RETRY_AFTER_MS = 2000
@@ -34,13 +36,19 @@ class Admission:
         max_waiting: requests that may wait.
         capacity: returns the number of slots that there are now: sequences that all workers together can run, threads.
         of: what waits, for messages.
-        depth: says how many wait.
+        depth: says how many wait. waited: observes for how many seconds.
     """
 
     def __init__(
-        self, max_waiting: int, capacity: Callable[[], int], of: str = "generations", depth: Gauge | None = None
+        self,
+        max_waiting: int,
+        capacity: Callable[[], int],
+        of: str = "generations",
+        depth: Gauge | None = None,
+        waited: Histogram | None = None,
     ) -> None:
-        self._max_waiting, self._capacity, self._of, self._depth = max_waiting, capacity, of, depth
+        self._max_waiting, self._capacity, self._of = max_waiting, capacity, of
+        self._depth, self._waited = depth, waited
         self._taken = 0
         # By tenant, in round-robin order.
         self._queues: OrderedDict[str, deque[_Waiter]] = OrderedDict()
@@ -72,10 +80,14 @@ class Admission:
             ResourceExhausted: the queue is full.
             TimeoutError: not enough slots became free in time.
         """
+        arrived = time.monotonic()
         if self._queues or not self._fits(slots):
-            await self._wait(tenant, slots, timeout_s)
+            with tracing.span("queue", of=self._of):
+                await self._wait(tenant, slots, timeout_s)
         else:
             self._taken += slots
+        if self._waited is not None:
+            self._waited.observe(time.monotonic() - arrived)
         try:
             yield
         finally:

@@ -30,6 +30,7 @@ from qaq_core.base.errors import ConfigError
 from services.common.private_files import write_private
 from services.common.redis import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, redacted
 from services.common.redis_users import User, acl, passwords, with_user
+from services.common.sentinel import SentinelUrl
 
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
@@ -284,10 +285,16 @@ def free_port() -> int:
 
 def _ping(url: str) -> str | None:
     """None if the server answers, otherwise the error."""
+    timeouts = {"socket_timeout": CALL_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+    if (sentinels := SentinelUrl.parse(url)) is not None:
+        try:
+            sentinels.ping(timeouts)
+        except (redis_client.RedisError, OSError) as error:
+            return str(error)
+        return None
     client = redis_client.Redis.from_url(
         url,
-        socket_timeout=CALL_TIMEOUT_S,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        **timeouts,
         retry=Retry(NoBackoff(), 0),
     )
     try:

@@ -17,9 +17,11 @@ OTHERS = frozenset(
     {
         "QAQ_API_KEY",
         "QAQ_CACHE_DIR",
+        "QAQ_CUDA",
         "QAQ_HTTP_PORT",
         "QAQ_KERNEL",
         "QAQ_LIBRARY",
+        "QAQ_NVCC",
         "QAQ_STACK",
         "QAQ_STATE_DIR",
         "QAQ_TENANT",

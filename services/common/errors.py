@@ -115,6 +115,10 @@ def _of_redis(error: redis_errors.RedisError) -> StatusError | None:
     if "MISCONF" in str(error):  # its disk is full or fails, and it was told to refuse writes then
         message = "Redis cannot write to its disk and refuses to change anything; see its log, and make room"
         return Unavailable(message, retry_after_ms=RETRY_AFTER_MS)
+    # The one that was asked is no primary any more, or has too few replicas.
+    if any(sign in str(error) for sign in ("READONLY", "NOREPLICAS", "MASTERDOWN")):
+        message = "Redis does not take writes now; if its sentinels choose another primary, try again"
+        return Unavailable(message, retry_after_ms=RETRY_AFTER_MS)
     if any(sign in str(error) for sign in _DAMAGED):
         return StatusError(
             "a value in Redis is none that QAQ writes; close the session that it is of, or find what else writes to "

@@ -38,6 +38,7 @@ EXTRAS = {
             "grpc_reflection",
             "hiredis",
             "jinja2",
+            "opentelemetry",
             "prometheus_client",
             "pydantic",
             "pydantic_settings",

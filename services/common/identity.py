@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from qaq_core.base.errors import ConfigError
+from services.common.addresses import is_local as is_loopback
 from services.common.log import once
 from services.common.private_files import warn_if_readable
 from services.common.settings import CommonSettings
@@ -103,14 +103,6 @@ def require_loopback(host: str, what: str, settings: CommonSettings) -> None:
         )
     if once(what):
         log.warning("without TLS: whoever reaches the network can read and change everything", reason=what)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is of this machine and cannot be reached from others."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

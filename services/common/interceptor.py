@@ -11,6 +11,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from services.common import tracing
 from services.common.errors import InvalidArgument, ResourceExhausted, to_status
 from services.common.roles import Guard
 
@@ -66,17 +67,19 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
         async def unary(raw: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
             try:
-                admit(method, context)
-                return await behaviour(await given(raw), context)
+                with tracing.serving(method, context.invocation_metadata()):
+                    admit(method, context)
+                    return await behaviour(await given(raw), context)
             except Exception as error:
                 await _abort(context, error, method)
 
         async def stream(raw: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
-                admit(method, context)
-                async with aclosing(behaviour(await given(raw), context)) as replies:
-                    async for reply in replies:
-                        yield reply
+                with tracing.serving(method, context.invocation_metadata()):
+                    admit(method, context)
+                    async with aclosing(behaviour(await given(raw), context)) as replies:
+                        async for reply in replies:
+                            yield reply
             except Exception as error:
                 await _abort(context, error, method)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
     GC_COLLECTOR,
@@ -20,6 +22,9 @@ from qaq_core.base.errors import QAQError
 from services.common import tls
 from services.common.identity import Identity
 
+if TYPE_CHECKING:
+    from services.common.settings import CommonSettings
+
 
 class MetricsPortError(QAQError):
     """The port of the metrics cannot be bound. The message has the address."""
@@ -32,6 +37,9 @@ kv_bytes = Gauge("qaq_kv_bytes", "Allocated bytes of caches", ["tier"])
 kv_compression_ratio = Gauge("qaq_kv_compression_ratio", "Bytes at 16 bits an element over resident bytes")
 kv_bits = Gauge(
     "qaq_kv_bits", "Vectors in the cache of the last finished generation, by their bits per element", ["side", "bits"]
+)
+kv_mean_bits = Gauge(
+    "qaq_kv_mean_bits", "Bits per packed element of all caches, scales and tags included; 0 if nothing is packed"
 )
 kv_lambda = Gauge("qaq_kv_lambda", "Floor of lambda for all caches of the worker; 0 if memory is not short")
 preempted = Counter("qaq_preempted_total", "Generations that were preempted because the caches exceeded their budget")
@@ -63,6 +71,8 @@ originals_missing = Counter("qaq_originals_missing_total", "Rows without an orig
 originals_corrupt = Counter(
     "qaq_originals_corrupt_total", "Pages that were not used or not stored: checksum, seal, model or values are wrong"
 )
+pages_unknown = Counter("qaq_pages_unknown_total", "Pages of a version that another release writes, treated as missing")
+pages_put = Counter("qaq_pages_put_total", "Pages that the originals store has acknowledged")
 pages_unacked = Gauge("qaq_pages_unacked", "Pages that the originals store has not acknowledged yet")
 page_bytes = Gauge("qaq_page_bytes", "Bytes of pages and codecs in Redis, with their keys")
 page_plain_bytes = Counter("qaq_page_plain_bytes_total", "Bytes of the pages that were stored, as workers sent them")
@@ -99,6 +109,10 @@ resumed = Counter("qaq_resumed_total", "Streams that were resumed on another wor
 orphans_lapsed = Counter("qaq_orphans_lapsed_total", "Generations whose router was lost and that nobody took over")
 taken_over = Counter("qaq_taken_over_total", "Generations of this worker that went on for another call")
 sessions = Gauge("qaq_sessions", "Sessions with a cache on this worker")
+generated_tokens = Counter("qaq_generated_tokens_total", "Tokens that this worker has sampled")
+queue_seconds = Histogram(
+    "qaq_queue_seconds", "From a generation's arrival to its admission", buckets=(*SECONDS, 60.0, 120.0)
+)
 queue_depth = Gauge("qaq_queue_depth", "Requests in the queue")
 running = Gauge("qaq_running", "Generations in prefill or decode on this worker")
 unauthenticated = Counter("qaq_unauthenticated_total", "Calls of the router without the key of a tenant")
@@ -106,6 +120,7 @@ tenants_failures = Counter("qaq_tenants_failures_total", "Tenants files that cou
 quota_refusals = Counter("qaq_quota_refusals_total", "Calls that exceeded a quota of their tenant", ["quota"])
 quota_failures = Counter("qaq_quota_failures_total", "Counts of quotas that Redis did not answer")
 late_work = Counter("qaq_late_work_total", "Pieces of work in threads that took too long, and go on", ["of"])
+spans_lost = Counter("qaq_spans_lost_total", "Spans that the collector of traces did not take")
 registry_failures = Counter("qaq_registry_failures_total", "Heartbeats and member listings that Redis did not answer")
 
 
@@ -115,27 +130,31 @@ http_seconds = Histogram(
 )
 
 
+restarts = Counter("qaq_restarts_total", "Times that a server of `qaq up` was started again after its process ended")
+
+
 # What a gateway measures. It declares the metrics of the other roles, too, but has no values for them.
 GATEWAY = CollectorRegistry()
-for _collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR, http_requests, http_seconds, registry_failures):
+for _collector in (
+    *(PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR),
+    *(http_requests, http_seconds, registry_failures, spans_lost, restarts),
+):
     GATEWAY.register(_collector)
 
 
 def serve(
-    port: int | None,
+    port: int,
     host: str = "127.0.0.1",
     identity: Identity | None = None,
     registry: CollectorRegistry = REGISTRY,
-) -> None:
-    """Serves /metrics on `port` from a daemon thread; None serves nothing.
+) -> Any:
+    """Serves /metrics on `port` from a daemon thread; 0 takes any free port. Returns the HTTP server.
 
     Args:
         identity: serves HTTPS, to those who show a certificate of the CA.
     Raises:
         MetricsPortError: the port cannot be bound.
     """
-    if port is None:
-        return
     secured: dict[str, Any] = {}
     if identity is not None:
         secured = {
@@ -154,3 +173,27 @@ def serve(
         listening: Any = server.socket
         listening.do_handshake_on_connect = False  # in the thread of the request: a silent client keeps nobody waiting
         tls.renew(listening.context, identity, certificates=True)
+    return server
+
+
+@contextlib.contextmanager
+def serving(
+    settings: CommonSettings, identity: Identity | None, registry: CollectorRegistry = REGISTRY
+) -> Iterator[str]:
+    """Serves a role's metrics while the context lasts, if its settings name a port.
+
+    Yields:
+        host:port, if they are in clear for this machine alone; else "".
+    Raises:
+        MetricsPortError: the port cannot be bound.
+    """
+    if settings.metrics_port is None:
+        yield ""
+        return
+    host, who = (settings.host, identity) if settings.metrics_https else ("127.0.0.1", None)
+    server = serve(settings.metrics_port, host, who, registry)
+    try:
+        yield f"{host}:{server.server_port}" if who is None and host == "127.0.0.1" else ""
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -9,9 +10,10 @@ from pydantic import SecretStr
 from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import OutOfMemoryError, RedisError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError
 
-from qaq_core.base.errors import QAQError
+from qaq_core.base.errors import ConfigError, QAQError
+from services.common.sentinel import SentinelUrl
 
 if TYPE_CHECKING:  # who a server is takes roles, whose errors have a status, and those of Redis are among them
     from services.common.identity import Identity
@@ -34,9 +36,16 @@ def connect(
     must not, such as APPEND.
 
     Args:
-        identity: for rediss://. The URL may name other files: `?ssl_ca_certs=…&ssl_certfile=…&ssl_keyfile=…`.
+        identity: for rediss:// and rediss+sentinel://. The URL may name other files:
+            `?ssl_ca_certs=…&ssl_certfile=…&ssl_keyfile=…`.
     """
     text = url.get_secret_value() if isinstance(url, SecretStr) else url
+    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries)
+    sentinels = SentinelUrl.parse(text)
+    if sentinels is not None:
+        timeouts = {"socket_timeout": CALL_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+        files = tls_files(identity)
+        return sentinels.client(files, timeouts, timeout=CALL_TIMEOUT_S, max_connections=max_connections, retry=retry)
     secure = text.startswith("rediss:")
     pool = BlockingConnectionPool.from_url(
         text,
@@ -44,7 +53,7 @@ def connect(
         timeout=CALL_TIMEOUT_S,
         socket_timeout=CALL_TIMEOUT_S,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries),
+        retry=retry,
         **(tls_files(identity) if secure else {}),
     )
     if secure:
@@ -68,9 +77,15 @@ class _RenewedConnection(SSLConnection):
 
 
 async def check(client: Redis, url: str | SecretStr) -> None:
-    """Raises RedisUnreachableError if the server does not answer."""
+    """Raises:
+    RedisUnreachableError: the server does not answer.
+    ConfigError: it is a part of a Redis Cluster.
+    """
     try:
         await client.ping()
+        with contextlib.suppress(NoPermissionError):  # of a user that may not ask; a cache service's may
+            if (await client.info("cluster")).get("cluster_enabled"):
+                raise ConfigError(f"Redis at {redacted(url)} is a Redis Cluster; give QAQ one server, or sentinels")
     except RedisError as error:
         raise RedisUnreachableError(
             f"Redis at {redacted(url)} does not answer ({error}); start it, or correct QAQ_REDIS_URL"

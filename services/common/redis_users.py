@@ -42,11 +42,11 @@ class Rights:
 
 
 RIGHTS: Mapping[User, Rights] = {
-    "router": Rights(("qaq:session*", "qaq:quota*"), ("router",), ("worker",)),
-    "worker": Rights((), ("worker",), ("originals",)),
+    "router": Rights(("qaq:session*", "qaq:quota*"), ("router", "metrics"), ("worker",)),
+    "worker": Rights((), ("worker", "metrics"), ("originals",)),
     # It counts the pages, and sees the names of other keys thereby, and how much memory there is.
-    "originals": Rights(("qaq:page*", "qaq:codec*"), ("originals",), (), "+scan +info"),
-    "gateway": Rights((), ("gateway",), ("router",)),
+    "originals": Rights(("qaq:page*", "qaq:codec*"), ("originals", "metrics"), (), "+scan +info"),
+    "gateway": Rights((), ("gateway", "metrics"), ("router",)),
     "operator": Rights((), (), ("router", "worker", "originals", "gateway")),
     "client": Rights((), (), ("router",)),
 }

@@ -23,12 +23,16 @@ from services.common import metrics
 from services.common.log import once
 from services.common.tasks import ended
 
-Kind = Literal["router", "worker", "originals", "gateway"]
+Kind = Literal["router", "worker", "originals", "gateway", "metrics"]
+"""What members are: servers by their roles, and where metrics of servers are."""
+SERVERS: tuple[Kind, ...] = ("router", "worker", "originals", "gateway")
 Info = Mapping[str, Any]
 
 TTL_S = 6
 HEARTBEAT_S = 2.0
-_RSS = "rss_bytes"
+_RSS, _VERSION = "rss_bytes", "version"
+VERSION = 1
+"""Of a member's record. Members of another version are as if they were not registered."""
 # A full Redis refuses SET. It allows EXPIRE, and after it the other writes of a script: members must not be lost.
 _BEAT = """
 redis.call('EXPIRE', KEYS[1], ARGV[1])
@@ -60,8 +64,13 @@ class Member:
         return bool(self.info.get("draining"))
 
     @classmethod
-    def parse(cls, kind: str, address: str, raw: bytes | str) -> Member:
+    def parse(cls, kind: str, address: str, raw: bytes | str) -> Member | None:
+        """A member from its record; None if that is of a version that is not known here."""
         info = json.loads(raw)
+        if info.pop(_VERSION, VERSION) != VERSION:
+            if once(f"version of {kind} {address}"):
+                log.warning("a server of another release is not used", kind=kind, address=address)
+            return None
         return cls(kind, address, info, info.pop(_RSS, 0))
 
 
@@ -93,6 +102,17 @@ class Registry:
             with contextlib.suppress(RedisError):
                 await self._forget(kind, [address])
 
+    def announce_metrics(self, at: str, kind: Kind, address: str) -> contextlib.AbstractAsyncContextManager[Any]:
+        """Tells gateways, and they Prometheus, where the metrics of a server are while the context lasts.
+
+        Args:
+            at: host:port; "" announces nothing.
+            kind, address: of the server.
+        """
+        if not at:
+            return contextlib.nullcontext()
+        return self.announce("metrics", at, {"job": kind, "instance": address})
+
     async def members(self, kind: Kind) -> list[Member]:
         """The members with a recent heartbeat, by address."""
         listed = await self._redis.smembers(_set_key(kind))
@@ -104,10 +124,11 @@ class Registry:
         if gone:
             await self._strike(kind, gone)
         pairs = zip(addresses, values, strict=True)
-        return [Member.parse(kind, address, value) for address, value in pairs if value is not None]
+        found = [Member.parse(kind, address, value) for address, value in pairs if value is not None]
+        return [member for member in found if member is not None]
 
     async def _beat(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> None:
-        facts = {**(info() if callable(info) else info), _RSS: psutil.Process().memory_info().rss}
+        facts = {**(info() if callable(info) else info), _VERSION: VERSION, _RSS: psutil.Process().memory_info().rss}
         await self._script(keys=(_key(kind, address), _set_key(kind)), args=(TTL_S, json.dumps(facts), address))
 
     async def _keep_beating(self, kind: Kind, address: str, info: Info | Callable[[], Info]) -> None:

@@ -20,6 +20,7 @@ _CLIENTS: frozenset[Role] = frozenset({"client", "gateway", "operator"})
 
 RIGHTS: Mapping[str, frozenset[Role]] = {
     "qaq.v1.Inference": _CLIENTS,
+    "qaq.v1.Inspector": _CLIENTS,
     "vllm.grpc.engine.VllmEngine": _CLIENTS,
     "qaq.v1.Worker": frozenset({"router"}),
     "qaq.v1.Worker/Describe": frozenset({"router", "operator"}),

@@ -8,7 +8,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import grpc
-from qaq.v1 import generate_pb2_grpc
+from qaq.v1 import generate_pb2_grpc, inspect_pb2_grpc
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -90,12 +90,23 @@ class Routers:
         Raises:
             Unavailable: no router answers.
         """
+        async with self._answering() as channel:
+            yield generate_pb2_grpc.InferenceStub(channel)
+
+    @contextlib.asynccontextmanager
+    async def inspector(self) -> AsyncIterator[inspect_pb2_grpc.InspectorStub]:
+        """As `stub`, of the service that shows caches."""
+        async with self._answering() as channel:
+            yield inspect_pb2_grpc.InspectorStub(channel)
+
+    @contextlib.asynccontextmanager
+    async def _answering(self) -> AsyncIterator[grpc.aio.Channel]:
         async with self._opening:
             if self._channel is None or not await _answers(self._channel):
                 self._channel = await self._open()
         channel, address = self._channel, self._address
         try:
-            yield generate_pb2_grpc.InferenceStub(channel)
+            yield channel
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE and channel is self._channel:
                 self._channel, self._lost = None, address  # running calls keep this channel

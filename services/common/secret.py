@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 import structlog
 from blake3 import blake3
 
@@ -11,6 +9,7 @@ from qaq_core.base.errors import QAQError
 from services.common.identity import is_loopback
 from services.common.log import once
 from services.common.private_files import warn_if_readable
+from services.common.redis_url import hosts_of
 from services.common.settings import PageSettings
 
 log = structlog.get_logger()
@@ -35,8 +34,8 @@ def check_secret(settings: PageSettings) -> None:
         warn_if_readable(settings.secret_file)
     if settings.secret.get_secret_value():
         return
-    redis = urlsplit(settings.redis_url.get_secret_value()).hostname
-    outside = [host for host in (settings.host, settings.advertise_host, redis) if host and not is_loopback(host)]
+    hosts = [settings.host, settings.advertise_host, *hosts_of(settings.redis_url.get_secret_value())]
+    outside = [host for host in hosts if host and not is_loopback(host)]
     if outside:
         raise SecretMissingError(
             f"{outside[0]} is not a loopback address: give every worker and cache service the same secret by "

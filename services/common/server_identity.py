@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 from qaq_core.base.errors import ConfigError
 from services.common.identity import Identity, require_loopback
 from services.common.own_certificate import check_own
+from services.common.redis_url import hosts_of
 from services.common.roles import Role
 from services.common.settings import CommonSettings, GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
 
@@ -36,7 +36,8 @@ def identity(settings: CommonSettings) -> Identity | None:
         given = ", ".join(f"QAQ_{name.upper()}" for name in missing)
         raise ConfigError(f"a server needs tls_cert, tls_key and tls_ca together; set {given} too")
     require_loopback(settings.host, f"the server binds {settings.host}", settings)
-    url = urlsplit(settings.redis_url.get_secret_value())
-    if url.scheme == "redis":
-        require_loopback(url.hostname or "localhost", f"Redis is at {url.hostname} without rediss://", settings)
+    url = settings.redis_url.get_secret_value()
+    if not url.startswith("rediss"):
+        for host in hosts_of(url):
+            require_loopback(host, f"Redis is at {host} without rediss://", settings)
     return None

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, FilePath, SecretStr, ValidationInfo,
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from qaq_core.base.errors import ConfigError
-from services.common import addresses
+from services.common import addresses, redis_url
 
 MIB = 1 << 20
 MIN_SECRET = 16
@@ -49,7 +49,7 @@ def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
 
 
 def _redis_url(url: SecretStr) -> SecretStr:
-    _checked(addresses.check_redis_url)(url.get_secret_value())
+    _checked(redis_url.check_redis_url)(url.get_secret_value())
     return url
 
 
@@ -66,7 +66,8 @@ class CommonSettings(BaseSettings):
     Attributes:
         redis_url: redis:// or rediss://, secret because it contains the password.
         host: address to bind. advertise_host: host name for other servers, if it differs.
-        metrics_port: Prometheus port; None serves no metrics.
+        metrics_port: Prometheus port; None serves no metrics, 0 takes any free port.
+        metrics_https: with a certificate, metrics have TLS, for those who show one. Without, they are on loopback.
         tls_cert, tls_key, tls_ca: PEM files: this server's certificate, its key, and the CA of all certificates. All
             three or none. They are read again when they change.
         insecure: be open to a network without TLS.
@@ -81,6 +82,7 @@ class CommonSettings(BaseSettings):
     advertise_host: Host | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    metrics_https: bool = True
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None

@@ -10,11 +10,13 @@ import grpc
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.telemetry import TelemetryConfig
 
+from services.common.registry import Registry
 from services.common.routers import Routers
 from services.common.settings import GatewaySettings
 from services.common.streams import Asked, Stream
-from services.gateway import constraints, errors, models, requests, sessions, texts, tools
+from services.gateway import constraints, errors, inspection, models, page, requests, sessions, targets, texts, tools
 from services.gateway.answers import load_parser
 from services.gateway.bodies import Bodies
 from services.gateway.caller import caller
@@ -26,9 +28,15 @@ from services.gateway.shapes import Chat, Completion
 from services.gateway.wire import CLIENT_CLOSED_REQUEST, EXPOSED_HEADERS, Identified, JsonRoute, Wire
 
 
-def make_app(routers: Routers, settings: GatewaySettings) -> FastAPI:
-    """The FastAPI application."""
-    app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None)
+def make_app(routers: Routers, settings: GatewaySettings, registry: Registry | None = None) -> FastAPI:
+    """The FastAPI application.
+
+    Args:
+        registry: of all servers, for Prometheus.
+    """
+    # FastAPI's own spans and metrics would be beside ours.
+    telemetry: TelemetryConfig = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
+    app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None, telemetry=telemetry)
     app.state.routers = routers
     errors.install(app)
     app.add_middleware(Wire, bodies=Bodies(settings.max_bodies_bytes, settings.max_body_bytes))
@@ -42,8 +50,11 @@ def make_app(routers: Routers, settings: GatewaySettings) -> FastAPI:
             expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(Identified)  # the outermost
-    for part in (models.routes(routers), texts.routes(routers), sessions.routes(routers)):
-        app.include_router(part)
+    for part in (models, texts, sessions, inspection):
+        app.include_router(part.routes(routers))
+    app.include_router(page.routes())
+    if registry is not None:
+        app.include_router(targets.routes(registry))
     app.include_router(_generations(routers, settings.request_timeout_s))
     return app
 

@@ -6,6 +6,7 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from services.common import tracing
 from services.common.bounds import one
 from services.common.errors import InvalidArgument
 from services.common.limits import MAX_TENANT
@@ -17,7 +18,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 def caller(request: Request) -> Metadata:
-    """The headers `authorization` and `x-qaq-tenant` as gRPC metadata.
+    """The headers `authorization` and `x-qaq-tenant` as gRPC metadata, with the request's id and its trace.
 
     An authorization that no router would accept is left out, which is as if there were no key.
 
@@ -28,7 +29,7 @@ def caller(request: Request) -> Metadata:
     name, authorization = (one(header, request.headers.getlist(header)) for header in (TENANT, "authorization"))
     if len(name) > MAX_TENANT or not _printable(name):
         raise InvalidArgument(f"{TENANT} is invalid; send at most {MAX_TENANT} printable ASCII characters")
-    named = (("qaq-tenant", name),) if name else ()
+    named = ((("qaq-tenant", name),) if name else ()) + tracing.outgoing()
     if authorization and len(authorization) <= MAX_AUTHORIZATION and _printable(authorization):
         return (("authorization", authorization), *named)
     return named

@@ -72,6 +72,7 @@ _FIELDS = {
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
     *("logprobs", "top_logprobs", "prompt_logprobs", "stream_options", "best_of", "n"),
     *("tools", "tool_choice", "chat_template_kwargs", "response_format", "structured_outputs"),
+    *("lambda_floor", "target_bits", "kv_budget_bytes"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 }
 
@@ -145,7 +146,9 @@ def _named(message: str) -> tuple[str, str | None]:
 def _malformed(error: RequestValidationError) -> dict[str, Any]:
     # Of the errors of a field that may have several types, that of the type which fits best is the deepest one.
     wrong = max(error.errors(), key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
-    place = ".".join(_place(wrong["loc"][1:], error.body, wrong["type"] == "missing"))[:200]
+    kind, *parts = wrong["loc"]
+    sent = {str(name): None for name in parts} if kind == "query" else error.body
+    place = ".".join(_place(parts, sent, wrong["type"] == "missing"))[:200]
     if wrong["type"] == "extra_forbidden":
         message = f"{place} is not supported here; leave it out"
     else:

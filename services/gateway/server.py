@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 import uvicorn
 
-from services.common import log, memory, metrics, tls
+from services.common import log, memory, metrics, tls, tracing
 from services.common.channel import open_channel
 from services.common.identity import Identity, require_loopback
 from services.common.redis import check, connect
@@ -49,11 +49,15 @@ class GatewayServer:
             RedisUnreachableError: Redis does not answer.
         """
         settings = self._settings
+        tracing.configure("gateway")
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(tracing.flush)
             who = identity(settings)
+            measured = stack.enter_context(metrics.serving(settings, who, metrics.GATEWAY))
             redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
+            registry = Registry(redis)
             find = named(settings.router) if settings.router else registered(redis)
             routers = Routers(find, partial(open_channel, identity=who, role="router"))
             stack.push_async_callback(routers.close)
@@ -61,7 +65,7 @@ class GatewayServer:
             stack.callback(bound.close)
             server = _Server(
                 uvicorn.Config(
-                    make_app(routers, settings),
+                    make_app(routers, settings, registry),
                     ws="none",
                     lifespan="off",
                     log_config=None,
@@ -84,7 +88,8 @@ class GatewayServer:
                 await asyncio.sleep(_POLL_S)
             memory.watch()
             address = reachable(settings.host, bound.getsockname()[1], settings.advertise_host)
-            await stack.enter_async_context(Registry(redis).announce("gateway", address, {"pid": os.getpid()}))
+            await stack.enter_async_context(registry.announce("gateway", address, {"pid": os.getpid()}))
+            await stack.enter_async_context(registry.announce_metrics(measured, "gateway", address))
             self._stack = stack.pop_all()
         return address
 
@@ -135,5 +140,4 @@ def _bind(host: str, port: int) -> socket.socket:
 async def serve(settings: GatewaySettings) -> None:
     """Runs a gateway until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
-    metrics.serve(settings.metrics_port, settings.host, identity(settings), metrics.GATEWAY)
     await run_until_signal(GatewayServer(settings))

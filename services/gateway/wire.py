@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common import metrics
+from services.common import metrics, tracing
 from services.common.errors import LIMITS
 from services.common.json_text import RepeatedKeyError
 from services.gateway import models
@@ -26,14 +25,13 @@ from services.gateway.bodies import Bodies, Body, check_keys, check_values
 from services.gateway.caller import label
 from services.gateway.errors import described
 
-REQUEST_ID_HEADER = "x-request-id"
+REQUEST_ID_HEADER = tracing.REQUEST_ID
 REQUEST_ID = "qaq.request_id"  # in the scope
 EXPOSED_HEADERS = (
     *(REQUEST_ID_HEADER, "retry-after", "retry-after-ms"),
     *(f"{LIMITS}{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
 )
 CLIENT_CLOSED_REQUEST = 499  # for the access log: the client does not read it
-_MAX_ID = 128
 
 log = structlog.get_logger()
 
@@ -55,7 +53,11 @@ class Identified:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        await self._app(scope, receive, identified)
+        if scope["method"] != "POST":  # health checks, metrics and the like begin no trace
+            await self._app(scope, receive, identified)
+            return
+        with tracing.http(scope["method"], scope["headers"], request_id):
+            await self._app(scope, receive, identified)
 
 
 class Wire:
@@ -96,6 +98,7 @@ class Wire:
         finally:
             body.close()
             path = getattr(scope.get("route"), "path", "other")
+            tracing.tell(**{"http.route": path, "http.response.status_code": status})
             metrics.http_requests.labels(path, status).inc()
             metrics.http_seconds.labels(path).observe(time.perf_counter() - begun)
 
@@ -170,9 +173,7 @@ def _has_body(headers: Headers) -> bool:
 
 def _request_id(headers: Headers) -> str:
     given = headers.get(REQUEST_ID_HEADER, "")
-    if given and len(given) <= _MAX_ID and given.isascii() and given.isprintable():
-        return given
-    return f"req_{uuid.uuid4().hex}"
+    return given if tracing.valid_id(given) else tracing.new_id()
 
 
 def _internal(request_id: str) -> JSONResponse:

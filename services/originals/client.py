@@ -15,6 +15,7 @@ from qaq_core import Quantizer
 from qaq_core.base.errors import OriginalsError
 from qaq_core.base.pages import Page, PageShape
 from qaq_core.base.rows import RowReply, RowRequest
+from services.common import tracing
 from services.common.background import BackgroundLoop
 from services.common.channel import Dial, open_channel
 from services.common.identity import Identity
@@ -151,7 +152,9 @@ class RemoteOriginals:
         if not page_ids:
             return 0
         request = pb.MatchRequest(page_ids=page_ids)
-        reply = await self._replicas.call(page_ids[0], lambda stub: stub.Match(request, timeout=MATCH_TIMEOUT_S))
+        reply = await self._replicas.call(
+            page_ids[0], lambda stub: stub.Match(request, timeout=MATCH_TIMEOUT_S, metadata=tracing.outgoing())
+        )
         if not 0 <= reply.pages <= len(page_ids):
             raise OriginalsError(
                 f"a cache service matched {reply.pages} of {len(page_ids)} pages; is it of another version?"
@@ -165,7 +168,7 @@ class RemoteOriginals:
         request = pb.FetchRequest(page_ids=page_ids, holder=self._held.holder)
 
         async def call(stub: Stub) -> list[Page | None]:
-            replies = stub.Fetch(request, timeout=FETCH_TIMEOUT_S)
+            replies = stub.Fetch(request, timeout=FETCH_TIMEOUT_S, metadata=tracing.outgoing())
             return await read_pages(replies, page_ids, shape, self._seals)
 
         pages = await self._replicas.call(page_ids[0], call)

@@ -1,9 +1,10 @@
 """The stored form of a page: a header, and rows with checksums.
 
-The header has 64 bytes, little-endian: magic, version, shape, seal, checksum. In version 3 the rows are compressed in
-groups ([page_groups.py](page_groups.py)). In version 2, plain pages, each row has its checksum behind it. That checksum
-of a row is 8 bytes: a universal hash of the row (multilinear, Lemire and Kaser 2014, two lanes of 32 bits) under a mask
-of the row's own, the construction of Wegman and Carter. Numpy computes it for all rows of a page at once. The keys and
+The header has 64 bytes, little-endian: magic, version, shape, seal, checksum. Every version has the same header, so
+that a release knows the pages of another one from damaged ones. In version 3 the rows are compressed in groups
+([page_groups.py](page_groups.py)). In version 2, plain pages, each row has its checksum behind it. That checksum of a
+row is 8 bytes: a universal hash of the row (multilinear, Lemire and Kaser 2014, two lanes of 32 bits) under a mask of
+the row's own, the construction of Wegman and Carter. Numpy computes it for all rows of a page at once. The keys and
 masks of a page are BLAKE3's output for the deployment's secret, the page's id and the header, whose seal depends on all
 rows; so no key serves two contents, no checksum fits other rows, places or pages, and without the secret nobody can
 make one.
@@ -39,6 +40,10 @@ _LANES = 2
 _HALF = np.uint64(32)
 
 Data = bytes | bytearray | memoryview
+
+
+class UnknownVersionError(CorruptPageError):
+    """A page of this deployment in a version that another release writes: of no use here, and not to be removed."""
 
 
 def stored_bytes(shape: PageShape) -> int:
@@ -199,11 +204,15 @@ class PageFormat:
         if len(checksum) < CHECKSUM_BYTES:
             raise CorruptPageError("the header is cut off")
         magic, version = _BEGIN.unpack_from(facts)
-        if magic != _MAGIC or version not in (_VERSION, page_groups.VERSION):
-            raise CorruptPageError("it is not a page of a version that is known here")
+        if magic != _MAGIC:
+            raise CorruptPageError("it is not a page")
         key, shape = self._page_key(page_id, facts), read_shape(facts[_BEGIN.size : _SEAL_AT])
-        if shape is None or not hmac.compare_digest(_checksum(key), checksum):
+        if not hmac.compare_digest(_checksum(key), checksum):
             raise CorruptPageError("the header does not match its checksum")
+        if version not in (_VERSION, page_groups.VERSION):
+            raise UnknownVersionError(f"it is a page of version {version}, which is not known here")
+        if shape is None:
+            raise CorruptPageError("the header has no shape of a page")
         return version, shape, Seal(facts[_SEAL_AT:-SEAL_PART_BYTES], facts[-SEAL_PART_BYTES:]), key
 
     def _facts(self, page_id: bytes, version: int, shape: PageShape, seal: Seal) -> tuple[bytes, bytes]:

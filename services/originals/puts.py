@@ -10,7 +10,7 @@ import structlog
 from qaq.v1 import originals_pb2 as pb
 
 from qaq_core.base.pages import Page
-from services.common import metrics
+from services.common import metrics, tracing
 from services.common.log import once
 from services.originals import wire
 from services.originals.held import HeldPages
@@ -54,6 +54,7 @@ class Puts:
                 ):
                     with attempt:
                         await self._put_once(page)
+            metrics.pages_put.inc()
             self._held.arrived(page.id)
         finally:
             metrics.pages_unacked.dec()
@@ -66,7 +67,9 @@ class Puts:
             for chunk in wire.page_chunks(page.id, page.shape, seal, data):
                 yield pb.PutRequest(chunk=chunk, holder=self._held.holder)
 
-        await self._replicas.call(page.id, lambda stub: stub.Put(requests(), timeout=PUT_TIMEOUT_S), tries=1)
+        await self._replicas.call(
+            page.id, lambda stub: stub.Put(requests(), timeout=PUT_TIMEOUT_S, metadata=tracing.outgoing()), tries=1
+        )
 
 
 def _is_retryable(error: Exception) -> bool:

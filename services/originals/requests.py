@@ -12,7 +12,7 @@ from qaq.v1 import originals_pb2 as pb
 from qaq_core import Quantizer
 from qaq_core.base.errors import OriginalsError
 from qaq_core.base.rows import RowReply, RowRequest
-from services.common import metrics
+from services.common import metrics, tracing
 from services.common.log import once
 from services.originals import wire
 from services.originals.batches import merge, split
@@ -64,7 +64,7 @@ class RowRequests:
         page_id = next(iter(part.page_ids.values()))
 
         def call(stub: Stub) -> Awaitable[pb.RequantizeReply]:
-            return stub.Requantize(message, timeout=self._timeout)
+            return stub.Requantize(message, timeout=self._timeout, metadata=tracing.outgoing())
 
         if quantizer.id not in self._codecs:
             await self._put_codec(quantizer)
@@ -83,7 +83,7 @@ class RowRequests:
         chunks = wire.codec_chunks(quantizer.id, quantizer.to_bytes())
 
         def call(stub: Stub) -> Awaitable[pb.PutCodecReply]:
-            return stub.PutCodec(iter(chunks), timeout=CODEC_TIMEOUT_S)
+            return stub.PutCodec(iter(chunks), timeout=CODEC_TIMEOUT_S, metadata=tracing.outgoing())
 
         try:
             await self._replicas.call(quantizer.id, call)

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 
 from qaq.v1 import originals_pb2_grpc
 
-from services.common import log, metrics
+from services.common import log, metrics, tracing
 from services.common.channel import PING_S
 from services.common.redis import check, connect
 from services.common.registry import Registry
@@ -40,9 +40,12 @@ class OriginalsServer:
                 is left running.
         """
         settings = self._settings
+        tracing.configure("originals")
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(tracing.flush)
             check_secret(settings)
             who = identity(settings)
+            measured = stack.enter_context(metrics.serving(settings, who))
             redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
@@ -69,7 +72,9 @@ class OriginalsServer:
             address = await server.start()
             stack.push_async_callback(server.stop)
             info = {"pid": os.getpid()}
-            await stack.enter_async_context(Registry(redis).announce("originals", address, info))
+            registry = Registry(redis)
+            await stack.enter_async_context(registry.announce("originals", address, info))
+            await stack.enter_async_context(registry.announce_metrics(measured, "originals", address))
             self._running = stack.pop_all()
         return address
 
@@ -81,5 +86,4 @@ class OriginalsServer:
 async def serve(settings: OriginalsSettings) -> None:
     """Runs the service until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
-    metrics.serve(settings.metrics_port, settings.host, identity(settings))
     await run_until_signal(OriginalsServer(settings))

@@ -19,22 +19,17 @@ from qaq_core.base.errors import CorruptPageError
 from qaq_core.base.pages import PageShape
 from qaq_core.base.rows import RowRequest
 from services.common import metrics
-from services.common.errors import InvalidArgument, ResourceExhausted
+from services.common.errors import InvalidArgument
 from services.common.log import once
-from services.common.redis import is_full
 from services.originals import wire
 from services.originals.budget import Budget
 from services.originals.index import PageIndex
-from services.originals.page_format import HEADER_BYTES, Header, PageFormat, head_bytes
+from services.originals.page_format import HEADER_BYTES, Header, PageFormat, UnknownVersionError, head_bytes
 from services.originals.page_forms import PageForm
 from services.originals.page_groups import GroupedPage
 from services.originals.seals import Seal
+from services.originals.writer import Writer
 
-RETRY_AFTER_MS = 2000
-_WRITES_IN_FLIGHT = 4
-"""Pages on their way to Redis, which needs memory for each beside the budget."""
-_SLACK = 4 << 20
-"""Dropped beside a page's own bytes when others have filled Redis, for what a write needs meanwhile."""
 _COMMANDS = 2048  # per pipeline: bounds the memory for commands and replies
 
 log = structlog.get_logger()
@@ -63,8 +58,16 @@ class PageStore:
         self._format = PageFormat(secret, form)
         self._index = PageIndex(redis, ttl_s)
         self._budget = budget or Budget()
-        self._writing = asyncio.Semaphore(_WRITES_IN_FLIGHT)
-        self.row_reads = self.evicted = self.refused = 0
+        self._writer = Writer(self._index, self._budget)
+        self.row_reads = 0
+
+    @property
+    def evicted(self) -> int:
+        return self._writer.evicted
+
+    @property
+    def refused(self) -> int:
+        return self._writer.refused
 
     async def put(
         self, page_id: bytes, shape: PageShape, seal: Seal, data: bytes | bytearray | memoryview, holder: str = ""
@@ -79,7 +82,7 @@ class PageStore:
             ResourceExhausted: all others are held, too. InvalidArgument: it is larger than the whole budget.
         """
         stored = await asyncio.to_thread(self._format.pack, page_id, shape, seal, data)
-        new = await self._store(_page_key(page_id), stored, holder)
+        new = await self._writer.put(_page_key(page_id), stored, holder)
         if new:
             metrics.page_plain_bytes.inc(shape.nbytes)
             metrics.page_stored_bytes.inc(len(stored))
@@ -94,7 +97,8 @@ class PageStore:
         return there.index(0) if 0 in there else len(there)
 
     async def get(self, page_id: bytes) -> tuple[PageShape, Seal, memoryview] | None:
-        """A whole page; None if it is missing or corrupt. A corrupt page is removed, so that it can be put again.
+        """A whole page; None if it is missing, corrupt, or of another release's version. A corrupt page is removed, so
+        that it can be put again.
 
         One that holds NaN or infinity counts as corrupt: no worker uses it, and each would compute its tokens again.
         """
@@ -111,6 +115,11 @@ class PageStore:
             return None
         try:
             header, data = await asyncio.to_thread(self._unpack, page_id, raw)
+        except UnknownVersionError as error:
+            metrics.pages_unknown.inc()
+            if once("page of another version"):
+                log.warning("a page of another release of QAQ is treated as missing", reason=str(error))
+            return None
         except CorruptPageError as error:
             _count_corrupt(page_id, str(error))
             await self._discard(key, raw)
@@ -174,7 +183,7 @@ class PageStore:
         Raises:
             ResourceExhausted, InvalidArgument: as `put`.
         """
-        await self._store(_codec_key(codec_id), tables, "", replace=True)
+        await self._writer.put(_codec_key(codec_id), tables, "", replace=True)
 
     async def get_codec(self, codec_id: bytes) -> bytes | None:
         value = await self._redis.get(_codec_key(codec_id))
@@ -199,56 +208,6 @@ class PageStore:
                 pages, nbytes = pages + len(batch), nbytes + await self._lengths(batch)
                 batch = []
         return pages + len(batch), nbytes + await self._lengths(batch)
-
-    async def _store(self, key: str, value: bytes | memoryview, holder: str, replace: bool = False) -> bool:
-        """Sets a key within the budget; whether it was new. Makes room as long as there is something to drop."""
-        async with self._writing:
-            while True:
-                try:
-                    put = await self._index.put(key, value, holder, self._budget.nbytes, replace=replace)
-                except ResponseError as error:
-                    if not is_full(error):
-                        raise
-                    if await self._evict(len(value)):
-                        continue
-                    raise self._refused("Redis is full, and not with pages that could be dropped") from error
-                self._count_evicted(put.dropped)
-                if put.answer == "full":
-                    self._check_size(put.nbytes)
-                    budget = self._budget.nbytes
-                    raise self._refused(f"running sessions hold all pages in the {budget:,} bytes that pages may take")
-                if put.answer != "more":
-                    return put.answer == "stored"
-
-    async def _evict(self, nbytes: int) -> int:
-        """Drops so many bytes that nobody holds, for a Redis that others have filled."""
-        stored = await self._index.nbytes()
-        dropped = await self._index.evict(max(0, stored - nbytes - _SLACK))
-        self._count_evicted(dropped)
-        return dropped
-
-    def _count_evicted(self, dropped: int) -> None:
-        self.evicted += dropped
-        metrics.pages_evicted.inc(dropped)
-
-    def _check_size(self, nbytes: int) -> None:
-        whole = self._budget.whole
-        if whole is not None and nbytes > whole:
-            raise InvalidArgument(
-                f"it takes {nbytes:,} bytes and all pages together may take {whole:,}; use fewer page_tokens, or raise "
-                "Redis' maxmemory or QAQ_PAGE_BUDGET_BYTES"
-            )
-
-    def _refused(self, reason: str) -> ResourceExhausted:
-        self.refused += 1
-        metrics.pages_refused.inc()
-        message = (
-            f"{reason}; it is tried again until there is room: run fewer sessions, or raise Redis' maxmemory or "
-            "QAQ_PAGE_BUDGET_BYTES"
-        )
-        if once("pages refused"):
-            log.warning(message)
-        return ResourceExhausted(message, retry_after_ms=RETRY_AFTER_MS, reason="pages-full")
 
     async def _headers(
         self, page_ids: Mapping[int, bytes], first: int = HEADER_BYTES

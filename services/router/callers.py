@@ -63,6 +63,11 @@ class Callers:
             self._version = _version(path)
             self._read(path)
 
+    @property
+    def asked(self) -> bool:
+        """Whether callers are asked who they are."""
+        return self._path is not None
+
     def of(self, context: grpc.aio.ServicerContext) -> Caller:
         """Whom a call is from; raises as `known`."""
         return self.known(context.invocation_metadata())

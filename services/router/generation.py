@@ -17,14 +17,14 @@ import structlog
 from qaq.v1 import common_pb2, generate_pb2, worker_pb2
 from redis.exceptions import RedisError
 
-from services.common import metrics
+from services.common import metrics, tracing
 from services.common.echoes import EchoOnce
 from services.common.errors import StatusError, Unavailable
 from services.router.hold import Hold, Lost
 from services.router.metrics import RelayLatency, TokenTimes
 from services.router.quotas import Meter
+from services.router.session import Session
 from services.router.session_pages import SessionPages
-from services.router.sessions import Session
 from services.router.token_log import LogWriter
 from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
 
@@ -84,6 +84,10 @@ class GenerationStream:
         self._refused: dict[str, grpc.aio.AioRpcError] = {}
         self._fruitless = 0
         self._lost_at: float | None = None
+
+    def reprice(self, floor: float) -> None:
+        """The least price of a bit has changed; a worker that resumes it is told."""
+        self._request.lambda_floor = floor
 
     def abort(self, reason: Lost | None) -> None:
         """Ends the generation because its session was lost."""
@@ -146,26 +150,35 @@ class GenerationStream:
     @contextlib.asynccontextmanager
     async def _run(self, link: WorkerLink, deadline_s: float) -> AsyncIterator[Any]:
         """The call to a worker, whose messages are to be read."""
-        if self._aborted:
-            raise asyncio.CancelledError
         link.calls += 1
-        unwanted = False
-        self._call = link.stub.Run(self._request, timeout=max(0.0, deadline_s))
+        unwanted, self._call = False, None
         try:
-            if link.address != self._cached_on:
-                # A hint for the next turn and for who rejoins this one, which neither waits for Redis long nor fails.
-                with contextlib.suppress(RedisError, TimeoutError):
-                    await asyncio.wait_for(self.hold.set_worker(link.address), HINT_TIMEOUT_S)
-                    self._cached_on = link.address
-            yield self._call
-        except (asyncio.CancelledError, GeneratorExit, grpc.aio.AioRpcError) as end:
-            unwanted = self._unwanted(end)
-            raise
+            with tracing.span("run", "client", **{"server.address": link.address}):
+                await self._remember(link)
+                if self._aborted:
+                    raise asyncio.CancelledError
+                self._call = link.stub.Run(self._request, timeout=max(0.0, deadline_s), metadata=tracing.outgoing())
+                try:
+                    yield self._call
+                except (asyncio.CancelledError, GeneratorExit, grpc.aio.AioRpcError) as end:
+                    unwanted = self._unwanted(end)
+                    raise
         finally:
-            self._call.cancel()  # no effect on a call that has ended
             link.calls -= 1
+            if self._call is not None:
+                self._call.cancel()  # no effect on a call that has ended
             if unwanted:
                 link.cancel(self._request)
+
+    async def _remember(self, link: WorkerLink) -> None:
+        """Writes down which worker has the cache, before it has one: who closes the session drops it there.
+
+        It is a hint for the next turn and for who rejoins this one, too: it neither waits for Redis long nor fails.
+        """
+        if link.address != self._cached_on:
+            with contextlib.suppress(RedisError, TimeoutError):
+                await asyncio.wait_for(self.hold.set_worker(link.address), HINT_TIMEOUT_S)
+                self._cached_on = link.address
 
     def _unwanted(self, end: BaseException) -> bool:
         """Whether nobody will ask a worker for the rest of the generation, after its call ended so: the client has gone

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import structlog
-from qaq.v1 import generate_pb2, generate_pb2_grpc
+from qaq.v1 import generate_pb2, generate_pb2_grpc, inspect_pb2, inspect_pb2_grpc
 
 from qaq_core.base.errors import ConfigError
 from qaq_core.models import avoid_torch
-from services.common import log, metrics
+from services.common import log, metrics, tracing
 from services.common.channel import open_channel
 from services.common.identity import is_loopback
 from services.common.redis import check, connect
@@ -20,6 +20,7 @@ from services.common.server import GrpcServer, run_until_signal
 from services.common.server_identity import identity
 from services.common.settings import RouterSettings
 from services.router.callers import Callers, KeyInterceptor
+from services.router.inspection import InspectorService
 from services.router.placement import make
 from services.router.prompts import Prompts
 from services.router.quotas import TenantQuotas
@@ -39,6 +40,12 @@ class RouterServer:
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._stack = contextlib.AsyncExitStack()
+        self._pool: WorkerPool | None = None
+
+    @property
+    def workers(self) -> int:
+        """Workers that can run generations, as far as it knows."""
+        return len(self._pool.ready) if self._pool else 0
 
     async def start(self) -> str:
         """Serves, and registers the router. Returns its address, host:port.
@@ -56,8 +63,11 @@ class RouterServer:
             _log.warning("smg and tenants_file are set: SMG sends no keys, so its calls are refused; unset one of them")
         if settings.tenants_file is None and not settings.client_certificates and not is_loopback(settings.host):
             _open_to_all(settings)
+        tracing.configure("router")
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(tracing.flush)
             who = identity(settings)
+            measured = stack.enter_context(metrics.serving(settings, who))
             redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
@@ -76,11 +86,17 @@ class RouterServer:
                 interceptors=[KeyInterceptor(callers)],
             )
             sessions = SessionDirectory(redis, settings.session_ttl_s)
-            service = InferenceService(settings, callers, TenantQuotas(redis), sessions, pool, prompts)
+            quotas = TenantQuotas(redis)
+            service = InferenceService(settings, callers, quotas, sessions, pool, prompts)
             server.add(
                 generate_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
                 generate_pb2_grpc.add_InferenceServicer_to_server,
                 service,
+            )
+            server.add(
+                inspect_pb2.DESCRIPTOR.services_by_name["Inspector"].full_name,
+                inspect_pb2_grpc.add_InspectorServicer_to_server,
+                InspectorService(callers, quotas, sessions, pool, service.reprice),
             )
             if settings.smg:
                 server.add(*_vllm_engine(service, callers, pool, prompts))
@@ -92,6 +108,8 @@ class RouterServer:
                 return {"model": settings.model, "relay_ms": service.latency.median_ms}
 
             await stack.enter_async_context(registry.announce("router", address, facts))
+            await stack.enter_async_context(registry.announce_metrics(measured, "router", address))
+            self._pool = pool
             self._stack = stack.pop_all()
         return address
 
@@ -139,6 +157,5 @@ def _open_to_all(settings: RouterSettings) -> None:
 async def serve(settings: RouterSettings) -> None:
     """Runs a router until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
-    metrics.serve(settings.metrics_port, settings.host, identity(settings))
     avoid_torch()
     await run_until_signal(RouterServer(settings))

@@ -12,7 +12,7 @@ import structlog
 from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc, worker_pb2
 from redis.exceptions import RedisError
 
-from services.common import metrics
+from services.common import metrics, tracing
 from services.common.admission import Admission
 from services.common.errors import PermissionDenied
 from services.common.settings import RouterSettings
@@ -23,7 +23,8 @@ from services.router.hold import Hold, Lost
 from services.router.metrics import RelayLatency
 from services.router.prompts import Conversation, Prompts
 from services.router.quotas import Meter, TenantQuotas
-from services.router.sessions import Session, SessionDirectory
+from services.router.session import Session
+from services.router.sessions import SessionDirectory
 from services.router.workers import WorkerPool
 
 log = structlog.get_logger()
@@ -57,7 +58,9 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         self._prompts = prompts
         self.latency = RelayLatency()
         self._streams: dict[str, GenerationStream] = {}  # by session
-        self._admission = Admission(settings.max_queue, lambda: pool.capacity, depth=metrics.queue_depth)
+        self._admission = Admission(
+            settings.max_queue, lambda: pool.capacity, depth=metrics.queue_depth, waited=metrics.queue_seconds
+        )
         pool.refreshed = self._admission.wake
 
     @property
@@ -192,6 +195,11 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
             )
         return reply
 
+    def reprice(self, session_id: str, floor: float) -> None:
+        """Tells a generation that runs here the least price of a bit in its session's cache."""
+        if stream := self._streams.get(session_id):
+            stream.reprice(floor)
+
     @contextlib.asynccontextmanager
     async def _admitted(
         self, context: grpc.aio.ServicerContext, *, rejoined: bool = False
@@ -269,7 +277,8 @@ class InferenceService(generate_pb2_grpc.InferenceServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[Replies]:
         """The replies of a generation, once the queue admits it."""
-        run.fence = hold.fence
+        run.fence, run.lambda_floor = hold.fence, session.lambda_floor
+        tracing.tell(session=session.id, prompt_tokens=len(run.token_ids), choices=max(1, run.choices))
         resumed = session.kept or run.generated_tokens  # else it is new, and has none
         page_ids = await self._sessions.pages(session.id) if resumed else ()
         patience_s = self._settings.resume_timeout_s

@@ -11,7 +11,6 @@ A session belongs to the tenant that opened it. For another tenant it does not e
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import secrets
 import time
@@ -24,12 +23,11 @@ import structlog
 from google.protobuf.message import DecodeError
 from qaq.v1 import common_pb2, worker_pb2
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from services.common.errors import EXCEEDED, FailedPrecondition, NotFound, ResourceExhausted
-from services.common.log import once
 from services.router import session_keys
 from services.router.hold import HOLD_TTL_S, Hold, Lost, Scripts
+from services.router.session import Session
 
 log = structlog.get_logger()
 
@@ -70,27 +68,7 @@ redis.call('ZADD', KEYS[3], ARGV[3], ARGV[2])
 return 1
 """
 
-
-@dataclass(frozen=True)
-class Session:
-    """Facts of one session.
-
-    Attributes:
-        kept: the client opened it, and it outlives its generations.
-        worker: address of the worker that has its cache, or "".
-        opened_at: seconds since the epoch.
-        branch_of: the session that it was copied from, or "".
-        tenant: whose it is.
-    """
-
-    id: str
-    model: str
-    cache: common_pb2.CacheParams
-    kept: bool
-    worker: str
-    opened_at: float
-    branch_of: str = ""
-    tenant: str = ""
+_SET_FLOOR = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'lambda_floor', ARGV[1]) end"
 
 
 @dataclass(frozen=True)
@@ -110,6 +88,7 @@ class SessionDirectory:
         self._ttl_s = ttl_s
         self._scripts = Scripts(redis, ttl_s)
         self._open = redis.register_script(_OPEN)
+        self._set_floor = redis.register_script(_SET_FLOOR)
 
     async def open(
         self, model: str, cache: common_pb2.CacheParams, *, kept: bool, tenant: str = "", limit: int | None = None
@@ -144,15 +123,6 @@ class SessionDirectory:
     async def _add(self, session: Session, limit: int | None) -> None:
         """Writes a session's facts, copies its origin's log, and adds it to the indexes: all of it or nothing, also if
         this is cancelled."""
-        facts: dict[str, Any] = {
-            "model": session.model,
-            "cache": session.cache.SerializeToString(),
-            "kept": int(session.kept),
-            "worker": session.worker,
-            "opened_at": repr(session.opened_at),
-            "branch_of": session.branch_of,
-            "tenant": session.tenant,
-        }
         ttl_s = self._ttl_s if session.kept else TEMPORARY_TTL_S
         kinds = (session_keys.tokens, session_keys.pages) if session.branch_of else ()
         copied = [key(identifier) for key in kinds for identifier in (session.branch_of, session.id)]
@@ -160,7 +130,7 @@ class SessionDirectory:
             keys=[session_keys.facts(session.id), session_keys.INDEX, session_keys.index(session.tenant), *copied],
             args=[
                 *(limit if limit and session.kept else 0, session.id, session.opened_at, ttl_s, session_keys.facts("")),
-                *(part for fact in facts.items() for part in fact),
+                *(part for fact in session.facts().items() for part in fact),
             ],
         )
         if not added:
@@ -178,7 +148,7 @@ class SessionDirectory:
         if not _ID.fullmatch(identifier):  # it might name another key of a session
             raise _unknown(identifier)
         facts = await self._redis.hgetall(session_keys.facts(identifier))
-        session = _session(identifier, facts) if facts else None
+        session = Session.parse(identifier, facts) if facts else None
         if session is None or tenant not in (None, session.tenant):
             raise _unknown(identifier)
         return session
@@ -219,6 +189,10 @@ class SessionDirectory:
         raw: Any = await self._redis.get(session_keys.pages(identifier)) or b""
         return [raw[at : at + PAGE_ID_BYTES] for at in range(0, len(raw) - PAGE_ID_BYTES + 1, PAGE_ID_BYTES)]
 
+    async def set_floor(self, identifier: str, floor: float) -> None:
+        """Writes the least price of a bit down, for the session's next turns. Does nothing if it was closed."""
+        await self._set_floor(keys=[session_keys.facts(identifier)], args=[repr(floor)])
+
     async def close(self, identifier: str, tenant: str | None = "") -> Session:
         """Deletes a session. A running generation loses its hold and ends.
 
@@ -248,7 +222,7 @@ class SessionDirectory:
         found, expired = [], []
         for place, identifier in enumerate(identifiers):
             facts, size, running = answers[3 * place : 3 * place + 3]
-            session = _session(identifier, facts) if facts else None
+            session = Session.parse(identifier, facts) if facts else None
             if session is not None:
                 tokens = size // TOKEN_BYTES if isinstance(size, int) else 0  # else what is there is no log
                 found.append(Listing(session, tokens, bool(running)))
@@ -284,32 +258,6 @@ class SessionDirectory:
         hold = Hold(self._scripts, identifier, fence, facts | {b"fence": str(fence).encode()})
         async with hold.kept(lost):
             yield hold
-
-
-def _session(identifier: str, facts: Any) -> Session | None:
-    """A session as it was written down; None, and logged once, if that is damaged."""
-    try:
-        if isinstance(facts, RedisError):
-            raise ValueError(facts)
-        opened_at = float(facts[b"opened_at"])
-        if not math.isfinite(opened_at):
-            raise ValueError(f"opened_at is {opened_at}")
-        return Session(
-            identifier,
-            facts[b"model"].decode(),
-            common_pb2.CacheParams.FromString(facts[b"cache"]),
-            facts[b"kept"] == b"1",
-            facts[b"worker"].decode(),
-            opened_at,
-            facts.get(b"branch_of", b"").decode(),
-            facts.get(b"tenant", b"").decode(),
-        )
-    except (KeyError, ValueError, DecodeError) as error:
-        if once(f"session {identifier}"):
-            log.warning(
-                "a session's facts are damaged; it is as if it did not exist", session=identifier, reason=str(error)
-            )
-        return None
 
 
 def _damaged(identifier: str, what: str) -> FailedPrecondition:

@@ -19,7 +19,7 @@ from services.common.log import once
 from services.common.registry import Registry
 from services.common.tasks import ended
 from services.router.placement import Policy, place
-from services.router.sessions import Session
+from services.router.session import Session
 
 REFRESH_S = 1.0
 DESCRIBE_DEADLINE_S = DROP_DEADLINE_S = CANCEL_DEADLINE_S = 5.0

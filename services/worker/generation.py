@@ -6,20 +6,21 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from qaq.v1 import common_pb2, worker_pb2
 
 from qaq_core import CacheStatistics
+from services.common import tracing
+from services.worker.cache_stats import cache_stats
+from services.worker.call import Call, Reply
 from services.worker.constraints import GrammarMask
 from services.worker.logprobs import Logprobs
 from services.worker.lookup import PromptLookup
 from services.worker.sampling import Sampler
 from services.worker.session import Session
 from services.worker.text import TextStream
-
-Reply = worker_pb2.RunReply
 
 UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
 
@@ -28,22 +29,6 @@ REPLAYED = 4096
 
 # Prompt tokens computed at a time when the log-probability of each is requested: their logits take much memory.
 _SCORED_CHUNK = 128
-
-
-@dataclass
-class Call:
-    """The call of a request, shared by all its choices.
-
-    Attributes:
-        replies: messages for the caller, at most one per token and two per chunk. The last one of each choice is
-            a Finished; an error ends the call.
-        cancelled: nobody wants the generation any more.
-        left: nobody reads the messages now. Nothing is decoded until another call takes the generation over.
-    """
-
-    replies: asyncio.Queue[Reply | Exception] = field(default_factory=asyncio.Queue)
-    cancelled: bool = False
-    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,10 @@ class Generation:
         session: None before it started.
         slots: sequences that it takes in a decode step; before the prompt is computed, one for each choice.
         reason: why it finished; `UNFINISHED` while it runs.
-        arrived: seconds of the monotonic clock.
+        arrived, started: seconds of the monotonic clock, of its call and of its admission to the batch.
+        first_token_at, last_token_at: the same; 0 before there is one.
+        prompt_tokens, generated_tokens: how many.
+        trace: that its call belongs to.
         loaded: tokens of the prompt that came from the store.
         kept: tokens of the prompt that its session's cache had.
         was_preempted: its prompt has been computed and reported once.
@@ -103,8 +91,8 @@ class Generation:
         self.sampler, self._text, self.mask = decoders[0].sampler, decoders[0].text, decoders[0].mask
         self._logprobs = logprobs
         self._stop_tokens = frozenset(request.stop.stop_token_ids)
-        self._prompt_tokens = len(self.tokens) - request.generated_tokens
-        self._max_new_tokens = context - self._prompt_tokens
+        self.prompt_tokens = len(self.tokens) - request.generated_tokens
+        self._max_new_tokens = context - self.prompt_tokens
         if request.stop.HasField("max_new_tokens"):
             self._max_new_tokens = min(self._max_new_tokens, request.stop.max_new_tokens)
         self._generated = 0
@@ -112,8 +100,10 @@ class Generation:
         self._final_token: int | None = None
         if request.stop.HasField("max_new_tokens") and request.stop.max_new_tokens == 0:
             self.reason = common_pb2.FINISH_REASON_LENGTH
-        self.arrived = self._first_token_at = self._last_token_at = time.monotonic()
-        for token in self.tokens[self._prompt_tokens :]:
+        self.arrived = self.started = time.monotonic()
+        self.first_token_at = self.last_token_at = 0.0
+        self.trace = tracing.current()
+        for token in self.tokens[self.prompt_tokens :]:
             self._count(token)
 
     @property
@@ -123,6 +113,10 @@ class Generation:
     @property
     def cancelled(self) -> bool:
         return self.call.cancelled
+
+    @property
+    def generated_tokens(self) -> int:
+        return self._generated
 
     @property
     def decodes(self) -> bool:
@@ -187,7 +181,8 @@ class Generation:
         try:
             for choice, decoder in enumerate(decoders, start=1):
                 other = Generation(self.request, [decoder], self._logprobs, self._eos, self._context, choice, self.call)
-                other.arrived, other.loaded, other.kept = self.arrived, self.loaded, self.kept
+                other.arrived, other.started, other.trace = self.arrived, self.started, self.trace
+                other.loaded, other.kept = self.loaded, self.kept
                 other.branched = True
                 other.session = self.session.fork()
                 others.append(other)
@@ -204,9 +199,8 @@ class Generation:
             logits: float [vocabulary] that the token was sampled from.
             error: the predicted error of this distribution, in nats.
         """
-        self._last_token_at = time.monotonic()
-        if self._generated == 0:
-            self._first_token_at = self._last_token_at
+        self.last_token_at = time.monotonic()
+        self.first_token_at = self.first_token_at or self.last_token_at
         index, text = self._generated, self._count(token)
         info = self._logprobs.generated(token, logits, error) if self._logprobs.requested else None
         message = common_pb2.Token(
@@ -226,7 +220,7 @@ class Generation:
 
     def hand_over(self, other: Generation) -> list[Reply]:
         """Goes on for the call of another generation, which it serves. Returns the tokens that call has missed."""
-        self.call, self.request.fence = other.call, other.request.fence
+        self.call, self.trace, self.request.fence = other.call, other.trace, other.request.fence
         missed = self._generated - other.request.generated_tokens
         if self.session is not None:
             self.session.reported = 0
@@ -256,10 +250,10 @@ class Generation:
         if self._text.stop_found is not None:  # in what was held back
             self.reason = common_pb2.FINISH_REASON_STOP
         usage = common_pb2.Usage(
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
             generated_tokens=self._generated,
-            ttft_ms=(self._first_token_at - self.arrived) * 1e3,
-            decode_ms=(self._last_token_at - self._first_token_at) * 1e3,
+            ttft_ms=max(0.0, self.first_token_at - self.arrived) * 1e3,
+            decode_ms=(self.last_token_at - self.first_token_at) * 1e3,
             cache=cache_stats(statistics),
             loaded_tokens=self.loaded,
             kept_tokens=self.kept,
@@ -283,36 +277,14 @@ def arrival_order(generation: Generation) -> tuple[float, int]:
     return generation.arrived, generation.choice
 
 
-def cache_stats(statistics: CacheStatistics) -> common_pb2.CacheStats:
-    """The statistics as a message."""
-    return common_pb2.CacheStats(
-        tokens=statistics.tokens,
-        kv_bytes=statistics.kv_bytes,
-        kv_bytes_fp16=statistics.kv_bytes_fp16,
-        staging_bytes=statistics.staging_bytes,
-        key_bits_histogram=_half_bits(statistics.key_bits),
-        value_bits_histogram=_half_bits(statistics.value_bits),
-        exceptions=statistics.exceptions,
-        rows_requantized=statistics.rows_requantized,
-        requantize_bytes=statistics.requantize_bytes,
-        rows_narrowed=statistics.rows_narrowed,
-        originals_missing=statistics.originals_missing,
-    )
-
-
 def _turn(request: worker_pb2.RunRequest) -> worker_pb2.RunRequest:
     """A request without what differs between two calls for the same turn."""
     turn = worker_pb2.RunRequest()
     turn.CopyFrom(request)
-    for name in ("token_ids", "generated_tokens", "page_ids", "fence"):
+    for name in ("token_ids", "generated_tokens", "page_ids", "fence", "lambda_floor"):
         turn.ClearField(name)
     return turn
 
 
 def _prompt_message(tokens: Sequence[common_pb2.TokenInfo]) -> Reply:
     return Reply(prompt=common_pb2.PromptTokens(tokens=tokens))
-
-
-def _half_bits(histogram: dict[float, int]) -> dict[int, int]:
-    """Vectors by width in half bits: widths are multiples of 0.5, and map keys in protobuf are integers."""
-    return {round(2 * bits): vectors for bits, vectors in histogram.items()}

@@ -54,7 +54,7 @@ class MemoryController:
         recovery_bytes_per_s: bandwidth for packed rows fetched to restore bits.
 
     Attributes:
-        lam: the λ floor of every elastic sequence; 0 if there is none.
+        lam: the λ floor of every elastic sequence; 0 if there is none. A session may have a higher one.
         excess_bytes: bytes over the budget that neither evicting idle sessions nor raising λ can free.
     """
 
@@ -83,7 +83,7 @@ class MemoryController:
         """
         decoding = [session for session in running if not session.prefilling]
         for session in decoding:  # new sessions, and those whose prefill began under an earlier floor
-            if session.sequence.rate.floor != self.lam and session not in self._pending:
+            if session.sequence.rate.floor != self._floor(session) and session not in self._pending:
                 self._pending.append(session)
         budget, self.excess_bytes = self.budget, 0
         if budget is not None:
@@ -92,8 +92,21 @@ class MemoryController:
         elif self.lam:
             self._set_floor(0.0, [*decoding, *idle])
         applied = self._apply_floor(set(map(id, [*running, *idle])))
-        self._grant_recovery([*decoding, *idle])
+        self._grant_recovery(decoding)
         return applied
+
+    def set_floor(self, session: Session, floor: float) -> None:
+        """Sets the least λ of one session, which applies it at the next step."""
+        session.floor = floor
+        if session not in self._pending:
+            self._pending.append(session)
+
+    def floor_for(self, session: Session, bits: float) -> float:
+        """The lowest floor that leaves a session at most `bits` code bits per element; 0 if none is needed.
+
+        Tokens must be packed.
+        """
+        return self._search([session], bits)
 
     def fits(self, need: int, running: Sequence[Session], idle: SessionCache) -> bool:
         """Whether `need` more bytes fit with all caches at their smallest. Evicts idle sessions to make room."""
@@ -149,7 +162,7 @@ class MemoryController:
                 self.excess_bytes = used - budget
                 return
             target = HIGH_TARGET * budget
-        elif self.lam and used < budget * LOW_WATERMARK and self._recovered(sessions):
+        elif self.lam and used < budget * LOW_WATERMARK and self._recovered(decoding):
             target = LOW_TARGET * budget
         else:
             return
@@ -179,10 +192,13 @@ class MemoryController:
         share = (bits_at(enough - 1) - bits) / max(bits_at(enough - 1) - bits_at(enough), 1e-9)
         return floors[enough - 1] * (floors[enough] / floors[enough - 1]) ** share
 
-    def _recovered(self, sessions: Sequence[Session]) -> bool:
-        """Whether the bits restored by the last change of λ have arrived, as far as the sequences decode."""
-        recovered = not any(session.sequence.rate.recovering for session in sessions)
+    def _recovered(self, decoding: Sequence[Session]) -> bool:
+        """Whether the bits restored by the last change of λ have arrived. Idle sessions get theirs when they decode."""
+        recovered = not any(session.sequence.rate.recovering for session in decoding)
         return recovered and time.monotonic() - self._changed_at > MIN_INTERVAL_S
+
+    def _floor(self, session: Session) -> float:
+        return max(self.lam, session.floor)
 
     def _set_floor(self, lam: float, sessions: Sequence[Session]) -> None:
         if lam == self.lam:
@@ -202,15 +218,15 @@ class MemoryController:
         while self._pending and time.monotonic() < ends:
             session = self._pending.popleft()
             if id(session) in present and not session.prefilling:
-                session.sequence.set_lambda_floor(self.lam)
+                session.sequence.set_lambda_floor(self._floor(session))
         self._applied_at = time.monotonic()
         return pending > 0
 
-    def _grant_recovery(self, sessions: Sequence[Session]) -> None:
-        """Divides the bytes that may be fetched since the last step among the sequences that recover bits."""
+    def _grant_recovery(self, decoding: Sequence[Session]) -> None:
+        """Divides the bytes that may be fetched since the last step among the sequences that recover bits now."""
         now = time.monotonic()
         granted, self._granted_at = (now - self._granted_at) * self._recovery_rate, now
-        recovering = [session.sequence.rate for session in sessions if session.sequence.rate.recovering]
+        recovering = [session.sequence.rate for session in decoding if session.sequence.rate.recovering]
         for rate in recovering:
             left = rate.allowance or 0
             rate.allowance = int(min(self._recovery_rate, left + granted / len(recovering)))

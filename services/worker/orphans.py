@@ -17,7 +17,7 @@ from qaq.v1 import worker_pb2
 
 from services.common import metrics
 from services.common.errors import StatusError
-from services.worker.generation import Call
+from services.worker.call import Call
 from services.worker.scheduler.scheduler import Scheduler
 from services.worker.session_cache import Name, session_name
 

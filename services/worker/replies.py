@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-from services.worker.generation import Call, Generation, Reply
+from services.worker.call import Call, Reply
+from services.worker.generation import Generation
 
 Message = tuple[Call, Reply | Exception]
 

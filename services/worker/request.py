@@ -5,7 +5,7 @@ from __future__ import annotations
 from qaq.v1 import worker_pb2
 
 from qaq_core.models import LoadedModel
-from services.common import parameters
+from services.common import parameters, precision
 from services.common.errors import InvalidArgument
 from services.common.settings import WorkerSettings
 from services.worker.constraints import Grammar, GrammarMask
@@ -52,6 +52,7 @@ class RequestValidator:
         if min(tokens) < 0 or max(tokens) >= self.vocabulary:
             raise InvalidArgument(f"token_ids must be from 0 to {self.vocabulary - 1}, the model's vocabulary")
         self._check_choices(request)
+        precision.floor(request.lambda_floor)
         for name, count in (("history_tokens", request.history_tokens), ("generated_tokens", request.generated_tokens)):
             if not 0 <= count < len(tokens):
                 raise InvalidArgument(f"{name} is {count}; send 0 to {len(tokens) - 1}, with {len(tokens)} token_ids")

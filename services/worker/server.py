@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 
 from qaq_core import calibration
 from qaq_core.models import LoadedModel, compile_layers, device_of, load_model
-from services.common import log, metrics
+from services.common import log, metrics, tracing
 from services.common.channel import PING_S
 from services.common.redis import check, connect
 from services.common.registry import Registry
@@ -25,6 +25,7 @@ from services.common.server import GrpcServer, run_until_signal
 from services.common.server_identity import identity
 from services.common.settings import WorkerSettings
 from services.originals.client import RemoteOriginals
+from services.worker.inspection import Inspector
 from services.worker.scheduler.scheduler import Scheduler
 from services.worker.service import WorkerService, model_info
 
@@ -63,9 +64,12 @@ class WorkerServer:
         """
         settings = self._settings
         device_of(settings.device)
+        tracing.configure("worker")
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(tracing.flush)
             check_secret(settings)
             who = identity(settings)
+            measured = stack.enter_context(metrics.serving(settings, who))
             redis = connect(settings.redis_url, who)
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
@@ -86,7 +90,9 @@ class WorkerServer:
                 ping_s=PING_S,  # a session waits for the generation of a router that hangs
             )
             info = model_info(loaded)
-            service = WorkerService(scheduler, info, settings.max_sequences, settings.orphan_s, self.drain)
+            service = WorkerService(
+                scheduler, Inspector(scheduler, loaded), info, settings.max_sequences, settings.orphan_s, self.drain
+            )
             server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)
             address = await server.start()
             stack.push_async_callback(server.stop)
@@ -95,8 +101,9 @@ class WorkerServer:
             def facts() -> dict[str, Any]:
                 return {**known, "draining": True} if self.draining else known
 
-            announced = Registry(redis).announce("worker", address, facts)
-            self._tell = await self._registration.enter_async_context(announced)
+            registry = Registry(redis)
+            self._tell = await self._registration.enter_async_context(registry.announce("worker", address, facts))
+            await self._registration.enter_async_context(registry.announce_metrics(measured, "worker", address))
             self.scheduler = scheduler
             self._resources = stack.pop_all()
         return address
@@ -148,5 +155,4 @@ class WorkerServer:
 async def serve(settings: WorkerSettings) -> None:
     """Runs until SIGTERM or SIGINT."""
     log.configure(settings.log_level)
-    metrics.serve(settings.metrics_port, settings.host, identity(settings))
     await run_until_signal(WorkerServer(settings))

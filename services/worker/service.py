@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from qaq.v1 import common_pb2, inspect_pb2, worker_pb2, worker_pb2_grpc
 
 from qaq_core.base.pages import dtype_name
 from qaq_core.models import LoadedModel, ModelShape
+from services.common import tracing
+from services.worker.inspection import Inspector
 from services.worker.orphans import Orphans
 from services.worker.sampling import model_defaults
 from services.worker.scheduler.scheduler import Scheduler
@@ -23,12 +25,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def __init__(
         self,
         scheduler: Scheduler,
+        inspector: Inspector,
         model: common_pb2.ModelInfo,
         max_sequences: int,
         orphan_s: float,
         drain: Callable[[], Awaitable[int]],
     ) -> None:
         self._scheduler, self._max_sequences = scheduler, max_sequences
+        self._inspector = inspector
         self._orphans = Orphans(scheduler, orphan_s)
         self._model = model
         self._drain = drain
@@ -36,6 +40,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.RunReply]:
+        tracing.tell(session=request.session_id)
         self._scheduler.check(request)
         grammar = await self._scheduler.grammars.get(request.constraint, request.tenant)
         await self._scheduler.methods.ready(request.cache)
@@ -75,7 +80,28 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             kv_bytes=state.kv_bytes,
             max_sequences=self._max_sequences,
             kv_budget_bytes=self._scheduler.budget or 0,
+            lambda_floor=self._scheduler.sessions.memory.lam,
+            kv_bytes_fp16=state.fp16_bytes,
+            bits=state.bits,
+            exceptions=state.exceptions,
+            rows_requantized=state.rows_requantized,
         )
+
+    async def Inspect(
+        self, request: inspect_pb2.InspectRequest, context: grpc.aio.ServicerContext
+    ) -> inspect_pb2.CacheView:
+        return await self._inspector.view(request)
+
+    async def SetFloor(
+        self, request: inspect_pb2.SetFloorRequest, context: grpc.aio.ServicerContext
+    ) -> inspect_pb2.SetFloorReply:
+        return inspect_pb2.SetFloorReply(lambda_floor=await self._inspector.set_floor(request))
+
+    async def SetBudget(
+        self, request: inspect_pb2.SetBudgetRequest, context: grpc.aio.ServicerContext
+    ) -> inspect_pb2.SetBudgetReply:
+        self._inspector.set_budget(request.kv_budget_bytes)
+        return inspect_pb2.SetBudgetReply()
 
 
 def model_info(loaded: LoadedModel) -> common_pb2.ModelInfo:

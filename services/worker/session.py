@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
@@ -12,6 +13,10 @@ from qaq_core import Method, Originals, PageShape, SequenceCache, page_id
 from qaq_core.storage import HostPages
 from services.common.secret import derive_key
 from services.worker.prefix import PrefixLoad
+from services.worker.traced import TracedOriginals
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 
 def page_salt(secret: str, tenant: str) -> bytes:
@@ -81,6 +86,7 @@ class Session:
         min_bytes: a lower bound on the bytes of a preempted session's cache; 0 otherwise.
         reported: pages whose ids the router knows, see `new_pages`.
         counted: counts of this cache that are in the metrics already, by name.
+        floor: the least λ that somebody has set for this session alone.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class Session:
         self.tokens = list(tokens)
         self._originals, self._fingerprint, self._salt, self._wait = originals, fingerprint, salt, wait
         self._host_pages = host_pages
+        self.floor = 0.0
         self._prefill_left = 0
         self._held_pages: list[bytes] = []
         self._resting: list[bytes] = []
@@ -137,6 +144,11 @@ class Session:
         staging = self.sequence.staging
         staging.collect()
         return staging.stored == len(staging.names)
+
+    def follow(self, trace: Context | None) -> None:
+        """Its calls of the store belong to another generation's trace."""
+        if isinstance(self._originals, TracedOriginals):
+            self._originals.trace = trace
 
     def continues_in(self, log: Sequence[int], method: Method) -> bool:
         """Whether the cache can be used to continue `log`: it holds a proper prefix of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qaq.v1 import common_pb2, worker_pb2
 
@@ -15,6 +16,10 @@ from services.worker.memory_controller import MemoryController
 from services.worker.methods import Methods
 from services.worker.session import Session, page_salt
 from services.worker.session_cache import SessionCache, session_name
+from services.worker.traced import traced
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 
 class Sessions:
@@ -39,31 +44,40 @@ class Sessions:
         self.idle = SessionCache(settings.max_idle_sessions)
         self.memory = MemoryController(settings.kv_budget_bytes, settings.kv_min_bits, settings.recovery_bytes_per_s)
 
-    def open(self, request: worker_pb2.RunRequest, tokens: list[int]) -> Session:
+    def open(self, request: worker_pb2.RunRequest, tokens: list[int], trace: Context | None = None) -> Session:
         """The session of a request: the idle one if its cache continues in `tokens`, a fork of the session that
         `branch_of` names, or a new one.
 
+        Args:
+            trace: that its calls of the store belong to.
         Raises:
             ConfigError: the request has an unknown preset, or a target out of range.
         """
+        session = self._open(request, tokens, trace)
+        session.floor = request.lambda_floor
+        return session
+
+    def _open(self, request: worker_pb2.RunRequest, tokens: list[int], trace: Context | None) -> Session:
         method = self.methods.get(request.cache)
         session = self.idle.take(session_name(request))
         if session is not None:
             if session.continues_in(tokens, method):
                 session.resume(tokens)
+                session.follow(trace)
                 return session
             session.close()
         origin = self.idle.peek((request.tenant, request.branch_of))
         if origin is not None and origin.continues_in(tokens, method):
             branch = origin.fork()
             branch.resume(tokens)
+            branch.follow(trace)
             return branch
         settings = self._settings
         tenant = "" if settings.prefix_sharing == "all" else request.tenant
         salt = page_salt(settings.secret.get_secret_value(), tenant)
-        session = Session(
-            method, self._originals, self._fingerprint, tokens, salt, settings.requantize_wait, self.host_pages
-        )
+        originals, wait = traced(self._originals), settings.requantize_wait
+        session = Session(method, originals, self._fingerprint, tokens, salt, wait, self.host_pages)
+        session.follow(trace)
         if settings.prefix_reuse:
             session.load(request.page_ids, self._recomputed(method), settings.prefix_timeout_s)
         return session

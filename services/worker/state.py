@@ -27,6 +27,8 @@ class WorkerState:
         sessions: sessions that hold a cache, idle ones included.
         kv_bytes: allocated bytes of all caches.
         bits: mean bits per packed element, scales and tags included; 0 if nothing is packed.
+        fp16_bytes: of the same keys and values at 16 bits per element.
+        exceptions, rows_requantized: counts of all these caches, see `RequantizeCounts`.
     """
 
     running: int = 0
@@ -34,17 +36,36 @@ class WorkerState:
     sessions: int = 0
     kv_bytes: int = 0
     bits: float = 0.0
+    fp16_bytes: int = 0
+    exceptions: int = 0
+    rows_requantized: int = 0
 
 
-def summarize(running: int, waiting: int, sessions: Sequence[Session]) -> WorkerState:
-    """The state now. Sets the gauges to it."""
+def summarize(running: int, waiting: int, sessions: Sequence[Session], host_bytes: int = 0) -> WorkerState:
+    """The state now. Sets the gauges to it.
+
+    Args:
+        host_bytes: of originals that stay in host memory.
+    """
     packed = sum(session.sequence.packed.nbytes for session in sessions)
     elements = sum(session.packed_elements for session in sessions)
     bits = 8 * packed / elements if elements else 0.0
-    state = WorkerState(running, waiting, len(sessions), sum(s.sequence.nbytes for s in sessions), bits)
     fp16_bytes = sum(session.fp16_bytes for session in sessions)
+    counts = [session.sequence.requantizer.counts for session in sessions]
+    state = WorkerState(
+        running=running,
+        waiting=waiting,
+        sessions=len(sessions),
+        kv_bytes=sum(session.sequence.nbytes for session in sessions),
+        bits=bits,
+        fp16_bytes=fp16_bytes,
+        exceptions=sum(each.exceptions for each in counts),
+        rows_requantized=sum(each.rows_requantized for each in counts),
+    )
     metrics.kv_bytes.labels("device").set(state.kv_bytes)
+    metrics.kv_bytes.labels("host").set(host_bytes)
     metrics.kv_bytes.labels("staging").set(sum(session.sequence.staging_bytes for session in sessions))
+    metrics.kv_mean_bits.set(bits)
     metrics.kv_compression_ratio.set(fp16_bytes / state.kv_bytes if state.kv_bytes else 1.0)
     metrics.sessions.set(state.sessions)
     metrics.running.set(running)

@@ -8,7 +8,8 @@ import jsonschema
 import pytest
 
 from qaq_core.models import default_model_path, load_tokenizer
-from services.cli.demo import DemoResult, long_prompt
+from services.cli.demo import long_prompt
+from services.cli.demo_result import DemoResult, FullPrecision
 
 from .command import ROOT, left, qaq, watched
 
@@ -33,7 +34,10 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_the_figures_are_as_their_schema_says(figures: dict) -> None:
     jsonschema.validate(figures, SCHEMA)
-    assert set(SCHEMA["required"]) == set(DemoResult.model_fields)
+    assert set(SCHEMA["properties"]) == set(DemoResult.model_fields)
+    assert set(SCHEMA["required"]) == set(DemoResult.model_fields) - {"prompt_tokens", "full_precision"}
+    compared = SCHEMA["$defs"]["full_precision"]
+    assert set(compared["required"]) == set(compared["properties"]) == set(FullPrecision.model_fields)
 
 
 def test_the_cache_is_small_and_went_back_to_its_originals(figures: dict) -> None:
@@ -46,6 +50,18 @@ def test_the_cache_is_small_and_went_back_to_its_originals(figures: dict) -> Non
     assert figures["originals_bytes_in_redis"] > 1500 * 30 * 2 * 3 * 64 * 4
     for side in ("key", "value"):
         assert sum(figures["bits_histogram"][side].values()) >= 1500 * 30 * 3
+
+
+def test_full_precision_is_beside_it(figures: dict) -> None:
+    full = figures["full_precision"]
+    assert full["compared_tokens"] in (figures["tokens"], figures["tokens"] - 1)  # without the end of the text
+    assert full["same_tokens"] <= full["compared_tokens"]
+    assert 0 < full["kl_mean"] < 0.1
+    assert full["top1_agreement"] > 0.9
+    # In float32, twice fp16, of all tokens but the last.
+    assert 1.9 < full["kv_bytes"] / figures["kv_bytes_fp16"] < 2.1
+    assert full["requantized_rows"] >= full["requantized_tokens"] > 0
+    assert sum(piece["rows"] for piece in full["passage"]) > 0
 
 
 def test_the_prompt_is_long() -> None:

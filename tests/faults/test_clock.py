@@ -28,6 +28,7 @@ DAYS = 86_400
 
 # What tells people and other programs what time it is; no decision depends on it.
 TOLD = {
+    "services/cli/top.py": 1,  # when a frame was asked for
     "services/cluster/restarts.py": 3,  # when a server was last seen, as `qaq status` tells
     "services/common/certificates.py": 1,  # from when to when a certificate holds
     "services/common/identity.py": 1,  # whether it has expired

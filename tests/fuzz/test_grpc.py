@@ -13,12 +13,12 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from qaq.v1 import common_pb2, generate_pb2, originals_pb2, worker_pb2
+from qaq.v1 import common_pb2, generate_pb2, inspect_pb2, originals_pb2, worker_pb2
 
 from tests.fuzz.conftest import GROWTH, LONG, SEED, Fuzzed, resident
 from tests.fuzz.generators import Messages
 
-MESSAGES = LONG or 200
+MESSAGES = LONG or 100
 TOGETHER = 12
 ANSWER_S = 90.0
 """Longest time for an answer that is not a stream of tokens."""
@@ -90,6 +90,7 @@ EXCLUDED = ("Drain",)
 
 def services() -> Iterator[tuple[str, ServiceDescriptor]]:
     yield "router", generate_pb2.DESCRIPTOR.services_by_name["Inference"]
+    yield "router", inspect_pb2.DESCRIPTOR.services_by_name["Inspector"]
     yield "worker", worker_pb2.DESCRIPTOR.services_by_name["Worker"]
     yield "originals", originals_pb2.DESCRIPTOR.services_by_name["Originals"]
     with contextlib.suppress(ModuleNotFoundError):
@@ -188,7 +189,7 @@ def test_every_service_is_known() -> None:
     names = {service.full_name for _, service in services()}
     declared = {
         service.full_name
-        for file in (common_pb2, generate_pb2, worker_pb2, originals_pb2)
+        for file in (common_pb2, generate_pb2, inspect_pb2, worker_pb2, originals_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
     }
     assert declared <= names

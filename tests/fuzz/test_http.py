@@ -19,7 +19,7 @@ from services.gateway.app import make_app
 from tests.fuzz.conftest import GROWTH, LONG, SEED, Fuzzed, resident
 from tests.fuzz.generators import Json
 
-REQUESTS = LONG or 200
+REQUESTS = LONG or 100
 TOGETHER = 8
 ANSWER_S = 90.0
 METHODS = ("HEAD", "OPTIONS", "PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get", "POST", "GET", "DELETE")

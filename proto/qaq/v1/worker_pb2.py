@@ -23,37 +23,38 @@ _sym_db = _symbol_database.Default()
 
 
 from qaq.v1 import common_pb2 as qaq_dot_v1_dot_common__pb2
+from qaq.v1 import inspect_pb2 as qaq_dot_v1_dot_inspect__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13qaq/v1/worker.proto\x12\x06qaq.v1\x1a\x13qaq/v1/common.proto\"\x86\x03\n\nRunRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.qaq.v1.SamplingParams\x12 \n\x04stop\x18\x04 \x01(\x0b\x32\x12.qaq.v1.StopParams\x12\"\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x13.qaq.v1.CacheParams\x12\x0c\n\x04keep\x18\x06 \x01(\x08\x12\x0f\n\x07\x63hoices\x18\x07 \x01(\x05\x12$\n\x06output\x18\x08 \x01(\x0b\x32\x14.qaq.v1.OutputParams\x12\x16\n\x0ehistory_tokens\x18\t \x01(\x05\x12\x18\n\x10generated_tokens\x18\n \x01(\x05\x12\x11\n\tbranch_of\x18\x0b \x01(\t\x12\x0e\n\x06tenant\x18\x0c \x01(\t\x12&\n\nconstraint\x18\r \x01(\x0b\x32\x12.qaq.v1.Constraint\x12\r\n\x05\x66\x65nce\x18\x0e \x01(\x04\x12\x10\n\x08page_ids\x18\x14 \x03(\x0c\"\x90\x02\n\x08RunReply\x12*\n\x07prefill\x18\x01 \x01(\x0b\x32\x17.qaq.v1.PrefillProgressH\x00\x12\x1e\n\x05token\x18\x02 \x01(\x0b\x32\r.qaq.v1.TokenH\x00\x12$\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x10.qaq.v1.FinishedH\x00\x12&\n\x06prompt\x18\x04 \x01(\x0b\x32\x14.qaq.v1.PromptTokensH\x00\x12\'\n\x05pages\x18\n \x01(\x0b\x32\x16.qaq.v1.RunReply.PagesH\x00\x1a\x38\n\x05Pages\x12\r\n\x05\x66irst\x18\x01 \x01(\x05\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x13\n\x0bpage_tokens\x18\x03 \x01(\x05\x42\x07\n\x05\x65vent\"B\n\rCancelRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\"\r\n\x0b\x43\x61ncelReply\"1\n\x0b\x44ropRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x1c\n\tDropReply\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x0e\n\x0c\x44rainRequest\"\x1b\n\nDrainReply\x12\r\n\x05moved\x18\x01 \x01(\x05\"\x11\n\x0f\x44\x65scribeRequest\"\xa7\x01\n\rDescribeReply\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.qaq.v1.ModelInfo\x12\x0f\n\x07running\x18\x02 \x01(\x05\x12\x0f\n\x07waiting\x18\x03 \x01(\x05\x12\x10\n\x08sessions\x18\x04 \x01(\x05\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x03\x12\x15\n\rmax_sequences\x18\x06 \x01(\x05\x12\x17\n\x0fkv_budget_bytes\x18\x14 \x01(\x03\x32\x8c\x02\n\x06Worker\x12-\n\x03Run\x12\x12.qaq.v1.RunRequest\x1a\x10.qaq.v1.RunReply0\x01\x12\x34\n\x06\x43\x61ncel\x12\x15.qaq.v1.CancelRequest\x1a\x13.qaq.v1.CancelReply\x12.\n\x04\x44rop\x12\x13.qaq.v1.DropRequest\x1a\x11.qaq.v1.DropReply\x12\x31\n\x05\x44rain\x12\x14.qaq.v1.DrainRequest\x1a\x12.qaq.v1.DrainReply\x12:\n\x08\x44\x65scribe\x12\x17.qaq.v1.DescribeRequest\x1a\x15.qaq.v1.DescribeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13qaq/v1/worker.proto\x12\x06qaq.v1\x1a\x13qaq/v1/common.proto\x1a\x14qaq/v1/inspect.proto\"\x9c\x03\n\nRunRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.qaq.v1.SamplingParams\x12 \n\x04stop\x18\x04 \x01(\x0b\x32\x12.qaq.v1.StopParams\x12\"\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x13.qaq.v1.CacheParams\x12\x0c\n\x04keep\x18\x06 \x01(\x08\x12\x0f\n\x07\x63hoices\x18\x07 \x01(\x05\x12$\n\x06output\x18\x08 \x01(\x0b\x32\x14.qaq.v1.OutputParams\x12\x16\n\x0ehistory_tokens\x18\t \x01(\x05\x12\x18\n\x10generated_tokens\x18\n \x01(\x05\x12\x11\n\tbranch_of\x18\x0b \x01(\t\x12\x0e\n\x06tenant\x18\x0c \x01(\t\x12&\n\nconstraint\x18\r \x01(\x0b\x32\x12.qaq.v1.Constraint\x12\r\n\x05\x66\x65nce\x18\x0e \x01(\x04\x12\x10\n\x08page_ids\x18\x14 \x03(\x0c\x12\x14\n\x0clambda_floor\x18\x15 \x01(\x01\"\x90\x02\n\x08RunReply\x12*\n\x07prefill\x18\x01 \x01(\x0b\x32\x17.qaq.v1.PrefillProgressH\x00\x12\x1e\n\x05token\x18\x02 \x01(\x0b\x32\r.qaq.v1.TokenH\x00\x12$\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x10.qaq.v1.FinishedH\x00\x12&\n\x06prompt\x18\x04 \x01(\x0b\x32\x14.qaq.v1.PromptTokensH\x00\x12\'\n\x05pages\x18\n \x01(\x0b\x32\x16.qaq.v1.RunReply.PagesH\x00\x1a\x38\n\x05Pages\x12\r\n\x05\x66irst\x18\x01 \x01(\x05\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x13\n\x0bpage_tokens\x18\x03 \x01(\x05\x42\x07\n\x05\x65vent\"B\n\rCancelRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\"\r\n\x0b\x43\x61ncelReply\"1\n\x0b\x44ropRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x1c\n\tDropReply\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x0e\n\x0c\x44rainRequest\"\x1b\n\nDrainReply\x12\r\n\x05moved\x18\x01 \x01(\x05\"\x11\n\x0f\x44\x65scribeRequest\"\x90\x02\n\rDescribeReply\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.qaq.v1.ModelInfo\x12\x0f\n\x07running\x18\x02 \x01(\x05\x12\x0f\n\x07waiting\x18\x03 \x01(\x05\x12\x10\n\x08sessions\x18\x04 \x01(\x05\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x03\x12\x15\n\rmax_sequences\x18\x06 \x01(\x05\x12\x17\n\x0fkv_budget_bytes\x18\x14 \x01(\x03\x12\x14\n\x0clambda_floor\x18\x15 \x01(\x01\x12\x15\n\rkv_bytes_fp16\x18\x1e \x01(\x03\x12\x0c\n\x04\x62its\x18\x1f \x01(\x01\x12\x12\n\nexceptions\x18  \x01(\x03\x12\x18\n\x10rows_requantized\x18! \x01(\x03\x32\xbd\x03\n\x06Worker\x12-\n\x03Run\x12\x12.qaq.v1.RunRequest\x1a\x10.qaq.v1.RunReply0\x01\x12\x34\n\x06\x43\x61ncel\x12\x15.qaq.v1.CancelRequest\x1a\x13.qaq.v1.CancelReply\x12.\n\x04\x44rop\x12\x13.qaq.v1.DropRequest\x1a\x11.qaq.v1.DropReply\x12\x31\n\x05\x44rain\x12\x14.qaq.v1.DrainRequest\x1a\x12.qaq.v1.DrainReply\x12:\n\x08\x44\x65scribe\x12\x17.qaq.v1.DescribeRequest\x1a\x15.qaq.v1.DescribeReply\x12\x34\n\x07Inspect\x12\x16.qaq.v1.InspectRequest\x1a\x11.qaq.v1.CacheView\x12:\n\x08SetFloor\x12\x17.qaq.v1.SetFloorRequest\x1a\x15.qaq.v1.SetFloorReply\x12=\n\tSetBudget\x12\x18.qaq.v1.SetBudgetRequest\x1a\x16.qaq.v1.SetBudgetReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'qaq.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNREQUEST']._serialized_start=53
-  _globals['_RUNREQUEST']._serialized_end=443
-  _globals['_RUNREPLY']._serialized_start=446
-  _globals['_RUNREPLY']._serialized_end=718
-  _globals['_RUNREPLY_PAGES']._serialized_start=653
-  _globals['_RUNREPLY_PAGES']._serialized_end=709
-  _globals['_CANCELREQUEST']._serialized_start=720
-  _globals['_CANCELREQUEST']._serialized_end=786
-  _globals['_CANCELREPLY']._serialized_start=788
-  _globals['_CANCELREPLY']._serialized_end=801
-  _globals['_DROPREQUEST']._serialized_start=803
-  _globals['_DROPREQUEST']._serialized_end=852
-  _globals['_DROPREPLY']._serialized_start=854
-  _globals['_DROPREPLY']._serialized_end=882
-  _globals['_DRAINREQUEST']._serialized_start=884
-  _globals['_DRAINREQUEST']._serialized_end=898
-  _globals['_DRAINREPLY']._serialized_start=900
-  _globals['_DRAINREPLY']._serialized_end=927
-  _globals['_DESCRIBEREQUEST']._serialized_start=929
-  _globals['_DESCRIBEREQUEST']._serialized_end=946
-  _globals['_DESCRIBEREPLY']._serialized_start=949
-  _globals['_DESCRIBEREPLY']._serialized_end=1116
-  _globals['_WORKER']._serialized_start=1119
-  _globals['_WORKER']._serialized_end=1387
+  _globals['_RUNREQUEST']._serialized_start=75
+  _globals['_RUNREQUEST']._serialized_end=487
+  _globals['_RUNREPLY']._serialized_start=490
+  _globals['_RUNREPLY']._serialized_end=762
+  _globals['_RUNREPLY_PAGES']._serialized_start=697
+  _globals['_RUNREPLY_PAGES']._serialized_end=753
+  _globals['_CANCELREQUEST']._serialized_start=764
+  _globals['_CANCELREQUEST']._serialized_end=830
+  _globals['_CANCELREPLY']._serialized_start=832
+  _globals['_CANCELREPLY']._serialized_end=845
+  _globals['_DROPREQUEST']._serialized_start=847
+  _globals['_DROPREQUEST']._serialized_end=896
+  _globals['_DROPREPLY']._serialized_start=898
+  _globals['_DROPREPLY']._serialized_end=926
+  _globals['_DRAINREQUEST']._serialized_start=928
+  _globals['_DRAINREQUEST']._serialized_end=942
+  _globals['_DRAINREPLY']._serialized_start=944
+  _globals['_DRAINREPLY']._serialized_end=971
+  _globals['_DESCRIBEREQUEST']._serialized_start=973
+  _globals['_DESCRIBEREQUEST']._serialized_end=990
+  _globals['_DESCRIBEREPLY']._serialized_start=993
+  _globals['_DESCRIBEREPLY']._serialized_end=1265
+  _globals['_WORKER']._serialized_start=1268
+  _globals['_WORKER']._serialized_end=1713
 # @@protoc_insertion_point(module_scope)

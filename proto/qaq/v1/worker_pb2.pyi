@@ -1,4 +1,5 @@
 from qaq.v1 import common_pb2 as _common_pb2
+from qaq.v1 import inspect_pb2 as _inspect_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -8,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RunRequest(_message.Message):
-    __slots__ = ("session_id", "token_ids", "sampling", "stop", "cache", "keep", "choices", "output", "history_tokens", "generated_tokens", "branch_of", "tenant", "constraint", "fence", "page_ids")
+    __slots__ = ("session_id", "token_ids", "sampling", "stop", "cache", "keep", "choices", "output", "history_tokens", "generated_tokens", "branch_of", "tenant", "constraint", "fence", "page_ids", "lambda_floor")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +25,7 @@ class RunRequest(_message.Message):
     CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    LAMBDA_FLOOR_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.SamplingParams
@@ -39,7 +41,8 @@ class RunRequest(_message.Message):
     constraint: _common_pb2.Constraint
     fence: int
     page_ids: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, session_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopParams, _Mapping]] = ..., cache: _Optional[_Union[_common_pb2.CacheParams, _Mapping]] = ..., keep: _Optional[bool] = ..., choices: _Optional[int] = ..., output: _Optional[_Union[_common_pb2.OutputParams, _Mapping]] = ..., history_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., branch_of: _Optional[str] = ..., tenant: _Optional[str] = ..., constraint: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ..., fence: _Optional[int] = ..., page_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    lambda_floor: float
+    def __init__(self, session_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopParams, _Mapping]] = ..., cache: _Optional[_Union[_common_pb2.CacheParams, _Mapping]] = ..., keep: _Optional[bool] = ..., choices: _Optional[int] = ..., output: _Optional[_Union[_common_pb2.OutputParams, _Mapping]] = ..., history_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., branch_of: _Optional[str] = ..., tenant: _Optional[str] = ..., constraint: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ..., fence: _Optional[int] = ..., page_ids: _Optional[_Iterable[bytes]] = ..., lambda_floor: _Optional[float] = ...) -> None: ...
 
 class RunReply(_message.Message):
     __slots__ = ("prefill", "token", "finished", "prompt", "pages")
@@ -107,7 +110,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("model", "running", "waiting", "sessions", "kv_bytes", "max_sequences", "kv_budget_bytes")
+    __slots__ = ("model", "running", "waiting", "sessions", "kv_bytes", "max_sequences", "kv_budget_bytes", "lambda_floor", "kv_bytes_fp16", "bits", "exceptions", "rows_requantized")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +118,11 @@ class DescribeReply(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     KV_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAMBDA_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FP16_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    EXCEPTIONS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_REQUANTIZED_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelInfo
     running: int
     waiting: int
@@ -122,4 +130,9 @@ class DescribeReply(_message.Message):
     kv_bytes: int
     max_sequences: int
     kv_budget_bytes: int
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_budget_bytes: _Optional[int] = ...) -> None: ...
+    lambda_floor: float
+    kv_bytes_fp16: int
+    bits: float
+    exceptions: int
+    rows_requantized: int
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_budget_bytes: _Optional[int] = ..., lambda_floor: _Optional[float] = ..., kv_bytes_fp16: _Optional[int] = ..., bits: _Optional[float] = ..., exceptions: _Optional[int] = ..., rows_requantized: _Optional[int] = ...) -> None: ...

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from qaq.v1 import inspect_pb2 as qaq_dot_v1_dot_inspect__pb2
 from qaq.v1 import worker_pb2 as qaq_dot_v1_dot_worker__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -59,6 +60,21 @@ class WorkerStub:
                 request_serializer=qaq_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=qaq_dot_v1_dot_worker__pb2.DescribeReply.FromString,
                 _registered_method=True)
+        self.Inspect = channel.unary_unary(
+                '/qaq.v1.Worker/Inspect',
+                request_serializer=qaq_dot_v1_dot_inspect__pb2.InspectRequest.SerializeToString,
+                response_deserializer=qaq_dot_v1_dot_inspect__pb2.CacheView.FromString,
+                _registered_method=True)
+        self.SetFloor = channel.unary_unary(
+                '/qaq.v1.Worker/SetFloor',
+                request_serializer=qaq_dot_v1_dot_inspect__pb2.SetFloorRequest.SerializeToString,
+                response_deserializer=qaq_dot_v1_dot_inspect__pb2.SetFloorReply.FromString,
+                _registered_method=True)
+        self.SetBudget = channel.unary_unary(
+                '/qaq.v1.Worker/SetBudget',
+                request_serializer=qaq_dot_v1_dot_inspect__pb2.SetBudgetRequest.SerializeToString,
+                response_deserializer=qaq_dot_v1_dot_inspect__pb2.SetBudgetReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -100,6 +116,28 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Inspect(self, request, context):
+        """Returns what the cache of a session holds. NOT_FOUND if there is none. Views take at most a fiftieth of the worker's
+        time: a call waits for its turn.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetFloor(self, request, context):
+        """Sets the least λ of a session's cache. NOT_FOUND if there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetBudget(self, request, context):
+        """Sets what all caches may hold; 0 is what the worker was started with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +165,21 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=qaq_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=qaq_dot_v1_dot_worker__pb2.DescribeReply.SerializeToString,
+            ),
+            'Inspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inspect,
+                    request_deserializer=qaq_dot_v1_dot_inspect__pb2.InspectRequest.FromString,
+                    response_serializer=qaq_dot_v1_dot_inspect__pb2.CacheView.SerializeToString,
+            ),
+            'SetFloor': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetFloor,
+                    request_deserializer=qaq_dot_v1_dot_inspect__pb2.SetFloorRequest.FromString,
+                    response_serializer=qaq_dot_v1_dot_inspect__pb2.SetFloorReply.SerializeToString,
+            ),
+            'SetBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetBudget,
+                    request_deserializer=qaq_dot_v1_dot_inspect__pb2.SetBudgetRequest.FromString,
+                    response_serializer=qaq_dot_v1_dot_inspect__pb2.SetBudgetReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +317,87 @@ class Worker:
             '/qaq.v1.Worker/Describe',
             qaq_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
             qaq_dot_v1_dot_worker__pb2.DescribeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qaq.v1.Worker/Inspect',
+            qaq_dot_v1_dot_inspect__pb2.InspectRequest.SerializeToString,
+            qaq_dot_v1_dot_inspect__pb2.CacheView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetFloor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qaq.v1.Worker/SetFloor',
+            qaq_dot_v1_dot_inspect__pb2.SetFloorRequest.SerializeToString,
+            qaq_dot_v1_dot_inspect__pb2.SetFloorReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qaq.v1.Worker/SetBudget',
+            qaq_dot_v1_dot_inspect__pb2.SetBudgetRequest.SerializeToString,
+            qaq_dot_v1_dot_inspect__pb2.SetBudgetReply.FromString,
             options,
             channel_credentials,
             insecure,

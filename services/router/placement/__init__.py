@@ -10,7 +10,7 @@ from services.router.placement.base import C, Candidate, Policy
 from services.router.placement.load import LeastLoaded
 from services.router.placement.memory import LeastMemory
 from services.router.placement.prefix import PrefixLocality
-from services.router.sessions import Session
+from services.router.session import Session
 
 __all__ = ["Candidate", "Policy", "make", "place"]
 

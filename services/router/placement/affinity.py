@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.router.placement.base import C, Policy, spare
-from services.router.sessions import Session
+from services.router.session import Session
 
 SLACK = 8
 """With more generations than this above the least loaded worker, loading the cache on another worker is faster."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from services.router.sessions import Session
+from services.router.session import Session
 
 
 class Candidate(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.router.placement.base import C, Policy
-from services.router.sessions import Session
+from services.router.session import Session
 
 
 class LeastLoaded(Policy):

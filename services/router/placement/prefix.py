@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from services.router.placement.base import C, Policy, spare
-from services.router.sessions import Session
+from services.router.session import Session
 
 TOKENS = 64
 REMEMBERED = 4096

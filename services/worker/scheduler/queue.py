@@ -6,14 +6,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from qaq_core import Originals
 from services.common.errors import ResourceExhausted, Unavailable
 from services.common.settings import WorkerSettings
-from services.worker.generation import Call, Generation
+from services.worker.call import Call
+from services.worker.generation import Generation
 from services.worker.session_cache import Name, session_name
 
 RETRY_AFTER_MS = 1000
+MAX_WORK = 64
+
+T = TypeVar("T")
 
 
 class RequestQueue:
@@ -28,6 +33,7 @@ class RequestQueue:
         self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._drops: list[tuple[Name, Future[bool]]] = []
+        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._stopping = self._draining = False
 
     def __len__(self) -> int:
@@ -87,6 +93,23 @@ class RequestQueue:
             self._changed.notify()
         return dropped
 
+    def between_steps(self, work: Callable[[], T]) -> Future[T]:
+        """Asks for something short to be done by the scheduler's thread between two steps.
+
+        Raises:
+            ResourceExhausted: much waits already.
+            Unavailable: the worker is stopping.
+        """
+        done: Future[T] = Future()
+        with self._changed:
+            if self._stopping:
+                raise Unavailable("this worker is stopping; try again", retry_after_ms=RETRY_AFTER_MS)
+            if len(self._work) >= MAX_WORK:
+                raise ResourceExhausted("too much waits for this worker; try again", retry_after_ms=RETRY_AFTER_MS)
+            self._work.append((work, done))
+            self._changed.notify()
+        return done
+
     def close(self) -> None:
         """Accepts no generation from now on."""
         with self._changed:
@@ -103,7 +126,7 @@ class RequestQueue:
     def wait_for_work(self, active: bool) -> bool:
         """Waits until there is something to do; returns at once if generations are active. False: stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._drops or self._waiting or active)
+            self._changed.wait_for(lambda: self._stopping or self._drops or self._work or self._waiting or active)
             return not self._stopping
 
     def sleep(self, seconds: float) -> None:
@@ -134,6 +157,12 @@ class RequestQueue:
         with self._changed:
             waiting, self._waiting = self._waiting, deque()
             return list(waiting)
+
+    def take_work(self) -> list[tuple[Callable[[], Any], Future[Any]]]:
+        """Removes and returns what is to be done between steps."""
+        with self._changed:
+            work, self._work = self._work, deque()
+            return list(work)
 
     def take_drops(self) -> list[tuple[Name, Future[bool]]]:
         """Removes and returns the sessions to drop."""

@@ -1,8 +1,8 @@
 """The scheduler: one thread that computes all generations of a worker.
 
 A step computes at most `prefill_chunk` prompt tokens, one prompt after the other, and then one token of every decoding
-sequence in one forward pass. All methods but `submit`, `cancel`, `leave`, `drop`, `state` and those of the budget
-belong to the thread.
+sequence in one forward pass. All methods but `submit`, `cancel`, `leave`, `drop`, `between_steps`, `state` and those
+of the budget belong to the thread.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
+from typing import TypeVar
 
 import structlog
 import torch
@@ -20,8 +22,9 @@ from qaq_core import Originals
 from qaq_core.models import LoadedModel
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.settings import WorkerSettings
+from services.worker.call import Call
 from services.worker.constraints import Grammar, Grammars
-from services.worker.generation import Call, Generation
+from services.worker.generation import Generation
 from services.worker.replies import Replies
 from services.worker.request import RequestValidator
 from services.worker.scheduler.preemption import Preemption
@@ -31,6 +34,8 @@ from services.worker.scheduler.takeover import Takeover
 from services.worker.session_cache import session_name
 from services.worker.sessions import Sessions
 from services.worker.state import WorkerState, summarize
+
+T = TypeVar("T")
 
 STORE_POLL_S = 0.005
 STOP_TIMEOUT_S = 120.0
@@ -139,6 +144,15 @@ class Scheduler:
         """Frees a session's cache and ends its generation; False if the tenant has no such session."""
         return self._queue.drop((tenant, session_id))
 
+    def between_steps(self, work: Callable[[], T]) -> Future[T]:
+        """Does something short between two steps, when it may look at sessions and change them.
+
+        Raises:
+            ResourceExhausted: much waits already.
+            Unavailable: the worker is stopping.
+        """
+        return self._queue.between_steps(work)
+
     @property
     def state(self) -> WorkerState:
         return self._state
@@ -169,10 +183,12 @@ class Scheduler:
             self._fail_all(Unavailable("the worker stopped; send the request again", retry_after_ms=RETRY_AFTER_MS))
             self.sessions.idle.clear()
             self._drop_sessions()
+            self._do_work()
             self._publish()
 
     def _step(self) -> None:
         self._drop_sessions()
+        self._do_work()
         self._remove_cancelled()
         self._takeover.step()
         if self.sessions.memory.step(self.batch.sessions, self.sessions.idle):
@@ -240,9 +256,20 @@ class Scheduler:
             if answer.set_running_or_notify_cancel():  # else its caller has gone away
                 answer.set_result(existed)
 
+    def _do_work(self) -> None:
+        """What callers of `between_steps` asked for. An error is theirs."""
+        for work, done in self._queue.take_work():
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
     def _publish(self) -> None:
         """Updates the state and sends the collected replies."""
         sessions = [*self.batch.sessions, *self.sessions.idle]
         waiting = len(self._queue) + len(self.batch.preempted)
-        self._state = summarize(len(self.batch.running), waiting, sessions)
+        host = self.sessions.host_pages
+        self._state = summarize(len(self.batch.running), waiting, sessions, host.nbytes if host else 0)
         self._replies.send()

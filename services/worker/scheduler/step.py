@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 
 import structlog
 import torch
 
-from qaq_core import QAQCache
 from qaq_core.models import LoadedModel
 from services.common import metrics
 from services.common.errors import ResourceExhausted
+from services.worker import traces
+from services.worker.call import Reply
 from services.worker.constraints import MaskThread
-from services.worker.generation import UNFINISHED, Generation, Reply, arrival_order, session_of
+from services.worker.generation import UNFINISHED, Generation, arrival_order, session_of
 from services.worker.replies import Replies
+from services.worker.scheduler.forward import ForwardPass
 from services.worker.session import Session
 from services.worker.session_cache import Name, session_name
 from services.worker.sessions import Sessions
@@ -46,9 +49,9 @@ class RunningBatch:
         decode_threads: int | None,
         speculative_tokens: int = 0,
     ) -> None:
-        self._loaded, self._sessions, self._replies = loaded, sessions, replies
+        self._sessions, self._replies = sessions, replies
+        self._forward = ForwardPass(loaded)
         self._speculative_tokens = speculative_tokens
-        self._device = next(loaded.model.parameters()).device
         self._threads = torch.get_num_threads()
         # A step is many small operations, and each waits for its slowest thread: leave a core to other processes.
         self._decode_threads = decode_threads or max(1, self._threads - 1)
@@ -86,7 +89,9 @@ class RunningBatch:
         Raises:
             ConfigError: the request has an unknown preset, or a target out of range.
         """
-        generation.session = session = self._sessions.open(generation.request, generation.tokens)
+        generation.session = session = self._sessions.open(generation.request, generation.tokens, generation.trace)
+        generation.started = time.monotonic()
+        metrics.queue_seconds.observe(generation.started - generation.arrived)
         history = max(1, generation.request.history_tokens)
         if generation.scores_prompt and (session.loading is not None or session.sequence.length >= history):
             session.reset()
@@ -177,7 +182,7 @@ class RunningBatch:
         torch.set_num_threads(self._decode_threads)
         self._masks.prepare([g.mask for g in generations if g.mask is not None])
         try:
-            logits = self._forward(sessions, [session.next_chunk(1) for session in sessions])
+            logits = self._forward(sessions, [session.next_chunk(1) for session in sessions], decodes=True)
         except Exception as error:
             if len(generations) == 1:
                 self.fail(generations[0], error)
@@ -206,32 +211,12 @@ class RunningBatch:
         torch.set_num_threads(self._decode_threads)
         try:
             chunk = session.next_draft(draft)
-            logits = self._forward([session], [chunk], len(chunk))[0]
+            logits = self._forward([session], [chunk], len(chunk), decodes=True)[0]
         except Exception as error:
             self.fail(generation, error)
             return
         metrics.drafted_tokens.inc(len(draft))
         self._advance(generation, logits, draft)
-
-    def _forward(self, sessions: Sequence[Session], chunks: Sequence[list[int]], keep: int = 1) -> torch.Tensor:
-        """Computes a chunk of each session. All chunks have the same length.
-
-        Returns:
-            logits [sessions, keep, vocabulary] of the last `keep` tokens.
-        """
-        starts = [session.sequence.length for session in sessions]
-        positions = [list(range(at, at + len(chunk))) for at, chunk in zip(starts, chunks, strict=True)]
-        cache = QAQCache([session.sequence for session in sessions])
-        output = self._loaded.model(
-            input_ids=torch.tensor(chunks, device=self._device),
-            position_ids=torch.tensor(positions, device=self._device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            qaq_cache=cache,
-        )
-        logits: torch.Tensor = output.logits
-        return logits
 
     def _advance(self, generation: Generation, logits: torch.Tensor, draft: Sequence[int] = ()) -> None:
         """Samples the next token, or several if the draft has them right. Finishes the generation if one is the last.
@@ -264,6 +249,7 @@ class RunningBatch:
             error = errors[sampled - 1] if errors else None
             if error is not None:
                 metrics.predicted_error.observe(error)
+            metrics.generated_tokens.inc()
             self._replies.put(generation, generation.accept(token, row, error))
             if generation.reason != UNFINISHED or draft[sampled - 1 : sampled] != [token]:
                 break
@@ -287,6 +273,7 @@ class RunningBatch:
         session = session_of(generation)
         self._remove(generation)
         record_finished(session)
+        traces.record(generation)
         self._sessions.close(generation.request, session)
 
     def fail(self, generation: Generation, error: Exception) -> None:
@@ -297,6 +284,7 @@ class RunningBatch:
         self._replies.put(generation, error)
         self._remove(generation)
         record_finished(session)
+        traces.record(generation, error)
         session.close()
 
     def _remove(self, generation: Generation) -> None:

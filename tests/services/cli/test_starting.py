@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +12,8 @@ from typer.testing import CliRunner
 from services.cli import demo
 from services.cli.main import app
 from services.cli.terminal import starting
-from services.cluster import control, launcher
+from services.cluster import control, roles
 from services.cluster.access import Access
-from services.cluster.launcher import Launcher
 from services.cluster.state import StackSettings
 from services.common.settings import WorkerSettings
 from services.worker import server
@@ -98,11 +96,10 @@ def test_a_start_without_a_terminal_says_each_step_once(capsys: pytest.CaptureFi
 
 
 def test_a_stacks_workers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[WorkerSettings] = []
-    launch: Callable[..., None] = lambda name, host, settings, gpus: started.append(settings)  # noqa: E731
-    monkeypatch.setattr(launcher, "launch", launch)
     monkeypatch.setenv("QAQ_WEIGHTS", "int4")
     access = Access(redis={"url": "redis://127.0.0.1", "description": "", "pid": None})
-    for settings in (StackSettings(model="m"), StackSettings(model="m", weights="bfloat16", compiled=True)):
-        Launcher(settings, access, lambda *report: None)._worker(0)
-    assert [(worker.weights, worker.compiled) for worker in started] == [("auto", False), ("bfloat16", True)]
+    told = [
+        roles.plan(settings, access).worker
+        for settings in (StackSettings(model="m"), StackSettings(model="m", weights="bfloat16", compiled=True))
+    ]
+    assert [(worker.weights, worker.compiled) for worker in told] == [("auto", False), ("bfloat16", True)]

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cluster import launcher
+from services.cluster import roles
 from services.cluster.access import Access
 from services.cluster.keys import StackKeys
-from services.cluster.launcher import Launcher
 from services.cluster.stack import LocalStack, _who_may_call
 from services.cluster.state import Owner, StackError, StackSettings
 from services.common.keys import authorization
@@ -77,17 +76,10 @@ def test_the_router_is_told_who_may_call(tmp_path: Path, monkeypatch: pytest.Mon
     """With the stack's keys, without any, and with a file that the environment names."""
     started: list[RouterSettings] = []
 
-    def launch(name: str, host: object, settings: RouterSettings, gpus: int = 0) -> None:
-        if name == "router":
-            started.append(settings)
-
-    monkeypatch.setattr(launcher, "launch", launch)
-    monkeypatch.setattr(Launcher, "_wait", lambda self, actors: {})
     own = tmp_path / "own.json"
     monkeypatch.setenv("QAQ_TENANTS_FILE", str(own))
     asking, open_ = StackSettings(model="m"), StackSettings(model="m", keys=False)
     for settings, keys in ((asking, StackKeys(tmp_path)), (asking, None), (open_, None)):
-        given = _who_may_call(settings, keys)
         access = Access(redis={"url": "redis://127.0.0.1", "description": "d", "pid": None})
-        Launcher(settings, access, lambda *report: None, given).start_all()
+        started.append(roles.plan(settings, access, _who_may_call(settings, keys)).router)
     assert [each.tenants_file for each in started] == [tmp_path / "tenants.json", own, None]

@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
+from services.cluster import roles
 from services.cluster.access import Access
+from services.cluster.deploy import ROLES
+from services.cluster.handed import Handed
 from services.cluster.launcher import Launcher
+from services.cluster.nodes import Node
 from services.cluster.restarts import Life
 from services.cluster.state import StackError, StackSettings
+
+A, B = "a" * 56, "b" * 56  # ids of nodes
 
 
 class Simulated(Launcher):
@@ -18,13 +24,14 @@ class Simulated(Launcher):
 
     Attributes:
         least: fewest workers that have served at a time since the start.
-        hung: names of those that answer nothing.
+        hung: names of those that answer nothing. stopped: names of those that were stopped, in that order.
     """
 
     def __init__(self, workers: int, room: int = 100, directory: Path | None = None) -> None:
         access = Access(redis={"url": "redis://127.0.0.1", "description": "", "pid": None})
-        super().__init__(StackSettings(model="m", workers=workers), access, lambda *_: None, directory=directory)
-        self.hung = set[str]()
+        settings = StackSettings(model="m", workers=workers)
+        super().__init__(settings, roles.plan(settings, access), lambda *_: None, directory)
+        self.hung, self.stopped = set[str](), list[str]()
         self.table = {f"worker-{index}": False for index in range(workers)}
         self.least, self._room = workers, room
 
@@ -35,12 +42,25 @@ class Simulated(Launcher):
     def names(self, kind: str = "") -> list[str]:
         return list(self.table)
 
-    def handed_over(self, name: str) -> int:
+    def _hand_over(self, name: str) -> int:
+        if name in self.hung:
+            raise StackError(f"{name} was stopped")
         self.table[name] = True
         self.least = min(self.least, len(self.serving))
         return 3
 
+    def _nodes(self) -> list[Node]:
+        return [Node("a", "10.0.0.1"), Node("b", "10.0.0.2")]
+
+    def _on(self, ids: Any) -> list[str]:
+        """Even workers are on node a, odd ones on b."""
+        return [name for name in self.table if "ab"[int(name[-1]) % 2] in ids]
+
+    def _placed(self) -> dict[str, str]:
+        return {name: "ab"[int(name[-1]) % 2] for name in self.table}
+
     def stop(self, names: list[str]) -> None:
+        self.stopped += names
         for name in names:
             del self.table[name]
         self.least = min(self.least, len(self.serving))
@@ -49,10 +69,10 @@ class Simulated(Launcher):
         return f"worker-{index}"
 
     def _wait(self, actors: Any) -> dict[str, str]:
-        if len(self.table) + len(actors) > self._room:
-            raise StackError("no room")
         assert not set(actors) & set(self.table)
         self.table |= dict.fromkeys(actors, False)
+        if len(self.table) > self._room:
+            raise StackError("no room")
         return {}
 
     def _asked(self, names: Any, question: str) -> dict[str, Any]:
@@ -62,14 +82,14 @@ class Simulated(Launcher):
 
 def test_a_drained_worker_is_replaced_before_it_goes() -> None:
     stack = Simulated(1)
-    assert stack.drain("at worker-0", lambda: stack.handed_over("worker-0")) == 3
+    assert stack.drain("at worker-0") == 3
     assert (stack.serving, stack.least) == (["worker-1"], 1)
 
 
 def test_drain_and_scale_in_any_order_leave_what_was_asked_for() -> None:
     for first in (0, 1):
         stack = Simulated(2)
-        stack.drain(f"at worker-{first}", lambda: stack.handed_over(f"worker-{first}"))  # noqa: B023 (called now)
+        stack.drain(f"at worker-{first}")
         assert len(stack.serving) == 2
         stack.scale(1)
         assert (len(stack.table), len(stack.serving), stack.least) == (1, 1, 1)
@@ -77,10 +97,10 @@ def test_drain_and_scale_in_any_order_leave_what_was_asked_for() -> None:
 
 def test_a_worker_that_was_drained_by_others_does_not_count() -> None:
     stack = Simulated(2)
-    stack.handed_over("worker-0")
+    stack._hand_over("worker-0")
     stack.scale(1)
     assert (stack.table, stack.least) == ({"worker-1": False}, 1)
-    stack.handed_over("worker-1")
+    stack._hand_over("worker-1")
     stack.scale(2)
     assert stack.table == {"worker-0": False, "worker-2": False}
 
@@ -88,14 +108,14 @@ def test_a_worker_that_was_drained_by_others_does_not_count() -> None:
 def test_one_that_is_more_than_was_asked_for_is_not_replaced() -> None:
     stack = Simulated(1)
     stack.table["worker-7"] = False
-    stack.drain("at worker-0", lambda: stack.handed_over("worker-0"))
+    stack.drain("at worker-0")
     assert stack.serving == ["worker-7"]
 
 
 def test_without_room_for_another_nothing_is_drained() -> None:
     stack = Simulated(1, room=1)
     with pytest.raises(StackError, match="no room"):
-        stack.drain("at worker-0", lambda: stack.handed_over("worker-0"))
+        stack.drain("at worker-0")
     assert stack.serving == ["worker-0"]
 
 
@@ -105,17 +125,69 @@ def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
     for name in (*stack.table, "worker-7"):  # the last one has ended
         Life(tmp_path, name).serves(f"at {name}")
     stack.hung.add("worker-1")
-
-    def hand_over() -> int:
-        raise TimeoutError
-
-    with pytest.raises(TimeoutError):
-        stack.drain("at worker-1", hand_over)
+    with pytest.raises(StackError, match="worker-1 was stopped"):
+        stack.drain("at worker-1")
     assert (stack.serving, stack.least) == (["worker-0", "worker-2"], 2)
-    with pytest.raises(StackError, match="no worker of the stack is at"):
-        stack.drain("at worker-7", hand_over)
+    with pytest.raises(StackError, match="no worker and no node of the stack is at"):
+        stack.drain("at worker-7")
 
 
 def test_an_address_of_nobody() -> None:
-    with pytest.raises(StackError, match=r"no worker of the stack is at 127\.0\.0\.1:1; `qaq status` shows"):
-        Simulated(1).drain("127.0.0.1:1", lambda: 0)
+    with pytest.raises(StackError, match=r"of the stack is at 127\.0\.0\.1:1; `qaq status` shows"):
+        Simulated(1).drain("127.0.0.1:1")
+
+
+def test_a_node_is_drained_and_stays_empty() -> None:
+    stack = Simulated(3)
+    assert stack.drain("10.0.0.1") == 6
+    assert (stack.stopped, len(stack.serving), stack.least) == (["worker-0", "worker-2"], 3, 3)
+    assert stack.request("worker").options()["label_selector"] == {"ray.io/node-id": "!in(a)"}
+
+
+def test_all_workers_are_replaced_one_after_the_other() -> None:
+    stack = Simulated(3)
+    assert stack.restart() == 9
+    assert (stack.stopped, len(stack.serving), stack.least) == (["worker-0", "worker-1", "worker-2"], 3, 3)
+
+
+def test_a_worker_that_does_not_start_is_taken_away_again() -> None:
+    stack = Simulated(1, room=2)
+    with pytest.raises(StackError, match="no room"):
+        stack.scale(3)
+    assert stack.table == {"worker-0": False}
+
+
+def test_what_servers_ask_of_their_nodes() -> None:
+    """Workers go to GPUs, and the others elsewhere if there is an elsewhere; one machine asks for nothing."""
+    access = Access(redis={"url": "redis://127.0.0.1", "description": "", "pid": None})
+    settings = StackSettings(model="m", device="cuda", worker_cpus=2)
+    handed = dict.fromkeys(ROLES, Handed())
+
+    class Mixed(Launcher):
+        def _nodes(self) -> list[Node]:
+            return [Node(A, "10.0.0.1", gpus=1), Node(B, "10.0.0.2")]
+
+        def _placed(self) -> dict[str, str]:
+            return {"router": A, "originals-0": B, "worker-0": A}
+
+    class Gpus(Mixed):
+        def _nodes(self) -> list[Node]:
+            return super()._nodes()[:1]
+
+    plan = roles.plan(settings, access)
+    mixed, gpus, cpus = (
+        Mixed(settings, plan, print, None, handed),
+        Gpus(settings, plan, print, None, handed),
+        Mixed(StackSettings(model="m"), plan, print, None, handed),
+    )
+    worker, originals = mixed.request("worker"), mixed.request("originals")
+    assert worker.options() == {"num_cpus": 2, "num_gpus": 1, "scheduling_strategy": "SPREAD"}
+    assert originals.options()["num_cpus"] == 0.001
+    assert (originals.near, originals.avoid, gpus.request("originals").avoid) == (B, {A}, set())
+    assert originals.options()["label_selector"] == {"ray.io/node-id": f"!in({A})"}
+    preferred = originals.options()["scheduling_strategy"]
+    assert (preferred.node_id, preferred.soft) == (B, True)
+    assert (cpus.request("worker").near, cpus.request("originals").near) == (B, A)
+    assert mixed.request("router").options()["resources"] == {"node:__internal_head__": 0.001}
+    local = Mixed(settings, plan, print)
+    assert local.request("originals").options() == {"num_cpus": 0, "num_gpus": 0}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from ray._private import services
+from ray._raylet import wait_for_persisted_port
 
 from services.cluster import slow_start
 from services.cluster.slow_start import patient
@@ -38,3 +39,19 @@ def test_a_node_that_is_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.M
     with patient(60), pytest.raises(RuntimeError):  # it has ended
         services.get_node("address", "id")
     assert services.get_node is get_node
+
+
+def test_agents_that_are_late_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+
+    def start_raylet(node_id: str, session_dir: str, *, runtime_env_agent_port: int = 0, **more: Any) -> None:
+        started.append({"runtime_env_agent_port": runtime_env_agent_port} | more)
+
+    monkeypatch.setattr(services, "start_raylet", start_raylet)
+    with patient(60):
+        services.start_raylet("node", str(tmp_path), runtime_env_agent_port=1234)
+    assert services.start_raylet is start_raylet
+    (ports,) = started
+    assert ports["runtime_env_agent_port"] == 1234
+    for name in ("metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent"):
+        assert 0 < wait_for_persisted_port(str(tmp_path), "node", f"{name}_port", 1) == ports[f"{name}_port"]

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from qaq_core.base.errors import ConfigError
 from services.cli.main import app
-from services.common.addresses import check_addresses, check_host, check_redis_url
+from services.common.addresses import check_addresses, check_host
+from services.common.redis_url import check_redis_url
 from services.common.routers import named
 
 URLS = {
@@ -22,6 +23,13 @@ URLS = {
     "redis://h?colour=red": "does not know one of its options: colour",
     "redis://h?socket_timeout=soon": "does not know one of its options: socket_timeout",
     "rediss://h?ssl_ca_certs=/none.pem": "/none.pem is not there",
+    "redis+cluster://h:6379": "Redis Cluster cannot be used",
+    "redis+sentinel://h:26379": "the name of their service",
+    "redis+sentinel://h:26379/mymaster/zero": "the number of a database",
+    "redis+sentinel://h:26379,g:port/mymaster": "is no host:port",
+    "redis+sentinel://:hidden/1@h:26379/mymaster": "must be percent-encoded",
+    "redis+sentinel://h/mymaster?colour=red": "no option colour",
+    "rediss+sentinel://h/mymaster?ssl_ca_certs=/none.pem": "/none.pem is not there",
 }
 
 
@@ -36,7 +44,10 @@ def test_urls_that_redis_client_cannot_use(url: str) -> None:
 def test_urls_that_it_can_use(tmp_path: Path) -> None:
     ca = tmp_path / "ca.pem"
     ca.touch()
-    for url in ("redis://h", "redis://u:p%2F@h:6379/3", "redis://[::1]:6379", f"rediss://h/0?ssl_ca_certs={ca}"):
+    for url in (
+        *("redis://h", "redis://u:p%2F@h:6379/3", "redis://[::1]:6379", f"rediss://h/0?ssl_ca_certs={ca}"),
+        *("redis+sentinel://a,b:1/m", "rediss+sentinel://u:p%40@[::1]:26379,[::2]/m/3?sentinel_password=x"),
+    ):
         assert check_redis_url(url) == url
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from redis.asyncio import Redis
@@ -19,7 +20,7 @@ from tests import redis_binary
 
 pytestmark = pytest.mark.redis
 
-KINDS: tuple[Kind, ...] = ("router", "worker", "originals", "gateway")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 # Commands on what is not theirs, by user. Nobody but `default` may do those of "all".
 FOREIGN: dict[str, list[tuple[str, ...]]] = {
     "all": [

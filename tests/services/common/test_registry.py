@@ -9,6 +9,7 @@ import pytest
 from redis.asyncio import Redis
 
 from services.common import registry as module
+from services.common import tasks
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 from services.common.registry import Member, Registry
@@ -113,6 +114,7 @@ async def test_heartbeats_survive_a_redis_that_fails(redis: Redis, monkeypatch: 
 
 async def test_a_member_leaves_in_the_middle_of_a_heartbeat(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.0003)
+    monkeypatch.setattr(tasks, "CANCEL_AGAIN_S", 0.02)
     registry = Registry(redis)
     for wait in range(40):
         async with registry.announce("worker", "127.0.0.1:1", {}):

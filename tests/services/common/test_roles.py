@@ -7,7 +7,16 @@ from pathlib import Path
 
 import grpc
 import pytest
-from qaq.v1 import generate_pb2, generate_pb2_grpc, originals_pb2, originals_pb2_grpc, worker_pb2, worker_pb2_grpc
+from qaq.v1 import (
+    generate_pb2,
+    generate_pb2_grpc,
+    inspect_pb2,
+    inspect_pb2_grpc,
+    originals_pb2,
+    originals_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 
 from services.common.certificates import files, issue
 from services.common.channel import open_channel
@@ -15,7 +24,7 @@ from services.common.identity import Identity
 from services.common.roles import RIGHTS, ROLES, may_call, role_of, uri
 from services.common.server import GrpcServer
 
-FILES = (generate_pb2, worker_pb2, originals_pb2)
+FILES = (generate_pb2, inspect_pb2, worker_pb2, originals_pb2)
 METHODS = {
     f"{service.full_name}/{method.name}": method
     for file in FILES
@@ -25,11 +34,13 @@ METHODS = {
 CLIENTS = {"client", "gateway", "operator"}
 ADDERS = (
     generate_pb2_grpc.add_InferenceServicer_to_server,
+    inspect_pb2_grpc.add_InspectorServicer_to_server,
     worker_pb2_grpc.add_WorkerServicer_to_server,
     originals_pb2_grpc.add_OriginalsServicer_to_server,
 )
 SERVICERS = (
     generate_pb2_grpc.InferenceServicer,
+    inspect_pb2_grpc.InspectorServicer,
     worker_pb2_grpc.WorkerServicer,
     originals_pb2_grpc.OriginalsServicer,
 )
@@ -37,7 +48,7 @@ SERVICERS = (
 
 def allowed(method: str) -> set[str]:
     """The table once more, in other words."""
-    if method.startswith("qaq.v1.Inference/"):
+    if method.startswith(("qaq.v1.Inference/", "qaq.v1.Inspector/")):
         return CLIENTS
     special = {
         "qaq.v1.Worker/Drain": {"operator"},

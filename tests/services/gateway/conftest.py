@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
@@ -30,14 +31,17 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def running_stack(redis_server: EmbeddedRedis, loaded: LoadedModel, model_path: Path) -> AsyncIterator[Served]:
+async def running_stack(
+    redis_server: EmbeddedRedis, loaded: LoadedModel, model_path: Path, **of_worker: Any
+) -> AsyncIterator[Served]:
     """One server of each kind.
 
     Args:
         model_path: where the router finds the tokenizer.
+        of_worker: its settings, where they differ.
     """
     common = {"redis_url": redis_server.url, "port": 0}
-    worker = WorkerServer(WorkerSettings(model="smollm2", preset="fp16", **common), loaded)
+    worker = WorkerServer(WorkerSettings(**{"model": "smollm2", "preset": "fp16", **common, **of_worker}), loaded)
     gateway = GatewayServer(GatewaySettings(**common))
     # A worker that stops waits some seconds for a store to take its originals, so there is one.
     originals = OriginalsServer(OriginalsSettings(**common))

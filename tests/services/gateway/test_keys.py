@@ -39,8 +39,15 @@ BODIES: dict[tuple[str, str], Any] = {
     ("POST", "/v1/sessions"): {},
     ("GET", "/v1/sessions"): None,
     ("DELETE", "/v1/sessions/{session_id}"): None,
+    ("GET", "/v1/sessions/{session_id}/cache"): None,
+    ("PUT", "/v1/sessions/{session_id}/cache"): {},
+    ("GET", "/v1/sessions/{session_id}/cache/events"): None,
+    ("GET", "/v1/workers"): None,
+    ("PUT", "/v1/workers/{name}"): {"kv_budget_bytes": 0},
 }
-"""A request of each other route that a tenant may send."""
+"""A request of each other route, which a tenant may send, or an operator."""
+
+OPERATORS = "/v1/workers"
 
 
 @dataclass
@@ -103,7 +110,9 @@ async def test_every_route_needs_a_key_but_the_open_ones(keyed: Keyed) -> None:
                 assert answer.headers["www-authenticate"] == "Bearer"
             for name in ("ada", "root"):
                 answer = await http.request(method, path, json=body, headers=keyed.headers(name))
-                assert answer.status_code == (404 if path.endswith("nobody") else 200), (method, path, answer.text)
+                found = 404 if "nobody" in path or (method, path) == ("PUT", f"{OPERATORS}/counting") else 200
+                refused = name == "ada" and path.startswith(OPERATORS)
+                assert answer.status_code == (403 if refused else found), (method, path, answer.text)
 
 
 async def test_a_stream_with_and_without_a_key(keyed: Keyed) -> None:

@@ -100,7 +100,7 @@ async def test_what_was_not_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 'qaq_http_requests_total{path="/broken",status="500"} 1.0' in metrics
         assert "process_resident_memory_bytes" in metrics
         names = {line.split("{")[0].split(" ")[0] for line in metrics.splitlines() if line.startswith("qaq_")}
-        own = ("qaq_http_", "qaq_registry_failures_")
+        own = ("qaq_http_", "qaq_registry_failures_", "qaq_spans_lost_", "qaq_restarts_")
         assert {name for name in names if not name.startswith(own)} == set()  # workers and routers tell theirs
 
 

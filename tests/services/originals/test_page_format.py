@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qaq_core.base.errors import CorruptPageError
 from qaq_core.base.pages import PageShape
 from services.originals import page_format
-from services.originals.page_format import CHECKSUM_BYTES, HEADER_BYTES, PageFormat
+from services.originals.page_format import CHECKSUM_BYTES, HEADER_BYTES, PageFormat, UnknownVersionError
 from services.originals.seals import DTYPES, SEAL_PART_BYTES, Seal
 
 # More of them: QAQ_FUZZ=100000 pytest tests/services/originals/test_page_format.py
@@ -116,7 +116,7 @@ def test_a_page_fits_one_id_one_secret_and_one_version(monkeypatch: pytest.Monke
         with pytest.raises(CorruptPageError, match="does not match its checksum"):
             PageFormat(secret).unpack(ID, stored)
     monkeypatch.setattr(page_format, "_VERSION", 4)
-    with pytest.raises(CorruptPageError, match="not a page of a version that is known"):
+    with pytest.raises(UnknownVersionError, match="a page of version 2, which is not known"):
         FORMAT.unpack(ID, stored)
 
 

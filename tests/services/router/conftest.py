@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from qaq.v1 import common_pb2, generate_pb2_grpc, worker_pb2, worker_pb2_grpc
+from qaq.v1 import common_pb2, generate_pb2_grpc, inspect_pb2, worker_pb2, worker_pb2_grpc
 from redis.asyncio import Redis
 
 from services.common.embedded_redis import EmbeddedRedis
@@ -40,6 +40,32 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
     refuse: grpc.StatusCode | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     max_sequences: int = 8
+    inspected: list[inspect_pb2.InspectRequest] = field(default_factory=list)
+    floors: list[inspect_pb2.SetFloorRequest] = field(default_factory=list)
+    budgets: list[int] = field(default_factory=list)
+    view: inspect_pb2.CacheView | None = None
+
+    async def Inspect(
+        self, request: inspect_pb2.InspectRequest, context: grpc.aio.ServicerContext
+    ) -> inspect_pb2.CacheView:
+        self.inspected.append(request)
+        if self.view is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no cache")
+        return self.view
+
+    async def SetFloor(
+        self, request: inspect_pb2.SetFloorRequest, context: grpc.aio.ServicerContext
+    ) -> inspect_pb2.SetFloorReply:
+        self.floors.append(request)
+        if self.view is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no cache")
+        return inspect_pb2.SetFloorReply(lambda_floor=request.lambda_floor or 0.25)
+
+    async def SetBudget(
+        self, request: inspect_pb2.SetBudgetRequest, context: grpc.aio.ServicerContext
+    ) -> inspect_pb2.SetBudgetReply:
+        self.budgets.append(request.kv_budget_bytes)
+        return inspect_pb2.SetBudgetReply()
 
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext

@@ -8,7 +8,7 @@ from qaq.v1 import common_pb2
 
 from qaq_core.base.errors import ConfigError
 from services.router.placement import make, place
-from services.router.sessions import Session
+from services.router.session import Session
 
 DEFAULT = "affinity,prefix,load"
 LONG = list(range(200))

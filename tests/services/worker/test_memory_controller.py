@@ -102,6 +102,30 @@ async def test_a_budget_that_changes_is_looked_at_at_once(
         scheduler.cancel(running.call)
 
 
+@pytest.mark.timeout(120)
+async def test_an_idle_session_that_recovers_keeps_no_price(
+    make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fetches nothing until it decodes again, so that nobody may wait for it."""
+    async with make_scheduler(InProcessOriginals(), kv_min_bits=0.6, prefix_reuse=False) as scheduler:
+        leaves = scheduler.submit(request(ids(STORY * 6), 3000, session_id="idle", keep=True))
+        running = scheduler.submit(request(ids(STORY * 8), 3000))
+        await next_token(leaves)
+        await next_token(running)
+        held, memory = scheduler.state.kv_bytes, scheduler.sessions.memory
+        scheduler.set_budget(int(0.7 * held))
+        await until(lambda: scheduler.state.kv_bytes <= 0.7 * held)
+        scheduler.cancel(leaves.call)
+        await until(lambda: len(scheduler.sessions.idle) == 1)
+        (idle,) = scheduler.sessions.idle
+        high = memory.lam
+        monkeypatch.setattr(MemoryController, "_search", lambda self, sampled, bits: self.lam / 2)
+        scheduler.set_budget(4 * held)
+        await until(lambda: memory.lam < high / 10)
+        assert idle.sequence.rate.recovering
+        scheduler.cancel(running.call)
+
+
 async def test_a_budget_that_should_be_kept_without_a_price_gets_one(
     make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:

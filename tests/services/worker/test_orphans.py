@@ -15,6 +15,7 @@ from qaq.v1 import worker_pb2, worker_pb2_grpc
 from qaq_core.models import LoadedModel
 from services.common.channel import open_channel
 from services.common.server import GrpcServer
+from services.worker.inspection import Inspector
 from services.worker.scheduler.scheduler import Scheduler
 from services.worker.service import WorkerService, model_info
 from tests.services.worker.conftest import EXACT, STORY, Gate, Ids, MakeScheduler, expected, request, settled, until
@@ -34,7 +35,7 @@ async def serving(
             return 0
 
         server = GrpcServer()
-        service = WorkerService(scheduler, model_info(smollm2), 2, orphan_s, drain)
+        service = WorkerService(scheduler, Inspector(scheduler, smollm2), model_info(smollm2), 2, orphan_s, drain)
         server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)
         address = await server.start()
         try:

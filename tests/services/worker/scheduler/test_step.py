@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+
+import pytest
+import torch
 
 from qaq_core import SequenceCache
-from qaq_core.models import LoadedModel
+from qaq_core.models import Decoder, LoadedModel
 from services.worker.generation import Generation
 from tests.core.decisions import differing
 from tests.services.worker.conftest import (
@@ -31,6 +35,23 @@ async def test_sequences_decode_in_one_pass(
         results = await asyncio.gather(*map(outcome, generations))
         assert (3, 1) in gate.batches
         assert [result.tokens for result in results] == [expected(smollm2, tokens, 8) for tokens in prompts]
+
+
+async def test_decode_steps_go_through_the_decoder(
+    smollm2: LoadedModel, make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    call = Decoder.__call__
+
+    def counted(self: Decoder, *args: Any, **kwargs: Any) -> torch.Tensor:
+        steps.append(args[0].shape[1])
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "__call__", counted)
+    async with make_scheduler() as scheduler:
+        result = await outcome(scheduler.submit(request(ids(STORY), 8, cache=EXACT)))
+    assert result.tokens == expected(smollm2, ids(STORY), 8)
+    assert steps == [1] * 7
 
 
 async def test_a_quantized_batch_decides_as_each_alone(make_scheduler: MakeScheduler, ids: Ids, gate: Gate) -> None:
