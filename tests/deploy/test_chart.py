@@ -26,7 +26,7 @@ ROLES = {
     "worker": WorkerSettings,
 }
 # Kinds of Prometheus' operator and of KEDA, of which kubernetes-validate has no schema.
-OTHERS = {"ServiceMonitor", "ScaledObject"}
+OTHERS = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}
 KUBERNETES = "1.31"
 EVERYTHING: dict[str, Any] = {
     "model": "Qwen/Qwen3-8B",
@@ -45,7 +45,7 @@ EVERYTHING: dict[str, Any] = {
         "gatewayClients": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}],
         "routerClients": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
     },
-    "monitoring": {"serviceMonitors": True, "dashboard": True, "labels": {"release": "prometheus"}},
+    "monitoring": {"serviceMonitors": True, "dashboard": True, "alerts": True, "labels": {"release": "prometheus"}},
     "redis": {"storage": {"className": "fast"}},
 }
 EXTERNAL: dict[str, Any] = {
@@ -222,6 +222,12 @@ def test_metrics_are_read_with_a_certificate(full: Rendered) -> None:
         (endpoint,) = monitors[f"{RELEASE}-{role}"]["spec"]["endpoints"]
         assert endpoint["tlsConfig"]["serverName"] == server_name(role)  # type: ignore[arg-type]
         assert endpoint["port"] == "metrics"
+
+
+def test_the_alerts_are_those_of_compose(full: Rendered, plain: Rendered) -> None:
+    told = full.all("PrometheusRule")["qaq-alerts"]["spec"]
+    assert told == yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
+    assert "PrometheusRule" not in plain.kinds()
 
 
 def test_the_dashboard_is_that_of_compose(full: Rendered) -> None:

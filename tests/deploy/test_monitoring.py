@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from services.common import metrics
 from services.common.roles import server_name
 
 from .engine import ROOT
@@ -55,6 +57,23 @@ def test_most_metrics_are_shown() -> None:
     ours = {name for name in exposed() if name.startswith("qaq_") and not name.endswith(("_sum", "_count"))}
     shown = {name for _, query in queries() for name in asked(query)}
     assert len(ours & shown) > 0.7 * len(ours), sorted(ours - shown)
+
+
+def test_every_metric_is_in_its_document() -> None:
+    """With its type, its labels and what it counts."""
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(qaq_\w+)` \| (\w+) \| (.*?) \| (.+?) \| (.+) \|$", page, re.MULTILINE)
+    written = {name: (kind, set(re.findall(r"`(\w+)`", labels)), told) for name, kind, labels, _, told in rows}
+    ours = [metric for metric in vars(metrics).values() if str(getattr(metric, "_name", "")).startswith("qaq_")]
+    declared = {
+        metric._name + ("_total" if metric._type == "counter" else ""): (
+            metric._type,
+            {*metric._labelnames},
+            metric._documentation,
+        )
+        for metric in ours
+    }
+    assert written == declared
 
 
 def test_panels_do_not_lie_over_each_other() -> None:
