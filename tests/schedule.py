@@ -29,7 +29,7 @@ FIRST = (
 )
 # Files that use one stack of processes.
 TOGETHER = (
-    {f"e2e/test_{name}.py": "the composed stack" for name in ("bench_serve", "clients", "compose", "requests")}
+    {f"e2e/test_{name}.py": "the composed stack" for name in ("bench_serve", "clients", "compose", "requests", "top")}
     | {f"faults/test_{name}.py": "two workers" for name in ("chaos", "processes", "redis")}
     | {f"packaging/test_{name}.py": "the wheel" for name in ("light", "wheel")}
 )

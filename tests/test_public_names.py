@@ -19,6 +19,7 @@ PACKAGES = ["qaq_core"] + [
     for folder in sorted((ROOT / "qaq_core").iterdir())
     if (folder / "__init__.py").exists() and folder.name != "base"
 ]
+PACKAGES.append("qaq_core.kernels.cuda")  # beside `kernels`, which does not import it
 USERS = sorted(path for package in ("services", "qaq_eval") for path in (ROOT / package).rglob("*.py"))
 
 
