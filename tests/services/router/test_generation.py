@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -32,6 +32,8 @@ class MortalWorker(CountingWorker):
     """Tokens until it goes away."""
     echoes: int | None = None
     """Tokens of an echoed prompt until it goes away once."""
+    look: Callable[[str], Awaitable[None]] | None = None
+    """Called with the session before anything is sent."""
 
     async def Run(
         self, request: worker_pb2.RunRequest, context: grpc.aio.ServicerContext
@@ -39,6 +41,8 @@ class MortalWorker(CountingWorker):
         if self.refuse is not None:
             await context.abort(self.refuse, "closed")
         self.asked.append(request)
+        if self.look is not None:
+            await self.look(request.session_id)
         total, left = len(request.token_ids), request.stop.max_new_tokens - request.generated_tokens
         yield worker_pb2.RunReply(prefill=common_pb2.PrefillProgress(tokens_done=total, tokens_total=total))
         for place in range(total) if request.output.echo else ():
@@ -105,6 +109,22 @@ async def test_a_stream_goes_on_on_other_workers(router_settings: RouterSettings
         # The next turn starts from the pages that the first one told of, wherever it runs.
         await stream(client, session_id=session)
         assert [page[0] for page in c.asked[-1].page_ids[:9]] == list(range(n, n + 9))
+
+
+async def test_who_has_the_cache_is_known_before_there_is_one(router_settings: RouterSettings, redis: Redis) -> None:
+    """Else a client that leaves at once would leave a cache that closing the session does not find."""
+    known: list[bytes | None] = []
+
+    async def look(session: str) -> None:
+        known.append(await redis.hget(f"qaq:session:{session}", "worker"))
+
+    async with mortal(redis, 4) as a, mortal(redis, 4) as b, running_router(router_settings) as client:
+        a.look = b.look = look
+        session = (await client.OpenSession(generate_pb2.OpenSessionRequest())).session_id
+        await stream(client, session_id=session)
+        assert known == [worker.address.encode() for worker in (a, b, a)] or known == [
+            worker.address.encode() for worker in (b, a, b)
+        ]
 
 
 async def test_a_stream_waits_for_a_worker_to_come_back(router_settings: RouterSettings, redis: Redis) -> None:

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from qaq_core import InProcessOriginals, SequenceCache
+from services.worker import memory_controller
 from services.worker.generation import Generation
 from services.worker.memory_controller import MemoryController
 from services.worker.scheduler.scheduler import Scheduler
@@ -17,6 +18,12 @@ from tests.shallow import TOKEN_BYTES
 
 Ids = Callable[[str], list[int]]
 MANY = 6
+
+
+@pytest.fixture(autouse=True)
+def each_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """λ may change at every step: how far it comes before the caches have grown does not depend on the machine."""
+    monkeypatch.setattr(memory_controller, "MIN_INTERVAL_S", 0.0)
 
 
 def sequences(scheduler: Scheduler) -> list[SequenceCache]:
