@@ -3,6 +3,10 @@
 from qaq_core.attention.base import Attention, LayerInput
 from qaq_core.attention.correction import BetterRows, correct
 from qaq_core.attention.cpu import CpuAttention
+from qaq_core.attention.cuda import CudaAttention
+from qaq_core.attention.cuda import launcher as cuda_launcher
+from qaq_core.attention.cuda import missing as cuda_missing
+from qaq_core.attention.cuda_tables import refused_codec
 from qaq_core.attention.interface import use_qaq_attention
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
 from qaq_core.attention.triton import TritonAttention
@@ -12,11 +16,15 @@ __all__ = [
     "Attention",
     "BetterRows",
     "CpuAttention",
+    "CudaAttention",
     "LayerInput",
     "LayerTokens",
     "ReferenceAttention",
     "TritonAttention",
     "correct",
+    "cuda_launcher",
+    "cuda_missing",
+    "refused_codec",
     "triton_missing",
     "use_qaq_attention",
 ]

@@ -17,8 +17,10 @@ from qaq_core.attention.cuda_rows import TiledRows
 from qaq_core.attention.cuda_tables import Tables, near_angles, refused_codec, refused_layout
 from qaq_core.attention.fallback import KernelWithFallback
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
+from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.kernels.cuda import structures
+from qaq_core.kernels.cuda import emulation, structures
+from qaq_core.kernels.cuda.driver import DriverLauncher, missing_kernels
 from qaq_core.kernels.cuda.structures import DTYPES, HEAD_DIMS, MOST_GROUP, NEAR, QUAD, REDUCTIONS
 from qaq_core.quantization.codecs import Codec
 from qaq_core.quantization.transforms import LinearTransform, Rotation
@@ -39,6 +41,29 @@ class Launcher(Protocol):
     def launch(
         self, kernel: str, head_dim: int, grid: tuple[int, int, int], threads: int, args: ctypes.Structure
     ) -> None: ...
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, with what to do about it; None if they can."""
+    if device.type == "cpu":
+        return emulation.missing()
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return missing_kernels(torch.cuda.get_device_capability(device))
+
+
+def launcher(device: torch.device) -> Launcher:
+    """What runs kernels on a device.
+
+    Raises:
+        ConfigError: nothing does; with what to do about it.
+    """
+    reason = missing(device)
+    if reason is not None:
+        raise ConfigError(f"QAQ_KERNEL=cuda: {reason}")
+    return DriverLauncher(device) if device.type == "cuda" else emulation.Emulation()
 
 
 class CudaAttention(KernelWithFallback):

@@ -8,7 +8,17 @@ from functools import cache
 import torch
 
 from qaq_core.allocation import Allocator, AttentionStatistic, BalancedPolicy, Policy, StepErrors
-from qaq_core.attention import Attention, CpuAttention, ReferenceAttention, TritonAttention, triton_missing
+from qaq_core.attention import (
+    Attention,
+    CpuAttention,
+    CudaAttention,
+    ReferenceAttention,
+    TritonAttention,
+    cuda_launcher,
+    cuda_missing,
+    refused_codec,
+    triton_missing,
+)
 from qaq_core.kernels import (
     NativeAllocator,
     NativeRepacker,
@@ -24,17 +34,25 @@ log = logging.getLogger(__name__)
 
 
 def make_attention(codec: Codec, device: torch.device, kernel: str | None = None) -> Attention:
-    """The attention of a device. "auto" takes Triton on CUDA devices; see `native_library` for `kernel`."""
+    """The attention of a device; see `native_library` for `kernel`.
+
+    On CUDA devices "auto" takes the kernels in CUDA C++ where they are compiled for the device and can read the codec's
+    rows, else Triton.
+    """
     kernel = kernel_name(kernel)
     chosen: Attention
     hint = None
-    if kernel == "triton" or (kernel == "auto" and device.type == "cuda" and triton_missing(device) is None):
+    automatic = kernel == "auto" and device.type == "cuda"
+    if kernel == "cuda" or (automatic and refused_codec(codec) is None and cuda_missing(device) is None):
+        chosen = CudaAttention(codec, device, cuda_launcher(device))
+    elif kernel == "triton" or (automatic and triton_missing(device) is None):
         chosen = TritonAttention(codec, device)
     elif (native := native_library(device, kernel)) is not None:
         chosen = CpuAttention(codec, native)
     else:
         chosen = ReferenceAttention(codec, device)
-        hint = faster_kernel(device) if kernel == "auto" else None
+    if kernel == "auto":
+        hint = faster_kernel(device, chosen.name)
     _log_kernel(chosen.name, hint)
     return chosen
 
@@ -66,11 +84,12 @@ def make_step_errors(
     return NativeStepErrors(policy, codec, head_dim, native)
 
 
-def faster_kernel(device: torch.device) -> str | None:
-    """What to do for a faster kernel than the reference; None if the device has none."""
-    if device.type == "cuda":
-        return triton_missing(device)
-    return missing_library() if device.type == "cpu" else None
+def faster_kernel(device: torch.device, running: str = "reference") -> str | None:
+    """What to do for a faster kernel than the one that runs, by its name; None if the device has none."""
+    if device.type == "cuda" and running in ("reference", "triton"):
+        reasons = [cuda_missing(device), triton_missing(device) if running == "reference" else None]
+        return "; ".join(reason for reason in reasons if reason) or None
+    return missing_library() if device.type == "cpu" and running == "reference" else None
 
 
 @cache

@@ -14,7 +14,7 @@ from qaq_core.kernels.library import load_library, missing_library
 from qaq_core.quantization import Codec, Encoder, MakeEncoder, TorchEncoder, Transform
 from qaq_core.quantization.encoder import Layouts
 
-KERNELS = ("auto", "cpu", "triton", "reference")
+KERNELS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
 def kernel_name(kernel: str | None) -> str:

@@ -105,9 +105,9 @@ def kernel(device: str) -> Iterator[Finding]:
         yield Finding(name="kernel", state="wrong", found=f"none on {device}", advice=str(error))
         return
     asked = os.environ.get("QAQ_KERNEL", "auto")
-    advice = None
-    if running == "reference":
-        advice = faster_kernel(place) if asked == "auto" else "a faster one may be there: unset QAQ_KERNEL"
+    advice = faster_kernel(place, running) if asked == "auto" else None
+    if running == "reference" and asked != "auto":
+        advice = "a faster one may be there: unset QAQ_KERNEL"
     found = f"{running} on {device} (QAQ_KERNEL={asked}; the processor has {torch.backends.cpu.get_cpu_capability()})"
     yield Finding(name="kernel", state="better" if advice else "ok", found=found, advice=advice)
 

@@ -18,6 +18,7 @@ OTHERS = frozenset(
         "QAQ_API_KEY",
         "QAQ_CACHE_DIR",
         "QAQ_CUDA",
+        "QAQ_EMULATE",
         "QAQ_HTTP_PORT",
         "QAQ_KERNEL",
         "QAQ_LIBRARY",
@@ -41,7 +42,7 @@ OF_TESTS = frozenset(
     }
 )
 # Variables that are read where torch is imported already, which takes seconds.
-CHOICES = {"QAQ_KERNEL": ("auto", "cpu", "triton", "reference")}
+CHOICES = {"QAQ_KERNEL": ("auto", "cpu", "cuda", "triton", "reference")}
 
 
 def variable(setting: str) -> str:

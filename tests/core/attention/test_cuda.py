@@ -17,11 +17,10 @@ from qaq_core.allocation.attention_statistics import StepObserver
 from qaq_core.attention.cuda import CudaAttention
 from qaq_core.base.pages import VALUE
 from qaq_core.base.widths import HALF, WIDTHS
-from qaq_core.kernels.cuda import structures
+from qaq_core.kernels.cuda import emulation, structures
+from qaq_core.kernels.cuda.emulation import Emulation
 from qaq_core.storage import packed as packed_module
-from tests.core import emulation
 from tests.core.conformance import CPU, EXACT, Subject, make, relative, subject
-from tests.core.emulation import Emulation
 from tests.core.rows import normal
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile them for a CPU")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from qaq_core.attention import triton_missing
+from qaq_core.attention.cuda_tables import refused_codec
 from qaq_core.base.errors import ConfigError
 from qaq_core.cache import backends
 from qaq_core.kernels import choice
 from qaq_core.kernels import library as native
-from qaq_core.quantization.codecs import GaussianCodec
+from qaq_core.quantization.codecs import GaussianCodec, UniformCodec
 
 CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
 CODEC = GaussianCodec()
@@ -40,7 +44,7 @@ def test_auto_takes_the_fastest() -> None:
     assert backends.make_attention(CODEC, META).name == "reference"
 
 
-@pytest.mark.parametrize(("kernel", "device"), [("cpu", META), ("cpu", CUDA), ("triton", CUDA)])
+@pytest.mark.parametrize(("kernel", "device"), [("cpu", META), ("cpu", CUDA), ("triton", CUDA), ("cuda", META)])
 def test_a_kernel_for_another_device_is_refused(kernel: str, device: torch.device) -> None:
     with pytest.raises(ConfigError, match=device.type):
         backends.make_attention(CODEC, device, kernel)
@@ -86,4 +90,46 @@ def test_triton_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ConfigError, match="pip install"):
         backends.make_attention(CODEC, CPU, "triton")
-    assert backends.faster_kernel(CUDA) == triton_missing(CUDA)
+    assert backends.faster_kernel(CUDA) == f"there is no CUDA device; {triton_missing(CUDA)}"
+
+
+def test_cuda_kernels_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QAQ_EMULATE", raising=False)
+    with pytest.raises(ConfigError, match=r"^QAQ_KERNEL=cuda: on a CPU .* set QAQ_EMULATE=1$"):
+        backends.make_attention(CODEC, CPU, "cuda")
+    with pytest.raises(ConfigError, match=r"^QAQ_KERNEL=cuda: there is no CUDA device$"):
+        backends.make_attention(CODEC, CUDA, "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ConfigError, match=r"^QAQ_KERNEL=cuda: there are no CUDA kernels for compute capability 7\.5$"):
+        backends.make_attention(CODEC, CUDA, "cuda")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile them for a CPU")
+def test_cuda_kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAQ_EMULATE", "1")
+    assert backends.make_attention(CODEC, CPU, "cuda").name == "cuda (emulated)"
+
+
+def test_auto_takes_cuda_kernels_where_they_are_compiled_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[tuple[str, torch.device]] = []
+
+    def attention(name: str) -> Any:
+        return lambda codec, device, *launcher: made.append((name, device)) or SimpleNamespace(name=name)
+
+    for name in ("Cuda", "Triton"):
+        monkeypatch.setattr(backends, f"{name}Attention", attention(name.lower()))
+    monkeypatch.setattr(backends, "cuda_launcher", lambda device: None)
+    monkeypatch.setattr(backends, "triton_missing", lambda device: None)
+    monkeypatch.setattr(backends, "cuda_missing", lambda device: None)
+    backends.make_attention(CODEC, CUDA)
+    uniform = UniformCodec("head")
+    assert refused_codec(uniform) is not None
+    backends.make_attention(uniform, CUDA)
+    monkeypatch.setattr(backends, "cuda_missing", lambda device: "the CUDA kernels are not built: build them")
+    with caplog.at_level(logging.INFO, "qaq_core.cache.backends"):
+        backends.make_attention(CODEC, CUDA)
+    assert made == [("cuda", CUDA), ("triton", CUDA), ("triton", CUDA)]
+    assert caplog.messages == ["attention kernel: triton; for a faster one: the CUDA kernels are not built: build them"]
