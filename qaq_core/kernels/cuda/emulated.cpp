@@ -53,7 +53,7 @@ extern "C" int qaq_emulate(const char* name, int dim, const void* args, int x, i
 }
 
 extern "C" int qaq_sizes(int which) {
-    const int sizes[] = {sizeof(Sequence), sizeof(PrepareArgs), sizeof(SplitArgs), sizeof(MergeArgs),
-                         sizeof(ObserveArgs)};
+    const int sizes[] = {sizeof(Sequence),  sizeof(Step),      sizeof(PrepareArgs),
+                         sizeof(SplitArgs), sizeof(MergeArgs), sizeof(ObserveArgs)};
     return sizes[which];
 }

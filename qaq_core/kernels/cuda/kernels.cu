@@ -6,19 +6,19 @@
 
 constexpr int BLOCK = 1024, WARPS = 4;
 
-#define QAQ_KERNELS(DIM)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128) qaq_prepare_##DIM(const __grid_constant__ PrepareArgs args) { \
-        __shared__ Prepare<DIM> shared;                                                                             \
-        shared.run(args);                                                                                           \
-    }                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, (DIM) < 128 ? 3 : 4)                                   \
-        qaq_split_##DIM(const __grid_constant__ SplitArgs args) {                                                   \
-        __shared__ Split<DIM, BLOCK, WARPS> shared;                                                                 \
-        shared.run(args);                                                                                           \
-    }                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(128, 4) qaq_merge_##DIM(const __grid_constant__ MergeArgs args) {  \
-        __shared__ Merge<DIM> shared;                                                                               \
-        shared.run(args);                                                                                           \
+#define QAQ_KERNELS(DIM)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(128, 8) qaq_prepare_##DIM(const __grid_constant__ PrepareArgs args) { \
+        __shared__ Prepare<DIM> shared;                                                                                \
+        shared.run(args);                                                                                              \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, (DIM) < 128 ? 3 : 4)                                      \
+        qaq_split_##DIM(const __grid_constant__ SplitArgs args) {                                                      \
+        __shared__ Split<DIM, BLOCK, WARPS> shared;                                                                    \
+        shared.run(args);                                                                                              \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128, 4) qaq_merge_##DIM(const __grid_constant__ MergeArgs args) {     \
+        __shared__ Merge<DIM> shared;                                                                                  \
+        shared.run(args);                                                                                              \
     }
 
 #ifdef QAQ_DIM

@@ -30,12 +30,13 @@ struct Merge {
         const int head = blockIdx.x / batch.quads, quad = blockIdx.x % batch.quads, lane = lane_index();
         const int sequence = blockIdx.y, g = thread_index() / 32;
         const bool live = QUAD * quad + g < batch.group;
-        const Sequence& one = batch.sequences[sequence];
+        const Step& step = batch.steps[sequence];
+        const Sequence& one = step.layers[batch.layer];
         const long long mine = (static_cast<long long>(sequence) * gridDim.x + blockIdx.x) * QUAD + g;
         const long long row = (static_cast<long long>(sequence) * batch.heads + head) * batch.group + QUAD * quad + g;
         Running middle, exact;
         splits(args, one, mine, middle);
-        exact_tokens(args, one, head, mine, live ? head * batch.group + QUAD * quad + g : -1, exact);
+        exact_tokens(args, one, step, head, mine, live ? head * batch.group + QUAD * quad + g : -1, exact);
         const float top = fmaxf(middle.peak, exact.peak);
         const float packed_share = __expf(middle.peak - top), exact_share = __expf(exact.peak - top);
         const float total = middle.mass * packed_share + exact.mass * exact_share;
@@ -59,7 +60,13 @@ struct Merge {
             if (one.tokens && one.value_mean) out += weight * one.value_mean[head * DIM + dim];
             put_number(args.out, row * DIM + dim, args.out_dtype, out);
         }
-        if (lane == 0) args.totals[row] = make_float2(top, total);
+        if (lane) return;
+        args.totals[row] = make_float2(top, total);
+        if (step.log_sums) {
+            const int query_head = head * batch.group + QUAD * quad + g;
+            step.log_sums[static_cast<long long>(batch.layer) * batch.heads * batch.group + query_head] =
+                top + logf(total);
+        }
     }
 
   private:
@@ -76,24 +83,25 @@ struct Merge {
             for (int k = 0; k < EACH; k++) all.sum[k] += share * sums[i * QUAD * DIM + lane + 32 * k];
         }
     }
-    QAQ_INLINE void exact_tokens(const MergeArgs& args, const Sequence& one, int head, long long mine, int query_head,
-                                 Running& all) {
+    QAQ_INLINE void exact_tokens(const MergeArgs& args, const Sequence& one, const Step& step, int head, long long mine,
+                                 int query_head, Running& all) {
         const int lane = lane_index(), dtype = args.batch.dtype;
         const float* asked = args.asked + mine * DIM;
         float x[EACH];
 #pragma unroll
         for (int k = 0; k < EACH; k++) x[k] = asked[lane + 32 * k];
-        for (int i = 0; i < one.exact_tokens; i++) {
-            const int position = i < one.sinks ? i : i + one.tokens;
-            if (position < one.first) continue;
-            const long long at = static_cast<long long>(exact_place(one, i)) * DIM + lane;
+        const int first = first_seen(args.batch, one, step);
+        for (int i = 0; i < step.exact_tokens; i++) {
+            const int position = i < step.sinks ? i : i + one.tokens;
+            if (position < first) continue;
+            const long long at = static_cast<long long>(exact_place(step, i)) * DIM + lane;
             const long long key = head * one.exact_stride[0] + at, value = head * one.exact_stride[1] + at;
             float score = 0.f;
 #pragma unroll
             for (int k = 0; k < EACH; k++) score += x[k] * number(one.exact[0], key + 32 * k, dtype);
             score = sum_of_warp(score);
-            if (one.scores && query_head >= 0 && lane == 0)
-                one.scores[query_head * static_cast<long long>(one.tokens + one.exact_tokens) + position] = score;
+            if (step.scores && query_head >= 0 && lane == 0)
+                step.scores[query_head * static_cast<long long>(length_of(one, step)) + position] = score;
             const float share = all.rise(score);
             all.mass += share;
 #pragma unroll

@@ -12,14 +12,15 @@ struct Prepare {
         const Batch& batch = args.batch;
         const int head = blockIdx.x / batch.quads, quad = blockIdx.x % batch.quads, tid = thread_index();
         const int sequence = blockIdx.y, heads = min(QUAD, batch.group - QUAD * quad);
-        const Sequence& one = batch.sequences[sequence];
+        const Step& step = batch.steps[sequence];
+        const Sequence& one = step.layers[batch.layer];
         const long long mine = static_cast<long long>(sequence) * gridDim.x + blockIdx.x;
         const long long first = (static_cast<long long>(sequence) * batch.heads + head) * batch.group + QUAD * quad;
         for (int i = tid; i < QUAD * DIM; i += THREADS) {
             asked[i] = i / DIM < heads ? number(args.query, first * DIM + i, args.dtype) * batch.scaling : 0.f;
             args.asked[mine * QUAD * DIM + i] = asked[i];
         }
-        if (quad == 0 && one.new_place >= 0) add(args, one, head, sequence);
+        if (quad == 0 && step.new_place >= 0) add(args, one, step, head, sequence);
         __syncthreads();
         const float* map = args.layout.query_map;
         times<DIM, THREADS>(map ? map + static_cast<long long>(head) * DIM * DIM : nullptr, asked, framed);
@@ -32,12 +33,17 @@ struct Prepare {
     }
 
   private:
-    QAQ_INLINE void add(const PrepareArgs& args, const Sequence& one, int head, int sequence) {
+    QAQ_INLINE void add(const PrepareArgs& args, const Sequence& one, const Step& step, int head, int sequence) {
+        const Batch& batch = args.batch;
         for (int i = thread_index(); i < SIDES * DIM; i += THREADS) {
             const int side = i / DIM, dim = i % DIM;
-            const long long from = (static_cast<long long>(sequence) * args.batch.heads + head) * DIM + dim;
-            const long long to = head * one.exact_stride[side] + static_cast<long long>(one.new_place) * DIM + dim;
-            put_number(one.exact[side], to, args.batch.dtype, number(args.added[side], from, args.dtype));
+            const long long from = (static_cast<long long>(sequence) * batch.heads + head) * DIM + dim;
+            const long long to = head * one.exact_stride[side] + static_cast<long long>(step.new_place) * DIM + dim;
+            const float x = number(args.added[side], from, args.dtype);
+            put_number(one.exact[side], to, batch.dtype, x);
+            const long long kept =
+                (static_cast<long long>(batch.layer * SIDES + side) * batch.heads + head) * DIM + dim;
+            if (step.originals) put_number(step.originals, kept, args.dtype, x);
         }
     }
     // A warp's head through the rotation, and to a size that halves hold.

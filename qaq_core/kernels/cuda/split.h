@@ -26,7 +26,8 @@ struct Split {
     QAQ_INLINE void run(const SplitArgs& args) {
         if (thread_index() == 0) find(args);
         __syncthreads();
-        const Sequence& one = args.batch.sequences[blockIdx.z];
+        const Step& step = args.batch.steps[blockIdx.z];
+        const Sequence& one = step.layers[args.batch.layer];
         if (here.tokens <= 0) {
             if (thread_index() < QUAD) args.norms[here.out + thread_index()] = make_float2(-INFINITY, 0.f);
             return;
@@ -46,7 +47,7 @@ struct Split {
         score_halves<DIM, WARPS, STRIDE>(args.layout, order, here.runs, args.framed + here.mine * DIM,
                                          args.factors + here.mine * 2, scores);
         __syncthreads();
-        if (one.scores) watch(one, args.batch);
+        if (step.scores) watch(one, step, args.batch);
         if (here.begin > 0 || here.tokens < BLOCK) hide();
         if (thread_index() < QUAD) scores[thread_index() * STRIDE + BLOCK] = 0.f;  // the weight of NOBODY
         __syncthreads();
@@ -66,7 +67,8 @@ struct Split {
 
   private:
     QAQ_INLINE void find(const SplitArgs& args) {
-        const Sequence& one = args.batch.sequences[blockIdx.z];
+        const Step& step = args.batch.steps[blockIdx.z];
+        const Sequence& one = step.layers[args.batch.layer];
         here.head = blockIdx.y / args.batch.quads;
         here.quad = blockIdx.y % args.batch.quads;
         here.mine = (static_cast<long long>(blockIdx.z) * gridDim.y + blockIdx.y) * QUAD;
@@ -74,7 +76,7 @@ struct Split {
         here.runs = one.runs + (static_cast<long long>(here.head) * one.blocks + blockIdx.x) * 32;
         here.first = blockIdx.x * BLOCK;
         here.tokens = min(BLOCK, one.tokens - here.first);
-        here.begin = max(0, one.first - one.sinks - here.first);
+        here.begin = max(0, first_seen(args.batch, one, step) - step.sinks - here.first);
     }
     // Tokens that are not in the window, or not there.
     QAQ_INLINE void hide() {
@@ -82,11 +84,11 @@ struct Split {
             for (int t = thread_index(); t < BLOCK; t += 32 * WARPS)
                 if (t < here.begin || t >= here.tokens) scores[g * STRIDE + t] = -INFINITY;
     }
-    QAQ_INLINE void watch(const Sequence& one, const Batch& batch) {
-        const long long length = one.tokens + one.exact_tokens;
+    QAQ_INLINE void watch(const Sequence& one, const Step& step, const Batch& batch) {
+        const long long length = length_of(one, step);
         for (int g = 0; g < min(QUAD, batch.group - QUAD * here.quad); g++) {
             const long long row = here.head * batch.group + QUAD * here.quad + g;
-            float* to = one.scores + row * length + one.sinks + here.first;
+            float* to = step.scores + row * length + step.sinks + here.first;
             for (int t = thread_index(); t < here.tokens; t += 32 * WARPS) to[t] = scores[g * STRIDE + t];
         }
         __syncthreads();

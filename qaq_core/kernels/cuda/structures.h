@@ -17,23 +17,29 @@ struct Turn {
     const float* after;
 };
 
-// One layer of one sequence.
+// The packed tokens of one layer of one sequence, and where exact ones are: written when rows are packed or moved.
 struct Sequence {
     const uint8_t* tags;             // [heads, tokens]
     const uint8_t* meta[SIDES];      // [heads, tokens]
     const unsigned long long* runs;  // [heads, blocks, 2, 16] where the rows of a width begin
     void* exact[SIDES];              // [heads, places, dim]
-    float* scores;                   // [heads * group, length], or null where nobody wants a statistic
-    float* statistic;                // [heads, length]
     const float* key_mean;           // [heads, dim], or null
     const float* value_mean;
     Turn turns[SIDES];
     long long tag_stride, meta_stride[SIDES], exact_stride[SIDES];  // from head to head, in elements
-    int tokens, blocks, start;                  // packed tokens, their blocks, position of the first one
+    int tokens, blocks, start, unused;  // packed tokens, their blocks, position of the first
+};
+
+// A sequence in a decode step: what differs from step to step, and is the same in all layers.
+struct Step {
+    const Sequence* layers;
+    void* originals;   // [layers, 2, heads, dim] of the new token, in the type that it comes in, or null
+    float* scores;     // [heads * group, length], or null where nobody wants a statistic
+    float* statistic;  // [layers, heads, length]
+    float* log_sums;   // [layers, heads * group], or null
     int sinks, exact_tokens, ring, ring_first;  // the i-th recent one is at sinks + (ring_first + i) % ring
-    int first;                                  // positions before it are out of the sliding window
+    int new_place;                              // where the new token goes among the exact ones, or -1
     int reduction;                              // 1 the maximum, 2 the mean square
-    int new_place;                              // where the new token's key and value go among the exact ones, or -1
 };
 
 // What layers, sequences and heads share: tables of a codec, and a layer's matrices.
@@ -51,8 +57,9 @@ struct Layout {
 };
 
 struct Batch {
-    const Sequence* sequences;
-    int batch, heads, group, quads, splits, dtype;  // dtype of exact tokens, see `number`
+    const Step* steps;
+    int layer, batch, heads, group, quads, splits, dtype;  // dtype of exact tokens, see `number`
+    int window;                                            // positions that a query sees, 0 for all
     float scaling;
 };
 
@@ -131,8 +138,13 @@ QAQ_INLINE int row_bytes(int width) {
     return (width <= 8 ? width : 2 * width - 8) * (DIM / 16);
 }
 // Where the i-th exact token is.
-QAQ_INLINE int exact_place(const Sequence& one, int i) {
-    if (i < one.sinks || !one.ring) return i;
-    const int at = one.ring_first + i - one.sinks;
-    return one.sinks + (at >= one.ring ? at - one.ring : at);
+QAQ_INLINE int exact_place(const Step& step, int i) {
+    if (i < step.sinks || !step.ring) return i;
+    const int at = step.ring_first + i - step.sinks;
+    return step.sinks + (at >= step.ring ? at - step.ring : at);
+}
+QAQ_INLINE int length_of(const Sequence& one, const Step& step) { return one.tokens + step.exact_tokens; }
+// Positions before it are out of the sliding window.
+QAQ_INLINE int first_seen(const Batch& batch, const Sequence& one, const Step& step) {
+    return batch.window ? max(0, length_of(one, step) - batch.window) : 0;
 }

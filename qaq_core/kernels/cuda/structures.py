@@ -30,13 +30,19 @@ class Sequence(ctypes.Structure):
         ("meta", c_void_p * 2),
         ("runs", c_void_p),
         ("exact", c_void_p * 2),
-        *((name, c_void_p) for name in ("scores", "statistic", "key_mean", "value_mean")),
+        *((name, c_void_p) for name in ("key_mean", "value_mean")),
         ("turns", Turn * 2),
         ("tag_stride", c_longlong),
         ("meta_stride", c_longlong * 2),
         ("exact_stride", c_longlong * 2),
-        *((name, c_int) for name in ("tokens", "blocks", "start", "sinks", "exact_tokens", "ring", "ring_first")),
-        *((name, c_int) for name in ("first", "reduction", "new_place")),
+        *((name, c_int) for name in ("tokens", "blocks", "start", "unused")),
+    )
+
+
+class Step(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("layers", "originals", "scores", "statistic", "log_sums")),
+        *((name, c_int) for name in ("sinks", "exact_tokens", "ring", "ring_first", "new_place", "reduction")),
     )
 
 
@@ -51,8 +57,8 @@ class Layout(ctypes.Structure):
 
 class Batch(ctypes.Structure):
     _fields_ = (
-        ("sequences", c_void_p),
-        *((name, c_int) for name in ("batch", "heads", "group", "quads", "splits", "dtype")),
+        ("steps", c_void_p),
+        *((name, c_int) for name in ("layer", "batch", "heads", "group", "quads", "splits", "dtype", "window")),
         ("scaling", c_float),
     )
 

@@ -106,7 +106,7 @@ def test_exact_tokens(dtype: torch.dtype) -> None:
     for sinks, recent, packed in ((4, 1, 0), (0, 40, 50)):
         mine = subject("progressive", 64, packed, heads=1, layers=1, sinks=sinks, recent=recent, dtype=dtype)
         one = check(mine, 2, reductions=["max"])
-        assert ("split" in one._launcher.launched) == (packed > 0)  # type: ignore[attr-defined]
+        assert ("split" in one.launcher.launched) == (packed > 0)  # type: ignore[attr-defined]
 
 
 def test_a_batch_is_each_sequence_by_itself() -> None:
@@ -115,7 +115,7 @@ def test_a_batch_is_each_sequence_by_itself() -> None:
     query, seen = normal(3, len(layers), 6, 1, 64), [torch.full((2, one.length), torch.nan) for one in layers]
     one = attention(mine[0])
     out = one.batch(query, layers, 0.1, 60, [StepObserver("mean_square", into) for into in seen])
-    assert one._launcher.launched == ["prepare", "split", "merge", "observe"]  # type: ignore[attr-defined]
+    assert one.launcher.launched == ["prepare", "split", "merge", "observe"]  # type: ignore[attr-defined]
     for i, subject_of in enumerate(mine):
         p = subject_of.probabilities(query[i], 0, 0.1, 60)
         assert relative(out[i], subject_of.output(p, 0)) < EXACT
@@ -162,19 +162,19 @@ def test_rows_that_moved_are_tiled_again_where_they_were() -> None:
     assert packed is not None
     query = mine.query(1, 2)
     one(query, mine.tokens(1), 0.1)
-    rows = one.rows(packed, 1)
+    rows = one.describer.rows(packed, 1)
     before = rows.runs.data_ptr(), rows.runs.amax()
     index = torch.arange(0, packed.tags.numel(), 5)
     narrow = torch.ones(len(index), dtype=torch.uint8)
     packed.change(VALUE, index, narrow, torch.empty(0, dtype=torch.uint8), torch.zeros(len(index), dtype=torch.long))
     expected = make("reference", mine.quantizer.codec)(query, mine.tokens(1), 0.1)
     assert relative(one(query, mine.tokens(1), 0.1), expected.double()) < EXACT
-    assert one.rows(packed, 1).runs.data_ptr() == before[0]
+    assert one.describer.rows(packed, 1).runs.data_ptr() == before[0]
     held = sum(pool.layer(width, 1).numel() for side in packed.sides for pool in side.pools for width in pool.rows)
-    assert one.tiled_bytes >= held
+    assert one.describer.tiled_bytes >= held
     del mine, packed
-    one._rows.data.clear()
-    assert one.tiled_bytes == 0
+    one.describer._rows.data.clear()
+    assert one.describer.tiled_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -199,16 +199,18 @@ def test_new_tokens_go_round_a_ring(kind: torch.dtype) -> None:
     heads, dim, sinks, ring = 2, 64, 2, 5
     added = normal(1, 12, 2, heads, dim).to(kind)
     query = normal(2, 1, 2 * heads, dim).to(kind)
-    exact = torch.zeros(2, heads, sinks + ring, dim, dtype=torch.float16)
+    exact, originals = torch.zeros(2, heads, sinks + ring, dim, dtype=torch.float16), torch.zeros_like(added)
     held = torch.zeros(3, heads, 4 * dim), torch.zeros(heads, 8, 4, 32), torch.zeros(heads, 2, 4)
     out, totals, run = torch.zeros(1, 2 * heads, dim), torch.zeros(2 * heads, 2), Emulation()
     for token in range(len(added)):
-        one = structures.Sequence(sinks=sinks, ring=ring, exact_tokens=min(token + 1, sinks + ring))
-        one.ring_first = max(0, token + 1 - sinks - ring) % ring
-        one.new_place = token if token < sinks else sinks + (token - sinks) % ring
+        one = structures.Sequence()
+        step = structures.Step(ctypes.addressof(one), originals[token].data_ptr(), sinks=sinks, ring=ring)
+        step.exact_tokens = min(token + 1, sinks + ring)
+        step.ring_first = max(0, token + 1 - sinks - ring) % ring
+        step.new_place = token if token < sinks else sinks + (token - sinks) % ring
         for side in range(2):
             one.exact[side], one.exact_stride[side] = exact[side].data_ptr(), exact.stride(1)
-        batch = structures.Batch(ctypes.addressof(one), 1, heads, 2, 1, 0, 0, 0.1)
+        batch = structures.Batch(ctypes.addressof(step), 0, 1, heads, 2, 1, 0, 0, 0, 0.1)
         prepare = structures.PrepareArgs(batch, structures.Layout(), query.data_ptr())
         prepare.added[0], prepare.added[1] = (part.data_ptr() for part in added[token])
         prepare.dtype = structures.DTYPES[kind]
@@ -222,11 +224,12 @@ def test_new_tokens_go_round_a_ring(kind: torch.dtype) -> None:
         keys, values = added[kept].half().double().permute(1, 2, 0, 3).repeat_interleave(2, 1)
         p = (query[0].double().unsqueeze(1) @ keys.mT * 0.1).softmax(-1)
         assert relative(out[0], (p @ values).squeeze(1)) < EXACT
+    assert torch.equal(originals, added)
 
 
 def test_structures_are_those_of_the_sources() -> None:
     kinds: Sequence[Any] = (
-        *(structures.Sequence, structures.PrepareArgs, structures.SplitArgs),
+        *(structures.Sequence, structures.Step, structures.PrepareArgs, structures.SplitArgs),
         *(structures.MergeArgs, structures.ObserveArgs),
     )
     sizes = [emulation.library().qaq_sizes(i) for i in range(len(kinds))]
