@@ -1,4 +1,4 @@
-"""Decode steps with Triton's kernels on a pretended device, and what they ask of it.
+"""Decode steps with CUDA's or Triton's kernels on a pretended device, and what they ask of it.
 
 `python -m tests.launches` prints it for a model of the demo model's shape, whose numbers are random and whose
 calibration is none.
@@ -6,6 +6,8 @@ calibration is none.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +17,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qaq_core.attention import triton, triton_kernels
+from qaq_core.attention import CudaAttention, triton, triton_kernels
+from qaq_core.cache import backends
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.calibration import Calibration
+from qaq_core.kernels.cuda.emulation import Emulation
 from qaq_core.quantization import adaptation
 from tests.core.tiny_models import token_ids
 from tests.devices import Count, PretendedDevice, host_tensor
 
-KERNELS = ("packed_split", "merge", "observe")
+KERNELS = {"triton": ("packed_split", "merge", "observe"), "cuda": ("prepare", "split", "merge", "observe")}
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
 """Of SmolLM2-135M."""
 PROMPT = 196
@@ -33,7 +37,7 @@ PROMPT = 196
 
 @contextmanager
 def entered() -> Iterator[PretendedDevice]:
-    """A device with Triton's kernels, on which short sequences have a rotation of their own.
+    """A device with kernels, on which short sequences have a rotation of their own.
 
     Triton's interpreter takes one tile at a time.
     """
@@ -43,7 +47,27 @@ def entered() -> Iterator[PretendedDevice]:
         for name in ("SPLIT", "TILE"):
             patch.setattr(triton, name, 64)
         patch.setattr(triton, "missing", lambda place: None)
+        patch.setattr(backends, "cuda_launcher", lambda place: Emulated(device))
         yield device
+
+
+class Emulated(Emulation):
+    """A launcher of CUDA's kernels whose launches are counted.
+
+    Attributes:
+        run: see `Launched`.
+    """
+
+    def __init__(self, device: PretendedDevice) -> None:
+        super().__init__()
+        self._device, self.run = device, True
+
+    def launch(
+        self, kernel: str, head_dim: int, grid: tuple[int, int, int], threads: int, args: ctypes.Structure
+    ) -> None:
+        self._device.note("launches", kernel)
+        if self.run:
+            super().launch(kernel, head_dim, grid, threads, args)
 
 
 class Launched:
@@ -57,7 +81,7 @@ class Launched:
         self._device, self.run = device, True
 
     def __getattr__(self, name: str) -> Any:
-        return _Launcher(self, name) if name in KERNELS else getattr(triton_kernels, name)
+        return _Launcher(self, name) if name in KERNELS["triton"] else getattr(triton_kernels, name)
 
     def launch(self, name: str, grid: tuple[int, ...], args: Sequence[Any], settings: dict[str, Any]) -> None:
         self._device.note("launches", name)
@@ -80,17 +104,28 @@ class Decoding:
     Args:
         device: None for the CPU, with torch's kernels.
         tokens: of each prompt.
+        kernel: the device's, "cuda" or "triton".
     """
 
-    def __init__(self, model: Any, known: Calibration, device: PretendedDevice | None, batch: int, tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        known: Calibration,
+        device: PretendedDevice | None,
+        batch: int,
+        tokens: int,
+        kernel: str = "cuda",
+    ) -> None:
         self._device, self._model = device, model
         if device is not None:
             device.module(model)
-        kernel = "reference" if device is None else "triton"
+        kernel = "reference" if device is None else kernel
         method = make_method(model, calibration=known, target_bits=3.0, kernel=kernel)
-        if device is not None:
-            self.kernels = Launched(device)
-            method.attention._kernels = self.kernels  # type: ignore[attr-defined]
+        self._kernels: Emulated | Launched
+        if isinstance(method.attention, CudaAttention):
+            self._kernels = method.attention.launcher  # type: ignore[assignment]
+        elif device is not None:
+            self._kernels = method.attention._kernels = Launched(device)  # type: ignore[attr-defined]
         self._place = method.device
         self.sequences = [SequenceCache(method, wait=True) for _ in range(batch)]
         for seed, one in enumerate(self.sequences):
@@ -101,8 +136,10 @@ class Decoding:
         """Logits of a pass, where they were computed."""
         cache, start = QAQCache(sequences), sequences[0].length
         given: dict[str, Any] = {"use_cache": True, "past_key_values": cache, "qaq_cache": cache}
-        positions = torch.arange(start, start + ids.shape[1], device=self._place).expand(len(sequences), -1)
-        logits: torch.Tensor = self._model(input_ids=ids.to(self._place), position_ids=positions, **given).logits
+        places = torch.arange(start, start + ids.shape[1]).expand(len(sequences), -1)
+        cache.place(places)
+        both = torch.stack([ids, places]).to(self._place, non_blocking=True)
+        logits: torch.Tensor = self._model(input_ids=both[0], position_ids=both[1], **given).logits
         return logits
 
     def step(self, token: int) -> torch.Tensor:
@@ -112,7 +149,7 @@ class Decoding:
     def counts(self, steps: int) -> list[Count]:
         """Of steps whose kernels do not run, so that their logits mean nothing."""
         assert self._device is not None
-        self.kernels.run = False
+        self._kernels.run = False
         made = []
         for token in range(10, 10 + steps):
             with self._device.counted() as count:
@@ -141,11 +178,15 @@ def demo_shape() -> tuple[Any, Calibration]:
 
 
 def main() -> None:
-    with entered() as device:
-        decoding = Decoding(*demo_shape(), device, 1, PROMPT)
-        print(f"a prompt of {PROMPT} tokens: {device.count}")
-        for name, count in zip(("first, observed", "plain", "plain"), decoding.counts(3), strict=True):
-            print(f"a step ({name}): {count}")
+    for kernel, batch in (("cuda", 1), ("cuda", 4), ("triton", 1)):
+        print(f"{kernel}, sequences: {batch}")
+        with entered() as device:
+            decoding = Decoding(*demo_shape(), device, batch, PROMPT, kernel)
+            print(f"    prompts of {PROMPT} tokens: {device.count}")
+            for name, count in zip(("first, observed", "plain", "plain"), decoding.counts(3), strict=True):
+                print(f"    a step ({name}): {count}")
+                if "-v" in sys.argv and name == "plain":
+                    print(dict(count.launches), dict(count.places))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from qaq_core.attention.base import LayerInput
 from qaq_core.attention.cpu import CpuAttention
 from qaq_core.attention.fallback import supports_head_dim
+from qaq_core.cache.cuda_step import CudaStep, cuda_attention
 from qaq_core.cache.method import Method
 from qaq_core.cache.sequence import SequenceCache
 from qaq_core.kernels import LAYER, REDUCTIONS, SIDES, TYPES, DecodeStep, addresses, checked
@@ -30,7 +31,7 @@ class Step(Protocol):
         Layers are in order.
 
         Returns:
-            float32 [batch, query_heads, n, head_dim]; n is 1 in a decode step.
+            [batch, query_heads, n, head_dim] in float32, or in the model's dtype; n is 1 in a decode step.
         """
         ...
 
@@ -49,8 +50,11 @@ def _begin_alike(sequences: Sequence[SequenceCache]) -> Step:
     if not sequences[0].batched:
         return SequentialStep(sequences, [1])
     method = sequences[0].method
-    attention = native_attention(method, sequences)
-    return LayerwiseStep(method, sequences) if attention is None else NativeStep(attention, method, sequences)
+    if (native := native_attention(method, sequences)) is not None:
+        return NativeStep(native, method, sequences)
+    if (cuda := cuda_attention(method, sequences)) is not None:
+        return CudaStep(cuda, method, sequences)
+    return LayerwiseStep(method, sequences)
 
 
 def begin_draft(method: Method, sequence: SequenceCache, tokens: int) -> Step:

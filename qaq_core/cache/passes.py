@@ -39,10 +39,16 @@ class ForwardPasses:
         self._recording = self._prompt_next = False
         self._check_mask: MaskCheck | None = None
         self._layer = 0
+        self._places: torch.Tensor | None = None
 
     def announce(self, attention_mask: torch.Tensor | None) -> None:
         """The next forward pass has this 2-D mask, bool [batch, columns]; False is padding."""
         self._columns.announce(attention_mask)
+
+    def place(self, positions: torch.Tensor) -> None:
+        """The positions of the next forward pass, int64 [batch, n] on the host, where they are known there: then nobody
+        waits for those that the model is given on a device."""
+        self._places = positions
 
     def settle(self) -> None:
         """Accepts the drafts after `activate_past_recording` that were not cropped."""
@@ -133,6 +139,8 @@ class ForwardPasses:
             mask, sliding_window: the first layer's.
         """
         self.settle()
+        known, self._places = self._places, None
+        position_ids = position_ids if known is None else known
         if self.sequences and batch != len(self.sequences):
             raise ConfigError(
                 f"the cache holds {len(self.sequences)} sequences, the batch has {batch}; for another batch, call "

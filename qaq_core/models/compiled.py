@@ -134,7 +134,7 @@ def _attend(
         raise UnsupportedModelError("a layer attends more than once a step; it cannot be compiled")
     given = LayerInput(_place.layer, query, keys, values, scaling, sliding_window)
     out = cache.attend(given, _place.position_ids, _place.mask)
-    return out.contiguous()
+    return out.float().contiguous()
 
 
 def _attend_shape(

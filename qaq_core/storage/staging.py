@@ -7,6 +7,7 @@ has acknowledged it, so an original is only dropped when the store has it.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -17,6 +18,7 @@ from qaq_core.base.errors import OriginalsError
 from qaq_core.base.pages import Page, PageShape
 from qaq_core.base.rows import RowReply, RowRequest
 from qaq_core.quantization.quantizer import Quantizer
+from qaq_core.storage.arriving import Arriving
 from qaq_core.storage.host_pages import HostPages
 from qaq_core.storage.originals import Originals, requantize_from
 
@@ -35,10 +37,7 @@ class Staging:
         host_pages: keeps pages after the store has acknowledged them.
 
     Attributes:
-        names: ids of the complete pages, in order.
-        tokens: tokens appended so far.
         refused: pages that the store has refused for good.
-        stored: pages, from the first without a gap, that the store has acknowledged.
     """
 
     def __init__(
@@ -50,50 +49,95 @@ class Staging:
     ) -> None:
         self.shape, self.originals, self._page_name = shape, originals, page_name
         self.host_pages = host_pages
-        self.names: list[bytes] = []
-        self.tokens = self.refused = self.stored = 0
+        self._names: list[bytes] = []
+        self._tokens = self._stored = self.refused = 0
         self._growing: torch.Tensor | None = None
         self._staged: dict[bytes, Page] = {}
         self._under_way: dict[bytes, Future[None]] = {}
+        self._expected: tuple[Arriving, int] | None = None
+        self._arriving: deque[tuple[Arriving, int]] = deque()
+
+    @property
+    def names(self) -> list[bytes]:
+        """Ids of the complete pages, in order."""
+        self._arrive()
+        return self._names
+
+    @property
+    def tokens(self) -> int:
+        """Tokens appended so far."""
+        self._arrive()
+        return self._tokens
+
+    @property
+    def stored(self) -> int:
+        """Pages, from the first without a gap, that the store has acknowledged."""
+        self._arrive()
+        return self._stored
 
     @property
     def nbytes(self) -> int:
         """Host bytes of originals that are not acknowledged."""
+        self._arrive()
         growing = self.shape.nbytes if self._growing is not None else 0
         return growing + sum(page.shape.nbytes for page in self._staged.values())
 
     def resume(self, names: Sequence[bytes]) -> None:
         """Begins the sequence with pages that are stored already."""
-        self.names += names
-        self.tokens += len(names) * self.shape.tokens
-        self.stored = len(self.names)
+        self._names += names
+        self._tokens += len(names) * self.shape.tokens
+        self._stored = len(self._names)
+
+    def expect(self, arriving: Arriving, index: int) -> None:
+        """The tokens that are appended next are under way already: those at an index of what arrives."""
+        self._expected = arriving, index
 
     def append(self, originals: torch.Tensor) -> None:
-        """Copies the next tokens' originals [layers, 2, kv_heads, n, head_dim] in the model's dtype."""
-        originals = originals.cpu()
+        """Copies the next tokens' originals [layers, 2, kv_heads, n, head_dim] in the model's dtype.
+
+        Those that are under way already become part of a page when they are needed, or the next ones come.
+        """
+        self._arrive()
+        if self._expected is None:
+            self._take(originals.cpu())
+        else:
+            self._arriving.append(self._expected)
+            self._expected = None
+        self._collect()
+
+    def _arrive(self) -> None:
+        """Takes in what is under way."""
+        while self._arriving:
+            arriving, index = self._arriving.popleft()
+            self._take(arriving.here()[index])
+
+    def _take(self, originals: torch.Tensor) -> None:
         done = 0
         while done < originals.shape[3]:
-            slot = self.tokens % self.shape.tokens
+            slot = self._tokens % self.shape.tokens
             count = min(self.shape.tokens - slot, originals.shape[3] - done)
             if self._growing is None:
                 self._growing = torch.empty(self.shape.dims, dtype=self.shape.torch_dtype)
             self._growing[:, :, :, slot : slot + count] = originals[:, :, :, done : done + count]
-            self.tokens += count
+            self._tokens += count
             done += count
             if slot + count == self.shape.tokens:
                 self._complete()
-        self.collect()
 
     def _complete(self) -> None:
         assert self._growing is not None
-        page = Page(self._page_name(len(self.names)), self.shape, self._growing)
-        self.names.append(page.id)
+        page = Page(self._page_name(len(self._names)), self.shape, self._growing)
+        self._names.append(page.id)
         self._growing = None
         self._staged[page.id] = page
         self._under_way[page.id] = self.originals.put([page])
 
     def collect(self) -> None:
         """Drops acknowledged pages. The store retries by itself: a page that it refuses for good stays here."""
+        self._arrive()
+        self._collect()
+
+    def _collect(self) -> None:
         for name, future in list(self._under_way.items()):
             if not future.done():
                 continue
@@ -105,8 +149,8 @@ class Staging:
                 page = self._staged.pop(name)
                 if self.host_pages is not None:
                     self.host_pages.add(page)
-        while self.stored < len(self.names) and self.names[self.stored] not in self._staged:
-            self.stored += 1
+        while self._stored < len(self._names) and self._names[self._stored] not in self._staged:
+            self._stored += 1
 
     def page_ids(self, position: np.ndarray) -> dict[int, bytes]:
         """Page number -> id of the pages that hold some positions, int [n], for a `RowRequest`."""
@@ -183,6 +227,7 @@ class Staging:
         Raises:
             OriginalsError: that page cannot be read; then nothing has changed.
         """
+        self._arrive()
         complete, rest = divmod(tokens, self.shape.tokens)
         if complete < len(self.names):
             head = self.read(tokens - rest, tokens)
@@ -193,22 +238,22 @@ class Staging:
             self._drop_pages(complete)
         elif not rest:
             self._growing = None
-        self.tokens = tokens
+        self._tokens = tokens
 
     def _drop_pages(self, kept: int) -> None:
         """Releases the complete pages behind the first `kept`. Those under way still reach the store."""
-        gone = self.names[kept:]
-        del self.names[kept:]
+        gone = self._names[kept:]
+        del self._names[kept:]
         self.originals.forget(gone)
         for name in gone:
             self._staged.pop(name, None)
             self._under_way.pop(name, None)
-        self.stored = min(self.stored, kept)
+        self._stored = min(self._stored, kept)
 
     def fork(self, page_name: Callable[[int], bytes]) -> Staging:
         """Staging of a sequence that begins with the same tokens and shares the complete pages."""
         other = Staging(self.shape, self.originals, page_name, self.host_pages)
-        other.names, other.tokens, other.stored = list(self.names), self.tokens, self.stored
+        other._names, other._tokens, other._stored = list(self.names), self._tokens, self._stored
         other._growing = None if self._growing is None else self._growing.clone()
         other._staged, other._under_way = dict(self._staged), dict(self._under_way)
         self.originals.hold(self.names)

@@ -38,8 +38,10 @@ class ForwardPass:
         """
         starts = [session.sequence.length for session in sessions]
         places = [list(range(at, at + len(chunk))) for at, chunk in zip(starts, chunks, strict=True)]
-        ids, positions = (torch.tensor(part, device=self._device) for part in (chunks, places))
+        given = torch.tensor([list(chunks), places], pin_memory=self._device.type == "cuda")
+        ids, positions = given.to(self._device, non_blocking=True)
         cache = QAQCache([session.sequence for session in sessions])
+        cache.place(given[1])
         # Who hooks the model's forward passes is to see them all.
         hooked = self._model._forward_pre_hooks or self._model._forward_hooks
         if decodes and self.decoder is not None and not hooked:
