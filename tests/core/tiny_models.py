@@ -67,6 +67,11 @@ KINDS: dict[str, Any] = {
     ),
 }
 
+ALIKE: dict[str, Any] = {
+    "llama-64": lambda: LlamaForCausalLM(LlamaConfig(**_COMMON, num_key_value_heads=2, head_dim=64)),
+}
+"""Of a kind that is among KINDS, with heads that CUDA kernels take."""
+
 SLIDING = ("mistral-sliding", "gemma3")
 
 
@@ -74,7 +79,7 @@ def tiny(kind: str) -> Any:
     """A fresh model; the same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = KINDS[kind]().eval()
+        model = (KINDS | ALIKE)[kind]().eval()
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # zero at first: make the QKV bias matter
                 torch.nn.init.normal_(parameter, std=0.5)

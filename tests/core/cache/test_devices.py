@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 
+from qaq_core.attention import CudaAttention
+from qaq_core.attention.fallback import PROMPT as PROMPT_OF_REFERENCE
 from qaq_core.base.pages import KEY
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
+from qaq_core.kernels.cuda.emulation import Emulation
 from qaq_core.quantization import adaptation
 from qaq_core.storage import packed as packed_module
 from qaq_core.storage.host_pages import HostPages
@@ -19,7 +23,7 @@ from qaq_core.storage.originals import InProcessOriginals
 from tests.core.tiny_models import first_layers, token_ids
 from tests.devices import DEVICE, OnDevice, PretendedDevice
 
-KIND, PROMPT = "llama-gqa", 70
+KINDS, PROMPT = {"reference": "llama-gqa", "cuda": "llama-64"}, 70
 PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"target_bits": 2.5},
     "in time": {"preset": "balanced", "exceptions": "in-time", "target_bits": 1.5},
@@ -39,18 +43,23 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 class Run:
     """A tiny model of two layers and sequences of one method, on the CPU or on a device.
 
+    Args:
+        kernel: of attention, "cuda" is emulated; all else is torch's.
     Attributes:
         shown: logits of all passes, on the CPU.
     """
 
-    def __init__(self, name: str, device: PretendedDevice | None = None) -> None:
-        self.model, known = first_layers(KIND, 2)
+    def __init__(self, name: str, device: PretendedDevice | None = None, kernel: str = "reference") -> None:
+        self.model, known = first_layers(KINDS[kernel], 2)
         if device is not None:
             device.module(self.model)
         settings = {"preset": name, **PRESETS[name], "kernel": "reference"}
         if settings["preset"] != "fp16":
             settings["calibration"] = known
         self.method: Method = make_method(self.model, page_tokens=16, **settings)
+        if kernel == "cuda":
+            attention = CudaAttention(self.method.quantizer.codec, self.method.device, Emulation())
+            object.__setattr__(self.method, "attention", attention)
         self.store, self.shown = InProcessOriginals(), list[torch.Tensor]()
 
     def sequence(self, **given: Any) -> SequenceCache:
@@ -110,17 +119,28 @@ def whole_life(run: Run) -> list[Any]:
     return [*stats, *held, *bits]
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_path_makes_the_bits_of_a_cpu(name: str) -> None:
-    at_home = Run(name)
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [*((name, "reference") for name in PRESETS), *((name, "cuda") for name in ("balanced", "in time", "fp16"))],
+)
+def test_every_path_makes_the_bits_of_a_cpu(name: str, kernel: str) -> None:
+    if kernel == "cuda" and shutil.which("g++") is None:
+        pytest.skip("there is no g++ to compile the kernels for a CPU")
+    at_home = Run(name, kernel=kernel)
     expected = whole_life(at_home)
-    with PretendedDevice() as device:
-        away = Run(name, device)
+    with PretendedDevice(addresses=kernel == "cuda") as device:
+        away = Run(name, device, kernel)
         assert away.method.device == DEVICE
         got = whole_life(away)
     assert all(map(torch.equal, away.shown, at_home.shown))
     for mine, other in zip(got, expected, strict=True):
         assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+    if kernel == "cuda":
+        for run in (at_home, away):
+            attention = run.method.attention
+            assert isinstance(attention, CudaAttention)
+            assert set(attention.fallbacks) == {PROMPT_OF_REFERENCE}
+            assert "split" in attention.launcher.launched  # type: ignore[attr-defined]
     stats = expected[0]
     if name in ("balanced", "paper"):
         assert min(stats.exceptions, stats.rows_requantized, stats.rows_narrowed) > 0
