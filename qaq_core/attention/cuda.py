@@ -13,13 +13,14 @@ import torch
 
 from qaq_core.allocation.attention_statistics import Observer, StepObserver
 from qaq_core.attention.cuda_sequences import SEQUENCE, STEP, Describer, staged
-from qaq_core.attention.cuda_step import Launcher, StepKernels
+from qaq_core.attention.cuda_step import StepKernels
 from qaq_core.attention.cuda_tables import refused_codec, refused_layout
 from qaq_core.attention.fallback import KernelWithFallback
 from qaq_core.attention.reference import LayerTokens, ReferenceAttention
 from qaq_core.base.errors import ConfigError
 from qaq_core.kernels.cuda import emulation
 from qaq_core.kernels.cuda.driver import DriverLauncher, missing_kernels
+from qaq_core.kernels.cuda.launcher import Launcher
 from qaq_core.kernels.cuda.structures import DTYPES, HEAD_DIMS, MOST_GROUP, REDUCTIONS
 from qaq_core.quantization.codecs import Codec
 
@@ -58,7 +59,7 @@ class CudaAttention(KernelWithFallback):
         super().__init__(ReferenceAttention(codec, device), "CUDA")
         self._codec, self._device, self.launcher = codec, device, launcher
         self._refused = refused_codec(codec)
-        self.describer = Describer(codec, device, launcher.block)
+        self.describer = Describer(codec, device)
 
     @property
     def name(self) -> str:
@@ -67,6 +68,8 @@ class CudaAttention(KernelWithFallback):
     def unsupported(self, query: torch.Tensor, tokens: LayerTokens, observer: Observer | None) -> str | None:
         """See `KernelWithFallback`."""
         reason = super().unsupported(query, tokens, observer)
+        if reason is None and tokens.packed is not None and not tokens.packed.tiled:
+            reason = "rows that are not in tiles"
         return reason or self.refused(query.shape[-1], query.shape[-3] // tokens.keys.shape[0])
 
     def refused(self, head_dim: int, group: int) -> str | None:

@@ -11,7 +11,6 @@ import weakref
 import numpy as np
 import torch
 
-from qaq_core.attention.cuda_rows import TiledRows
 from qaq_core.attention.cuda_tables import Tables, near_angles
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.kernels import addresses
@@ -64,24 +63,14 @@ class Resident:
 
 
 class Describer:
-    """Describes packed tokens of one codec to kernels. What it makes for tokens lives as long as they do.
+    """Describes packed tokens of one codec to kernels. What it makes for tokens lives as long as they do."""
 
-    Args:
-        block: packed tokens of a block of the kernels.
-    """
-
-    def __init__(self, codec: Codec, device: torch.device, block: int) -> None:
-        self._codec, self._device, self._block = codec, device, block
+    def __init__(self, codec: Codec, device: torch.device) -> None:
+        self._codec, self._device = codec, device
         self._tables: dict[int, Tables] = {}
         self._layouts: dict[tuple[int, int], _Layouts] = {}
-        self._rows: weakref.WeakKeyDictionary[PackedTokens, dict[int, TiledRows]] = weakref.WeakKeyDictionary()
         self._factors: weakref.WeakKeyDictionary[Rotation, torch.Tensor] = weakref.WeakKeyDictionary()
         self._residents: weakref.WeakKeyDictionary[PackedTokens, Resident] = weakref.WeakKeyDictionary()
-
-    @property
-    def tiled_bytes(self) -> int:
-        """Allocated bytes of tiled copies, of all sequences."""
-        return sum(rows.nbytes for layers in self._rows.values() for rows in layers.values())
 
     def resident(self, packed: PackedTokens, exact: torch.Tensor) -> Resident:
         """A sequence's, up to date; see `Resident.update`."""
@@ -99,8 +88,7 @@ class Describer:
         which = slice(layers.start, layers.stop)
         records["tokens"], records["start"] = len(packed), packed.start
         records["tags"], records["tag_stride"] = addresses(packed.tags)[which], packed.tags.stride(1)
-        rows = [self.rows(packed, layer) for layer in layers]
-        records["runs"], records["blocks"] = [one.runs.data_ptr() for one in rows], rows[0].runs.shape[1]
+        records["runs"], records["blocks"] = addresses(packed.runs)[which], packed.runs.shape[2]
         for side in (KEY, VALUE):
             meta = packed.sides[side].meta
             records["meta"][:, side] = addresses(meta.expand(packed.layers, -1, -1, -1))[which]
@@ -126,13 +114,6 @@ class Describer:
             known = self._layouts[key] = _Layouts(self._tables_of(packed), linear, packed.layers)
         known.reach(packed.stop)
         return known.layers
-
-    def rows(self, packed: PackedTokens, layer: int) -> TiledRows:
-        """A layer's tiled rows, up to date."""
-        layers = self._rows.setdefault(packed, {})
-        mine = layers.setdefault(layer, TiledRows(self._block, self._device))
-        mine.update(packed, layer)
-        return mine
 
     def factors(self, rotation: Rotation) -> torch.Tensor:
         """2 / |v|² of all reflections, float32 [layers, kv_heads, dim - 1]; 0 of a vector of zeros."""

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-from typing import Protocol
-
 import torch
 
 from qaq_core.kernels.cuda import structures
+from qaq_core.kernels.cuda.launcher import Launcher
 from qaq_core.kernels.cuda.structures import DTYPES, QUAD
 
 THREADS = 128
 OBSERVED = 256
 """Positions of a block of `observe`."""
-
-
-class Launcher(Protocol):
-    """Runs kernels.
-
-    Attributes:
-        block: packed tokens of a block. threads: of a block of `split`.
-    """
-
-    name: str
-    block: int
-    threads: int
-
-    def launch(
-        self, kernel: str, head_dim: int, grid: tuple[int, int, int], threads: int, args: ctypes.Structure
-    ) -> None: ...
 
 
 class StepKernels:

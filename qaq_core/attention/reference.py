@@ -188,10 +188,10 @@ class ReferenceAttention:
         rows, levels = self._scratch[:, :size].view(2, -1, packed.head_dim)
         which = width_index(packed.tags[layer, :, first:last], side).reshape(-1)
         pool, table = packed.sides[side].pools[block], self._table(packed, side)
-        done = len(which) - sum(len(pool.layer(width, layer)) for width in pool.rows)
+        rows_of = pool.of_layer(packed.tags[layer, :, first:last], side, layer)
+        done = len(which) - sum(len(held) for held in rows_of.values())
         levels[:done] = 0.0  # width 0
-        for width in pool.rows:
-            held = pool.layer(width, layer)
+        for width, held in rows_of.items():
             span = levels[done : done + len(held)]
             if width == HALF:
                 span.copy_(unpack_half(held))

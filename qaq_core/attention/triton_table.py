@@ -11,6 +11,7 @@ from qaq_core.attention.reference import LayerTokens
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import WIDTHS
 from qaq_core.storage.packed import PackedTokens
+from qaq_core.storage.pool import Pool
 
 NIBBLE = 16
 """Values that a tag's nibble may have."""
@@ -122,6 +123,7 @@ class Table:
         made = torch.zeros(packed.heads, packed.blocks, 2, NIBBLE, dtype=torch.int64)
         for side in (KEY, VALUE):
             for block, pool in enumerate(packed.sides[side].pools):
+                assert isinstance(pool, Pool)
                 bases = [pool.rows[width].data_ptr() if width in pool.rows else 0 for width in WIDTHS]
                 begin = pool.first[layer].long() * sizes
                 made[:, block, side, : len(WIDTHS)] = torch.tensor(bases) + begin

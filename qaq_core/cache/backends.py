@@ -27,8 +27,10 @@ from qaq_core.kernels import (
     missing_library,
     native_library,
 )
+from qaq_core.kernels.cuda.weave import CudaWeaver
+from qaq_core.models import ModelShape
 from qaq_core.quantization import Codec
-from qaq_core.storage import Repacker, TorchRepacker
+from qaq_core.storage import Repacker, TorchRepacker, Weaver
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +59,17 @@ def make_attention(codec: Codec, device: torch.device, kernel: str | None = None
     return chosen
 
 
-def make_repacker(device: torch.device, kernel: str | None = None) -> Repacker:
-    """The repacker of a device; see `native_library` for `kernel`."""
+def make_repacker(
+    device: torch.device, kernel: str | None = None, attention: Attention | None = None, heads: ModelShape | None = None
+) -> Repacker | Weaver:
+    """The repacker of a device; see `native_library` for `kernel`.
+
+    Where CUDA kernels attend to the heads of a model, rows are held as they read them, in tiles.
+    """
+    if isinstance(attention, CudaAttention) and heads is not None:
+        refused = attention.refused(heads.head_dim, heads.query_heads // heads.kv_heads)
+        if refused is None:
+            return CudaWeaver(attention.launcher)
     native = native_library(device, kernel)
     return TorchRepacker() if native is None else NativeRepacker(native)
 

@@ -23,13 +23,12 @@ from qaq_core.storage.arriving import Arriving
 
 def cuda_attention(method: Method, sequences: Sequence[SequenceCache]) -> CudaAttention | None:
     """The method's attention if CUDA kernels can do all of the sequences' decode steps."""
-    attention, shape = method.attention, method.shape
+    attention = method.attention
     if not isinstance(attention, CudaAttention) or method.dtype not in DTYPES:
         return None
-    if attention.refused(shape.head_dim, shape.query_heads // shape.kv_heads) is not None:
-        return None
-    plain = all(not s.prefilling and all(side.outliers is None for side in s.packed.sides) for s in sequences)
-    return attention if plain else None
+    plain = all(one.packed.tiled and not one.prefilling for one in sequences)
+    outliers = any(side.outliers is not None for one in sequences for side in one.packed.sides)
+    return attention if plain and not outliers else None
 
 
 class CudaStep:

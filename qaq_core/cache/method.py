@@ -19,7 +19,7 @@ from qaq_core.cache.in_time import InTime, InTimeLimits
 from qaq_core.kernels import make_encoder
 from qaq_core.models import ModelShape
 from qaq_core.quantization import Adaptation, Outliers, Quantizer, split_outliers
-from qaq_core.storage import Repacker
+from qaq_core.storage import Repacker, Weaver
 
 PACK_TOKENS = 8
 """Tokens leave the residual window in groups of this size, and this many always stay."""
@@ -60,17 +60,18 @@ class Method:
     in_time: InTimeLimits | None = None
     attention: Attention = field(init=False)
     allocator: Allocator = field(init=False)
-    repacker: Repacker = field(init=False)
+    repacker: Repacker | Weaver = field(init=False)
     _step_errors: StepErrors | None = field(init=False, default=None)
     _single_rows: ReferenceAttention | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         codec, device, kernel = self.quantizer.codec, self.device, self.kernel
+        attention = backends.make_attention(codec, device, kernel)
         made = {
             "quantizer": self.quantizer.using(make_encoder(kernel)),
-            "attention": backends.make_attention(codec, device, kernel),
+            "attention": attention,
             "allocator": backends.make_allocator(self.policy, codec, self.statistic, device, kernel),
-            "repacker": backends.make_repacker(device, kernel),
+            "repacker": backends.make_repacker(device, kernel, attention, self.shape),
         }
         if self.in_time is not None:
             if not isinstance(self.policy, BalancedPolicy):

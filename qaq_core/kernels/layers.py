@@ -19,6 +19,7 @@ from qaq_core.quantization.codecs import Codec
 from qaq_core.quantization.transforms import LinearTransform
 from qaq_core.storage import packed as packed_rows
 from qaq_core.storage.packed import PackedTokens
+from qaq_core.storage.pool import Pool as RowPool
 
 REDUCTIONS = {"max": 1, "mean_square": 2}
 _AHEAD = 64
@@ -116,6 +117,7 @@ class Describer:
         bases = np.zeros((len(mine.pools), len(WIDTHS)), np.uintp)
         rows = np.zeros((packed.layers, len(mine.pools)), _POOL)
         for block, pool in enumerate(mine.pools):
+            assert isinstance(pool, RowPool)
             for width, held in pool.rows.items():
                 bases[block, WIDTHS.index(width)] = held.data_ptr()
             rows["first"][:, block] = addresses(pool.first)

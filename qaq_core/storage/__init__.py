@@ -15,6 +15,7 @@ from qaq_core.storage.pool import Pool
 from qaq_core.storage.repack import Moves, Repacker, TorchRepacker
 from qaq_core.storage.residual import ResidualWindow
 from qaq_core.storage.staging import Staging
+from qaq_core.storage.tiled_pool import TiledPool, Weaver
 
 __all__ = [
     "HeldValues",
@@ -27,7 +28,9 @@ __all__ = [
     "Repacker",
     "ResidualWindow",
     "Staging",
+    "TiledPool",
     "TorchRepacker",
+    "Weaver",
     "check_held_values",
     "eight_bit_codes",
     "eight_bit_values",

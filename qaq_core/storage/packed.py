@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, VALUE
 from qaq_core.base.widths import HALF, WIDTHS
 from qaq_core.quantization.bit_planes import retagged, tags_of, unpack_half, width_index, widths_of
@@ -19,6 +20,7 @@ from qaq_core.quantization.outliers import Outliers
 from qaq_core.quantization.quantizer import Quantizer
 from qaq_core.storage.pool import Pool
 from qaq_core.storage.repack import Moves, Repacker, TorchRepacker
+from qaq_core.storage.tiled_pool import TiledPool, Weaver
 
 BLOCK_TOKENS = 2048
 
@@ -29,7 +31,7 @@ class Side:
 
     meta: torch.Tensor
     outliers: Outliers | None
-    pools: list[Pool]
+    pools: list[Pool | TiledPool]
 
 
 class PackedTokens:
@@ -38,7 +40,7 @@ class PackedTokens:
     Args:
         shape: (layers, kv_heads, head_dim).
         start: position of the first token that will be packed.
-        repacker: moves the rows of a pool to their places; in torch if not given.
+        repacker: moves the rows of a pool to their places; in torch if not given. With a `Weaver` pools are in tiles.
 
     Attributes:
         tags: uint8 [layers, kv_heads, tokens], see `bit_planes`.
@@ -51,7 +53,7 @@ class PackedTokens:
         shape: tuple[int, int, int],
         start: int,
         device: torch.device,
-        repacker: Repacker | None = None,
+        repacker: Repacker | Weaver | None = None,
     ) -> None:
         self._repacker = repacker or TorchRepacker()
         self.quantizer, self.start, self.device = quantizer, start, device
@@ -59,6 +61,7 @@ class PackedTokens:
         self.tags = torch.empty(self.layers, self.heads, 0, dtype=torch.uint8, device=device)
         self.sides: list[Side] = []
         self.version = 0
+        self._runs: tuple[int, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return self.tags.shape[2]
@@ -72,6 +75,22 @@ class PackedTokens:
     def blocks(self) -> int:
         return -(-len(self) // BLOCK_TOKENS)
 
+    @property
+    def tiled(self) -> bool:
+        """Whether rows are in tiles."""
+        return isinstance(self._repacker, Weaver)
+
+    @property
+    def runs(self) -> torch.Tensor:
+        """int64 [layers, kv_heads, blocks, 2, 16], addresses of the runs of rows in tiles, for keys and values.
+
+        Blocks are those of the weaver. There must be tokens. It stays where it is until rows change.
+        """
+        if self._runs is None or self._runs[0] != self.version:
+            parts = [[pool.addresses for pool in side.pools if isinstance(pool, TiledPool)] for side in self.sides]
+            self._runs = self.version, torch.stack([torch.cat(addresses, 2) for addresses in parts], 3)
+        return self._runs[1]
+
     def block_range(self, block: int) -> tuple[int, int]:
         """First token of a block and the token after its last, counted from `start`."""
         return block * BLOCK_TOKENS, min(len(self), (block + 1) * BLOCK_TOKENS)
@@ -83,6 +102,7 @@ class PackedTokens:
         for side in self.sides:
             total += side.meta.untyped_storage().nbytes() + sum(pool.nbytes for pool in side.pools)
             total += side.outliers.nbytes if side.outliers else 0
+        total += self._runs[1].nbytes if self._runs is not None else 0
         return total + self.quantizer.own_bytes
 
     @property
@@ -123,7 +143,7 @@ class PackedTokens:
     def copy(self) -> PackedTokens:
         """A copy that shares no memory with this."""
         other = copy.copy(self)
-        other.tags = self.tags.clone()
+        other.tags, other._runs = self.tags.clone(), None
         other.sides = [
             replace(
                 side,
@@ -171,7 +191,7 @@ class PackedTokens:
                 begin = block * BLOCK_TOKENS
                 first, last = max(held, begin), min(held + added, begin + BLOCK_TOKENS)
                 if block == len(mine.pools):
-                    mine.pools.append(Pool(self._repacker, self.head_dim // 16))
+                    mine.pools.append(self._new_pool())
                 part = slice(first - held, last - held)
                 encoded = self._encode(
                     side, rows[side][:, :, part], metas[side][:, :, part], widths[side][:, :, part], first - begin
@@ -182,6 +202,13 @@ class PackedTokens:
                 mine.outliers = mine.outliers.cat(outliers[side])
         self.tags = tags
         self.version += 1
+
+    def _new_pool(self) -> Pool | TiledPool:
+        if not isinstance(self._repacker, Weaver):
+            return Pool(self._repacker, self.head_dim // 16)
+        if BLOCK_TOKENS % self._repacker.block:
+            raise ConfigError(f"pools of {BLOCK_TOKENS} tokens cannot be tiled in blocks of {self._repacker.block}")
+        return TiledPool(self._repacker, self.head_dim // 16)
 
     def _encode(self, side: int, rows: torch.Tensor, meta: torch.Tensor, widths: torch.Tensor, first: int) -> Moves:
         """Quantizes rows [layers, kv_heads, n, head_dim] to their widths; they follow `first` tokens of a block."""
@@ -244,7 +271,7 @@ class PackedTokens:
         falling = [had != has for had, has in zip(held, left, strict=True)]
         after = tags_of(*left)
         for side, mine in enumerate(self.sides):
-            if any(HALF in pool.rows for pool in mine.pools):  # bit planes are not a prefix of half precision
+            if any(pool.holds(HALF) for pool in mine.pools):  # bit planes are not a prefix of half precision
                 index = torch.nonzero(falling[side].view(-1)).squeeze(1)
                 nothing = torch.empty(0, dtype=torch.uint8, device=self.device)
                 self.change(side, index, left[side].view(-1)[index], nothing, torch.zeros_like(index))
@@ -270,7 +297,7 @@ class PackedTokens:
         self.tags = self.tags[:, :, :tokens].clone()
         self.version += 1
 
-    def _from_halves(self, pool: Pool, tags: torch.Tensor, side: int, moves: Moves) -> Moves:
+    def _from_halves(self, pool: Pool | TiledPool, tags: torch.Tensor, side: int, moves: Moves) -> Moves:
         """The same moves, with all bytes of the rows that become codes from half precision, which has no bit planes."""
         halves = torch.nonzero((moves.have == HALF) & (moves.keep > 0)).squeeze(1)
         if not len(halves):

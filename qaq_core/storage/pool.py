@@ -42,6 +42,18 @@ class Pool:
         other.first = self.first.clone()
         return other
 
+    def holds(self, width: int) -> bool:
+        """Whether there are rows of a width."""
+        return width in self.rows
+
+    def of_layer(self, tags: torch.Tensor, side: int, layer: int) -> Rows:
+        """The rows of a layer by width, ordered by (head, token).
+
+        Args:
+            tags: the block's, of that layer: [kv_heads, tokens].
+        """
+        return {width: self.layer(width, layer) for width in self.rows}
+
     def layer(self, width: int, layer: int) -> torch.Tensor:
         """Rows of that width in one layer, ordered by (head, token)."""
         starts = self._starts[WIDTHS.index(width)]
@@ -86,10 +98,7 @@ class Pool:
             tags: the block's, of that layer: [kv_heads, tokens].
             head, token: int64 [n].
         """
-        which = width_index(tags, side)[head]  # [n, tokens]
-        own = which.gather(1, token.unsqueeze(1))
-        before = torch.arange(tags.shape[1], device=tags.device) < token.unsqueeze(1)
-        rank = ((which == own) & before).sum(1)
+        own, rank = ranks(tags, side, head, token)
         for index in own.unique().tolist():
             if WIDTHS[index]:
                 mine = torch.nonzero(own[:, 0] == index).squeeze(1)
@@ -100,3 +109,15 @@ class Pool:
         """Rows at flat indices [n] that all have that width: uint8 [n, bytes]."""
         rank = (width_index(tags, side).reshape(-1) == WIDTHS.index(width)).cumsum(0) - 1
         return self.rows[width][rank[index]]
+
+
+def ranks(tags: torch.Tensor, side: int, head: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The width's index uint8 [n, 1] of single rows, and their ranks int64 [n] among those of their head and width.
+
+    Args:
+        tags: of a layer, [kv_heads, tokens]. head, token: int64 [n].
+    """
+    which = width_index(tags, side)[head]  # [n, tokens]
+    own = which.gather(1, token.unsqueeze(1))
+    before = torch.arange(tags.shape[1], device=tags.device) < token.unsqueeze(1)
+    return own, ((which == own) & before).sum(1)

@@ -24,6 +24,7 @@ from qaq_core.quantization.transforms import IdentityTransform, LinearTransform
 from qaq_core.quantization.transforms.rotation import Rotation
 from qaq_core.storage import packed as packed_tokens
 from qaq_core.storage.packed import PackedTokens
+from qaq_core.storage.tiled_pool import Weaver
 from tests.core.rows import decoded, normal, rotated
 
 CPU = torch.device("cpu")
@@ -117,6 +118,7 @@ class Subject:
         outliers: share of numbers kept beside the codes; grouped codecs only.
         dtype: of exact tokens.
         mean: a sequence's own, about this, and axes of its own; the quantizer's means if not given.
+        weaver: what holds rows in tiles, if anything does.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Subject:
         outliers: float = 0.0,
         chunk: int = 43,
         mean: float | None = None,
+        weaver: Weaver | None = None,
     ) -> None:
         self.heads, self.layers, self.dim, self.sinks = heads, layers, dim, sinks
         self.length = sinks + packed + recent
@@ -143,7 +146,7 @@ class Subject:
             self.quantizer = rotated(self.quantizer, dim, mean)
         exact = normal(1, 2, layers, heads, sinks + recent + 5, dim).to(dtype)
         self.exact = exact[:, :, :, : sinks + recent]  # a view of a larger buffer, as a sequence's is
-        self.packed = PackedTokens(self.quantizer, (layers, heads, dim), sinks, CPU) if packed else None
+        self.packed = PackedTokens(self.quantizer, (layers, heads, dim), sinks, CPU, weaver) if packed else None
         self.whole = torch.zeros(2, layers, heads, self.length, dim, dtype=torch.float64)
         self.whole[:, :, :, :sinks] = self.exact[:, :, :, :sinks]
         self.whole[:, :, :, sinks + packed :] = self.exact[:, :, :, sinks:]

@@ -18,6 +18,8 @@ from qaq_core.base.errors import KernelError
 from qaq_core.kernels.cuda.build import ARCHITECTURES, SOURCES, cubin_name
 
 LIBRARY = "libcuda.so.1"
+ALIKE = ("observe", "weave")
+"""Kernels that are the same for every head_dim."""
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
@@ -60,7 +62,7 @@ def load_driver(path: str = LIBRARY) -> Any:
 
 
 class DriverLauncher:
-    """Launches kernels on a GPU; see `Launcher` of `qaq_core.attention.cuda`.
+    """Launches kernels on a GPU; see `Launcher`.
 
     Args:
         capability: the device's compute capability.
@@ -108,7 +110,7 @@ class DriverLauncher:
 
     def _function(self, kernel: str, head_dim: int) -> c_void_p:
         if (kernel, head_dim) not in self._functions:
-            name = "qaq_observe" if kernel == "observe" else f"qaq_{kernel}_{head_dim}"
+            name = f"qaq_{kernel}" if kernel in ALIKE else f"qaq_{kernel}_{head_dim}"
             found = c_void_p()
             self._call("cuModuleGetFunction", byref(found), self._module(head_dim), name.encode())
             self._functions[kernel, head_dim] = found

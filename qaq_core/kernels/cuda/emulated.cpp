@@ -4,6 +4,7 @@
 #include "observe.h"
 #include "prepare.h"
 #include "split.h"
+#include "weave.h"
 
 namespace {
 
@@ -45,6 +46,10 @@ int run_of(const char* name, const void* args, dim3 grid, int threads, int block
 extern "C" int qaq_emulate(const char* name, int dim, const void* args, int x, int y, int z, int threads, int block) {
     const dim3 grid = {x, y, z};
     if (!strcmp(name, "observe")) return run<Observe>(*static_cast<const ObserveArgs*>(args), grid, threads), 0;
+    if (!strcmp(name, "weave")) {
+        const auto& given = *static_cast<const WeaveArgs*>(args);
+        return block == 128 ? run<Weave<128>>(given, grid, threads) : run<Weave<1024>>(given, grid, threads), 0;
+    }
     if (dim == 64) return run_of<64>(name, args, grid, threads, block);
     if (dim == 96) return run_of<96>(name, args, grid, threads, block);
     if (dim == 128) return run_of<128>(name, args, grid, threads, block);
@@ -53,7 +58,7 @@ extern "C" int qaq_emulate(const char* name, int dim, const void* args, int x, i
 }
 
 extern "C" int qaq_sizes(int which) {
-    const int sizes[] = {sizeof(Sequence),  sizeof(Step),      sizeof(PrepareArgs),
-                         sizeof(SplitArgs), sizeof(MergeArgs), sizeof(ObserveArgs)};
+    const int sizes[] = {sizeof(Sequence),  sizeof(Step),        sizeof(PrepareArgs), sizeof(SplitArgs),
+                         sizeof(MergeArgs), sizeof(ObserveArgs), sizeof(WeaveArgs)};
     return sizes[which];
 }

@@ -1,8 +1,10 @@
-// The kernels that a GPU is given, for each head_dim: qaq_prepare_64, qaq_split_64, qaq_merge_64, …, and qaq_observe.
+// The kernels that a GPU is given, for each head_dim: qaq_prepare_64, qaq_split_64, qaq_merge_64, …, and
+// qaq_observe and qaq_weave.
 #include "merge.h"
 #include "observe.h"
 #include "prepare.h"
 #include "split.h"
+#include "weave.h"
 
 constexpr int BLOCK = 1024, WARPS = 4;
 
@@ -32,4 +34,8 @@ QAQ_KERNELS(256)
 #endif
 extern "C" __global__ void __launch_bounds__(256) qaq_observe(const __grid_constant__ ObserveArgs args) {
     observe(args);
+}
+extern "C" __global__ void __launch_bounds__(128) qaq_weave(const __grid_constant__ WeaveArgs args) {
+    __shared__ Weave<BLOCK> shared;
+    shared.run(args);
 }

@@ -94,3 +94,13 @@ class MergeArgs(ctypes.Structure):
 
 class ObserveArgs(ctypes.Structure):
     _fields_ = (("batch", Batch), ("totals", c_void_p))
+
+
+class WeaveArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("before", "after", "origin", "from_places", "to", "to_places")),
+        *((name, c_void_p) for name in ("keep", "offsets", "planes")),
+        *((name, c_longlong) for name in ("before_stride", "after_stride")),
+        *((name, c_int) for name in ("before_tokens", "after_tokens", "before_blocks", "after_blocks")),
+        *((name, c_int) for name in ("side", "unit", "tiled")),
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from qaq_core.base.pages import VALUE
 from qaq_core.base.widths import HALF, WIDTHS
 from qaq_core.kernels.cuda import emulation, structures
 from qaq_core.kernels.cuda.emulation import Emulation
+from qaq_core.kernels.cuda.weave import CudaWeaver
 from qaq_core.storage import packed as packed_module
-from tests.core.conformance import CPU, EXACT, Subject, make, relative, subject
+from tests.core import conformance
+from tests.core.conformance import CPU, EXACT, Subject, make, relative
 from tests.core.rows import normal
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile them for a CPU")
@@ -28,8 +31,18 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of pools that are not those of the kernels."""
-    monkeypatch.setattr(packed_module, "BLOCK_TOKENS", 176)
+    """Pools of two blocks of the kernels."""
+    monkeypatch.setattr(packed_module, "BLOCK_TOKENS", 256)
+
+
+@cache
+def weaver(block: int) -> CudaWeaver:
+    return CudaWeaver(Emulation(block))
+
+
+def subject(name: str, dim: int, packed: int, block: int = 128, **given: Any) -> Subject:
+    """With rows in tiles of blocks of that many tokens."""
+    return conformance.subject(name, dim, packed, weaver=weaver(block), **given)
 
 
 def attention(mine: Subject, block: int = 128) -> CudaAttention:
@@ -71,8 +84,9 @@ def test_every_length(packed: int) -> None:
     check(subject("progressive", 64, packed, heads=1, layers=1, widths=(0, 1, 4, 6)), 2, reductions=["max"])
 
 
-def test_blocks_as_on_a_gpu() -> None:
-    mine = subject("progressive", 64, 1100, heads=1, layers=1, widths=(0, 1, 2, 3, 4, 6, 8, 12))
+def test_blocks_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "BLOCK_TOKENS", 2048)
+    mine = subject("progressive", 64, 1100, 1024, heads=1, layers=1, widths=(0, 1, 2, 3, 4, 6, 8, 12))
     check(mine, 4, attention(mine, 1024), reductions=["mean_square"])
 
 
@@ -156,25 +170,25 @@ def test_nan_is_not_hidden() -> None:
     assert seen.isnan().all(1).tolist() == [True, False]
 
 
-def test_rows_that_moved_are_tiled_again_where_they_were() -> None:
-    mine = Subject("progressive", 64, 200, layers=2, widths=(2, 4, 8))
+def test_rows_that_moved_are_attended_to_where_they_are() -> None:
+    mine = Subject("progressive", 64, 200, layers=2, widths=(2, 4, 8), weaver=weaver(128))
     one, packed = attention(mine), mine.packed
     assert packed is not None
     query = mine.query(1, 2)
     one(query, mine.tokens(1), 0.1)
-    rows = one.describer.rows(packed, 1)
-    before = rows.runs.data_ptr(), rows.runs.amax()
     index = torch.arange(0, packed.tags.numel(), 5)
     narrow = torch.ones(len(index), dtype=torch.uint8)
     packed.change(VALUE, index, narrow, torch.empty(0, dtype=torch.uint8), torch.zeros(len(index), dtype=torch.long))
     expected = make("reference", mine.quantizer.codec)(query, mine.tokens(1), 0.1)
     assert relative(one(query, mine.tokens(1), 0.1), expected.double()) < EXACT
-    assert one.describer.rows(packed, 1).runs.data_ptr() == before[0]
-    held = sum(pool.layer(width, 1).numel() for side in packed.sides for pool in side.pools for width in pool.rows)
-    assert one.describer.tiled_bytes >= held
-    del mine, packed
-    one.describer._rows.data.clear()
-    assert one.describer.tiled_bytes == 0
+    assert not one.fallbacks
+
+
+def test_rows_by_width_go_to_the_reference() -> None:
+    mine = conformance.subject("progressive", 64, 50, layers=1)
+    one = attention(mine)
+    one(mine.query(0, 2), mine.tokens(0), 0.1)
+    assert one.fallbacks == {"rows that are not in tiles": 1}
 
 
 @pytest.mark.parametrize(
@@ -230,7 +244,7 @@ def test_new_tokens_go_round_a_ring(kind: torch.dtype) -> None:
 def test_structures_are_those_of_the_sources() -> None:
     kinds: Sequence[Any] = (
         *(structures.Sequence, structures.Step, structures.PrepareArgs, structures.SplitArgs),
-        *(structures.MergeArgs, structures.ObserveArgs),
+        *(structures.MergeArgs, structures.ObserveArgs, structures.WeaveArgs),
     )
     sizes = [emulation.library().qaq_sizes(i) for i in range(len(kinds))]
     assert sizes == [ctypes.sizeof(kind) for kind in kinds]

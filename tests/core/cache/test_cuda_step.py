@@ -15,8 +15,8 @@ from qaq_core.cache.decode_step import LayerwiseStep, begin_decode
 from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
-from qaq_core.kernels.cuda.emulation import Emulation
 from qaq_core.storage.staging import Staging
+from tests.core.emulated import emulate
 from tests.core.tiny_models import first_layers, token_ids
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile them for a CPU")
@@ -29,8 +29,7 @@ def made(kernel: str, kind: str = KIND, dtype: torch.dtype = torch.float32, **se
     model = model.to(dtype)
     method = make_method(model, calibration=known, page_tokens=4, kernel="reference", **settings)
     if kernel == "cuda":
-        attention = CudaAttention(method.quantizer.codec, method.device, Emulation())
-        object.__setattr__(method, "attention", attention)
+        emulate(method)
     return model, method
 
 

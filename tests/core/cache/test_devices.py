@@ -15,11 +15,11 @@ from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.method import Method
 from qaq_core.cache.presets import make_method
 from qaq_core.cache.sequence import SequenceCache
-from qaq_core.kernels.cuda.emulation import Emulation
 from qaq_core.quantization import adaptation
 from qaq_core.storage import packed as packed_module
 from qaq_core.storage.host_pages import HostPages
 from qaq_core.storage.originals import InProcessOriginals
+from tests.core.emulated import emulate
 from tests.core.tiny_models import first_layers, token_ids
 from tests.devices import DEVICE, OnDevice, PretendedDevice
 
@@ -58,8 +58,7 @@ class Run:
             settings["calibration"] = known
         self.method: Method = make_method(self.model, page_tokens=16, **settings)
         if kernel == "cuda":
-            attention = CudaAttention(self.method.quantizer.codec, self.method.device, Emulation())
-            object.__setattr__(self.method, "attention", attention)
+            emulate(self.method)
         self.store, self.shown = InProcessOriginals(), list[torch.Tensor]()
 
     def sequence(self, **given: Any) -> SequenceCache:
@@ -123,9 +122,11 @@ def whole_life(run: Run) -> list[Any]:
     ("name", "kernel"),
     [*((name, "reference") for name in PRESETS), *((name, "cuda") for name in ("balanced", "in time", "fp16"))],
 )
-def test_every_path_makes_the_bits_of_a_cpu(name: str, kernel: str) -> None:
+def test_every_path_makes_the_bits_of_a_cpu(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel == "cuda" and shutil.which("g++") is None:
         pytest.skip("there is no g++ to compile the kernels for a CPU")
+    if kernel == "cuda":
+        monkeypatch.setattr(packed_module, "BLOCK_TOKENS", 128)
     at_home = Run(name, kernel=kernel)
     expected = whole_life(at_home)
     with PretendedDevice(addresses=kernel == "cuda") as device:

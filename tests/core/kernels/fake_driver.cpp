@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "structures.h"
+#include "weave.h"
 
 struct Call {
     std::string name;
@@ -24,10 +25,11 @@ int cuModuleLoadData(void** module, const void* image) {
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     bool known = false;
-    for (const char* kernel : {"qaq_prepare", "qaq_split", "qaq_merge", "qaq_observe"})
+    for (const char* kernel : {"qaq_prepare", "qaq_split", "qaq_merge", "qaq_observe", "qaq_weave"})
         known |= !strncmp(name, kernel, strlen(kernel));
     if (!module || !known) return 500;
-    if (strstr(name, modules[reinterpret_cast<size_t>(module) - 1].c_str()) == nullptr && strcmp(name, "qaq_observe"))
+    if (strstr(name, modules[reinterpret_cast<size_t>(module) - 1].c_str()) == nullptr && strcmp(name, "qaq_observe") &&
+        strcmp(name, "qaq_weave"))
         return 500;
     functions.emplace_back(name);
     *function = reinterpret_cast<void*>(functions.size());
@@ -40,6 +42,7 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     const size_t size = name.find("prepare") != name.npos ? sizeof(PrepareArgs)
                         : name.find("split") != name.npos ? sizeof(SplitArgs)
                         : name.find("merge") != name.npos ? sizeof(MergeArgs)
+                        : name.find("weave") != name.npos ? sizeof(WeaveArgs)
                                                           : sizeof(ObserveArgs);
     const char* from = static_cast<const char*>(params[0]);
     calls.push_back({name, {gx, gy, gz}, {bx, by, bz}, shared, stream, {from, from + size}});

@@ -16,6 +16,8 @@ from qaq_core.base.errors import KernelError
 from qaq_core.kernels.cuda import structures
 from qaq_core.kernels.cuda.build import HEAD_DIMS, SOURCES, cubin_name
 from qaq_core.kernels.cuda.driver import DriverLauncher, architecture_for, load_driver, missing_kernels
+from qaq_core.kernels.cuda.emulation import Emulation
+from qaq_core.kernels.cuda.weave import CudaWeaver
 from tests.core.conformance import CPU, subject
 
 KINDS = {"prepare": structures.PrepareArgs, "split": structures.SplitArgs, "merge": structures.MergeArgs}
@@ -50,7 +52,8 @@ def recorded(path: Path) -> Any:
 
 
 def test_a_step_is_launched_with_what_its_kernels_are_declared_to_take(fake: Path, cubins: Path) -> None:
-    mine, library = subject("progressive", 64, 61, heads=2, layers=1), recorded(fake)
+    weaver = CudaWeaver(Emulation())
+    mine, library = subject("progressive", 64, 61, heads=2, layers=1, weaver=weaver), recorded(fake)
     launcher = DriverLauncher(CPU, (8, 0), lambda: 77, str(fake), cubins)
     before = library.fake_calls()
     CudaAttention(mine.quantizer.codec, CPU, launcher)(mine.query(0, 5), mine.tokens(0), 0.1)
