@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from qaq_core.attention import triton_missing
+from qaq_core.attention import CudaAttention, ReferenceAttention, triton_missing
 from qaq_core.attention.cuda_tables import refused_codec
 from qaq_core.base.errors import ConfigError
 from qaq_core.cache import backends
 from qaq_core.kernels import choice
 from qaq_core.kernels import library as native
+from qaq_core.kernels.cuda.emulation import Emulation
+from qaq_core.models import ModelShape
 from qaq_core.quantization.codecs import GaussianCodec, UniformCodec
+from qaq_core.storage import Weaver
 
 CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
 CODEC = GaussianCodec()
@@ -109,6 +112,14 @@ def test_cuda_kernels_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatc
 def test_cuda_kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAQ_EMULATE", "1")
     assert backends.make_attention(CODEC, CPU, "cuda").name == "cuda (emulated)"
+
+
+@pytest.mark.parametrize(("head_dim", "tiled"), [(64, True), (32, False)])
+def test_rows_are_in_tiles_where_cuda_kernels_read_them(head_dim: int, tiled: bool) -> None:
+    attention = CudaAttention(CODEC, CPU, Emulation())
+    shape = ModelShape(2, 4, 2, head_dim, torch.zeros(1, head_dim // 2), (0, 0))
+    assert isinstance(backends.make_repacker(CPU, "reference", attention, shape), Weaver) == tiled
+    assert not isinstance(backends.make_repacker(CPU, "reference", ReferenceAttention(CODEC, CPU), shape), Weaver)
 
 
 def test_auto_takes_cuda_kernels_where_they_are_compiled_for_the_device(
