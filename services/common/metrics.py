@@ -90,6 +90,7 @@ prompt_tokens = Counter(
 prefix_failures = Counter("qaq_prefix_failures_total", "Stored prefixes that could not be loaded completely")
 
 # Worker: prompt lookup.
+shadow_tokens = Counter("qaq_shadow_tokens_total", "Tokens computed in full precision beside a session that is watched")
 drafted_tokens = Counter("qaq_drafted_tokens_total", "Tokens that prompt lookup drafted")
 accepted_tokens = Counter("qaq_accepted_tokens_total", "Drafted tokens that were the tokens sampled")
 

@@ -14,6 +14,8 @@ MAX_FLOOR = 1e6
 MIN_BITS, MAX_BITS = 0.25, 16.0
 MIN_BUDGET = 1 << 20
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.25, 60.0
+SHADOW_INTERVAL_S = 10.0
+"""Between two looks at a session that is compared with full precision, at most: after it nobody looks any more."""
 
 Precision = inspect_pb2.SetPrecisionRequest | inspect_pb2.SetFloorRequest
 
@@ -30,16 +32,19 @@ def options(given: inspect_pb2.ViewOptions) -> tuple[int, int]:
     return given.tokens or TOKENS, given.columns or COLUMNS
 
 
-def interval(seconds: float) -> float:
+def interval(seconds: float, *, shadow: bool = False) -> float:
     """Seconds between two reports.
 
+    Args:
+        shadow: the session is compared with full precision.
     Raises:
         InvalidArgument: they are out of range.
     """
     if seconds == 0:
         return MIN_INTERVAL_S
-    if not MIN_INTERVAL_S <= seconds <= MAX_INTERVAL_S:
-        raise InvalidArgument(f"interval_s is {seconds:g}; send {MIN_INTERVAL_S:g} to {MAX_INTERVAL_S:g}")
+    most = SHADOW_INTERVAL_S if shadow else MAX_INTERVAL_S
+    if not MIN_INTERVAL_S <= seconds <= most:
+        raise InvalidArgument(f"interval_s is {seconds:g}; send {MIN_INTERVAL_S:g} to {most:g}")
     return seconds
 
 

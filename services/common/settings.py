@@ -198,6 +198,7 @@ class WorkerSettings(PageSettings):
         prefix_timeout_s: seconds that loading a prefix may take; what is missing then is computed.
         orphan_s: seconds that a generation whose router is lost keeps its place and its cache and waits for its client
             to rejoin; 0 ends it at once.
+        shadow_tokens: the longest session that is compared with full precision while somebody looks; 0 compares none.
     """
 
     port: int = Field(default=0, ge=0, le=65535)
@@ -227,6 +228,7 @@ class WorkerSettings(PageSettings):
     prefix_recompute_tokens: int = Field(default=128, ge=1)
     prefix_timeout_s: float = Field(default=10.0, gt=0)
     orphan_s: float = Field(default=10.0, ge=0)
+    shadow_tokens: int = Field(default=4096, ge=0)
 
 
 class OriginalsSettings(PageSettings):

@@ -29,12 +29,20 @@ MAX_EXCEPTIONS = 256
 Tokens = Annotated[int, Query(ge=1, le=MAX_TOKENS)]
 Columns = Annotated[int, Query(ge=1, le=MAX_COLUMNS)]
 Rate = Annotated[float, Query(ge=1 / MAX_INTERVAL_S, le=1 / MIN_INTERVAL_S, description="Events a second, at most.")]
+Compare = Annotated[bool, Query(description="Compare with full precision, for as long as it is asked for.")]
 
 _PHASES = {
     inspect_pb2.CacheView.PHASE_IDLE: "idle",
     inspect_pb2.CacheView.PHASE_PREFILL: "prefill",
     inspect_pb2.CacheView.PHASE_DECODE: "decode",
     inspect_pb2.CacheView.PHASE_PREEMPTED: "preempted",
+}
+
+_STATES = {
+    inspect_pb2.Shadow.STATE_CATCHING_UP: "catching_up",
+    inspect_pb2.Shadow.STATE_COMPARING: "comparing",
+    inspect_pb2.Shadow.STATE_BUSY: "busy",
+    inspect_pb2.Shadow.STATE_TOO_LONG: "too_long",
 }
 
 
@@ -61,18 +69,24 @@ def routes(routers: Routers) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     @router.get("/v1/sessions/{session_id}/cache")
-    async def cache(session_id: str, request: Request, tokens: Tokens = 1024, columns: Columns = 64) -> Json:
-        asked = inspect_pb2.InspectCacheRequest(session_id=session_id, options=_options(tokens, columns))
+    async def cache(
+        session_id: str, request: Request, tokens: Tokens = 1024, columns: Columns = 64, shadow: Compare = False
+    ) -> Json:
+        asked = inspect_pb2.InspectCacheRequest(session_id=session_id, options=_options(tokens, columns, shadow))
         async with routers.inspector() as stub:
             return Told().json(await stub.InspectCache(asked, timeout=SHORT_DEADLINE_S, metadata=caller(request)))
 
     @router.get("/v1/sessions/{session_id}/cache/events", response_model=None)
     async def watch(
-        session_id: str, request: Request, tokens: Tokens = 1024, columns: Columns = 64, rate: Rate = 4
+        session_id: str,
+        request: Request,
+        tokens: Tokens = 1024,
+        columns: Columns = 64,
+        rate: Rate = 4,
+        shadow: Compare = False,
     ) -> Response:
-        asked = inspect_pb2.WatchCacheRequest(
-            session_id=session_id, options=_options(tokens, columns), interval_s=1 / rate
-        )
+        options = _options(tokens, columns, shadow)
+        asked = inspect_pb2.WatchCacheRequest(session_id=session_id, options=options, interval_s=1 / rate)
         metadata, told = caller(request), Told()
 
         async def reports() -> AsyncGenerator[Json, None]:
@@ -176,6 +190,7 @@ class Told:
                 "bits": round(view.price.bits, 3),
                 "own_bits": round(view.price.own_bits, 3),
             },
+            "shadow": _shadow(view.shadow) if view.HasField("shadow") else None,
         }
 
     def _since(self, view: inspect_pb2.CacheView, worker: str) -> Json:
@@ -211,8 +226,26 @@ class Told:
         return told
 
 
-def _options(tokens: int, columns: int) -> inspect_pb2.ViewOptions:
-    return inspect_pb2.ViewOptions(tokens=tokens, columns=columns)
+def _options(tokens: int, columns: int, shadow: bool) -> inspect_pb2.ViewOptions:
+    return inspect_pb2.ViewOptions(tokens=tokens, columns=columns, shadow=shadow)
+
+
+def _shadow(shadow: inspect_pb2.Shadow) -> Json:
+    return {
+        "state": _STATES.get(shadow.state, "failed"),
+        "cached": shadow.cached,
+        "kv_bytes": shadow.kv_bytes,
+        "compared": shadow.compared,
+        "missed": shadow.missed,
+        "kl_mean": shadow.kl_mean,
+        "kl_recent": shadow.kl_recent,
+        "kl_max": shadow.kl_max,
+        "same_top": shadow.same_top,
+        "same_top_recent": shadow.same_top_recent,
+        "positions": list(shadow.positions),
+        "kl": [float(f"{value:.3g}") for value in shadow.kl],
+        "same": list(shadow.same),
+    }
 
 
 def _counts(stats: common_pb2.CacheStats) -> dict[str, int]:

@@ -75,7 +75,7 @@ class InspectorService(inspect_pb2_grpc.InspectorServicer):
         caller = await self._caller(context)
         validation.session_id(request.session_id)
         precision.options(request.options)
-        interval_s = precision.interval(request.interval_s)
+        interval_s = precision.interval(request.interval_s, shadow=request.options.shadow)
         seen, last, told, ends = Seen(), b"", 0.0, time.monotonic() + LONGEST_S
         with self._watching(caller.tenant):
             while (now := time.monotonic()) < ends:

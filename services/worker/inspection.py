@@ -18,6 +18,7 @@ from services.worker.generation import Generation
 from services.worker.scheduler.scheduler import Scheduler
 from services.worker.session import Session
 from services.worker.session_cache import Name, session_name
+from services.worker.shadows import Shadows
 from services.worker.text import tokenizer_backend
 from services.worker.vocabulary import Vocabulary
 
@@ -30,10 +31,15 @@ _View = inspect_pb2.CacheView
 
 
 class Inspector:
-    """Looks at sessions and sets their λ between two steps of the scheduler. Used by the event loop."""
+    """Looks at sessions and sets their λ between two steps of the scheduler. Used by the event loop.
 
-    def __init__(self, scheduler: Scheduler, loaded: LoadedModel) -> None:
+    Args:
+        shadow_tokens: the longest session that is compared with full precision.
+    """
+
+    def __init__(self, scheduler: Scheduler, loaded: LoadedModel, shadow_tokens: int = 0) -> None:
         self._scheduler = scheduler
+        self._shadows = Shadows(scheduler, loaded, self._tokens_come, shadow_tokens)
         self._vocabulary = Vocabulary(tokenizer_backend(loaded.tokenizer))
         self._configured = scheduler.budget
         self._turn, self._waiting = asyncio.Lock(), 0
@@ -48,6 +54,8 @@ class Inspector:
             ResourceExhausted: too many wait.
         """
         options = precision.options(request.options)
+        if request.options.shadow:
+            self._shadows.ask((request.tenant, request.session_id))
         if self._waiting >= MAX_WAITING:
             raise ResourceExhausted(
                 "too many views wait for this worker; ask less often", retry_after_ms=RETRY_AFTER_MS
@@ -89,7 +97,8 @@ class Inspector:
     def _look(self, request: inspect_pb2.InspectRequest, tokens: int, columns: int) -> tuple[_View, float]:
         """A view, and the seconds of processor time that it took: on a busy machine others' time does not count."""
         began = time.thread_time()
-        session, phase = self._find((request.tenant, request.session_id))
+        name = (request.tenant, request.session_id)
+        session, phase = self._find(name)
         sequence = session.sequence
         if phase == _View.PHASE_IDLE:
             sequence.recover()
@@ -100,6 +109,8 @@ class Inspector:
         caches = [*self._scheduler.batch.sessions, *self._scheduler.sessions.idle]
         view.worker_kv_bytes = sum(each.sequence.nbytes for each in caches)
         view.worker_budget_bytes = self._scheduler.budget or 0
+        if request.options.shadow:
+            view.shadow.CopyFrom(self._shadows.view(name, session))
         if request.known_text >= 0:
             view.text_first = max(min(request.known_text, view.total), view.total - tokens)
             view.text.extend(self._text(session.tokens[view.text_first :]))
@@ -129,6 +140,15 @@ class Inspector:
         if idle is None:
             raise NotFound("this worker has no cache of the session")
         return idle, _View.PHASE_IDLE
+
+    def _tokens_come(self, name: Name) -> tuple[Session, bool]:
+        """A session, and whether it is about to get more tokens.
+
+        Raises:
+            NotFound
+        """
+        session, phase = self._find(name)
+        return session, phase != _View.PHASE_IDLE
 
     def _prices(self, session: Session) -> inspect_pb2.Price:
         sequence = session.sequence

@@ -90,9 +90,8 @@ class WorkerServer:
                 ping_s=PING_S,  # a session waits for the generation of a router that hangs
             )
             info = model_info(loaded)
-            service = WorkerService(
-                scheduler, Inspector(scheduler, loaded), info, settings.max_sequences, settings.orphan_s, self.drain
-            )
+            inspector = Inspector(scheduler, loaded, settings.shadow_tokens)
+            service = WorkerService(scheduler, inspector, info, settings.max_sequences, settings.orphan_s, self.drain)
             server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, service)
             address = await server.start()
             stack.push_async_callback(server.stop)

@@ -13,6 +13,7 @@ from qaq_core import Method, Originals, PageShape, SequenceCache, page_id
 from qaq_core.storage import HostPages
 from services.common.secret import derive_key
 from services.worker.prefix import PrefixLoad
+from services.worker.shadow import Shadow
 from services.worker.traced import TracedOriginals
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Session:
         reported: pages whose ids the router knows, see `new_pages`.
         counted: counts of this cache that are in the metrics already, by name.
         floor: the least λ that somebody has set for this session alone.
+        shadow: a full-precision cache of the same tokens, while somebody compares the two.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Session:
         self._originals, self._fingerprint, self._salt, self._wait = originals, fingerprint, salt, wait
         self._host_pages = host_pages
         self.floor = 0.0
+        self.shadow: Shadow | None = None
         self._prefill_left = 0
         self._held_pages: list[bytes] = []
         self._resting: list[bytes] = []
@@ -160,6 +163,8 @@ class Session:
         """Continues with a log that `continues_in` accepted."""
         cached = self.sequence.length
         self.tokens[cached:] = log[cached:]
+        if self.shadow is not None:
+            self.shadow.cut(cached)
         self.loaded = self.reported = 0
 
     def load(self, page_ids: Sequence[bytes], recompute: int, timeout_s: float) -> None:
@@ -210,7 +215,7 @@ class Session:
     def fork(self) -> Session:
         """A session with the same log and a copy of the cache. The session must not be in prefill."""
         other = copy.copy(self)
-        other.tokens, other._resting = list(self.tokens), []
+        other.tokens, other._resting, other.shadow = list(self.tokens), [], None
         other.names = other._names()
         other.sequence = self.sequence.fork(other.names)
         other.counted = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,12 @@ class Page:
         return float(self.run("parseFloat(document.getElementById('held').style.width)"))
 
     @property
+    def distance(self) -> float:
+        """Nats between the cache and full precision over the last tokens; 0 before any is compared."""
+        found = re.search(r"KL divergence (\S+) nats", self.text("shadow-text"))
+        return float(found[1]) if found else 0.0
+
+    @property
     def colours(self) -> int:
         """Colours of the map."""
         pixels = "const m = document.getElementById('heat'); const d = m.getContext('2d').getImageData(0, 0, m.width, "
@@ -108,12 +115,15 @@ def walk(page: Page, url: str) -> None:
     page.browser.get(f"{url}/")
     page.until(lambda: "context" in page.text("model"), "the model's name")
     assert not page.find("bits").is_enabled()
+    page.find("shadow").click()
     page.find("example").click()
     page.find("prompt").send_keys(Keys.ENTER)
     page.until(lambda: page.find("stop").is_displayed(), "the answer to begin")
     page.until(lambda: {"b1", "b2", "b3", "exact"} & {*page.kinds} and page.find("bits").is_enabled(), "tinted tokens")
     seen = len(page.kinds)
     page.until(lambda: len(page.kinds) > seen, "more tokens")
+    page.until(lambda: "over the last 32 tokens" in page.text("shadow-text"), "a comparison with full precision")
+    near = page.distance
     page.find("stop").click()
     page.until(lambda: not page.find("stop").is_displayed() and page.text("state") == "at rest", "the end")
     assert page.colours > 3
@@ -127,8 +137,15 @@ def walk(page: Page, url: str) -> None:
     squeezed = page.kinds
     assert len(squeezed) == len(before)
     assert squeezed != before
+    # The next answer is further from full precision.
+    page.find("prompt").send_keys("Tell it again." + Keys.ENTER)
+    page.until(lambda: page.distance > 2 * near, "a larger distance from full precision")
+    page.find("stop").click()
+    page.until(lambda: not page.find("stop").is_displayed() and page.text("state") == "at rest", "the end")
+    held = page.gauge
     page.find("bits").send_keys(Keys.END)
-    page.until(lambda: page.gauge > 0.97 * held, "the bits to come back")
+    page.until(lambda: page.gauge > 1.1 * held, "the bits to come back")
+    page.until(lambda: "coming back" not in page.text("price"), "all bits")
     page.until(lambda: page.browser.find_elements("css selector", "#exceptions .answered"), "exceptions")
     assert "vectors asked for more bits" in page.text("totals")
 

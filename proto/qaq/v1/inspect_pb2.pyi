@@ -9,12 +9,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ViewOptions(_message.Message):
-    __slots__ = ("tokens", "columns")
+    __slots__ = ("tokens", "columns", "shadow")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
     tokens: int
     columns: int
-    def __init__(self, tokens: _Optional[int] = ..., columns: _Optional[int] = ...) -> None: ...
+    shadow: bool
+    def __init__(self, tokens: _Optional[int] = ..., columns: _Optional[int] = ..., shadow: _Optional[bool] = ...) -> None: ...
 
 class InspectCacheRequest(_message.Message):
     __slots__ = ("session_id", "options")
@@ -35,7 +37,7 @@ class WatchCacheRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., options: _Optional[_Union[ViewOptions, _Mapping]] = ..., interval_s: _Optional[float] = ...) -> None: ...
 
 class CacheView(_message.Message):
-    __slots__ = ("phase", "cached", "total", "exact_before", "exact_from", "first", "key_bits", "value_bits", "attention", "asked", "answered", "layers", "columns", "key_grid", "value_grid", "text_first", "text", "stats", "price", "worker_kv_bytes", "worker_budget_bytes")
+    __slots__ = ("phase", "cached", "total", "exact_before", "exact_from", "first", "key_bits", "value_bits", "attention", "asked", "answered", "layers", "columns", "key_grid", "value_grid", "text_first", "text", "stats", "price", "worker_kv_bytes", "worker_budget_bytes", "shadow")
     class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PHASE_IDLE: _ClassVar[CacheView.Phase]
@@ -67,6 +69,7 @@ class CacheView(_message.Message):
     PRICE_FIELD_NUMBER: _ClassVar[int]
     WORKER_KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     WORKER_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
     phase: CacheView.Phase
     cached: int
     total: int
@@ -88,7 +91,50 @@ class CacheView(_message.Message):
     price: Price
     worker_kv_bytes: int
     worker_budget_bytes: int
-    def __init__(self, phase: _Optional[_Union[CacheView.Phase, str]] = ..., cached: _Optional[int] = ..., total: _Optional[int] = ..., exact_before: _Optional[int] = ..., exact_from: _Optional[int] = ..., first: _Optional[int] = ..., key_bits: _Optional[_Iterable[float]] = ..., value_bits: _Optional[_Iterable[float]] = ..., attention: _Optional[_Iterable[float]] = ..., asked: _Optional[_Iterable[int]] = ..., answered: _Optional[_Iterable[int]] = ..., layers: _Optional[int] = ..., columns: _Optional[int] = ..., key_grid: _Optional[bytes] = ..., value_grid: _Optional[bytes] = ..., text_first: _Optional[int] = ..., text: _Optional[_Iterable[_Union[ViewedToken, _Mapping]]] = ..., stats: _Optional[_Union[_common_pb2.CacheStats, _Mapping]] = ..., price: _Optional[_Union[Price, _Mapping]] = ..., worker_kv_bytes: _Optional[int] = ..., worker_budget_bytes: _Optional[int] = ...) -> None: ...
+    shadow: Shadow
+    def __init__(self, phase: _Optional[_Union[CacheView.Phase, str]] = ..., cached: _Optional[int] = ..., total: _Optional[int] = ..., exact_before: _Optional[int] = ..., exact_from: _Optional[int] = ..., first: _Optional[int] = ..., key_bits: _Optional[_Iterable[float]] = ..., value_bits: _Optional[_Iterable[float]] = ..., attention: _Optional[_Iterable[float]] = ..., asked: _Optional[_Iterable[int]] = ..., answered: _Optional[_Iterable[int]] = ..., layers: _Optional[int] = ..., columns: _Optional[int] = ..., key_grid: _Optional[bytes] = ..., value_grid: _Optional[bytes] = ..., text_first: _Optional[int] = ..., text: _Optional[_Iterable[_Union[ViewedToken, _Mapping]]] = ..., stats: _Optional[_Union[_common_pb2.CacheStats, _Mapping]] = ..., price: _Optional[_Union[Price, _Mapping]] = ..., worker_kv_bytes: _Optional[int] = ..., worker_budget_bytes: _Optional[int] = ..., shadow: _Optional[_Union[Shadow, _Mapping]] = ...) -> None: ...
+
+class Shadow(_message.Message):
+    __slots__ = ("state", "cached", "kv_bytes", "compared", "missed", "kl_mean", "kl_recent", "kl_max", "same_top", "same_top_recent", "positions", "kl", "same")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_CATCHING_UP: _ClassVar[Shadow.State]
+        STATE_COMPARING: _ClassVar[Shadow.State]
+        STATE_BUSY: _ClassVar[Shadow.State]
+        STATE_TOO_LONG: _ClassVar[Shadow.State]
+        STATE_FAILED: _ClassVar[Shadow.State]
+    STATE_CATCHING_UP: Shadow.State
+    STATE_COMPARING: Shadow.State
+    STATE_BUSY: Shadow.State
+    STATE_TOO_LONG: Shadow.State
+    STATE_FAILED: Shadow.State
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPARED_FIELD_NUMBER: _ClassVar[int]
+    MISSED_FIELD_NUMBER: _ClassVar[int]
+    KL_MEAN_FIELD_NUMBER: _ClassVar[int]
+    KL_RECENT_FIELD_NUMBER: _ClassVar[int]
+    KL_MAX_FIELD_NUMBER: _ClassVar[int]
+    SAME_TOP_FIELD_NUMBER: _ClassVar[int]
+    SAME_TOP_RECENT_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    KL_FIELD_NUMBER: _ClassVar[int]
+    SAME_FIELD_NUMBER: _ClassVar[int]
+    state: Shadow.State
+    cached: int
+    kv_bytes: int
+    compared: int
+    missed: int
+    kl_mean: float
+    kl_recent: float
+    kl_max: float
+    same_top: int
+    same_top_recent: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    kl: _containers.RepeatedScalarFieldContainer[float]
+    same: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, state: _Optional[_Union[Shadow.State, str]] = ..., cached: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., compared: _Optional[int] = ..., missed: _Optional[int] = ..., kl_mean: _Optional[float] = ..., kl_recent: _Optional[float] = ..., kl_max: _Optional[float] = ..., same_top: _Optional[int] = ..., same_top_recent: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., kl: _Optional[_Iterable[float]] = ..., same: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class ViewedToken(_message.Message):
     __slots__ = ("token_id", "bytes", "special")

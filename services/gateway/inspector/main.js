@@ -5,6 +5,7 @@ import { EXAMPLE } from "./example.js";
 import { Heat } from "./heat.js";
 import * as panel from "./panel.js";
 import { legend } from "./scale.js";
+import { Shadow } from "./shadow.js";
 import { Tokens } from "./tokens.js";
 
 const LIST_MS = 3000; // between two looks at sessions and workers
@@ -18,6 +19,7 @@ const tokens = new Tokens($("tokens"), $("token"));
 const heat = new Heat($("heat"), $("cell"));
 const exceptions = new panel.Exceptions(tokens, (at) => tokens.select(at));
 const price = new panel.Price((bits) => attempt(setPrecision(bits)));
+const shadow = new Shadow(() => refollow());
 
 let current = null; // id of the session that is shown
 let watching = null; // its AbortController
@@ -71,19 +73,27 @@ function watch(id) {
   heat.update(null);
   panel.memory(null);
   price.update(null);
+  shadow.update(null);
   if (id === null) {
     state("no session");
     return;
   }
+  refollow();
+}
+
+/** Follows the session that is shown with what is wanted of it now. */
+function refollow() {
+  if (current === null) return;
+  watching?.abort();
   watching = new AbortController();
-  follow(id, watching.signal);
+  follow(current, watching.signal);
 }
 
 /** Reads the session's events for as long as it is shown. */
 async function follow(id, signal) {
   for (let wait = 1000; !signal.aborted; wait = Math.min(2 * wait, 10000)) {
     try {
-      const path = `${session(id)}/cache/events?tokens=${MOST_TOKENS}&columns=96&rate=4`;
+      const path = `${session(id)}/cache/events?tokens=${MOST_TOKENS}&columns=96&rate=4&shadow=${shadow.wanted}`;
       for await (const report of stream(path, { signal })) {
         if (signal.aborted) return;
         show(report);
@@ -124,6 +134,7 @@ function show(report) {
   heat.update(view);
   panel.memory(view);
   price.update(view);
+  shadow.update(view);
   exceptions.update(view);
 }
 

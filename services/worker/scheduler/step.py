@@ -242,8 +242,11 @@ class RunningBatch:
 
         The sampler's random numbers depend on the position alone, so these are the tokens of decode.
         """
-        tokens, errors = session_of(generation).tokens, session_of(generation).sequence.predicted_errors
+        session = session_of(generation)
+        tokens, errors = session.tokens, session.sequence.predicted_errors
         for sampled, row in enumerate(logits, 1):
+            if session.shadow is not None:
+                session.shadow.note(len(tokens), row)
             token = generation.sampler.sample(row, tokens)
             tokens.append(token)
             error = errors[sampled - 1] if errors else None

@@ -53,7 +53,10 @@ def same_state(one: SequenceCache, other: SequenceCache) -> None:
         for side in (KEY, VALUE):
             moved = (one.packed.widths(side) != other.packed.widths(side)).float().mean()
             assert float(moved) < 0.01, "rounding may move a width, and nothing else may"
-    assert torch.allclose(one.importance.state.float(), other.importance.state.float(), atol=8)
+    moved = (one.importance.state.float() - other.importance.state.float()).abs() > 8
+    assert float(moved.float().mean()) < 0.01, (
+        "a width that was moved for some steps moves what its row was seen to get"
+    )
 
 
 # Of the slower kernel, one that begins with nothing packed and one with some.

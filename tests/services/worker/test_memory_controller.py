@@ -41,6 +41,13 @@ def bits(scheduler: Scheduler) -> float:
     return sums[0] / max(1, sums[1])
 
 
+def squeezing(scheduler: Scheduler, share: float) -> int:
+    """A budget that leaves this share of what is packed now. What is exact cannot be squeezed: a budget for less of it
+    would preempt a sequence."""
+    exact = sum(sequence.residual.nbytes for sequence in sequences(scheduler))
+    return exact + int(share * (scheduler.state.kv_bytes - exact))
+
+
 async def next_token(generation: Generation) -> None:
     while True:
         reply = await generation.replies.get()
@@ -55,10 +62,10 @@ async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_scheduler:
         running = [scheduler.submit(request(tokens, 3000)) for tokens in prompts]
         for generation in running:
             await next_token(generation)
-        full, before = scheduler.state.kv_bytes, bits(scheduler)
-        window = sum(sequence.residual.nbytes for sequence in sequences(scheduler))
-        scheduler.set_budget(window + int(0.7 * (full - window)))
-        await until(lambda: scheduler.state.kv_bytes <= window + 0.7 * (full - window))
+        before = bits(scheduler)
+        budget = squeezing(scheduler, 0.7)
+        scheduler.set_budget(budget)
+        await until(lambda: scheduler.state.kv_bytes <= budget)
         assert REGISTRY.get_sample_value("qaq_kv_lambda") > 0
         squeezed = bits(scheduler)
         assert squeezed < 0.8 * before
@@ -119,15 +126,15 @@ async def test_an_idle_session_that_recovers_keeps_no_price(
         running = scheduler.submit(request(ids(STORY * 8), 3000))
         await next_token(leaves)
         await next_token(running)
-        held, memory = scheduler.state.kv_bytes, scheduler.sessions.memory
-        scheduler.set_budget(int(0.7 * held))
-        await until(lambda: scheduler.state.kv_bytes <= 0.7 * held)
+        budget, memory = squeezing(scheduler, 0.7), scheduler.sessions.memory
+        scheduler.set_budget(budget)
+        await until(lambda: scheduler.state.kv_bytes <= budget)
         scheduler.cancel(leaves.call)
         await until(lambda: len(scheduler.sessions.idle) == 1)
         (idle,) = scheduler.sessions.idle
         high = memory.lam
         monkeypatch.setattr(MemoryController, "_search", lambda self, sampled, bits: self.lam / 2)
-        scheduler.set_budget(4 * held)
+        scheduler.set_budget(8 * budget)
         await until(lambda: memory.lam < high / 10)
         assert idle.sequence.rate.recovering
         scheduler.cancel(running.call)
