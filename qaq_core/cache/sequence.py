@@ -48,6 +48,7 @@ class SequenceCache(SequenceTokens):
         self.drafted = 0
         self._expected = self._draft = 0
         self._first_prompt = True
+        self._packs_later = self._unpacked = False
 
     # -- a forward pass, layer by layer ----------------------------------------------------------------
 
@@ -55,6 +56,20 @@ class SequenceCache(SequenceTokens):
         """Announces a prompt, which may arrive in chunks. It stays in the residual window until its last token."""
         self._check_settled("begin another")
         self._begin_prompt(tokens)
+
+    def pack_later(self) -> None:
+        """Leaves the prompt that arrives now as it came until `pack_prompt`, or until what comes next needs it packed.
+
+        Whoever waits for the token after a prompt gets it sooner: its logits do not depend on packing.
+        """
+        self._packs_later = True
+
+    def pack_prompt(self) -> bool:
+        """Packs the prompt that `pack_later` has left; False if there is none."""
+        unpacked, self._unpacked = self._unpacked, False
+        if unpacked:
+            self._pack_prompt()
+        return unpacked
 
     def expect_draft(self, tokens: int) -> None:
         """Announces a draft: the next pass computes `tokens` tokens as that many decode steps, and then waits.
@@ -201,7 +216,9 @@ class SequenceCache(SequenceTokens):
         self._expected -= fresh.shape[3]
         if self._expected == 0:
             self._first_prompt = False
-            self._pack_prompt()
+            self._unpacked, later, self._packs_later = True, self._packs_later, False
+            if not later:
+                self.pack_prompt()
 
     def crop(self, length: int) -> None:
         """Removes the tokens from position `length` on, those of a draft included.
@@ -216,6 +233,7 @@ class SequenceCache(SequenceTokens):
         if self._expected or self._draft or length < 0:
             reason = f"a length of {length} is negative" if length < 0 else "a forward pass has not ended"
             raise ConfigError(f"the sequence cannot be cropped: {reason}")
+        self.pack_prompt()
         if self.drafted:
             self.accept(min(self.drafted, max(0, length - self.length)))
         if length >= self.length:
@@ -246,8 +264,10 @@ class SequenceCache(SequenceTokens):
             raise ConfigError(f"prefill has not ended; {what} when the prompt is complete")
         if self._draft or self.drafted:
             raise ConfigError(f"a draft has not ended; {what} when its tokens are accepted or refused")
+        self.pack_prompt()
 
     def _begin_step(self, n: int) -> None:
+        self.pack_prompt()
         if self.drafted or self._draft not in (0, n):
             raise ConfigError(
                 f"{n} tokens arrived, but a draft of {self.drafted or self._draft} tokens was "

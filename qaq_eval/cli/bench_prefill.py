@@ -46,13 +46,15 @@ def prefill(
         content = builtin_text() if text is None else text.read_text(encoding="utf-8")
         ids = loaded.tokenizer(content, return_tensors="pt").input_ids.to(device)
         rows = prefill_speed(loaded.model, loaded.fingerprint, ids, wanted, rounds, names, report, loaded.source)
-    table = Table("tokens", "cache", "time", "CPU", "of dense", "of dense, CPU")
+    table = Table("tokens", "cache", "first token", "packed", "CPU", "first token over dense", "packed", "CPU")
     for row in rows:
         table.add_row(
             f"{row.context:,}",
             row.cache,
+            f"{row.first_token_milliseconds / 1e3:.2f} s",
             f"{row.milliseconds / 1e3:.2f} s",
             f"{row.cpu_milliseconds / 1e3:.2f} s",
+            f"{row.first_token_ratio_to_dynamic_cache:.2f}",
             f"{row.ratio_to_dynamic_cache:.2f}",
             f"{row.cpu_ratio_to_dynamic_cache:.2f}",
         )

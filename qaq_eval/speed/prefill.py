@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from qaq_core import QAQCache, SequenceCache
 from qaq_core.base.errors import ConfigError
 from qaq_eval.speed import llama_cpp
 from qaq_eval.speed.decode import DENSE, decoder
@@ -22,18 +23,30 @@ class PrefillSpeed:
 
     Attributes:
         cache: "dynamic", a preset with its attention kernel ("balanced/cpu"), or another.
-        milliseconds: from the first token's embedding to the logits after the last, packing included.
+        first_token_milliseconds: from the first token's embedding to the logits after the last: a worker packs a prompt
+            when the first token has been sent.
+        milliseconds: the same and packing.
         cpu_milliseconds: of all threads of this process; what else runs on the machine matters less to it.
         ratio_to_dynamic_cache: DynamicCache's time over this one's, median of the rounds' ratios.
-        cpu_ratio_to_dynamic_cache: the same of CPU times.
+        cpu_ratio_to_dynamic_cache, first_token_ratio_to_dynamic_cache: the same of CPU times, and to the first token.
     """
 
     context: int
     cache: str
+    first_token_milliseconds: float
     milliseconds: float
     cpu_milliseconds: float
+    first_token_ratio_to_dynamic_cache: float
     ratio_to_dynamic_cache: float
     cpu_ratio_to_dynamic_cache: float
+
+
+class _Times(NamedTuple):
+    """Seconds of a prompt."""
+
+    first_token: float
+    all: float
+    cpu: float
 
 
 @torch.inference_mode()
@@ -62,7 +75,7 @@ def prefill_speed(
     for name in names:
         _timed(model, fingerprint, ids[:, : min(64, min(contexts))], name, source)
     for at, context in enumerate(contexts):
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        times: dict[str, list[_Times]] = {name: [] for name in names}
         for turn in range(rounds):
             for name in names:
                 if report:
@@ -72,22 +85,35 @@ def prefill_speed(
     return rows
 
 
-def _timed(model: Any, fingerprint: str | None, ids: torch.Tensor, name: str, source: str) -> tuple[float, float]:
-    """Seconds, and CPU seconds, of a prompt in a new cache."""
+def _timed(model: Any, fingerprint: str | None, ids: torch.Tensor, name: str, source: str) -> _Times:
+    """What a prompt takes in a new cache."""
     with ExitStack() as stack:
+        sequence = None
         if name.startswith(llama_cpp.PREFIX):
             one: Any = stack.enter_context(llama_cpp.LlamaCpp(source, name, *ids.shape))
         else:
             one = decoder(model, fingerprint, name)
+            if isinstance(one.cache, QAQCache):
+                sequence = SequenceCache(one.cache.method)
+                sequence.pack_later()
+                one.cache = QAQCache([sequence])
         begun, used = time.perf_counter(), time.process_time()
         one.decode(ids)
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun, time.process_time() - used
+        _wait(ids)
+        first = time.perf_counter() - begun
+        if sequence is not None:
+            sequence.pack_prompt()
+            _wait(ids)
+        return _Times(first, time.perf_counter() - begun, time.process_time() - used)
 
 
-def _row(context: int, name: str, times: list[tuple[float, float]], dense: list[tuple[float, float]]) -> PrefillSpeed:
-    wall, cpu = (median(part) for part in zip(*times, strict=True))
-    ratios = [(theirs[0] / ours[0], theirs[1] / ours[1]) for ours, theirs in zip(times, dense, strict=True)]
-    wall_ratio, cpu_ratio = (median(part) for part in zip(*ratios, strict=True))
-    return PrefillSpeed(context, name, wall * 1e3, cpu * 1e3, wall_ratio, cpu_ratio)
+def _wait(ids: torch.Tensor) -> None:
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _row(context: int, name: str, times: list[_Times], dense: list[_Times]) -> PrefillSpeed:
+    took = [median(part) * 1e3 for part in zip(*times, strict=True)]
+    rounds = zip(times, dense, strict=True)
+    ratios = [[theirs / ours for ours, theirs in zip(*pair, strict=True)] for pair in rounds]
+    return PrefillSpeed(context, name, *took, *(median(part) for part in zip(*ratios, strict=True)))

@@ -178,13 +178,13 @@ def test_three_runs_show_their_median_and_distribution(tmp_path: Path) -> None:
 
 
 def test_prompts_are_said_as_they_were_measured(tmp_path: Path) -> None:
-    times = {"milliseconds": 2500.0, "cpu_milliseconds": 2400.0}
-    row = {"context": 1024, "cache": "balanced", **times, "ratio_to_dynamic_cache": 1.25}
-    rows = [{**row, "cpu_ratio_to_dynamic_cache": 1.3}]
+    times = {"first_token_milliseconds": 2300.0, "milliseconds": 2500.0, "cpu_milliseconds": 2400.0}
+    ratios = {"first_token_ratio_to_dynamic_cache": 1.35, "ratio_to_dynamic_cache": 1.25}
+    rows = [{"context": 1024, "cache": "balanced", **times, **ratios, "cpu_ratio_to_dynamic_cache": 1.3}]
     result = {"weights": "plain", "threads": 1, "isa": "avx2", "rows": rows}
     record(tmp_path / "speed" / "prefill" / "run-1.json", result)
     said = prefill(Results(tmp_path).runs("speed")).splitlines()[-1]
-    assert "| 1,024 | plain | 1 | avx2 | `balanced` | 2.50 s | 1.25 | 1.30 | 1 |" in said
+    assert "| 1,024 | plain | 1 | avx2 | `balanced` | 2.30 s | 2.50 s | 1.35 | 1.25 | 1.30 | 1 |" in said
     assert prefill([]) == "No run is recorded."
 
 

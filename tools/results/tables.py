@@ -168,8 +168,20 @@ def prefill(measured: Sequence[Runs]) -> str:
     """`qaq bench prefill`."""
     if not measured:
         return "No run is recorded."
-    head = ["tokens", "weights", "threads", "kernels", "cache", "time", "over DynamicCache", "CPU time over it"]
-    return table([*head, "runs", "source"], (cells for runs in measured for cells in _prefill_rows(runs)))
+    head = [
+        "tokens",
+        "weights",
+        "threads",
+        "kernels",
+        "cache",
+        "first token",
+        "packed",
+        "DynamicCache over first token",
+    ]
+    return table(
+        [*head, "over packed", "CPU time over it", "runs", "source"],
+        (cells for runs in measured for cells in _prefill_rows(runs)),
+    )
 
 
 def _prefill_rows(runs: Runs) -> Iterator[list[object]]:
@@ -180,7 +192,9 @@ def _prefill_rows(runs: Runs) -> Iterator[list[object]]:
             runs.first["threads"],
             runs.first["isa"] or "torch",
             "DynamicCache, float32" if row["cache"] == "dynamic" else f"`{row['cache']}`",
+            runs.figure("rows", at, "first_token_milliseconds", scale=1e-3, shape="{:.2f}", unit=" s"),
             runs.figure("rows", at, "milliseconds", scale=1e-3, shape="{:.2f}", unit=" s"),
+            runs.figure("rows", at, "first_token_ratio_to_dynamic_cache", shape="{:.2f}"),
             runs.figure("rows", at, "ratio_to_dynamic_cache", shape="{:.2f}"),
             runs.figure("rows", at, "cpu_ratio_to_dynamic_cache", shape="{:.2f}"),
             len(runs.results),

@@ -209,6 +209,8 @@ class Scheduler:
         while left > 0 and (generation := self.batch.next_prefill()):
             left -= self.batch.prefill(generation, left)
             self._publish()
+            if self.batch.pack(generation):
+                self._publish()
         return left < limit
 
     def _remove_cancelled(self) -> None:

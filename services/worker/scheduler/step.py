@@ -154,6 +154,8 @@ class RunningBatch:
         start, chunk = session.sequence.length, []
         try:
             chunk = session.next_chunk(generation.chunk(limit))
+            if generation.slots == 1:  # choices are copies of what is packed
+                session.sequence.pack_later()
             logits = self._forward([session], [chunk], len(chunk) if generation.scores_prompt else 1)[0]
             metrics.prompt_tokens.labels("computed").inc(session.sequence.length - start)
             self._replies.extend(generation, generation.progress(session.sequence.length))
@@ -169,6 +171,16 @@ class RunningBatch:
         for choice in (generation, *others):
             self._advance(choice, logits[-1:])
         return len(chunk)
+
+    def pack(self, generation: Generation) -> bool:
+        """Packs a prompt, once its first token is on its way to the client. Whether there was one to pack."""
+        if generation not in self.running:  # that token was its last
+            return False
+        try:
+            return session_of(generation).sequence.pack_prompt()
+        except Exception as error:
+            self.fail(generation, error)
+            return True
 
     def decode(self, generations: Sequence[Generation]) -> None:
         """Decodes one token of each, or several of one that is alone.
@@ -232,6 +244,7 @@ class RunningBatch:
                     session.sequence.accept(sampled)
             self._report_pages(generation)
             if generation.reason != UNFINISHED:
+                session.sequence.pack_prompt()
                 self._replies.put(generation, generation.done(session.sequence.stats()))
                 self.finish(generation)
         except Exception as error:

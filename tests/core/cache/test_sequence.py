@@ -87,6 +87,39 @@ def test_the_target_is_met_after_the_prompt(smollm2: LoadedModel, ids: torch.Ten
     assert sum(held) / 2 == pytest.approx(bits, rel=0.01)
 
 
+@torch.no_grad()
+def test_a_prompt_that_is_packed_later_is_the_same(smollm2: LoadedModel, ids: torch.Tensor) -> None:
+    """Packed when asked, or when what comes next needs it; in the meantime it is as it came."""
+
+    def step(sequence: SequenceCache, tokens: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(sequence.length, sequence.length + tokens.shape[1])[None]
+        cache = QAQCache([sequence])
+        return smollm2.model(tokens, past_key_values=cache, position_ids=positions, qaq_cache=cache).logits[0, -1]
+
+    method = make_method(smollm2.model, smollm2.fingerprint)
+    at_once, asked, needed, forked = (SequenceCache(method, wait=True) for _ in range(4))
+    for sequence in (asked, needed, forked):
+        sequence.pack_later()
+    for sequence in (at_once, asked, needed, forked):
+        sequence.expect_prompt(PROMPT)
+        for chunk in ids[:, :PROMPT].split(128, 1):
+            step(sequence, chunk)
+    assert len(at_once.packed) > 0
+    assert [len(sequence.packed) for sequence in (asked, needed, forked)] == [0, 0, 0]
+    assert asked.pack_prompt()
+    assert not asked.pack_prompt()  # nothing is left
+    fork = forked.fork()
+    for sequence in (asked, forked, fork):
+        assert sequence.packed.nbytes == at_once.packed.nbytes
+        assert all(torch.equal(sequence.packed.widths(side), at_once.packed.widths(side)) for side in (KEY, VALUE))
+    following = ids[:, PROMPT : PROMPT + 1]
+    logits = [step(sequence, following) for sequence in (at_once, asked, needed, fork)]
+    assert all(torch.equal(each, logits[0]) for each in logits[1:])
+    needed.expect_prompt(2)  # the next prompt is packed at its end again
+    step(needed, ids[:, :2])
+    assert needed.packed.stop + 2 * method.pack_tokens > needed.length
+
+
 def test_a_compression_target_is_met_in_allocated_bytes(smollm2: LoadedModel, ids: torch.Tensor) -> None:
     cache = prefilled(smollm2.model, ids, fingerprint=smollm2.fingerprint, target_compression=3.0)
     assert cache.stats()[0].compression == pytest.approx(3.0, rel=0.02)

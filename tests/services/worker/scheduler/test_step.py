@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from qaq_core import SequenceCache
 from qaq_core.models import Decoder, LoadedModel
+from services.common.errors import ResourceExhausted
 from services.worker.generation import Generation
 from tests.core.decisions import differing
 from tests.services.worker.conftest import (
@@ -98,3 +100,48 @@ async def test_a_step_takes_as_many_short_prompts_as_fit(make_scheduler: MakeSch
     start = gate.batches.index((1, 16))
     shapes = gate.batches[start : start + 8]
     assert shapes == [(1, 16), (1, 1), (1, 6), (1, 6), (1, 4), (3, 1), (1, 2), (2, 1)]
+
+
+async def test_the_first_token_does_not_wait_for_packing(
+    make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packs, may_pack, pack = threading.Event(), threading.Event(), SequenceCache._pack_prompt
+
+    def held(self: SequenceCache) -> None:
+        packs.set()
+        assert may_pack.wait(60)
+        pack(self)
+
+    monkeypatch.setattr(SequenceCache, "_pack_prompt", held)
+    async with make_scheduler() as scheduler:
+        running = scheduler.submit(request(ids(STORY * 6), 3))
+        told = [await running.replies.get() for _ in range(2)]
+        assert [reply.WhichOneof("event") for reply in told] == ["prefill", "token"]
+        assert await asyncio.to_thread(packs.wait, 60)
+        may_pack.set()
+        assert len((await outcome(running)).tokens) == 2
+
+
+async def test_a_prompt_that_cannot_be_packed_ends_its_generation(
+    make_scheduler: MakeScheduler, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: SequenceCache) -> None:
+        raise torch.OutOfMemoryError
+
+    async with make_scheduler() as scheduler:
+        with monkeypatch.context() as patch:
+            patch.setattr(SequenceCache, "_pack_prompt", full)
+            with pytest.raises(ResourceExhausted):
+                await outcome(scheduler.submit(request(ids(STORY * 6), 3)))
+        assert scheduler.state.running == 0
+        assert len((await outcome(scheduler.submit(request(ids(STORY * 6), 3)))).tokens) == 3
+
+
+async def test_a_first_token_that_is_the_last_one_tells_what_was_packed(
+    make_scheduler: MakeScheduler, ids: Ids
+) -> None:
+    async with make_scheduler() as scheduler:
+        done = (await outcome(scheduler.submit(request(ids(STORY * 6), 1)))).done
+        assert done is not None
+        cache = done.usage.cache
+        assert cache.kv_bytes < cache.kv_bytes_fp16
