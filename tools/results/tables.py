@@ -186,15 +186,16 @@ def prefill(measured: Sequence[Runs]) -> str:
 
 def _prefill_rows(runs: Runs) -> Iterator[list[object]]:
     for at, row in enumerate(runs.first["rows"]):
+        told = "first_token_milliseconds" in row  # earlier runs have none
         yield [
             f"{row['context']:,}",
             runs.first["weights"],
             runs.first["threads"],
             runs.first["isa"] or "torch",
             "DynamicCache, float32" if row["cache"] == "dynamic" else f"`{row['cache']}`",
-            runs.figure("rows", at, "first_token_milliseconds", scale=1e-3, shape="{:.2f}", unit=" s"),
+            runs.figure("rows", at, "first_token_milliseconds", scale=1e-3, shape="{:.2f}", unit=" s") if told else "-",
             runs.figure("rows", at, "milliseconds", scale=1e-3, shape="{:.2f}", unit=" s"),
-            runs.figure("rows", at, "first_token_ratio_to_dynamic_cache", shape="{:.2f}"),
+            runs.figure("rows", at, "first_token_ratio_to_dynamic_cache", shape="{:.2f}") if told else "-",
             runs.figure("rows", at, "ratio_to_dynamic_cache", shape="{:.2f}"),
             runs.figure("rows", at, "cpu_ratio_to_dynamic_cache", shape="{:.2f}"),
             len(runs.results),
