@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 def gpu(
-    static: Annotated[
-        bool, typer.Option("--static", help="Count what the compiler makes; needs nvcc, no GPU.")
-    ] = False,
+    static: Annotated[bool, typer.Option("--static", help="Count the compiler's code; needs nvcc, no GPU.")] = False,
     checked: Annotated[bool, typer.Option("--check", help="Check and measure on a GPU, in 8 minutes.")] = False,
     emulated: Annotated[
         bool, typer.Option("--emulated", help="With --check: on this CPU, with small shapes, for no times.")

@@ -93,7 +93,9 @@ def packed_step(
         staged(steps, device).to(device),
         (batch, kv_heads, query_heads, dim),
         residents[0].blocks,
-        *3 * [torch.bfloat16],
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.bfloat16,
     )
     layout = describer.layouts(tokens[0])[0]
     alive = tokens, exact, residents, describer

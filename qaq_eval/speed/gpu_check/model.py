@@ -63,7 +63,7 @@ class RandomModel:
         with torch.device("meta"):
             module: Any = LlamaForCausalLM(config).eval().to(torch.bfloat16)
         module.to_empty(device=machine.device)
-        module.model.rotary_emb = type(module.model.rotary_emb)(config=config, device=machine.device)
+        module.model.rotary_emb = type(module.model.rotary_emb)(config).to(machine.device)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             for name, part in module.named_parameters():
@@ -84,9 +84,8 @@ def with_prompt(model: RandomModel, tokens: int) -> SequenceCache:
     """A sequence as if its prompt had just been computed; random keys and values, all of them alike important."""
     method, shape = model.method, model.method.shape
     sequence = SequenceCache(method)
-    generator = torch.Generator(method.device).manual_seed(tokens)
     dims = (shape.layers, 2, shape.kv_heads, tokens, shape.head_dim)
-    originals = torch.randn(dims, dtype=method.dtype, device=method.device, generator=generator)
+    originals = torch.randn(dims, dtype=method.dtype, device=method.device)
     observer = method.statistic.prompt(shape.layers, shape.kv_heads, tokens, tokens, method.device)
     assert isinstance(observer, PromptMeans)
     observer.sums.fill_(1.0 / tokens)

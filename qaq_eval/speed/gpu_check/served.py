@@ -29,7 +29,7 @@ def serve(machine: Machine, report: Report, model: Path | None = None) -> Table:
     settings = StackSettings.model_validate(
         {"model": str(path), "port": 0, "device": device, "weights": "plain", "target_bits": BITS}
     )
-    repeated, tokens = (2, 12) if machine.emulated else (LONG, ANSWER)
+    repeated, tokens = (2, 32) if machine.emulated else (LONG, ANSWER)
     with control.attached(settings, lambda name, what, share: report(f"served: {name}, {what}", share)) as running:
         report("served: asking", None)
         result = measure(running, PROMPT * repeated, tokens).result

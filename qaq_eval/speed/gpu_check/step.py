@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from qaq_core.attention.fallback import PROMPT
 from qaq_core.cache.cache import QAQCache
 from qaq_core.cache.sequence import SequenceCache, forks
 from qaq_eval.speed.gpu_check.bench import Machine, Report, Table, millis, rate, ratio
@@ -24,9 +25,8 @@ def step(machine: Machine, report: Report) -> Table:
     columns = ["model", "batch", "dense ms", "GiB", "QAQ ms", "mean ms", "GiB", "QAQ/dense", "tokens/s"]
     tokens, batches = (70, (1, 2)) if machine.emulated else (TOKENS, BATCHES)
     table = Table(f"A whole step after {tokens} tokens, random weights, bfloat16", columns)
-    table.notes.append(
-        "QAQ ms: the median step, which neither packs nor reviews; the mean is that of all, and tokens/s too; GiB are of keys and values"
-    )
+    table.notes.append("QAQ ms: the median step, which neither packs nor reviews; mean ms and tokens/s: of all")
+    table.notes.append("GiB are of keys and values")
     for shape in shapes(machine):
         if machine.left < 0:
             table.notes.append(f"out of time: {shape.name} was not run")
@@ -41,6 +41,8 @@ def step(machine: Machine, report: Report) -> Table:
             report(f"step: {shape.name}, batch {batch}", None)
             table.rows.append(_case(machine, model, first, batch, tokens))
         first.close()
+        if others := set(model.method.attention.fallbacks) - {PROMPT}:
+            table.failed.append(f"{shape.name}: the reference attended instead of the kernels: {', '.join(others)}")
     return table
 
 
