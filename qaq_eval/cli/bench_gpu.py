@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from qaq_eval.speed.gpu_static import Static
 
 
+WIDE = 120
+"""Columns that a table of results takes, also where nobody sees them yet."""
+
+
 def gpu(
     static: Annotated[bool, typer.Option("--static", help="Count the compiler's code; needs nvcc, no GPU.")] = False,
     checked: Annotated[bool, typer.Option("--check", help="Check and measure on a GPU, in 8 minutes.")] = False,
@@ -63,7 +67,7 @@ def _check(parts: str, emulated: bool, model: Path | None, device: str, json_pat
         screen.print(str(error), style="red", highlight=False)
         raise typer.Exit(1) from None
     for found in tables:
-        screen.print(_shown(found), highlight=False)
+        screen.print(_shown(found), highlight=False, width=max(screen.width, WIDE), crop=False)
         for note in found.notes:
             screen.print(f"  {note}", highlight=False, markup=False)
     if json_path is not None:

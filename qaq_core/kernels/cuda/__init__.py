@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qaq_core.kernels.cuda.build import ARCHITECTURES, HEAD_DIMS, Compiled, compile_kernels, cubin_name, find_nvcc
     from qaq_core.kernels.cuda.counts import BLOCK, Counts, Profile, UnknownCode, count, find_disassembler, profile
+    from qaq_core.kernels.cuda.driver import architecture_for
+    from qaq_core.kernels.cuda.launcher import Launcher
+    from qaq_core.kernels.cuda.weave import CudaWeaver
 
 __all__ = [
     "ARCHITECTURES",
@@ -15,8 +18,11 @@ __all__ = [
     "HEAD_DIMS",
     "Compiled",
     "Counts",
+    "CudaWeaver",
+    "Launcher",
     "Profile",
     "UnknownCode",
+    "architecture_for",
     "compile_kernels",
     "count",
     "cubin_name",
@@ -25,12 +31,18 @@ __all__ = [
     "profile",
 ]
 
-_BUILD = ("ARCHITECTURES", "HEAD_DIMS", "Compiled", "compile_kernels", "cubin_name", "find_nvcc")
+_HOMES = {
+    "build": ("ARCHITECTURES", "HEAD_DIMS", "Compiled", "compile_kernels", "cubin_name", "find_nvcc"),
+    "counts": ("BLOCK", "Counts", "Profile", "UnknownCode", "count", "find_disassembler", "profile"),
+    "driver": ("architecture_for",),
+    "launcher": ("Launcher",),
+    "weave": ("CudaWeaver",),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imports a name when it is first used, so that `python -m qaq_core.kernels.cuda.build` runs its module once."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "build" if name in _BUILD else "counts"
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

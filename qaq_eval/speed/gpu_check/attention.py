@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from qaq_core.attention.cuda_sequences import STEP, Describer, staged
-from qaq_core.attention.cuda_step import StepKernels
-from qaq_core.storage.packed import PackedTokens
+from qaq_core.attention import STEP, StepKernels, staged
+from qaq_core.storage import PackedTokens
 from qaq_eval.speed.gpu_check.bench import (
     RECENT,
     SINKS,
     Machine,
     Report,
     Table,
+    attention_of,
     micros,
     one_width,
     packed_tokens,
@@ -83,7 +83,7 @@ def packed_step(
     exact = torch.randn(batch, 1, 2, kv_heads, SINKS + RECENT, dim).to(device, torch.bfloat16)
     query = torch.randn(batch, query_heads, dim).to(device, torch.bfloat16)
     added = torch.randn(2, batch, kv_heads, dim).to(device, torch.bfloat16)
-    describer = Describer(tokens[0].quantizer.codec, device)
+    describer = attention_of(machine, tokens[0]).describer
     residents = [describer.resident(mine, rows) for mine, rows in zip(tokens, exact, strict=True)]
     steps = np.zeros(batch, STEP)
     steps["layers"] = [one.table.data_ptr() for one in residents]

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 
 from qaq_core.attention import CudaAttention
-from qaq_core.kernels.cuda.launcher import Launcher
-from qaq_core.kernels.cuda.weave import CudaWeaver
-from qaq_core.quantization import LinearTransform, Quantizer
-from qaq_core.quantization.codecs import ProgressiveCodec
-from qaq_core.storage.packed import PackedTokens
+from qaq_core.kernels.cuda import CudaWeaver, Launcher
+from qaq_core.quantization import LinearTransform, ProgressiveCodec, Quantizer
+from qaq_core.storage import PackedTokens
 from qaq_eval.speed.gpu_static import ORDERS, SHARES
 
 SINKS, RECENT = 4, 12
@@ -179,4 +177,5 @@ def packed_tokens(
 
 
 def attention_of(machine: Machine, packed: PackedTokens) -> CudaAttention:
+    """The kernels for such rows."""
     return CudaAttention(packed.quantizer.codec, machine.device, machine.launcher)

@@ -7,12 +7,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qaq_core.allocation.attention_statistics import StepObserver
-from qaq_core.attention import CudaAttention, LayerTokens, ReferenceAttention
+from qaq_core.allocation import StepObserver
+from qaq_core.attention import LayerTokens, ReferenceAttention
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.kernels.cuda.weave import CudaWeaver
-from qaq_core.storage.packed import PackedTokens
-from qaq_eval.speed.gpu_check.bench import RECENT, SINKS, Machine, Report, Table, drawn, one_width, quantizer
+from qaq_core.kernels.cuda import CudaWeaver
+from qaq_core.storage import PackedTokens
+from qaq_eval.speed.gpu_check.bench import (
+    RECENT,
+    SINKS,
+    Machine,
+    Report,
+    Table,
+    attention_of,
+    drawn,
+    one_width,
+    quantizer,
+)
 from qaq_eval.speed.gpu_static import SHARES
 
 MOST = 2e-3
@@ -87,7 +97,7 @@ def _run(machine: Machine, case: Case) -> tuple[float, float, bool]:
     query = _normal(3, case.batch, case.heads * case.group, 1, case.dim)
     length = SINKS + case.tokens + RECENT
     seen = torch.zeros(2, case.batch, case.heads, length)
-    kernels = _attention(machine, here[0][1])
+    kernels = attention_of(machine, here[0][1])
     there = seen[0].to(device)
     layers = [
         LayerTokens(0, part[KEY].to(device), part[VALUE].to(device), SINKS, tiled)
@@ -141,10 +151,6 @@ def _same_rows(by_width: PackedTokens, tiled: PackedTokens) -> bool:
             if not all(torch.equal(rows, there[width].cpu()) for width, rows in held.items()):
                 return False
     return True
-
-
-def _attention(machine: Machine, packed: PackedTokens) -> CudaAttention:
-    return CudaAttention(packed.quantizer.codec, machine.device, machine.launcher)
 
 
 def _normal(seed: int, *shape: int) -> torch.Tensor:

@@ -8,8 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from qaq_core.kernels.cuda import find_nvcc
-from qaq_core.kernels.cuda.driver import architecture_for
+from qaq_core.kernels.cuda import architecture_for, find_nvcc
 from qaq_eval.speed.gpu_check.bench import Machine, Report, Table, micros, rate
 
 COPIED = 2 << 30

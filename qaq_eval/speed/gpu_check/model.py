@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from qaq_core.allocation.attention_statistics import PromptMeans
-from qaq_core.cache.presets import make_method
-from qaq_core.cache.sequence import SequenceCache
+from qaq_core.allocation import PromptMeans
+from qaq_core.cache import SequenceCache, make_method
 from qaq_core.calibration import Calibration
 from qaq_eval.speed.gpu_check.bench import Machine
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 
 from qaq_core.base.pages import KEY
-from qaq_core.kernels.cuda.weave import CudaWeaver
-from qaq_core.storage.tiled_pool import Tiles
 from qaq_eval.speed.gpu_check.bench import Machine, Report, Table, micros, millis, packed_tokens, rate
 from qaq_eval.speed.gpu_check.model import RandomModel, shapes, with_prompt
 
@@ -20,11 +18,9 @@ def pack(machine: Machine, report: Report) -> Table:
     report("packing: rows to their places", None)
     packed = packed_tokens(machine, 1 if machine.emulated else 8, 128, count)
     pool, tags = packed.sides[KEY].pools[0], packed.tags
-    weaver, held = CudaWeaver(machine.launcher), pool._tiles  # type: ignore[union-attr]
-    assert isinstance(held, Tiles)
-    seconds = machine.stepped(lambda: weaver.weave(held, tags, tags, KEY, 8), 3)
+    seconds = machine.stepped(lambda: pool.narrow(tags, tags, KEY), 3)
     row = ["keys of a layer to new places, with counting, µs", str(count), micros(seconds)]
-    table.rows.append([*row, rate(2 * len(held.data), seconds) + " GB/s" if seconds else ""])
+    table.rows.append([*row, rate(2 * pool.nbytes, seconds) + " GB/s" if seconds else ""])
     for shape in shapes(machine):
         if machine.left < 0:
             table.notes.append("out of time: the rest was not run")

@@ -14,7 +14,7 @@ BITS = 2.2
 def serve(machine: Machine, report: Report, model: Path | None = None) -> Table:
     """With exceptions: the answer's rows are quantized again from the originals that the cache service holds."""
     from qaq_core.base.errors import ModelLoadError
-    from qaq_core.models.default_model import default_model_path
+    from qaq_core.models import default_model_path
     from services.cli.demo import measure
     from services.cluster import control
     from services.cluster.state import StackSettings
@@ -29,7 +29,7 @@ def serve(machine: Machine, report: Report, model: Path | None = None) -> Table:
     settings = StackSettings.model_validate(
         {"model": str(path), "port": 0, "device": device, "weights": "plain", "target_bits": BITS}
     )
-    repeated, tokens = (2, 32) if machine.emulated else (LONG, ANSWER)
+    repeated, tokens = (2, 24) if machine.emulated else (LONG, ANSWER)
     with control.attached(settings, lambda name, what, share: report(f"served: {name}, {what}", share)) as running:
         report("served: asking", None)
         result = measure(running, PROMPT * repeated, tokens).result

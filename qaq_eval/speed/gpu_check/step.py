@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from qaq_core.attention.fallback import PROMPT
-from qaq_core.cache.cache import QAQCache
-from qaq_core.cache.sequence import SequenceCache, forks
+from qaq_core.attention import PROMPT, CudaAttention
+from qaq_core.cache import QAQCache, SequenceCache
 from qaq_eval.speed.gpu_check.bench import Machine, Report, Table, millis, rate, ratio
 from qaq_eval.speed.gpu_check.model import RandomModel, shapes, with_prompt
 
@@ -41,7 +40,9 @@ def step(machine: Machine, report: Report) -> Table:
             report(f"step: {shape.name}, batch {batch}", None)
             table.rows.append(_case(machine, model, first, batch, tokens))
         first.close()
-        if others := set(model.method.attention.fallbacks) - {PROMPT}:
+        attention = model.method.attention
+        assert isinstance(attention, CudaAttention)
+        if others := set(attention.fallbacks) - {PROMPT}:
             table.failed.append(f"{shape.name}: the reference attended instead of the kernels: {', '.join(others)}")
     return table
 
@@ -56,7 +57,7 @@ def _case(machine: Machine, model: RandomModel, first: SequenceCache, batch: int
         dense = _median(_times(machine, _stepping(model, cache, batch, tokens, None)))
         shown = millis(dense)
         del cache
-    sequences = forks([first] * batch)
+    sequences = [first.fork() for _ in range(batch)]
     cached = QAQCache(sequences)
     seconds = _times(machine, _stepping(model, cached, batch, tokens, cached))
     held = sum(one.nbytes for one in sequences)
