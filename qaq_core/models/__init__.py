@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qaq_core.models.checkpoint import Checkpoint, find_checkpoint, is_hub_id
+    from qaq_core.models.checkpoint import Checkpoint, find_checkpoint, is_hub_id, name_of
     from qaq_core.models.compiled import compile_layers
     from qaq_core.models.decoder import Decoder
     from qaq_core.models.default_model import default_model_path
@@ -31,11 +31,12 @@ __all__ = [
     "left_fingerprint",
     "load_model",
     "load_tokenizer",
+    "name_of",
     "weights_fingerprint",
 ]
 
 _HOMES = {
-    "checkpoint": ("Checkpoint", "find_checkpoint", "is_hub_id"),
+    "checkpoint": ("Checkpoint", "find_checkpoint", "is_hub_id", "name_of"),
     "compiled": ("compile_layers",),
     "decoder": ("Decoder",),
     "default_model": ("default_model_path",),

@@ -57,6 +57,14 @@ def is_hub_id(source: str) -> bool:
     return not source.endswith(".gguf") and bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
 
 
+def name_of(source: str) -> str:
+    """The name of the model of a source, whether its files are here or not."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.resolve().name if path.is_dir() else source
+
+
 def locate(source: str, *, with_weights: bool, download: bool = True) -> Checkpoint:
     """The files of a model, downloaded if the source is a hub id.
 
@@ -70,17 +78,17 @@ def locate(source: str, *, with_weights: bool, download: bool = True) -> Checkpo
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelLoadError(f"{source} is not a .gguf file; give one, or a directory with config.json")
-        return Checkpoint(path.resolve(), path.stem)
+        return Checkpoint(path.resolve(), name_of(source))
     if source and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelLoadError(f"{source} has no config.json; for a GGUF file, name the file")
-        return Checkpoint(path.resolve(), path.resolve().name)
+        return Checkpoint(path.resolve(), name_of(source))
     if not is_hub_id(source):
         raise ModelLoadError(
             f"{source!r} is not there; give a local directory, a .gguf file or a hub id such as "
             "HuggingFaceTB/SmolLM2-135M-Instruct"
         )
-    return Checkpoint(_from_hub(source, with_weights, download), source)
+    return Checkpoint(_from_hub(source, with_weights, download), name_of(source))
 
 
 def _from_hub(hub_id: str, with_weights: bool, download: bool) -> Path:

@@ -72,7 +72,7 @@ Tenant = Annotated[str | None, typer.Option(envvar="QAQ_TENANT", help="Tenant of
 
 
 def model_or_default(model: str | None) -> str:
-    """The source of a model. Files and directories become absolute, since servers may run elsewhere.
+    """As `found`; without a name, the default model's source.
 
     Raises:
         ModelLoadError: no model was named and the default model's package is not installed.
@@ -81,6 +81,11 @@ def model_or_default(model: str | None) -> str:
         from qaq_core.models import default_model_path
 
         return str(default_model_path())
+    return found(model)
+
+
+def found(model: str) -> str:
+    """The source of a model. Files and directories become absolute, since servers may run elsewhere."""
     return os.path.abspath(model) if os.path.exists(model) else model
 
 

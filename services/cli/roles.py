@@ -15,6 +15,7 @@ from services.cli.options import (
     Preset,
     TargetBits,
     Weights,
+    found,
     given,
     model_or_default,
 )
@@ -35,7 +36,10 @@ def router(
     host: Host = None,
     port: Port = None,
     advertise_host: AdvertiseHost = None,
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(envvar="QAQ_MODEL", help="The default model; default: the first that a worker serves."),
+    ] = None,
     smg: Annotated[
         bool, typer.Option("--smg", envvar="QAQ_SMG", help="Also serve vLLM's engine protocol, for SMG in front.")
     ] = False,
@@ -47,7 +51,7 @@ def router(
     from services.router.server import serve
 
     common = _common(host, port, advertise_host, metrics_port, log_level)
-    asyncio.run(serve(RouterSettings(**common, model=model_or_default(model), smg=smg)))
+    asyncio.run(serve(RouterSettings(**common, model=found(model) if model else None, smg=smg)))
 
 
 def worker(

@@ -36,7 +36,7 @@ class Admission:
         max_waiting: requests that may wait.
         capacity: returns the number of slots that there are now: sequences that all workers together can run, threads.
         of: what waits, for messages.
-        depth: says how many wait. waited: observes for how many seconds.
+        depth: says how many wait, here and in other queues. waited: observes for how many seconds.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Admission:
     ) -> None:
         self._max_waiting, self._capacity, self._of = max_waiting, capacity, of
         self._depth, self._waited = depth, waited
-        self._taken = 0
+        self._taken = self._told = 0
         # By tenant, in round-robin order.
         self._queues: OrderedDict[str, deque[_Waiter]] = OrderedDict()
 
@@ -157,4 +157,5 @@ class Admission:
 
     def _tell(self) -> None:
         if self._depth is not None:
-            self._depth.set(self.waiting)
+            self._depth.inc(self.waiting - self._told)
+            self._told = self.waiting

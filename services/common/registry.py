@@ -63,6 +63,11 @@ class Member:
         """Whether it hands over what it runs, or has done so, and takes nothing new."""
         return bool(self.info.get("draining"))
 
+    @property
+    def retiring(self) -> bool:
+        """Whether it finishes what was accepted for its model, which is then served no more."""
+        return bool(self.info.get("retiring"))
+
     @classmethod
     def parse(cls, kind: str, address: str, raw: bytes | str) -> Member | None:
         """A member from its record; None if that is of a version that is not known here."""

@@ -120,8 +120,10 @@ class RouterSettings(CommonSettings):
     """Settings of a router.
 
     Attributes:
-        model: where the tokenizer is loaded from.
-        max_queue: generations that may wait.
+        model: where the tokenizer of the default model is loaded from, which requests mean that name no model. None:
+            the first model that a worker serves. The tokenizers of other models are loaded from where their workers
+            found them.
+        max_queue: generations that may wait for each model.
         placement: names of the placement policies, in order, see services/router/placement.
         resume_timeout_s: how long a stream whose worker went away waits for another worker.
         session_ttl_s: seconds after which an unused session expires.
@@ -132,7 +134,7 @@ class RouterSettings(CommonSettings):
     """
 
     port: int = Field(default=7700, ge=0, le=65535)
-    model: str = Field(min_length=1)
+    model: str | None = Field(default=None, min_length=1)
     max_prompt_bytes: int = Field(default=4 * MIB, ge=1)
     max_queue: int = Field(default=256, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0)

@@ -69,14 +69,14 @@ def _generations(routers: Routers, timeout_s: float) -> APIRouter:
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        model = await models.served(routers, caller(request), body.model, body.n, request)
+        model = await models.served(routers, caller(request), body.model, body.n, request, body.session_id)
         echo = [prompt if isinstance(prompt, str) else None for prompt in body.prompts] if body.echo else None
         answer = Answer(Completion(body.logprobs, body.echo, body.prompt_logprobs), model, body.n, echo)
         return await respond(body, request, requests.completions(body, model), answer)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        model = await models.served(routers, caller(request), body.model, body.n, request)
+        model = await models.served(routers, caller(request), body.model, body.n, request, body.session_id)
         asked = requests.chat(body, model)
         readers = tools.prepare(body, asked, model)
         if readers is not None:

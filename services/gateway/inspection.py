@@ -266,6 +266,7 @@ def _worker(each: inspect_pb2.WorkerInfo) -> Json:
     return {
         "id": each.address,
         "object": "worker",
+        "model": each.model,
         "running": each.running,
         "waiting": each.waiting,
         "sessions": each.sessions,

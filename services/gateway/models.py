@@ -1,4 +1,4 @@
-"""The served model, and the gateway itself: health, version, metrics."""
+"""The served models, and the gateway itself: health, version, metrics."""
 
 from __future__ import annotations
 
@@ -35,30 +35,50 @@ async def ask(request: Request) -> None:
             request.state.model = await stub.GetModel(asked, timeout=SHORT_DEADLINE_S, metadata=caller(request))
     except (grpc.aio.AioRpcError, Unavailable) as error:
         status = to_status(error)
-        if status is None or status.code is not grpc.StatusCode.UNAVAILABLE:
+        # What the body names may be served all the same.
+        if status is None or status.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND):
             raise
 
 
 async def served(
-    routers: Routers, metadata: Metadata, name: str = "", choices: int = 1, request: Request | None = None
+    routers: Routers,
+    metadata: Metadata,
+    name: str = "",
+    choices: int = 1,
+    request: Request | None = None,
+    session: str = "",
 ) -> common_pb2.ModelInfo:
-    """The served model.
+    """The model of a name; without one that of a session, else the default.
 
     Args:
         choices: of one prompt, that will be asked for.
-        request: for which a router may have said it already.
+        request: for which a router may have said the default already.
+        session: that will be continued, or empty.
     Raises:
-        grpc.aio.AioRpcError: NOT_FOUND if another model is served, UNAUTHENTICATED without a key.
+        grpc.aio.AioRpcError: NOT_FOUND if it is not served, UNAUTHENTICATED without a key.
         InvalidArgument: too many choices.
     """
     reply = None if request is None else getattr(request.state, "model", None)
-    if reply is None or name not in ("", reply.model.name, reply.model.source):
+    if name:
+        session = ""  # a router checks that they are of one model, when it looks at the session
+    if session or reply is None or name not in ("", reply.model.name, reply.model.source):
         async with routers.stub() as stub:
-            asked = generate_pb2.GetModelRequest(model=name)
+            asked = generate_pb2.GetModelRequest(model=name, session_id=session)
             reply = await stub.GetModel(asked, timeout=SHORT_DEADLINE_S, metadata=metadata)
     if choices > (most := reply.max_choices or MAX_CHOICES):
         raise InvalidArgument(f"n is {choices}; send 1 to {most}")
     return reply.model
+
+
+async def usable(routers: Routers, metadata: Metadata) -> list[common_pb2.ModelInfo]:
+    """The models that can be used, the default first.
+
+    Raises:
+        grpc.aio.AioRpcError: UNAVAILABLE before the first worker, UNAUTHENTICATED without a key.
+    """
+    async with routers.stub() as stub:
+        reply = await stub.ListModels(generate_pb2.ListModelsRequest(), timeout=SHORT_DEADLINE_S, metadata=metadata)
+    return [each.model for each in reply.models if not each.unavailable]
 
 
 def routes(routers: Routers) -> APIRouter:
@@ -68,7 +88,7 @@ def routes(routers: Routers) -> APIRouter:
     async def health(request: Request) -> Json:
         """Whether a router answers; if that needs no key, or with one, also whether it has had a worker."""
         try:
-            await served(routers, caller(request))
+            await usable(routers, caller(request))
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
                 raise
@@ -84,7 +104,7 @@ def routes(routers: Routers) -> APIRouter:
 
     @router.get("/v1/models")
     async def models(request: Request) -> Json:
-        return {"object": "list", "data": [_described(await served(routers, caller(request)))]}
+        return {"object": "list", "data": [_described(each) for each in await usable(routers, caller(request))]}
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> Json:

@@ -74,4 +74,5 @@ def _listed(session: generate_pb2.SessionInfo) -> Json:
         "tokens": session.tokens,
         "running": session.running,
         "tenant": session.tenant,
+        "model": session.model,
     }

@@ -22,11 +22,12 @@ from services.common.echoes import EchoOnce
 from services.common.errors import StatusError, Unavailable
 from services.router.hold import Hold, Lost
 from services.router.metrics import RelayLatency, TokenTimes
+from services.router.model import RETRY_AFTER_MS, Model
 from services.router.quotas import Meter
 from services.router.session import Session
 from services.router.session_pages import SessionPages
 from services.router.token_log import LogWriter
-from services.router.workers import RETRY_AFTER_MS, WorkerLink, WorkerPool, no_worker
+from services.router.workers import WorkerLink
 
 PLACEMENT_RETRY_S = 0.25
 HINT_TIMEOUT_S = 1.0
@@ -59,7 +60,7 @@ class GenerationStream:
 
     def __init__(
         self,
-        pool: WorkerPool,
+        model: Model,
         session: Session,
         hold: Hold,
         page_ids: Sequence[bytes],
@@ -68,7 +69,7 @@ class GenerationStream:
         patience_s: float,
         latency: RelayLatency,
     ) -> None:
-        self._pool, self._session, self.hold = pool, session, hold
+        self._model, self._session, self.hold = model, session, hold
         self._request, self._meter, self._patience_s = request, meter, patience_s
         self._latency, self._times = latency, TokenTimes(request.choices)
         self._echo = EchoOnce()
@@ -138,11 +139,11 @@ class GenerationStream:
             StatusError: there is none. A generation that has started waits for one for `patience_s`.
         """
         while True:
-            link = self._pool.place(self._session, self._request.token_ids, self._refused)
+            link = self._model.place(self._session, self._request.token_ids, self._refused)
             if link is not None:
                 return link
             lost = time.monotonic() - self._lost_at if self._lost_at else 0.0
-            if not self._started or lost >= self._patience_s:
+            if not self._started or self._model.removed or lost >= self._patience_s:
                 raise self._unplaced()
             await asyncio.sleep(PLACEMENT_RETRY_S)
             self._refused.clear()  # a worker may be back, or have room again
@@ -185,7 +186,7 @@ class GenerationStream:
         away, or its deadline has passed. One whose session was taken, or whose router stops, is with another router."""
         if isinstance(end, grpc.aio.AioRpcError):
             return end.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        return not (self._aborted == "taken" or self._pool.leaving)
+        return not (self._aborted == "taken" or self._model.leaving)
 
     def _reply(self, message: worker_pb2.RunReply) -> generate_pb2.GenerateReply | None:
         """A worker's message as the client gets it; None if it is not for the client."""
@@ -238,8 +239,8 @@ class GenerationStream:
         full = [error for error in self._refused.values() if error.code() is _FULL]
         if full:
             return _status(full[0], received=False)
-        if not self._started:
-            return no_worker()
+        if not self._started or self._model.removed:
+            return self._model.no_worker()
         message = "the worker went away while it generated, and no other worker could resume; send the request again"
         return StatusError(message, code=_GONE, retry_after_ms=RETRY_AFTER_MS)
 

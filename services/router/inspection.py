@@ -18,7 +18,7 @@ from services.router import validation
 from services.router.callers import Caller, Callers
 from services.router.quotas import TenantQuotas
 from services.router.sessions import SessionDirectory
-from services.router.workers import WorkerLink, WorkerPool
+from services.router.workers import WorkerLink, Workers
 
 SILENCE_S = 5.0
 """A watch tells at least so often that it goes on."""
@@ -55,9 +55,9 @@ class InspectorService(inspect_pb2_grpc.InspectorServicer):
     """
 
     def __init__(
-        self, callers: Callers, quotas: TenantQuotas, sessions: SessionDirectory, pool: WorkerPool, reprice: Reprice
+        self, callers: Callers, quotas: TenantQuotas, sessions: SessionDirectory, workers: Workers, reprice: Reprice
     ) -> None:
-        self._callers, self._quotas, self._sessions, self._pool = callers, quotas, sessions, pool
+        self._callers, self._quotas, self._sessions, self._workers = callers, quotas, sessions, workers
         self._reprice = reprice
         self._watches: Counter[str] = Counter()
 
@@ -93,7 +93,7 @@ class InspectorService(inspect_pb2_grpc.InspectorServicer):
         validation.session_id(request.session_id)
         precision.check(request)
         session = await self._sessions.get(request.session_id, _of(caller))
-        link = self._pool.get(session.worker)
+        link = self._workers.get(session.worker)
         if link is None:
             raise FailedPrecondition("no worker has a cache of this session yet; send a prompt to it first")
         asked = inspect_pb2.SetFloorRequest(session_id=session.id, tenant=session.tenant)
@@ -116,14 +116,14 @@ class InspectorService(inspect_pb2_grpc.InspectorServicer):
         self, request: inspect_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
     ) -> inspect_pb2.ListWorkersReply:
         self._operator(await self._caller(context))
-        return inspect_pb2.ListWorkersReply(workers=[_listed(link) for link in self._pool.ready])
+        return inspect_pb2.ListWorkersReply(workers=[_listed(link) for link in self._workers.ready])
 
     async def SetWorkerBudget(
         self, request: inspect_pb2.SetWorkerBudgetRequest, context: grpc.aio.ServicerContext
     ) -> inspect_pb2.SetWorkerBudgetReply:
         self._operator(await self._caller(context))
         precision.budget(request.kv_budget_bytes)
-        link = self._pool.get(request.worker)
+        link = self._workers.get(request.worker)
         if link is None:
             raise NotFound(f'there is no worker "{request.worker[:100]}"; use an address of ListWorkers')
         try:
@@ -176,7 +176,7 @@ class InspectorService(inspect_pb2_grpc.InspectorServicer):
         if seen.worker not in ("", session.worker):
             seen.moves += 1
         seen.worker, report.moves = session.worker, seen.moves
-        link = self._pool.get(session.worker)
+        link = self._workers.get(session.worker)
         report.unreachable = link is None and bool(session.worker)
         if link is None:
             return report
@@ -216,6 +216,7 @@ def _listed(link: WorkerLink) -> inspect_pb2.WorkerInfo:
         kv_bytes=facts.kv_bytes,
         kv_budget_bytes=facts.kv_budget_bytes,
         lambda_floor=facts.lambda_floor,
+        model=facts.model.name,
     )
 
 

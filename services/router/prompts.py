@@ -79,7 +79,7 @@ class Prompts:
         """Raises:
         ModelLoadError: no tokenizer can be loaded from there.
         """
-        return cls(await asyncio.to_thread(load_tokenizer, source))
+        return await asyncio.to_thread(lambda: cls(load_tokenizer(source)))
 
     @property
     def tokenizer(self) -> Any:

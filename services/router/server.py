@@ -19,14 +19,16 @@ from services.common.registry import Registry
 from services.common.server import GrpcServer, run_until_signal
 from services.common.server_identity import identity
 from services.common.settings import RouterSettings
+from services.router import placement
 from services.router.callers import Callers, KeyInterceptor
+from services.router.generations import Generations
 from services.router.inspection import InspectorService
-from services.router.placement import make
+from services.router.models import Models
 from services.router.prompts import Prompts
 from services.router.quotas import TenantQuotas
 from services.router.service import InferenceService
 from services.router.sessions import SessionDirectory
-from services.router.workers import WorkerPool
+from services.router.workers import Workers
 
 _log = structlog.get_logger()
 
@@ -35,17 +37,17 @@ _MESSAGE_MARGIN = 1 << 20
 
 
 class RouterServer:
-    """The router of one model. `start` and `stop` may each be called once."""
+    """The router. `start` and `stop` may each be called once."""
 
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._stack = contextlib.AsyncExitStack()
-        self._pool: WorkerPool | None = None
+        self._workers: Workers | None = None
 
     @property
     def workers(self) -> int:
         """Workers that can run generations, as far as it knows."""
-        return len(self._pool.ready) if self._pool else 0
+        return len(self._workers.ready) if self._workers else 0
 
     async def start(self) -> str:
         """Serves, and registers the router. Returns its address, host:port.
@@ -53,7 +55,7 @@ class RouterServer:
         Raises:
             ConfigError: a placement policy does not exist, SMG's protocol is not installed, the tenants file or a
                 certificate cannot be used, or others could call without either.
-            ModelLoadError: there is no tokenizer for the model.
+            ModelLoadError: there is no tokenizer for the model that the settings name.
             PortTakenError: the port is taken.
             RedisUnreachableError: Redis does not answer.
         """
@@ -72,10 +74,13 @@ class RouterServer:
             stack.push_async_callback(redis.aclose)
             await check(redis, settings.redis_url)
             registry = Registry(redis)
-            prompts = await Prompts.load(settings.model)
-            pool = WorkerPool(registry, make(settings.placement), partial(open_channel, identity=who, role="worker"))
-            stack.push_async_callback(pool.stop)
-            await pool.start()
+            placement.make(settings.placement)
+            prompts = await Prompts.load(settings.model) if settings.model else None
+            workers = Workers(registry, partial(open_channel, identity=who, role="worker"))
+            models = Models(settings, workers, prompts)
+            stack.push_async_callback(models.close)
+            stack.push_async_callback(workers.stop)
+            await workers.start()
             server = GrpcServer(
                 settings.host,
                 settings.port,
@@ -87,7 +92,8 @@ class RouterServer:
             )
             sessions = SessionDirectory(redis, settings.session_ttl_s)
             quotas = TenantQuotas(redis)
-            service = InferenceService(settings, callers, quotas, sessions, pool, prompts)
+            generations = Generations(settings, sessions)
+            service = InferenceService(callers, quotas, sessions, workers, models, generations)
             server.add(
                 generate_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
                 generate_pb2_grpc.add_InferenceServicer_to_server,
@@ -96,20 +102,20 @@ class RouterServer:
             server.add(
                 inspect_pb2.DESCRIPTOR.services_by_name["Inspector"].full_name,
                 inspect_pb2_grpc.add_InspectorServicer_to_server,
-                InspectorService(callers, quotas, sessions, pool, service.reprice),
+                InspectorService(callers, quotas, sessions, workers, generations.reprice),
             )
             if settings.smg:
-                server.add(*_vllm_engine(service, callers, pool, prompts))
+                server.add(*_vllm_engine(service, callers, models))
             address = await server.start()
             stack.push_async_callback(server.stop)
-            stack.callback(pool.leave)
+            stack.callback(workers.leave)
 
             def facts() -> dict[str, Any]:
-                return {"model": settings.model, "relay_ms": service.latency.median_ms}
+                return {"model": settings.model, "relay_ms": generations.latency.median_ms}
 
             await stack.enter_async_context(registry.announce("router", address, facts))
             await stack.enter_async_context(registry.announce_metrics(measured, "router", address))
-            self._pool = pool
+            self._workers = workers
             self._stack = stack.pop_all()
         return address
 
@@ -118,9 +124,7 @@ class RouterServer:
         await self._stack.aclose()
 
 
-def _vllm_engine(
-    inference: InferenceService, callers: Callers, pool: WorkerPool, prompts: Prompts
-) -> tuple[str, Any, Any]:
+def _vllm_engine(inference: InferenceService, callers: Callers, models: Models) -> tuple[str, Any, Any]:
     """The service that SMG calls, as `GrpcServer.add` takes it.
 
     Raises:
@@ -137,7 +141,7 @@ def _vllm_engine(
             "the setting smg needs smg-grpc-proto, which is not installed: pip install 'qaq-kv[smg]'"
         ) from error
     add_to_server = vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server
-    return SERVICE_NAME, add_to_server, VllmEngine(inference, callers, pool, prompts)
+    return SERVICE_NAME, add_to_server, VllmEngine(inference, callers, models)
 
 
 def _open_to_all(settings: RouterSettings) -> None:

@@ -31,7 +31,7 @@ class TokenizerFiles:
     with one model make the same bytes."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._archive: Archive | None = None
         self._making = asyncio.Lock()
 
@@ -44,7 +44,7 @@ class TokenizerFiles:
     def _make(self) -> Archive:
         buffer = io.BytesIO()
         with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(buffer, "w") as archive:
-            self._tokenizer.save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
             for path in sorted(Path(directory).rglob("*")):
                 if path.is_file():
                     # A ZipInfo without a time: the bytes shall depend on the files alone.

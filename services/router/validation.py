@@ -9,7 +9,7 @@ from qaq.v1 import common_pb2, generate_pb2, worker_pb2
 
 from services.common import constraints, parameters
 from services.common.bounds import token_ids
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.limits import MAX_CHOICES, MAX_MESSAGES, MAX_SESSION_ID_BYTES, MAX_TENANT, ROLES
 
 MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED = "model_not_found", "context_length_exceeded"
@@ -68,15 +68,6 @@ def detokenize(request: generate_pb2.DetokenizeRequest, limits: Limits) -> None:
     token_ids("token_ids", request.token_ids, limits.vocabulary)
 
 
-def model(name: str, served: common_pb2.ModelInfo) -> None:
-    """Raises:
-    NotFound: another model is served.
-    """
-    if name and name not in (served.name, served.source):
-        message = f'model "{name[:100]}" is not served here; use "{served.name}" or leave model empty'
-        raise NotFound(message, reason=MODEL_NOT_FOUND)
-
-
 def tenant(name: str) -> None:
     """Raises:
     InvalidArgument: the name is too long. gRPC checks its characters.
@@ -97,8 +88,23 @@ def session_id(identifier: str) -> None:
         )
 
 
-def rejoin(request: generate_pb2.RejoinRequest, turn: worker_pb2.RunRequest | None) -> worker_pb2.RunRequest:
-    """Returns the turn that the request continues.
+def continues(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest) -> None:
+    """Checks a prompt for a session that it names, before the session is looked at.
+
+    Raises:
+        InvalidArgument: names the field.
+    """
+    session_id(request.session_id)
+    if request.HasField("cache"):
+        raise InvalidArgument("cache is fixed when a session opens; leave it unset, or pass it to OpenSession")
+    if request.choices > 1:
+        raise InvalidArgument(
+            f"choices is {request.choices}, but a session has one text; send 1, or branch the session"
+        )
+
+
+def rejoin(received: int, turn: worker_pb2.RunRequest | None) -> worker_pb2.RunRequest:
+    """Returns the turn that a request continues whose client has received so many tokens.
 
     Raises:
         InvalidArgument: names the field and its range.
@@ -108,8 +114,8 @@ def rejoin(request: generate_pb2.RejoinRequest, turn: worker_pb2.RunRequest | No
         raise FailedPrecondition("nothing was generated in this session; send a prompt to it")
     if turn.choices > 1:
         raise FailedPrecondition("a generation of several choices cannot be rejoined; send the request again")
-    if request.received < 0 or (turn.stop.HasField("max_new_tokens") and request.received > turn.stop.max_new_tokens):
-        raise InvalidArgument(f"received is {request.received}; send the number of its tokens that arrived, 0 for none")
+    if received < 0 or (turn.stop.HasField("max_new_tokens") and received > turn.stop.max_new_tokens):
+        raise InvalidArgument(f"received is {received}; send the number of its tokens that arrived, 0 for none")
     return turn
 
 
@@ -193,14 +199,6 @@ def _text_size(field: str, size: int, limits: Limits) -> None:
 
 
 def _parameters(request: generate_pb2.GenerateRequest | generate_pb2.ChatRequest, limits: Limits) -> None:
-    if request.session_id:
-        session_id(request.session_id)
-        if request.HasField("cache"):
-            raise InvalidArgument("cache is fixed when a session opens; leave it unset, or pass it to OpenSession")
-        if request.choices > 1:
-            raise InvalidArgument(
-                f"choices is {request.choices}, but a session has one text; send 1, or branch the session"
-            )
     if not 0 <= request.choices <= limits.choices:
         raise InvalidArgument(f"choices is {request.choices}; send 1 to {limits.choices}")
     parameters.check(request, limits.context, limits.vocabulary)

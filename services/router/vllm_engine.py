@@ -20,11 +20,10 @@ from smg_grpc_proto.generated import common_pb2 as smg
 from services.common.errors import InvalidArgument, StatusError
 from services.router import validation, vllm_requests
 from services.router.callers import Callers
-from services.router.prompts import Prompts
+from services.router.models import Models
 from services.router.service import InferenceService
 from services.router.tokenizer_files import TokenizerFiles
 from services.router.vllm_replies import Answer
-from services.router.workers import WorkerPool
 
 SERVICE_NAME = vllm.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 PIECE_BYTES = 64 << 10
@@ -36,13 +35,12 @@ T = TypeVar("T")
 
 
 class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
-    """The workers of this router as one engine of one rank. A generation is a call of `Inference`, so it is checked,
-    queued, placed and resumed like any other; a second engine is a second router."""
+    """The default model of this router as one engine of one rank. A generation is a call of `Inference`, so it is
+    checked, queued, placed and resumed like any other; a second engine is a second router."""
 
-    def __init__(self, inference: InferenceService, callers: Callers, pool: WorkerPool, prompts: Prompts) -> None:
-        self._inference, self._callers, self._pool = inference, callers, pool
-        self._tokenizer = prompts.tokenizer
-        self._files = TokenizerFiles(prompts.tokenizer)
+    def __init__(self, inference: InferenceService, callers: Callers, models: Models) -> None:
+        self._inference, self._callers, self._models = inference, callers, models
+        self._files: TokenizerFiles | None = None
         # By tenant and request id; set when the request is aborted.
         self._running: dict[tuple[str, str], asyncio.Event] = {}
         self._started, self._received_at = time.monotonic(), 0.0
@@ -73,13 +71,15 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def HealthCheck(
         self, request: vllm.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> vllm.HealthCheckResponse:
-        ready = len(self._pool.ready)
+        default = self._models.default
+        ready = len(default.links) if default is not None else 0
         return vllm.HealthCheckResponse(healthy=ready > 0, message=f"ready workers: {ready}")
 
     async def GetModelInfo(
         self, request: vllm.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> vllm.GetModelInfoResponse:
-        model = self._pool.model
+        served = self._models.get()
+        model, tokenizer = served.info, (await served.prompts()).tokenizer
         return vllm.GetModelInfoResponse(
             model_path=model.source,
             is_generation=True,
@@ -90,8 +90,8 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
             model_type=model.model_type,
             eos_token_ids=model.eos_token_ids,
             # The protocol has no word for a tokenizer without them.
-            pad_token_id=self._tokenizer.pad_token_id or 0,
-            bos_token_id=self._tokenizer.bos_token_id or 0,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            bos_token_id=tokenizer.bos_token_id or 0,
             # One token at least is generated.
             max_req_input_len=model.context_length - 1,
             default_sampling_params_json=_defaults(model.sampling),
@@ -100,23 +100,25 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def GetServerInfo(
         self, request: vllm.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> vllm.GetServerInfoResponse:
+        model = self._models.get()
         return vllm.GetServerInfoResponse(
             active_requests=len(self._running),
             last_receive_timestamp=self._received_at,
             uptime_seconds=time.monotonic() - self._started,
             server_type=_SERVER_TYPE,
             data_parallel_size=1,
-            model_dtype=self._pool.model.dtype,
-            max_num_seqs=self._pool.capacity,
+            model_dtype=model.info.dtype,
+            max_num_seqs=model.capacity,
             constrained_decoding_start="first_token",
         )
 
     async def GetLoads(self, request: vllm.GetLoadsRequest, context: grpc.aio.ServicerContext) -> vllm.GetLoadsResponse:
         if request.dp_rank:
             raise InvalidArgument(f"dp_rank is {request.dp_rank}, and this engine has one rank; send 0")
-        facts = [link.facts for link in self._pool.ready if link.facts]
+        model = self._models.default
+        facts = [link.facts for link in model.links if link.facts] if model else []
         running = sum(each.running for each in facts)
-        waiting = sum(each.waiting for each in facts) + self._inference.waiting
+        waiting = sum(each.waiting for each in facts) + (model.admission.waiting if model else 0)
         budgets = [each.kv_budget_bytes for each in facts]
         used = sum(each.kv_bytes for each in facts) / sum(budgets) if budgets and all(budgets) else 0.0
         load = vllm.SchedulerLoad(
@@ -125,7 +127,7 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
             num_total_reqs=running + waiting,
             token_usage=used,
             utilization=used,
-            max_running_requests=self._pool.capacity,
+            max_running_requests=model.capacity if model else 0,
         )
         now = datetime.now(UTC).isoformat()
         return vllm.GetLoadsResponse(timestamp=now, version=version("qaq-kv"), dp_rank_count=1, loads=[load])
@@ -133,6 +135,9 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def GetTokenizer(
         self, request: smg.GetTokenizerRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[smg.GetTokenizerChunk]:
+        tokenizer = (await self._models.get().prompts()).tokenizer
+        if self._files is None or self._files.tokenizer is not tokenizer:
+            self._files = TokenizerFiles(tokenizer)
         archive = await self._files.archive()
         *pieces, last = archive.pieces(PIECE_BYTES)
         for piece in pieces:

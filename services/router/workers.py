@@ -1,29 +1,25 @@
-"""The registered workers, a channel to each, and their load."""
+"""The registered workers of all models, a channel to each, and their load."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable
 
 import grpc
 import structlog
-from qaq.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from qaq.v1 import worker_pb2, worker_pb2_grpc
 from redis.exceptions import RedisError
 
 from services.common import metrics
 from services.common.channel import Dial, open_channel
-from services.common.errors import Unavailable
-from services.common.limits import MAX_CHOICES
 from services.common.log import once
 from services.common.registry import Registry
 from services.common.tasks import ended
-from services.router.placement import Policy, place
 from services.router.session import Session
 
 REFRESH_S = 1.0
 DESCRIBE_DEADLINE_S = DROP_DEADLINE_S = CANCEL_DEADLINE_S = 5.0
-RETRY_AFTER_MS = 2000
 
 log = structlog.get_logger()
 
@@ -34,11 +30,13 @@ class WorkerLink:
     Attributes:
         calls: generations of this router that run on it.
         facts: None until it has answered for the first time.
+        retiring: it finishes what was accepted, and then its model is served no more.
     """
 
     def __init__(self, address: str, dial: Dial) -> None:
         self.address = address
         self.calls = 0
+        self.retiring = False
         self.facts: worker_pb2.DescribeReply | None = None
         self._channel = dial(address)
         self.stub = worker_pb2_grpc.WorkerStub(self._channel)
@@ -85,7 +83,7 @@ class WorkerLink:
         await self._channel.close()
 
 
-class WorkerPool:
+class Workers:
     """Follows the registry. A worker that left it or drains gets no new generations, and finishes those that it runs.
 
     Attributes:
@@ -93,47 +91,19 @@ class WorkerPool:
         leaving: this router stops; the clients of its generations go on with another one.
     """
 
-    def __init__(self, registry: Registry, policies: Sequence[Policy], dial: Dial = open_channel) -> None:
+    def __init__(self, registry: Registry, dial: Dial = open_channel) -> None:
         self._registry = registry
-        self._policies = policies
         self._dial = dial
         self._links: dict[str, WorkerLink] = {}
         self._retired: list[WorkerLink] = []
-        self._model: common_pb2.ModelInfo | None = None
         self._task: asyncio.Task[None] | None = None
         self.refreshed: Callable[[], None] = lambda: None
         self.leaving = False
 
     @property
     def ready(self) -> list[WorkerLink]:
-        """The workers that can run generations."""
+        """The workers that can run generations, of all models."""
         return [link for link in self._links.values() if link.facts is not None]
-
-    @property
-    def capacity(self) -> int:
-        """Sequences that the ready workers can decode at once."""
-        return sum(link.facts.max_sequences for link in self._links.values() if link.facts)
-
-    @property
-    def max_choices(self) -> int:
-        """The most choices of one prompt that a ready worker can decode."""
-        most = max((link.facts.max_sequences for link in self._links.values() if link.facts), default=MAX_CHOICES)
-        return min(most, MAX_CHOICES)
-
-    @property
-    def model(self) -> common_pb2.ModelInfo:
-        """The model that the workers serve, or last served.
-
-        Raises:
-            Unavailable: no worker has been ready yet.
-        """
-        if self._model is None:
-            raise no_worker()
-        return self._model
-
-    def place(self, session: Session, prompt: Sequence[int], refused: Container[str]) -> WorkerLink | None:
-        """The worker for a generation, except those that refused it. None if there is no other."""
-        return place(session, prompt, [link for link in self.ready if link.address not in refused], self._policies)
 
     def get(self, address: str) -> WorkerLink | None:
         return self._links.get(address)
@@ -167,19 +137,20 @@ class WorkerPool:
         """Updates the list of workers and the facts of each."""
         try:
             members = await self._registry.members("worker")
-            addresses = {member.address for member in members if not member.draining}
+            found = {member.address: member.retiring for member in members if not member.draining}
         except RedisError as error:
             metrics.registry_failures.inc()
             if once("list workers"):
                 log.warning("cannot list the workers; keeping those known", error=str(error))
-            addresses = set(self._links)
-        for address in addresses - set(self._links):
+            found = {address: link.retiring for address, link in self._links.items()}
+        for address in found.keys() - self._links.keys():
             self._links[address] = WorkerLink(address, self._dial)
-        for address in set(self._links) - addresses:
+        for address in self._links.keys() - found.keys():
             self._retired.append(self._links.pop(address))
+        for address, retiring in found.items():
+            self._links[address].retiring = retiring
         await self._close_idle()
         await asyncio.gather(*(link.refresh() for link in self._links.values()))
-        self._model = next((link.facts.model for link in self._links.values() if link.facts), self._model)
         self.refreshed()
 
     async def _close_idle(self) -> None:
@@ -197,11 +168,3 @@ class WorkerPool:
                 metrics.registry_failures.inc()
                 if once("follow workers"):
                     log.error("could not refresh the workers; trying again", exc_info=error)
-
-
-def no_worker() -> Unavailable:
-    return Unavailable(
-        "no worker is ready; one may still be loading its model: try again, or start one with `qaq worker`, or in a "
-        "stack of `qaq up` with `qaq scale`",
-        retry_after_ms=RETRY_AFTER_MS,
-    )

@@ -148,22 +148,40 @@ class DetokenizeReply(_message.Message):
     def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
-    __slots__ = ("model", "call_follows")
+    __slots__ = ("model", "call_follows", "session_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CALL_FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     model: str
     call_follows: bool
-    def __init__(self, model: _Optional[str] = ..., call_follows: _Optional[bool] = ...) -> None: ...
+    session_id: str
+    def __init__(self, model: _Optional[str] = ..., call_follows: _Optional[bool] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class GetModelReply(_message.Message):
-    __slots__ = ("model", "workers", "max_choices")
+    __slots__ = ("model", "workers", "max_choices", "is_default", "waiting", "unavailable")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHOICES_FIELD_NUMBER: _ClassVar[int]
+    IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelInfo
     workers: int
     max_choices: int
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., workers: _Optional[int] = ..., max_choices: _Optional[int] = ...) -> None: ...
+    is_default: bool
+    waiting: int
+    unavailable: str
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., workers: _Optional[int] = ..., max_choices: _Optional[int] = ..., is_default: _Optional[bool] = ..., waiting: _Optional[int] = ..., unavailable: _Optional[str] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsReply(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[GetModelReply]
+    def __init__(self, models: _Optional[_Iterable[_Union[GetModelReply, _Mapping]]] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("model", "cache", "branch_of")
@@ -198,20 +216,22 @@ class ListSessionsRequest(_message.Message):
     def __init__(self, all_tenants: _Optional[bool] = ...) -> None: ...
 
 class SessionInfo(_message.Message):
-    __slots__ = ("session_id", "tokens", "worker", "running", "opened_at", "tenant")
+    __slots__ = ("session_id", "tokens", "worker", "running", "opened_at", "tenant", "model")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     OPENED_AT_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     tokens: int
     worker: str
     running: bool
     opened_at: float
     tenant: str
-    def __init__(self, session_id: _Optional[str] = ..., tokens: _Optional[int] = ..., worker: _Optional[str] = ..., running: _Optional[bool] = ..., opened_at: _Optional[float] = ..., tenant: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, session_id: _Optional[str] = ..., tokens: _Optional[int] = ..., worker: _Optional[str] = ..., running: _Optional[bool] = ..., opened_at: _Optional[float] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ListSessionsReply(_message.Message):
     __slots__ = ("sessions",)

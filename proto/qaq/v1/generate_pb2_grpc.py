@@ -64,6 +64,11 @@ class InferenceStub:
                 request_serializer=qaq_dot_v1_dot_generate__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=qaq_dot_v1_dot_generate__pb2.GetModelReply.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/qaq.v1.Inference/ListModels',
+                request_serializer=qaq_dot_v1_dot_generate__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=qaq_dot_v1_dot_generate__pb2.ListModelsReply.FromString,
+                _registered_method=True)
         self.OpenSession = channel.unary_unary(
                 '/qaq.v1.Inference/OpenSession',
                 request_serializer=qaq_dot_v1_dot_generate__pb2.OpenSessionRequest.SerializeToString,
@@ -120,7 +125,14 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Returns the model that is served.
+        """Returns a model that is served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Returns all models that are served, the default first. UNAVAILABLE before the first worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +192,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=qaq_dot_v1_dot_generate__pb2.GetModelRequest.FromString,
                     response_serializer=qaq_dot_v1_dot_generate__pb2.GetModelReply.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=qaq_dot_v1_dot_generate__pb2.ListModelsRequest.FromString,
+                    response_serializer=qaq_dot_v1_dot_generate__pb2.ListModelsReply.SerializeToString,
             ),
             'OpenSession': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenSession,
@@ -359,6 +376,33 @@ class Inference:
             '/qaq.v1.Inference/GetModel',
             qaq_dot_v1_dot_generate__pb2.GetModelRequest.SerializeToString,
             qaq_dot_v1_dot_generate__pb2.GetModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qaq.v1.Inference/ListModels',
+            qaq_dot_v1_dot_generate__pb2.ListModelsRequest.SerializeToString,
+            qaq_dot_v1_dot_generate__pb2.ListModelsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -200,7 +200,7 @@ class ListWorkersRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("address", "running", "waiting", "sessions", "max_sequences", "kv_bytes", "kv_budget_bytes", "lambda_floor")
+    __slots__ = ("address", "running", "waiting", "sessions", "max_sequences", "kv_bytes", "kv_budget_bytes", "lambda_floor", "model")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +209,7 @@ class WorkerInfo(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAMBDA_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     address: str
     running: int
     waiting: int
@@ -217,7 +218,8 @@ class WorkerInfo(_message.Message):
     kv_bytes: int
     kv_budget_bytes: int
     lambda_floor: float
-    def __init__(self, address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., sessions: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_budget_bytes: _Optional[int] = ..., lambda_floor: _Optional[float] = ...) -> None: ...
+    model: str
+    def __init__(self, address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., sessions: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_budget_bytes: _Optional[int] = ..., lambda_floor: _Optional[float] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ListWorkersReply(_message.Message):
     __slots__ = ("workers",)

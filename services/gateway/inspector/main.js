@@ -59,7 +59,8 @@ async function attempt(work) {
 // -- the session that is shown
 
 async function open() {
-  const opened = await call("/v1/sessions", { method: "POST", body: { cache: { preset: $("preset").value } } });
+  const body = { model: $("models").value, cache: { preset: $("preset").value } };
+  const opened = await call("/v1/sessions", { method: "POST", body });
   watch(opened.id);
   return opened.id;
 }
@@ -197,6 +198,18 @@ async function close(id) {
 
 // -- the page
 
+/** The models that a new session may be of. */
+function offer(models) {
+  $("models").replaceChildren(...models.map(({ id }) => new Option(id, id)));
+  $("choice").hidden = models.length < 2;
+  const say = () => {
+    const { id, max_model_len: context } = models[$("models").selectedIndex];
+    $("model").textContent = `${id}, ${context.toLocaleString()} tokens of context`;
+  };
+  $("models").onchange = say;
+  if (models.length) say();
+}
+
 async function begin() {
   everybody = managed = true;
   const models = await attempt(call("/v1/models"));
@@ -205,8 +218,7 @@ async function begin() {
     return;
   }
   notice("");
-  const [{ id, max_model_len: context }] = models.data;
-  $("model").textContent = `${id}, ${context.toLocaleString()} tokens of context`;
+  offer(models.data);
   if (current === null) state("no session");
   await lists();
 }

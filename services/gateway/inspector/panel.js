@@ -166,6 +166,7 @@ export function workers(list, current) {
     return row(
       each.id === current,
       code(each.id),
+      span(each.model),
       span(`${each.running} running, ${each.waiting} waiting, ${each.sessions} caches`),
       ...(each.kv_budget_bytes ? [gauge] : []),
       span(`${bytes(each.kv_bytes)}${most}${price}`),

@@ -193,7 +193,8 @@ async def test_quotas_as_openais_client_expects_them(keyed: Keyed, redis: Redis)
 
 async def test_sessions_speak_http(keyed: Keyed) -> None:
     async with httpx2.AsyncClient(base_url=keyed.url, headers=keyed.headers("ada"), timeout=60) as http:
-        body = {"prompt": "Hi", "cache": {"target_bits": 3}, "session_id": "x"}
+        session = (await http.post("/v1/sessions")).json()["id"]
+        body = {"prompt": "Hi", "cache": {"target_bits": 3}, "session_id": session}
         fixed = (await http.post("/v1/completions", json=body)).json()["error"]
         assert fixed["message"].endswith("pass it to POST /v1/sessions")
         gone = await http.delete("/v1/sessions/" + "x" * 200)

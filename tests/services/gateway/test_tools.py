@@ -43,7 +43,7 @@ def model(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> tup
     tokenizer.response_template = families.template(common_pb2.ModelInfo(model_type="qwen3"))
     tokenizer.save_pretrained(path)
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return dataclasses.replace(smollm2, tokenizer=tokenizer), path
+    return dataclasses.replace(smollm2, tokenizer=tokenizer, source=str(path)), path
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from qaq.v1 import common_pb2, generate_pb2_grpc, inspect_pb2, worker_pb2, worker_pb2_grpc
 from redis.asyncio import Redis
 
+from qaq_core.models import default_model_path
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.redis import connect
 from services.common.registry import Registry
@@ -32,6 +33,9 @@ CONTEXT = 256
 class CountingWorker(worker_pb2_grpc.WorkerServicer):
     """Answers a log of n tokens with the tokens n, n+1, …; waits at `gate` before each token after the first."""
 
+    name: str = "counting"
+    source: str = field(default_factory=lambda: str(default_model_path()))
+    context: int = CONTEXT
     address: str = ""
     asked: list[worker_pb2.RunRequest] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -99,16 +103,16 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DescribeReply:
-        model = common_pb2.ModelInfo(
-            name="counting", source="/models/counting", context_length=CONTEXT, vocab_size=49152
-        )
+        model = common_pb2.ModelInfo(name=self.name, source=self.source, context_length=self.context, vocab_size=49152)
         return worker_pb2.DescribeReply(model=model, max_sequences=self.max_sequences)
 
 
 @contextlib.asynccontextmanager
-async def running_worker(redis: Redis, facts: Mapping[str, Any] | None = None) -> AsyncIterator[CountingWorker]:
+async def running_worker(
+    redis: Redis, facts: Mapping[str, Any] | None = None, **of_worker: Any
+) -> AsyncIterator[CountingWorker]:
     """One more worker, registered while the context lasts, with facts that may change."""
-    worker = CountingWorker()
+    worker = CountingWorker(**of_worker)
     worker.gate.set()
     server = GrpcServer()
     server.add("qaq.v1.Worker", worker_pb2_grpc.add_WorkerServicer_to_server, worker)

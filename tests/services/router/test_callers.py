@@ -38,6 +38,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "Tokenize": {"text": "Hi"},
     "Detokenize": {"token_ids": [1]},
     "GetModel": {},
+    "ListModels": {},
     "OpenSession": {},
     "CloseSession": {},
     "ListSessions": {},

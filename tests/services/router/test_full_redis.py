@@ -14,7 +14,6 @@ from services.common import registry
 from services.common.embedded_redis import EmbeddedRedis
 from services.common.settings import RouterSettings
 from services.router import hold, sessions, workers
-from services.router.placement import make
 from services.router.sessions import SessionDirectory
 from tests.services.junk import filled, refused
 
@@ -91,7 +90,7 @@ async def test_members_that_are_lost_come_back(own_settings: RouterSettings, own
 
 async def test_a_router_looks_for_workers_after_any_error(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "REFRESH_S", 0.02)
-    pool, failures = workers.WorkerPool(registry.Registry(redis), make("load")), [ZeroDivisionError("unforeseen")]
+    pool, failures = workers.Workers(registry.Registry(redis)), [ZeroDivisionError("unforeseen")]
     await pool.start()
 
     def refreshed() -> None:

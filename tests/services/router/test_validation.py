@@ -3,10 +3,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from qaq.v1 import common_pb2, generate_pb2
+from qaq.v1 import generate_pb2
 from qaq.v1.common_pb2 import StopParams
 
-from services.common.errors import InvalidArgument, NotFound
+from services.common.errors import InvalidArgument
 from services.router import validation
 
 LIMITS = validation.Limits(prompt_bytes=100, context=50, vocabulary=1000)
@@ -80,16 +80,27 @@ def test_accepts_the_edges(changes: dict) -> None:
         ({"output": {"logprobs": True, "top_logprobs": 21}}, "output.top_logprobs is 21; send 0 to 20"),
         ({"choices": 17}, "choices is 17; send 1 to 16"),
         ({"choices": -1}, "choices is -1; send 1 to 16"),
-        ({"choices": 2, "session_id": "x"}, "a session has one text"),
         ({"prompt_token_ids": [1]}, "both prompt and prompt_token_ids are set"),
         ({"prompt": "", "prompt_token_ids": [1000]}, "prompt_token_ids names token 1000"),
-        ({"session_id": "x" * 129}, "session_id is over 128 bytes"),
-        ({"session_id": "x", "cache": {"preset": "paper"}}, "cache is fixed when a session opens"),
     ],
 )
 def test_refuses_with_what_to_change(changes: dict, sentence: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         validation.generate(request(**changes), LIMITS)
+    assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"choices": 2, "session_id": "x"}, "a session has one text"),
+        ({"session_id": "x" * 129}, "session_id is over 128 bytes"),
+        ({"session_id": "x", "cache": {"preset": "paper"}}, "cache is fixed when a session opens"),
+    ],
+)
+def test_refuses_what_no_session_takes(changes: dict, sentence: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        validation.continues(request(**changes))
     assert sentence in caught.value.message
 
 
@@ -135,12 +146,3 @@ def test_a_prompt_may_fill_the_context_but_for_its_answer() -> None:
     validation.fits(0, 49, StopParams(max_new_tokens=1), context=50)
     validation.fits(0, 49, StopParams(), context=50)
     validation.fits(0, 50, StopParams(max_new_tokens=0), context=50)
-
-
-def test_a_model_has_its_name_and_its_source() -> None:
-    served = common_pb2.ModelInfo(name="small", source="/models/small")
-    for name in ("", "small", "/models/small"):
-        validation.model(name, served)
-    with pytest.raises(NotFound, match='"large" is not served here; use "small"') as caught:
-        validation.model("large", served)
-    assert caught.value.reason == "model_not_found"

@@ -32,7 +32,7 @@ Code = grpc.StatusCode
 async def test_model(engine: Stub, model_path: Path) -> None:
     info = await engine.GetModelInfo(vllm.GetModelInfoRequest())
     tokenizer = load_tokenizer(str(model_path))
-    assert (info.served_model_name, info.tokenizer_path) == ("counting", "/models/counting")
+    assert (info.served_model_name, info.tokenizer_path) == ("counting", str(model_path))
     assert (info.max_context_length, info.max_req_input_len, info.vocab_size) == (CONTEXT, CONTEXT - 1, 49152)
     assert (info.bos_token_id, info.pad_token_id) == (tokenizer.bos_token_id or 0, tokenizer.pad_token_id or 0)
     assert info.is_generation
