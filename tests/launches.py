@@ -127,6 +127,8 @@ class Decoding:
         elif device is not None:
             self._kernels = method.attention._kernels = Launched(device)  # type: ignore[attr-defined]
         self._place = method.device
+        if device is not None:
+            device.count = Count()
         self.sequences = [SequenceCache(method, wait=True) for _ in range(batch)]
         for seed, one in enumerate(self.sequences):
             self.feed(token_ids(tokens, seed=seed), [one])

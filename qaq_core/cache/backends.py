@@ -24,12 +24,14 @@ from qaq_core.kernels import (
     NativeRepacker,
     NativeStepErrors,
     kernel_name,
+    make_encoder,
     missing_library,
     native_library,
 )
+from qaq_core.kernels.cuda.encode import cuda_encoders
 from qaq_core.kernels.cuda.weave import CudaWeaver
 from qaq_core.models import ModelShape
-from qaq_core.quantization import Codec
+from qaq_core.quantization import Codec, MakeEncoder
 from qaq_core.storage import Repacker, TorchRepacker, Weaver
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,12 @@ def make_attention(codec: Codec, device: torch.device, kernel: str | None = None
         hint = faster_kernel(device, chosen.name)
     _log_kernel(chosen.name, hint)
     return chosen
+
+
+def make_encoders(device: torch.device, kernel: str | None, attention: Attention) -> MakeEncoder:
+    """What makes encoders: where CUDA kernels attend, they rotate rows on their device, too."""
+    made = make_encoder(kernel)
+    return cuda_encoders(attention.launcher, device, made) if isinstance(attention, CudaAttention) else made
 
 
 def make_repacker(

@@ -16,7 +16,6 @@ from qaq_core.base.errors import ConfigError
 from qaq_core.base.pages import KEY, PAGE_TOKENS, VALUE, PageShape, dtype_name
 from qaq_core.cache import backends
 from qaq_core.cache.in_time import InTime, InTimeLimits
-from qaq_core.kernels import make_encoder
 from qaq_core.models import ModelShape
 from qaq_core.quantization import Adaptation, Outliers, Quantizer, split_outliers
 from qaq_core.storage import Repacker, Weaver
@@ -68,7 +67,7 @@ class Method:
         codec, device, kernel = self.quantizer.codec, self.device, self.kernel
         attention = backends.make_attention(codec, device, kernel)
         made = {
-            "quantizer": self.quantizer.using(make_encoder(kernel)),
+            "quantizer": self.quantizer.using(backends.make_encoders(device, kernel, attention)),
             "attention": attention,
             "allocator": backends.make_allocator(self.policy, codec, self.statistic, device, kernel),
             "repacker": backends.make_repacker(device, kernel, attention, self.shape),

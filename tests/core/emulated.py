@@ -12,5 +12,6 @@ def emulate(method: Method) -> None:
     """Changes a method that has no sequences yet. It may be of a pretended device that gives addresses."""
     attention = CudaAttention(method.quantizer.codec, method.device, Emulation())
     repacker = backends.make_repacker(method.device, "reference", attention, method.shape)
-    for name, part in (("attention", attention), ("repacker", repacker)):
+    quantizer = method.quantizer.using(backends.make_encoders(method.device, "reference", attention))
+    for name, part in (("attention", attention), ("repacker", repacker), ("quantizer", quantizer)):
         object.__setattr__(method, name, part)

@@ -3,6 +3,7 @@
 #include "merge.h"
 #include "observe.h"
 #include "prepare.h"
+#include "rotate.h"
 #include "split.h"
 #include "weave.h"
 
@@ -33,6 +34,8 @@ int run_of(const char* name, const void* args, dim3 grid, int threads, int block
         run<Split<DIM, 128, 2>>(*static_cast<const SplitArgs*>(args), grid, threads);
     } else if (!strcmp(name, "split") && block == 1024 && DIM == 64) {  // as on a GPU
         run<Split<64, 1024, 4>>(*static_cast<const SplitArgs*>(args), grid, threads);
+    } else if (!strcmp(name, "rotate")) {
+        run<Rotate<DIM>>(*static_cast<const RotateArgs*>(args), grid, threads);
     } else if (!strcmp(name, "merge")) {
         run<Merge<DIM>>(*static_cast<const MergeArgs*>(args), grid, threads);
     } else {
@@ -59,6 +62,6 @@ extern "C" int qaq_emulate(const char* name, int dim, const void* args, int x, i
 
 extern "C" int qaq_sizes(int which) {
     const int sizes[] = {sizeof(Sequence),  sizeof(Step),        sizeof(PrepareArgs), sizeof(SplitArgs),
-                         sizeof(MergeArgs), sizeof(ObserveArgs), sizeof(WeaveArgs)};
+                         sizeof(MergeArgs), sizeof(ObserveArgs), sizeof(WeaveArgs),   sizeof(RotateArgs)};
     return sizes[which];
 }

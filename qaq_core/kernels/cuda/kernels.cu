@@ -3,6 +3,7 @@
 #include "merge.h"
 #include "observe.h"
 #include "prepare.h"
+#include "rotate.h"
 #include "split.h"
 #include "weave.h"
 
@@ -20,6 +21,11 @@ constexpr int BLOCK = 1024, WARPS = 4;
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128, 4) qaq_merge_##DIM(const __grid_constant__ MergeArgs args) {     \
         __shared__ Merge<DIM> shared;                                                                                  \
+        shared.run(args);                                                                                              \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128, (DIM) < 256 ? 4 : 2)                                             \
+        qaq_rotate_##DIM(const __grid_constant__ RotateArgs args) {                                                    \
+        __shared__ Rotate<DIM> shared;                                                                                 \
         shared.run(args);                                                                                              \
     }
 

@@ -96,6 +96,10 @@ class ObserveArgs(ctypes.Structure):
     _fields_ = (("batch", Batch), ("totals", c_void_p))
 
 
+class RotateArgs(ctypes.Structure):
+    _fields_ = (*((name, c_void_p) for name in ("rows", "vectors", "before", "after")), ("tokens", c_int))
+
+
 class WeaveArgs(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("before", "after", "origin", "from_places", "to", "to_places")),

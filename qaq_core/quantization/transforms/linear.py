@@ -69,6 +69,11 @@ class LinearTransform:
         self._angles = Angles(self.frequencies, key_matrix.device)
         self._kinds: list[int] = self.kind.tolist()
 
+    @property
+    def kinds(self) -> list[int]:
+        """Which frequencies each layer uses."""
+        return self._kinds
+
     def to(self, device: torch.device) -> LinearTransform:
         if device == self.key_mean.device:
             return self

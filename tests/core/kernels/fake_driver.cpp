@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "structures.h"
+#include "rotate.h"
 #include "weave.h"
 
 struct Call {
@@ -25,7 +26,7 @@ int cuModuleLoadData(void** module, const void* image) {
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     bool known = false;
-    for (const char* kernel : {"qaq_prepare", "qaq_split", "qaq_merge", "qaq_observe", "qaq_weave"})
+    for (const char* kernel : {"qaq_prepare", "qaq_split", "qaq_merge", "qaq_observe", "qaq_weave", "qaq_rotate"})
         known |= !strncmp(name, kernel, strlen(kernel));
     if (!module || !known) return 500;
     if (strstr(name, modules[reinterpret_cast<size_t>(module) - 1].c_str()) == nullptr && strcmp(name, "qaq_observe") &&
@@ -43,6 +44,7 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
                         : name.find("split") != name.npos ? sizeof(SplitArgs)
                         : name.find("merge") != name.npos ? sizeof(MergeArgs)
                         : name.find("weave") != name.npos ? sizeof(WeaveArgs)
+                        : name.find("rotate") != name.npos ? sizeof(RotateArgs)
                                                           : sizeof(ObserveArgs);
     const char* from = static_cast<const char*>(params[0]);
     calls.push_back({name, {gx, gy, gz}, {bx, by, bz}, shared, stream, {from, from + size}});
