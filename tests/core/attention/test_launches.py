@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from qaq_core.attention.interface import attended, hand_out
+from qaq_core.cache.sequence import SequenceCache
 from qaq_core.quantization import LinearTransform
 from qaq_core.storage import packed as packed_module
 from tests.core.tiny_models import first_layers
@@ -18,7 +19,7 @@ from tests.devices import DEVICE, Count, PretendedDevice
 
 launches = pytest.importorskip("tests.launches", exc_type=ImportError)
 
-LAYERS, PROMPT = 2, 68
+LAYERS, PROMPT = 2, 100
 KINDS = {"triton": "llama-gqa", "cuda": "llama-64"}
 
 
@@ -35,11 +36,15 @@ def device() -> Iterator[PretendedDevice]:
         yield made
 
 
+def rotated(sequence: SequenceCache) -> bool:
+    transform = sequence.packed.quantizer.transform
+    return isinstance(transform, LinearTransform) and transform.rotation is not None
+
+
 def counts(device: PretendedDevice, batch: int, kernel: str) -> list[Count]:
     """Of three steps: the first one is observed, the others are plain."""
     decoding = launches.Decoding(*first_layers(KINDS[kernel], LAYERS), device, batch, PROMPT, kernel)
-    transforms = [one.packed.quantizer.transform for one in decoding.sequences]
-    assert all(isinstance(one, LinearTransform) and one.rotation is not None for one in transforms)
+    assert all(rotated(one) for one in decoding.sequences)
     made: list[Count] = decoding.counts(3)
     return made
 
@@ -79,6 +84,7 @@ def test_a_plain_step_asks_cuda_for_three_launches_a_layer(device: PretendedDevi
         pytest.skip("there is no g++ to compile the kernels for a CPU")
     model, known = first_layers(KINDS["cuda"], LAYERS)
     decoding = launches.Decoding(model, known, device, batch, PROMPT, "cuda")
+    assert all(rotated(one) for one in decoding.sequences)
     _, count, again = decoding.counts(3)
     assert count == again
     kernels = launches.KERNELS["cuda"]
@@ -88,6 +94,22 @@ def test_a_plain_step_asks_cuda_for_three_launches_a_layer(device: PretendedDevi
     # What the model is given, and what is new of the sequences; the logits, and the new tokens' originals.
     assert (count.copies_in.total(), count.copies_out.total()) == (2, 2)
     assert count.waits == {"a copy": 1}  # for the logits
+
+
+def test_packing_launches_one_rotation_and_one_move_of_rows_a_side(device: PretendedDevice) -> None:
+    """However many layers and reflections there are."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ to compile the kernels for a CPU")
+    decoding = launches.Decoding(*first_layers(KINDS["cuda"], LAYERS), device, 1, PROMPT, "cuda")
+    one = decoding.sequences[0]
+    held = len(one.packed)
+    counted = decoding.counts(8)
+    assert len(one.packed) == held + 8
+    assert [count.launches["rotate"] for count in counted].count(2) == 1
+    packing = next(count for count in counted if count.launches["rotate"])
+    assert packing.launches["weave"] >= 2  # more if rows changed their widths, too
+    assert packing.launches["bmm"] <= 2
+    assert packing.launches.total() < 2000
 
 
 def own_launches(device: PretendedDevice, model: Any) -> int:
