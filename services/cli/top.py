@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ def top(
                 json_path.write_text(json.dumps(frame.model_dump(), indent=1) + "\n")
             screen.print(show(frame), highlight=False)
             return
-        with _keys() as pressed:
+        with _ended_by_signals(), _keys() as pressed:
             _live(source, pressed, interval)
 
 
@@ -86,7 +87,7 @@ def _live(source: Callable[[], Frame], pressed: Pressed, interval: float) -> Non
 
 def _source(client: Inference, router: str | None) -> Callable[[], Frame]:
     """Asks for a frame: of the stack of this machine, or of routers and of their workers. Who may not list these sees
-    those that have sessions of theirs."""
+    none of them."""
     import grpc
     from qaq.v1 import generate_pb2, inspect_pb2
 
@@ -113,12 +114,11 @@ def _source(client: Inference, router: str | None) -> Callable[[], Frame]:
             return listed()
 
     def workers(sessions: list[generate_pb2.SessionInfo]) -> list[str]:
-        found = {session.worker for session in sessions if session.worker}
-        if everyones:
-            request = inspect_pb2.ListWorkersRequest()
-            reply = client.inspect(lambda stub: stub.ListWorkers(request, timeout=DEADLINE_S))
-            found |= {worker.address for worker in reply.workers}
-        return sorted(found)
+        if not everyones:  # a client's certificate and key do not open workers either
+            return []
+        request = inspect_pb2.ListWorkersRequest()
+        reply = client.inspect(lambda stub: stub.ListWorkers(request, timeout=DEADLINE_S))
+        return sorted({worker.address for worker in reply.workers} | {each.worker for each in sessions if each.worker})
 
     def frame() -> Frame:
         sessions = listed()
@@ -138,6 +138,21 @@ def _source(client: Inference, router: str | None) -> Callable[[], Frame]:
         )
 
     return frame
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does, so that the terminal is as it was before."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

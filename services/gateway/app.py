@@ -36,7 +36,7 @@ def make_app(routers: Routers, settings: GatewaySettings, registry: Registry | N
     """
     # FastAPI's own spans and metrics would be beside ours.
     telemetry: TelemetryConfig = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
-    app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", redoc_url=None, telemetry=telemetry)
+    app = FastAPI(title="QAQ", description="OpenAI's API for QAQ", docs_url=None, redoc_url=None, telemetry=telemetry)
     app.state.routers = routers
     errors.install(app)
     app.add_middleware(Wire, bodies=Bodies(settings.max_bodies_bytes, settings.max_body_bytes))

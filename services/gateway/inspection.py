@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from qaq.v1 import common_pb2, inspect_pb2
 
 from services.common.errors import InvalidArgument
-from services.common.precision import MAX_COLUMNS, MAX_INTERVAL_S, MAX_TOKENS, MIN_INTERVAL_S
+from services.common.precision import MAX_COLUMNS, MAX_INTERVAL_S, MAX_TOKENS, MIN_INTERVAL_S, SHADOW_INTERVAL_S
 from services.common.routers import Routers
 from services.gateway.caller import caller
 from services.gateway.calls import ClientGone, events, while_connected
@@ -85,6 +85,8 @@ def routes(routers: Routers) -> APIRouter:
         rate: Rate = 4,
         shadow: Compare = False,
     ) -> Response:
+        if shadow and rate < 1 / SHADOW_INTERVAL_S:
+            raise InvalidArgument(f"rate is {rate:g}; with shadow send at least {1 / SHADOW_INTERVAL_S:g}")
         options = _options(tokens, columns, shadow)
         asked = inspect_pb2.WatchCacheRequest(session_id=session_id, options=options, interval_s=1 / rate)
         metadata, told = caller(request), Told()

@@ -54,8 +54,6 @@ class Inspector:
             ResourceExhausted: too many wait.
         """
         options = precision.options(request.options)
-        if request.options.shadow:
-            self._shadows.ask((request.tenant, request.session_id))
         if self._waiting >= MAX_WAITING:
             raise ResourceExhausted(
                 "too many views wait for this worker; ask less often", retry_after_ms=RETRY_AFTER_MS
@@ -68,6 +66,8 @@ class Inspector:
                     self._scheduler.between_steps(lambda: self._look(request, *options))
                 )
                 self._free_at = time.monotonic() + took * (1 / SHARE - 1)
+                if request.options.shadow:
+                    self._shadows.ask((request.tenant, request.session_id), view.shadow.state)
                 return view
         finally:
             self._waiting -= 1

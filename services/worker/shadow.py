@@ -19,6 +19,8 @@ HELD = 64
 """Distributions of the quantized cache that wait for those of full precision; older ones are not compared."""
 TOLD = 256
 """Last compared tokens that are told one by one."""
+MOST_KL = 100.0
+"""Nats that are told of a distribution without a distance: one that is no number, or gives nothing to what may come."""
 RECENT = 32
 """Last compared tokens of which a mean is told: what the cache loses now."""
 
@@ -50,6 +52,7 @@ class Shadow:
         kl_sum, kl_max: over all compared tokens, in nats.
         missed: tokens that came too fast to be compared.
         keeps_up: it has all tokens but those that wait for more.
+        failed: what went wrong, or "". Nothing is compared from then on; the session itself goes on.
     """
 
     def __init__(self, model: Any) -> None:
@@ -61,7 +64,7 @@ class Shadow:
         self.compared: deque[Compared] = deque(maxlen=TOLD)
         self.count = self.agreed = self.missed = 0
         self.kl_sum = self.kl_max = 0.0
-        self.keeps_up = False
+        self.keeps_up, self.failed = False, ""
 
     @property
     def length(self) -> int:
@@ -80,15 +83,21 @@ class Shadow:
         Args:
             logits: float [vocabulary].
         """
-        self._quantized[position] = logits.float().log_softmax(-1)
-        if len(self._quantized) > HELD:
-            del self._quantized[next(iter(self._quantized))]
-            self.missed += 1
-        self._compare(position)
+        if self.failed:
+            return
+        try:
+            self._quantized[position] = logits.float().log_softmax(-1)
+            if len(self._quantized) > HELD:
+                del self._quantized[next(iter(self._quantized))]
+                self.missed += 1
+            self._compare(position)
+        except Exception as error:  # memory may be full
+            self.failed = str(error) or type(error).__name__
 
     def cut(self, tokens: int) -> None:
         """The session's text goes on in another way after so many tokens."""
         self._quantized = {at: row for at, row in self._quantized.items() if at <= tokens}
+        self._full = {at: row for at, row in self._full.items() if at <= tokens}
 
     def step(self, tokens: Sequence[int], flush: bool) -> int:
         """Computes the next tokens of the session's text, and compares what is known of them.
@@ -124,7 +133,8 @@ class Shadow:
         if position not in self._quantized or position not in self._full:
             return
         q, p = self._quantized.pop(position), self._full.pop(position)
-        kl = max(0.0, float((p.exp() * (p - q)).sum()))  # rounding may give a tiny negative sum
+        kl = float((p.exp() * (p - q)).sum())
+        kl = max(0.0, kl) if kl < MOST_KL else MOST_KL  # rounding may give a tiny negative sum
         same = bool(p.argmax() == q.argmax())
         self.compared.append(Compared(position, kl, same))
         self.count += 1

@@ -26,6 +26,10 @@ SHARE = 1 / 4
 """Of a worker's time that a comparison may take while it has streams."""
 PAUSE_S = 0.05
 """Until the next look for new tokens."""
+AT_REST_S = 15.0
+"""After so long without a new token a session gives way to another one that is looked at."""
+RETRY_S = 60.0
+"""After a failure."""
 
 Find = Callable[[Name], tuple[Session, bool]]
 State = inspect_pb2.Shadow.State
@@ -45,28 +49,38 @@ class Shadows:
         self._scheduler, self._loaded, self._find, self._most_tokens = scheduler, loaded, find, most_tokens
         self._model: Any = None
         self._name: Name | None = None
-        self._until = 0.0
+        self._until = self._active_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._shadow: Shadow | None = None
         self._session: Session | None = None
-        self._failed = False
+        self._failed: Name | None = None
+        self._failed_at = 0.0
 
-    def ask(self, name: Name) -> None:
-        """Somebody looks at the comparison of a session, which begins if there is no other."""
+    def ask(self, name: Name, state: inspect_pb2.Shadow.State) -> None:
+        """Somebody has looked at the comparison of a session, which begins if there is no other.
+
+        Args:
+            state: that `view` has told: what cannot be compared takes the place of nobody.
+        """
+        now = time.monotonic()
+        if state in (State.STATE_TOO_LONG, State.STATE_FAILED):
+            return
         if self._name is None:
-            self._name, self._failed = name, False
+            self._name, self._active_at = name, now
             self._task = asyncio.create_task(self._run(name), name="shadow")
         if self._name == name:
-            self._until = time.monotonic() + LEASE_S
+            self._until = now + LEASE_S
+        elif now - self._active_at > AT_REST_S:
+            self._until = 0.0
 
     def view(self, name: Name, session: Session) -> inspect_pb2.Shadow:
         """What is known of a session's comparison. In the scheduler's thread."""
         if len(session.tokens) > self._most_tokens:
             return inspect_pb2.Shadow(state=State.STATE_TOO_LONG)
-        if self._name != name:
-            return inspect_pb2.Shadow(state=State.STATE_BUSY)
-        if self._failed:
+        if self._failed == name and time.monotonic() - self._failed_at < RETRY_S:
             return inspect_pb2.Shadow(state=State.STATE_FAILED)
+        if self._name not in (None, name):
+            return inspect_pb2.Shadow(state=State.STATE_BUSY)
         shadow = self._shadow
         if shadow is None or session is not self._session:
             return inspect_pb2.Shadow(state=State.STATE_CATCHING_UP)
@@ -91,44 +105,46 @@ class Shadows:
     # -- inside ----------------------------------------------------------------------------------------
 
     async def _run(self, name: Name) -> None:
-        """Computes what comes of a session until nobody looks, or there is no such session."""
+        """Computes what comes of a session until nobody looks, or it cannot be compared any more."""
         try:
-            if self._model is None and self._most_tokens:
+            if self._model is None:
                 self._model = await asyncio.to_thread(twin, self._loaded.model)
             while time.monotonic() < self._until:
-                pause = PAUSE_S
-                if self._most_tokens and not self._failed:
-                    try:
-                        took = await asyncio.wrap_future(self._scheduler.between_steps(lambda: self._step(name)))
-                    except ResourceExhausted:  # much waits for the scheduler
-                        took = 0.0
-                    streams = self._scheduler.state.running
-                    pause = took * (1 / SHARE - 1) if took and streams else 0.0 if took else PAUSE_S
-                await asyncio.sleep(pause)
+                try:
+                    took = await asyncio.wrap_future(self._scheduler.between_steps(lambda: self._step(name)))
+                except ResourceExhausted:  # much waits for the scheduler
+                    took = 0.0
+                if took is None:
+                    return
+                streams = self._scheduler.state.running
+                await asyncio.sleep(took * (1 / SHARE - 1) if took and streams else 0.0 if took else PAUSE_S)
         except (NotFound, Unavailable):
             pass  # the session was closed, or the worker stops
+        except Exception as error:  # the session itself goes on
+            self._failed, self._failed_at = name, time.monotonic()
+            log.warning("a session is no longer compared with full precision", reason=str(error)[:300], exc_info=True)
         finally:
             if self._session is not None:
                 self._session.shadow = None
             self._name = self._shadow = self._session = None
 
-    def _step(self, name: Name) -> float:
-        """Computes the next tokens. In the scheduler's thread. Returns the seconds that it took; 0 for nothing."""
+    def _step(self, name: Name) -> float | None:
+        """Computes the next tokens. In the scheduler's thread. Returns the seconds that it took, 0 for nothing; None if
+        the session is too long."""
         began = time.monotonic()
         session, decodes = self._find(name)
         if len(session.tokens) > self._most_tokens:
-            session.shadow = self._shadow = None
-            return 0.0
+            return None
         if self._shadow is None:
             self._shadow = Shadow(self._model)
         if session is not self._session:
+            self._shadow.cut(0)  # its text may be another one
             self._session, session.shadow = session, self._shadow
-        try:
-            computed = self._shadow.step(session.tokens, flush=not decodes)
-        except Exception as error:  # the session itself goes on
-            log.warning("a session is no longer compared with full precision", reason=str(error)[:300], exc_info=True)
-            session.shadow = self._shadow = None
-            self._failed = True
-            return 0.0
+        computed = self._shadow.step(session.tokens, flush=not decodes)
+        if self._shadow.failed:
+            raise RuntimeError(self._shadow.failed)
         metrics.shadow_tokens.inc(computed)
-        return time.monotonic() - began if computed else 0.0
+        now = time.monotonic()
+        if computed or decodes:
+            self._active_at = now
+        return now - began if computed else 0.0

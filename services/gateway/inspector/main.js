@@ -8,7 +8,8 @@ import { legend } from "./scale.js";
 import { Shadow } from "./shadow.js";
 import { Tokens } from "./tokens.js";
 
-const LIST_MS = 3000; // between two looks at sessions and workers
+const LIST_MS = 10000; // between two looks at sessions and workers: each counts for the tenant's quota
+const REFUSED_MS = 60000; // after one that the quota refused
 const MOST_TOKENS = 2048; // that are shown one by one
 const NEW_TOKENS = 600; // of an answer
 const TEMPERATURE = 0.5;
@@ -26,6 +27,7 @@ let watching = null; // its AbortController
 let answering = null; // that of the answer under way
 let worker = null; // that has the cache
 let managed = true; // the key may see workers
+let quietUntil = 0; // the lists are not asked for before
 let everybody = true; // the key may be an operator's, who sees all tenants' sessions
 
 function notice(text, good = false) {
@@ -103,7 +105,7 @@ async function follow(id, signal) {
     } catch (error) {
       if (signal.aborted) return;
       if (error.status === 404) {
-        notice("The session was closed.");
+        notice("There is no such session for this key: it was closed, or is another tenant's.");
         watch(null);
         return;
       }
@@ -173,13 +175,14 @@ function busy(is) {
 // -- lists
 
 async function lists() {
-  if (document.hidden) return;
+  if (document.hidden || performance.now() < quietUntil) return;
   const refused = (error) => {
     everybody &&= error.status !== 403;
+    if (error.status === 429) quietUntil = performance.now() + REFUSED_MS;
     return null;
   };
   let all = everybody ? await call("/v1/sessions?all_tenants=true").catch(refused) : null;
-  all ??= await call("/v1/sessions").catch(() => null);
+  all ??= performance.now() < quietUntil ? null : await call("/v1/sessions").catch(refused);
   if (all) panel.sessions(all.data.toReversed().slice(0, MOST_SESSIONS), current, watch, (id) => attempt(close(id)));
   if (managed) {
     const workers = await call("/v1/workers").catch((error) => {
@@ -226,6 +229,10 @@ async function begin() {
 legend($("legend"));
 $("key").value = key();
 $("key").addEventListener("change", () => {
+  if (!/^[\x21-\x7e]*$/.test($("key").value.trim())) {
+    notice("A key has letters, digits and signs of ASCII alone.");
+    return;
+  }
   setKey($("key").value);
   begin();
   if (current !== null) watch(current);

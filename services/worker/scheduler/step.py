@@ -258,8 +258,8 @@ class RunningBatch:
         session = session_of(generation)
         tokens, errors = session.tokens, session.sequence.predicted_errors
         for sampled, row in enumerate(logits, 1):
-            if session.shadow is not None:
-                session.shadow.note(len(tokens), row)
+            if (shadow := session.shadow) is not None:  # another thread may take it away
+                shadow.note(len(tokens), row)
             token = generation.sampler.sample(row, tokens)
             tokens.append(token)
             error = errors[sampled - 1] if errors else None

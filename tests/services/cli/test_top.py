@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import signal
 import sys
 import time
 from pathlib import Path
@@ -145,7 +146,7 @@ class Client:
 
 
 @pytest.mark.parametrize(
-    ("code", "seen"), [(None, ["127.0.0.1:7", "127.0.0.1:8"]), (grpc.StatusCode.PERMISSION_DENIED, ["127.0.0.1:8"])]
+    ("code", "seen"), [(None, ["127.0.0.1:7", "127.0.0.1:8"]), (grpc.StatusCode.PERMISSION_DENIED, [])]
 )
 def test_an_operator_sees_workers_without_sessions(code: grpc.StatusCode | None, seen: list[str]) -> None:
     client: Any = Client(code)
@@ -192,3 +193,19 @@ def test_the_last_frame_stays_while_nobody_answers(monkeypatch: pytest.MonkeyPat
     top._live(source, lambda seconds: next(left), 0.0)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "no answer since 0 s: ConnectionResetError; q ends it" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_as_a_key_does(number: signal.Signals) -> None:
+    before, ended = signal.getsignal(number), []
+
+    def shown() -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            ended.append(True)
+
+    with pytest.raises(SystemExit) as end, top._ended_by_signals():
+        shown()
+    assert (end.value.code, ended) == (128 + number, [True])
+    assert signal.getsignal(number) is before

@@ -126,7 +126,7 @@ async def test_every_answer_has_a_request_id() -> None:
         for answer in (
             await http.options(CHAT, headers=asking),
             await http.options(CHAT, headers=asking | {"origin": "https://evil.example"}),
-            await http.get("/docs"),
+            await http.get("/openapi.json"),
             await http.head("/version"),
             await http.request("BREW", "/version"),
         ):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.worker.shadow import CHUNK, HELD, TOGETHER, Shadow
+from services.worker.shadow import CHUNK, HELD, MOST_KL, TOGETHER, Shadow
 from tests.core.tiny_models import VOCABULARY, tiny, token_ids
 
 
@@ -109,3 +109,39 @@ def test_few_tokens_wait_for_more(model: Any) -> None:
         assert shadow.step(tokens[: TOGETHER - 1], flush=False) == 0
         assert shadow.step(tokens[:TOGETHER], flush=False) == TOGETHER
         assert shadow.step(tokens[: TOGETHER + 1], flush=True) == 1
+
+
+@torch.inference_mode()
+def test_another_text_is_not_compared_with_what_was_said_of_the_one_before(model: Any) -> None:
+    shadow, tokens = Shadow(model), text(40)
+    shadow.step(tokens[:30], flush=True)  # full precision has said what comes at 30
+    shadow.cut(10)
+    shadow.note(30, noise(30))
+    assert shadow.count == 0
+    other = [*tokens[:10], *text(30, seed=1)]
+    while shadow.step(other, flush=True):
+        pass
+    hold(model, shadow, other, range(30, 31))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("broken", [float("nan"), float("-inf")])
+def test_a_broken_distribution_is_as_far_as_can_be(model: Any, broken: float) -> None:
+    shadow, tokens = Shadow(model), text(20)
+    logits = noise(20)
+    logits[5:] = broken
+    shadow.step(tokens, flush=True)
+    shadow.note(20, logits)
+    assert [each.kl for each in shadow.compared] == [MOST_KL]
+
+
+def test_a_fault_of_the_comparison_is_its_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Shadow, position: int) -> None:
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr(Shadow, "_compare", full)
+    shadow = Shadow(model)
+    shadow.note(3, noise(3))
+    assert shadow.failed == "no memory left"
+    shadow.note(4, noise(4))  # nothing more is held
+    assert list(shadow._quantized) == [3]

@@ -92,6 +92,11 @@ async def test_one_at_a_time_for_as_long_as_somebody_looks(
         assert (await inspector.view(asked("other"))).shadow.state == State.STATE_BUSY
         await seen(inspector, lambda shadow: shadow.state != State.STATE_BUSY, "other")
         assert one.shadow is None
+        # One at rest gives way.
+        monkeypatch.setattr(shadows, "LEASE_S", 1000.0)
+        monkeypatch.setattr(shadows, "AT_REST_S", 0.2)
+        await seen(inspector, lambda shadow: shadow.cached > 0, "other")
+        await seen(inspector, lambda shadow: shadow.cached > 0)
         # A look without a comparison begins none.
         view = await inspector.view(inspect_pb2.InspectRequest(session_id="s", tenant="t"))
         assert not view.HasField("shadow")
@@ -103,15 +108,23 @@ async def test_what_cannot_be_compared_says_why(
     async with make_scheduler() as scheduler:
         asks = request(ids(STORY), 3, session_id="s", tenant="t", keep=True)
         await outcome(scheduler.submit(asks))
+        await outcome(scheduler.submit(request(ids("Hello"), 3, session_id="short", tenant="t", keep=True)))
         for most in (0, len(asks.token_ids)):
-            shadow = (await Inspector(scheduler, smollm2, most).view(asked())).shadow
-            assert shadow.state == State.STATE_TOO_LONG
+            inspector = Inspector(scheduler, smollm2, most)
+            for _ in range(3):
+                assert (await inspector.view(asked())).shadow.state == State.STATE_TOO_LONG
+            short = (await inspector.view(asked("short"))).shadow  # it has the place
+            assert short.state == (State.STATE_CATCHING_UP if most else State.STATE_TOO_LONG)
 
         def fails(self: Shadow, tokens: Any, flush: bool) -> int:
-            raise RuntimeError("no memory")
+            self.failed = "no memory"
+            return 0
 
         monkeypatch.setattr(Shadow, "step", fails)
         inspector = Inspector(scheduler, smollm2, 4096)
         await seen(inspector, lambda shadow: shadow.state == State.STATE_FAILED)
+        monkeypatch.undo()
+        assert (await inspector.view(asked())).shadow.state == State.STATE_FAILED  # it is not tried again at once
+        await seen(inspector, lambda shadow: shadow.cached > 0, "short")
         more = request([*ids(STORY)] * 2, 3, session_id="s", tenant="t", keep=True)
         assert (await outcome(scheduler.submit(more))).tokens  # the session goes on
