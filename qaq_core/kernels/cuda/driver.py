@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_void_p
 from functools import cache
 from pathlib import Path
@@ -103,10 +104,14 @@ class DriverLauncher:
         Raises:
             KernelError: the driver refuses it.
         """
-        stream = self._stream()
-        function = self._function(kernel, head_dim)
         given = (c_void_p * 1)(ctypes.addressof(args))
-        self._call("cuLaunchKernel", function, *grid, threads, 1, 1, 0, stream, given, None)
+        with self._current():
+            stream, function = self._stream(), self._function(kernel, head_dim)
+            self._call("cuLaunchKernel", function, *grid, threads, 1, 1, 0, stream, given, None)
+
+    def _current(self) -> AbstractContextManager[Any]:
+        """While this lasts, the driver's context is the device's: torch's, which has begun."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _function(self, kernel: str, head_dim: int) -> c_void_p:
         if (kernel, head_dim) not in self._functions:
@@ -117,7 +122,7 @@ class DriverLauncher:
         return self._functions[kernel, head_dim]
 
     def _module(self, head_dim: int) -> c_void_p:
-        """A head_dim's kernels, loaded into the context that is current on this thread: torch's, which has begun."""
+        """A head_dim's kernels, loaded into the context that is current on this thread."""
         if head_dim not in self._modules:
             path = self._folder / cubin_name(self._architecture, head_dim)
             try:
