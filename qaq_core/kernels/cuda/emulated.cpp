@@ -1,5 +1,6 @@
 // The same kernels on a CPU, for tests: blocks of 128 tokens, so that small examples have several.
 #define QAQ_EMULATE
+#include "encode.h"
 #include "merge.h"
 #include "observe.h"
 #include "prepare.h"
@@ -36,6 +37,8 @@ int run_of(const char* name, const void* args, dim3 grid, int threads, int block
         run<Split<64, 1024, 4>>(*static_cast<const SplitArgs*>(args), grid, threads);
     } else if (!strcmp(name, "rotate")) {
         run<Rotate<DIM>>(*static_cast<const RotateArgs*>(args), grid, threads);
+    } else if (!strcmp(name, "encode")) {
+        run<EncodeRows<DIM>>(*static_cast<const EncodeArgs*>(args), grid, threads);
     } else if (!strcmp(name, "merge")) {
         run<Merge<DIM>>(*static_cast<const MergeArgs*>(args), grid, threads);
     } else {
@@ -61,7 +64,8 @@ extern "C" int qaq_emulate(const char* name, int dim, const void* args, int x, i
 }
 
 extern "C" int qaq_sizes(int which) {
-    const int sizes[] = {sizeof(Sequence),  sizeof(Step),        sizeof(PrepareArgs), sizeof(SplitArgs),
-                         sizeof(MergeArgs), sizeof(ObserveArgs), sizeof(WeaveArgs),   sizeof(RotateArgs)};
+    const int sizes[] = {sizeof(Sequence),  sizeof(Step),       sizeof(PrepareArgs),
+                         sizeof(SplitArgs), sizeof(MergeArgs),  sizeof(ObserveArgs),
+                         sizeof(WeaveArgs), sizeof(RotateArgs), sizeof(EncodeArgs)};
     return sizes[which];
 }

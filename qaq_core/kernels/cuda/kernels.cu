@@ -1,5 +1,6 @@
 // The kernels that a GPU is given, for each head_dim: qaq_prepare_64, qaq_split_64, qaq_merge_64, …, and
 // qaq_observe and qaq_weave.
+#include "encode.h"
 #include "merge.h"
 #include "observe.h"
 #include "prepare.h"
@@ -26,6 +27,10 @@ constexpr int BLOCK = 1024, WARPS = 4;
     extern "C" __global__ void __launch_bounds__(128, (DIM) < 256 ? 4 : 2)                                             \
         qaq_rotate_##DIM(const __grid_constant__ RotateArgs args) {                                                    \
         __shared__ Rotate<DIM> shared;                                                                                 \
+        shared.run(args);                                                                                              \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128) qaq_encode_##DIM(const __grid_constant__ EncodeArgs args) {      \
+        __shared__ EncodeRows<DIM> shared;                                                                             \
         shared.run(args);                                                                                              \
     }
 

@@ -100,6 +100,13 @@ class RotateArgs(ctypes.Structure):
     _fields_ = (*((name, c_void_p) for name in ("rows", "vectors", "before", "after")), ("tokens", c_int))
 
 
+class EncodeArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("rows", "meta", "have", "want", "begin", "out", "edges", "scales", "places")),
+        *((name, c_int) for name in ("count", "split")),
+    )
+
+
 class WeaveArgs(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("before", "after", "origin", "from_places", "to", "to_places")),

@@ -244,7 +244,13 @@ def test_new_tokens_go_round_a_ring(kind: torch.dtype) -> None:
 def test_structures_are_those_of_the_sources() -> None:
     kinds: Sequence[Any] = (
         *(structures.Sequence, structures.Step, structures.PrepareArgs, structures.SplitArgs),
-        *(structures.MergeArgs, structures.ObserveArgs, structures.WeaveArgs, structures.RotateArgs),
+        *(
+            structures.MergeArgs,
+            structures.ObserveArgs,
+            structures.WeaveArgs,
+            structures.RotateArgs,
+            structures.EncodeArgs,
+        ),
     )
     sizes = [emulation.library().qaq_sizes(i) for i in range(len(kinds))]
     assert sizes == [ctypes.sizeof(kind) for kind in kinds]

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "structures.h"
+#include "encode.h"
 #include "rotate.h"
 #include "weave.h"
 
@@ -26,7 +27,7 @@ int cuModuleLoadData(void** module, const void* image) {
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     bool known = false;
-    for (const char* kernel : {"qaq_prepare", "qaq_split", "qaq_merge", "qaq_observe", "qaq_weave", "qaq_rotate"})
+    for (const char* kernel : {"qaq_prepare", "qaq_split", "qaq_merge", "qaq_observe", "qaq_weave", "qaq_rotate", "qaq_encode"})
         known |= !strncmp(name, kernel, strlen(kernel));
     if (!module || !known) return 500;
     if (strstr(name, modules[reinterpret_cast<size_t>(module) - 1].c_str()) == nullptr && strcmp(name, "qaq_observe") &&
@@ -45,6 +46,7 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
                         : name.find("merge") != name.npos ? sizeof(MergeArgs)
                         : name.find("weave") != name.npos ? sizeof(WeaveArgs)
                         : name.find("rotate") != name.npos ? sizeof(RotateArgs)
+                        : name.find("encode") != name.npos ? sizeof(EncodeArgs)
                                                           : sizeof(ObserveArgs);
     const char* from = static_cast<const char*>(params[0]);
     calls.push_back({name, {gx, gy, gz}, {bx, by, bz}, shared, stream, {from, from + size}});

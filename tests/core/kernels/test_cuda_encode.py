@@ -1,4 +1,4 @@
-"""Rows that the kernel `rotate` makes, emulated: the bits of torch's, whatever the shape."""
+"""Rows and bytes that the kernels `rotate` and `encode` make, emulated: torch's to the bit, whatever the shape."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from qaq_core.base.errors import QuantizationError
 from qaq_core.base.pages import KEY, VALUE
+from qaq_core.base.widths import WIDTHS
 from qaq_core.kernels.cuda import encode
 from qaq_core.kernels.cuda.emulation import Emulation
 from qaq_core.kernels.cuda.structures import HEAD_DIMS
@@ -58,12 +59,33 @@ def test_rows_that_are_no_numbers_name_their_layer() -> None:
         kernels.rows(VALUE, originals, 5)
 
 
+@pytest.mark.parametrize("name", ["progressive", "gaussian"])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_bytes_are_torchs(dim: int, name: str) -> None:
+    """Of all pairs of widths, half precision and numbers at the ends included."""
+    plain, kernels, launcher = both(dim, name, rotation=False)
+    pairs = [(have, want) for want in WIDTHS for have in WIDTHS if have <= want]
+    have, want = torch.tensor(pairs, dtype=torch.uint8).T
+    rows = 2 * normal(1, len(pairs), dim)
+    meta = plain.meta(rows.view(1, 1, *rows.shape)).view(len(pairs), -1)
+    rows[0], rows[1], rows[2, ::2] = 0.0, 1e30, -1e30
+    rows[3:6] *= 1e-20
+    for side in (KEY, VALUE):
+        (expected, offsets), (got, others) = (one.encode_each(side, rows, meta, have, want) for one in (plain, kernels))
+        assert torch.equal(offsets, others)
+        assert torch.equal(got, expected)
+    assert launcher.launched == ["encode", "encode"]
+
+
 def test_all_else_is_another_encoders() -> None:
     """Transforms that are not linear, head_dims that kernels do not have, other devices, single rows, bytes."""
     for dim, name in ((64, "uniform-head"), (80, "progressive")):
         plain, kernels, launcher = both(dim, name, rotation=False)
         originals = normal(1, LAYERS, HEADS, 9, dim)
-        assert torch.equal(kernels.rows(KEY, originals, 5), plain.rows(KEY, originals, 5))
+        rows = plain.rows(KEY, originals, 5)
+        assert torch.equal(kernels.rows(KEY, originals, 5), rows)
+        meta = plain.meta(rows).expand(LAYERS, HEADS, 9, -1).reshape(LAYERS * HEADS * 9, -1)
+        assert torch.equal(kernels.encode(KEY, rows, meta, 0, 4), plain.encode(KEY, rows, meta, 0, 4))
         assert not launcher.launched
     plain, kernels, launcher = both(64)
     rows = plain.rows(KEY, normal(1, LAYERS, HEADS, 9, 64), 5)
