@@ -11,7 +11,7 @@ from qaq_core.quantization.codecs import (
     make_codec,
 )
 from qaq_core.quantization.codecs.progressive import greedy_order
-from qaq_core.quantization.encoder import Encoder, MakeEncoder, TorchEncoder
+from qaq_core.quantization.encoder import Encoder, MakeEncoder, TorchEncoder, torch_encoder
 from qaq_core.quantization.outliers import Outliers, split_outliers
 from qaq_core.quantization.quantizer import Quantizer
 from qaq_core.quantization.transforms import IdentityTransform, LinearTransform, Rotation, Transform
@@ -38,4 +38,5 @@ __all__ = [
     "hadamard",
     "make_codec",
     "split_outliers",
+    "torch_encoder",
 ]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from qaq_core.kernels.cuda.build import ARCHITECTURES, HEAD_DIMS, Compiled, compile_kernels, cubin_name, find_nvcc
     from qaq_core.kernels.cuda.counts import BLOCK, Counts, Profile, UnknownCode, count, find_disassembler, profile
     from qaq_core.kernels.cuda.driver import architecture_for
+    from qaq_core.kernels.cuda.encode import cuda_encoders
     from qaq_core.kernels.cuda.launcher import Launcher
     from qaq_core.kernels.cuda.weave import CudaWeaver
 
@@ -26,6 +27,7 @@ __all__ = [
     "compile_kernels",
     "count",
     "cubin_name",
+    "cuda_encoders",
     "find_disassembler",
     "find_nvcc",
     "profile",
@@ -36,6 +38,7 @@ _HOMES = {
     "counts": ("BLOCK", "Counts", "Profile", "UnknownCode", "count", "find_disassembler", "profile"),
     "driver": ("architecture_for",),
     "launcher": ("Launcher",),
+    "encode": ("cuda_encoders",),
     "weave": ("CudaWeaver",),
 }
 

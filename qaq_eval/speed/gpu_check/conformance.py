@@ -10,7 +10,8 @@ import torch
 from qaq_core.allocation import StepObserver
 from qaq_core.attention import LayerTokens, ReferenceAttention
 from qaq_core.base.pages import KEY, VALUE
-from qaq_core.kernels.cuda import CudaWeaver
+from qaq_core.kernels.cuda import CudaWeaver, cuda_encoders
+from qaq_core.quantization import Rotation, torch_encoder
 from qaq_core.storage import PackedTokens
 from qaq_eval.speed.gpu_check.bench import (
     RECENT,
@@ -117,23 +118,35 @@ def _run(machine: Machine, case: Case) -> tuple[float, float, bool]:
 
 
 def _tokens(machine: Machine, case: Case, seed: int) -> tuple[PackedTokens, PackedTokens]:
-    """The same rows by width on a CPU, and in tiles on the device: encoded there, in two parts."""
+    """The same tokens by width on a CPU, and in tiles on the device: rotated and encoded there, in two parts."""
     shape, shares = (1, case.heads, case.dim), SHARES if case.bits is None else one_width(case.bits)
     widths = drawn(shares, (1, case.heads, case.tokens), seed)
     numbers = _normal(seed, 2, 1, case.heads, case.tokens, case.dim)
-    cpu = torch.device("cpu")
-    here = quantizer(case.heads, case.dim, cpu)
-    rows = [here.rows(side, part, SINKS) for side, part in enumerate(numbers)]
     made = []
-    for device, weaver in ((cpu, None), (machine.device, CudaWeaver(machine.launcher))):
-        packed = PackedTokens(quantizer(case.heads, case.dim, device), shape, SINKS, device, weaver)
+    for device, weaver in ((torch.device("cpu"), None), (machine.device, CudaWeaver(machine.launcher))):
+        own = quantizer(case.heads, case.dim, device).rotated(_rotations(case, device))
+        if weaver is not None:
+            own = own.using(cuda_encoders(machine.launcher, machine.device, torch_encoder))
+        packed = PackedTokens(own, shape, SINKS, device, weaver)
         for part in (slice(0, case.tokens * 2 // 3), slice(case.tokens * 2 // 3, case.tokens)):
-            mine = [row[:, :, part].to(device) for row in rows]
+            mine = [own.rows(side, numbers[side][:, :, part].to(device), SINKS + part.start) for side in (KEY, VALUE)]
             if mine[0].shape[2]:
-                metas = [packed.quantizer.meta(row) for row in mine]
+                metas = [own.meta(row) for row in mine]
                 chosen = [width[:, :, part].to(device) for width in widths]
                 packed.append((chosen[0], chosen[1]), (mine[0], mine[1]), (metas[0], metas[1]), (None, None))
         made.append(packed)
+    return made[0], made[1]
+
+
+def _rotations(case: Case, device: torch.device) -> tuple[Rotation, Rotation]:
+    """Of keys and values; of random reflections."""
+    generator = torch.Generator().manual_seed(case.dim)
+    size, octets = case.dim * (case.dim + 1) // 2 - 1, (1, case.heads, case.dim // 8)
+    made = []
+    for _ in (KEY, VALUE):
+        vectors = torch.randint(-127, 128, (1, case.heads, size), generator=generator, dtype=torch.int8)
+        before, after = 0.5 + torch.rand(2, *octets, generator=generator)
+        made.append(Rotation(vectors, before, after).to(device))
     return made[0], made[1]
 
 
