@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -66,8 +67,9 @@ def _check(parts: str, emulated: bool, model: Path | None, device: str, json_pat
     except ConfigError as error:
         screen.print(str(error), style="red", highlight=False)
         raise typer.Exit(1) from None
+    wide = Console(width=max(screen.width, WIDE))
     for found in tables:
-        screen.print(_shown(found), highlight=False, width=max(screen.width, WIDE), crop=False)
+        wide.print(_shown(found), highlight=False)
         for note in found.notes:
             screen.print(f"  {note}", highlight=False, markup=False)
     if json_path is not None:
