@@ -87,7 +87,7 @@ def _live(source: Callable[[], Frame], pressed: Pressed, interval: float) -> Non
 
 def _source(client: Inference, router: str | None) -> Callable[[], Frame]:
     """Asks for a frame: of the stack of this machine, or of routers and of their workers. Who may not list these sees
-    none of them."""
+    those that have sessions of theirs, if his certificate opens them."""
     import grpc
     from qaq.v1 import generate_pb2, inspect_pb2
 
@@ -114,11 +114,12 @@ def _source(client: Inference, router: str | None) -> Callable[[], Frame]:
             return listed()
 
     def workers(sessions: list[generate_pb2.SessionInfo]) -> list[str]:
-        if not everyones:  # a client's certificate and key do not open workers either
-            return []
-        request = inspect_pb2.ListWorkersRequest()
-        reply = client.inspect(lambda stub: stub.ListWorkers(request, timeout=DEADLINE_S))
-        return sorted({worker.address for worker in reply.workers} | {each.worker for each in sessions if each.worker})
+        found = {session.worker for session in sessions if session.worker}
+        if everyones:
+            request = inspect_pb2.ListWorkersRequest()
+            reply = client.inspect(lambda stub: stub.ListWorkers(request, timeout=DEADLINE_S))
+            found |= {worker.address for worker in reply.workers}
+        return sorted(found)
 
     def frame() -> Frame:
         sessions = listed()
@@ -131,7 +132,11 @@ def _source(client: Inference, router: str | None) -> Callable[[], Frame]:
             at=time.time(),
             model=model,
             routers=found.routers,
-            workers=[worker_row(at, worker, at in found.draining) for at, worker in found.workers.items()],
+            workers=[
+                worker_row(at, worker, at in found.draining)
+                for at, worker in found.workers.items()
+                if everyones or worker is not None  # else it may be gone, or closed to this caller
+            ],
             sessions=[session_row(session) for session in sessions],
             originals=store_rows(found.originals),
             all_tenants=everyones,
