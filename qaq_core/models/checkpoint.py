@@ -62,7 +62,9 @@ def name_of(source: str) -> str:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         return path.stem
-    return path.resolve().name if path.is_dir() else source
+    if path.is_dir():
+        return path.resolve().name
+    return source if is_hub_id(source) else path.name
 
 
 def locate(source: str, *, with_weights: bool, download: bool = True) -> Checkpoint:

@@ -26,6 +26,9 @@ Router = Annotated[
     ),
 ]
 Session = Annotated[str, typer.Option(help="Continue this session.")]
+Named = Annotated[
+    str, typer.Option("--model", help="Name of a served model, see `qaq models`; default: the session's, or the first.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -54,6 +57,7 @@ def generate(
     target_compression: options.TargetCompression = None,
     target_error: options.TargetError = None,
     session: Session = "",
+    model: Named = "",
     tenant: options.Tenant = None,
     router: Router = None,
 ) -> None:
@@ -88,6 +92,7 @@ def generate(
         )
         or None,
         session_id=session,
+        model=model,
     )
     called = inference(router, metadata=options.metadata(tenant))
     with called as asked, contextlib.closing(asked.stream(request)) as replies:
@@ -115,6 +120,7 @@ def chat(
     target_compression: options.TargetCompression = None,
     target_error: options.TargetError = None,
     session: Annotated[str, typer.Option(help="Continue this session, and leave it open.")] = "",
+    model: Named = "",
     tenant: options.Tenant = None,
     router: Router = None,
 ) -> None:
@@ -147,7 +153,7 @@ def chat(
     if session and cache:
         raise typer.BadParameter("a session's cache is chosen when it is opened; leave out --session, or these options")
     called = inference(router, metadata=options.metadata(tenant))
-    with called as asked, _session(asked, cache or None, session) as continued:
+    with called as asked, _session(asked, cache or None, model, session) as continued:
         opening = [{"role": "system", "content": system}] if system else []
         for line in [message] if message is not None else _lines():
             request = generate_pb2.ChatRequest(
@@ -155,6 +161,7 @@ def chat(
                 sampling=sampling,
                 stop=options.given(max_new_tokens=max_new_tokens, stop=stop),
                 session_id=continued,
+                model=model,
             )
             try:
                 with contextlib.closing(asked.stream(request)) as replies:
@@ -171,6 +178,7 @@ def tokenize(
     no_special_tokens: Annotated[
         bool, typer.Option("--no-special-tokens", help="Leave out the special tokens that a prompt begins with.")
     ] = False,
+    model: Named = "",
     router: Router = None,
 ) -> None:
     """Prints the token ids of a text."""
@@ -178,7 +186,7 @@ def tokenize(
 
     from services.cli.inference import inference
 
-    request = generate_pb2.TokenizeRequest(text=text, no_special_tokens=no_special_tokens)
+    request = generate_pb2.TokenizeRequest(model=model, text=text, no_special_tokens=no_special_tokens)
     with inference(router) as asked:
         reply = asked.once(lambda stub: stub.Tokenize(request, timeout=DEADLINE_S))
     screen.out(" ".join(str(token) for token in reply.token_ids))
@@ -233,7 +241,7 @@ def _http_health(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _session(asked: Inference, cache: Any, known: str = "") -> Iterator[str]:
+def _session(asked: Inference, cache: Any, model: str, known: str) -> Iterator[str]:
     """The id of a new session, which is closed at the end, or of one that was there before."""
     if known:
         yield known
@@ -243,7 +251,7 @@ def _session(asked: Inference, cache: Any, known: str = "") -> Iterator[str]:
 
     from services.common.errors import Unavailable
 
-    opening = generate_pb2.OpenSessionRequest(cache=cache)
+    opening = generate_pb2.OpenSessionRequest(model=model, cache=cache)
     session = asked.once(lambda stub: stub.OpenSession(opening, timeout=DEADLINE_S)).session_id
     closing = generate_pb2.CloseSessionRequest(session_id=session)
     try:

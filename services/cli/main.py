@@ -16,6 +16,7 @@ from services.cli import (
     estimate,
     keys,
     logs,
+    models,
     roles,
     secrets,
     stack,
@@ -93,7 +94,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (demo, doctor, stack, status, top, logs, client, keys, roles, secrets, calibrate, estimate, tokenizer):
+for module in (
+    demo,
+    doctor,
+    stack,
+    models,
+    status,
+    top,
+    logs,
+    client,
+    keys,
+    roles,
+    secrets,
+    calibrate,
+    estimate,
+    tokenizer,
+):
     module.register(app)
 # Packages that are installed beside this one add commands of their own.
 for plugin in entry_points(group="qaq.commands"):

@@ -19,6 +19,14 @@ Model = Annotated[
     str | None,
     typer.Option(envvar="QAQ_MODEL", help="Local directory, GGUF file or hub id; default: SmolLM2-135M."),
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        help="Local directory, GGUF file or hub id; repeatable: the first is the default model. "
+        "Default: QAQ_MODEL, else SmolLM2-135M.",
+    ),
+]
 Device = Annotated[str, DEVICE]
 Dtype = Annotated[str, DTYPE]
 Weights = Annotated[
@@ -35,7 +43,7 @@ TargetBits = Annotated[float | None, typer.Option(help=_BITS)]
 
 # -- a stack -------------------------------------------------------------------------------------------
 
-Workers = Annotated[int, typer.Option(min=1, help="Number of workers.")]
+Workers = Annotated[int, typer.Option(min=1, help="Number of workers, of each model.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
 
 # -- a generation --------------------------------------------------------------------------------------
@@ -82,6 +90,13 @@ def model_or_default(model: str | None) -> str:
 
         return str(default_model_path())
     return found(model)
+
+
+def models_or_default(models: list[str] | None) -> list[str]:
+    """As `model_or_default`, of several; without any, what QAQ_MODEL says."""
+    if models:
+        return [found(model) for model in models]
+    return [model_or_default(os.environ.get("QAQ_MODEL") or None)]
 
 
 def found(model: str) -> str:

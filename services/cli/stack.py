@@ -11,12 +11,12 @@ from services.cli.options import (
     Compiled,
     Device,
     Dtype,
-    Model,
+    Models,
     StackPreset,
     StackTargetBits,
     Weights,
     Workers,
-    model_or_default,
+    models_or_default,
 )
 from services.cli.running import Address, running_or, where
 from services.cli.terminal import screen, starting, warn_of_environment
@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def up(
-    model: Model = None,
+    model: Models = None,
     workers: Workers = 1,
     originals: Annotated[int, typer.Option(min=1, help="Number of cache services.")] = 1,
     port: Annotated[int, typer.Option(envvar="QAQ_PORT", help="The router's port; 0 takes any free port.")] = 7700,
@@ -87,19 +87,24 @@ def up(
         from services.cluster.keys import StackKeys
         from services.cluster.state import StackSettings
 
+        first, *more = models_or_default(model)
+        how = {
+            "workers": workers,
+            "device": device,
+            "dtype": dtype,
+            "weights": weights,
+            "compiled": compiled,
+            "preset": preset,
+            "target_bits": target_bits,
+        }
         settings = StackSettings.model_validate(
             {
-                "model": model_or_default(model),
-                "workers": workers,
+                "model": first,
+                **how,
+                "more": [{"model": each, **how} for each in more],
                 "originals": originals,
                 "port": port,
                 "http_port": http_port,
-                "device": device,
-                "dtype": dtype,
-                "weights": weights,
-                "compiled": compiled,
-                "preset": preset,
-                "target_bits": target_bits,
                 "tls": tls,
                 "https": https,
                 "keys": keys,
@@ -131,14 +136,16 @@ def up(
 
 
 def scale(
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Number of workers to run.")], address: Address = None
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Number of workers to run.")],
+    model: Annotated[str, typer.Option(help="Whose workers, by the model's name; default: the first model's.")] = "",
+    address: Address = None,
 ) -> None:
-    """Starts or stops workers."""
+    """Starts or stops workers of a model."""
     from services.cluster import control
 
     stack = where(address)
     with starting() as report:
-        control.scale(stack, workers, report)
+        control.scale(stack, workers, report, model)
 
 
 def drain(

@@ -16,7 +16,7 @@ from services.cli.running import Address, where
 from services.cli.terminal import screen, size
 
 if TYPE_CHECKING:
-    from services.cluster.state import StackState
+    from services.cluster.state import StackSettings, StackState
     from services.cluster.status import StackStatus
     from services.cluster.survey import Survey
 
@@ -67,7 +67,7 @@ def _show_survey(survey: Survey, json_path: Path | None) -> None:
         servers = {server.name: {k: v for k, v in asdict(server).items() if k != "name"} for server in survey.servers}
         there = {node.id: {k: v for k, v in asdict(node).items() if k != "id"} for node in survey.nodes}
         _write(json_path, _load(survey.load) | {"redis": survey.redis, "servers": servers, "nodes": there})
-    table = Table(title=survey.settings.model, title_justify="left")
+    table = Table(title=_title(survey.settings, survey.load), title_justify="left")
     for column in ("role", "address", "node", "state"):
         table.add_column(column)
     for server in survey.servers:
@@ -84,8 +84,18 @@ def _show_survey(survey: Survey, json_path: Path | None) -> None:
         what = ", ".join(runs) or "nothing"
         screen.print(f"node {node.id} at {node.address}{gpus}{drained}: {what}", highlight=False, soft_wrap=True)
     workers = sum(server.name.startswith("worker") and not server.why for server in survey.servers)
-    if workers < survey.settings.workers:
-        screen.print(f"{workers} of {survey.settings.workers} workers serve.", highlight=False)
+    wanted = sum(served.workers for served in survey.settings.models)
+    if workers < wanted:
+        screen.print(f"{workers} of {wanted} workers serve.", highlight=False)
+
+
+def _title(settings: StackSettings, found: StackStatus) -> str:
+    """The models that are served."""
+    return ", ".join(_models(found)) or ", ".join(served.model for served in settings.models)
+
+
+def _models(found: StackStatus) -> list[str]:
+    return sorted({worker.model.name for worker in found.workers.values() if worker})
 
 
 def _load(found: StackStatus) -> dict[str, Any]:
@@ -113,6 +123,8 @@ def _of(address: str, found: StackStatus) -> str:
             if worker
             else "does not answer"
         )
+        if worker and len(_models(found)) > 1:
+            load = f"{worker.model.name}: {load}"
         if address in found.draining:
             return f"draining: {load}" if worker and worker.running + worker.waiting else "drained; it can be stopped"
         return load
@@ -125,7 +137,7 @@ def _of(address: str, found: StackStatus) -> str:
 def _table(running: StackState, found: StackStatus) -> Table:
     from services.cluster import state
 
-    table = Table(title=running.settings.model, title_justify="left")
+    table = Table(title=_title(running.settings, found), title_justify="left")
     for column in ("role", "address", "state"):
         table.add_column(column)
     for address in found.routers:

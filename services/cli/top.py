@@ -99,7 +99,11 @@ def _source(client: Inference, router: str | None) -> Callable[[], Frame]:
 
     running = None if router else state.load()
     who = identity(router)
-    model = client.once(lambda stub: stub.GetModel(generate_pb2.GetModelRequest(), timeout=DEADLINE_S)).model.name
+
+    def models() -> str:
+        found = client.once(lambda stub: stub.ListModels(generate_pb2.ListModelsRequest(), timeout=DEADLINE_S))
+        return ", ".join(each.model.name for each in found.models)
+
     everyones = True
 
     def listed() -> list[generate_pb2.SessionInfo]:
@@ -130,7 +134,7 @@ def _source(client: Inference, router: str | None) -> Callable[[], Frame]:
             found = asyncio.run(described((router or DEFAULT_ROUTER).split(","), workers(sessions), who))
         return Frame(
             at=time.time(),
-            model=model,
+            model=models(),
             routers=found.routers,
             workers=[
                 worker_row(at, worker, at in found.draining)

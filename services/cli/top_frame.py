@@ -31,6 +31,7 @@ class WorkerRow(BaseModel):
 
     address: str
     state: str
+    model: str = ""
     running: int = 0
     max_running: int = 0
     waiting: int = 0
@@ -103,6 +104,7 @@ def worker_row(address: str, found: worker_pb2.DescribeReply | None, draining: b
     return WorkerRow(
         address=address,
         state="draining" if draining else "running",
+        model=found.model.name,
         running=found.running,
         max_running=found.max_sequences,
         waiting=found.waiting,
@@ -171,6 +173,9 @@ def _heading(frame: Frame) -> Text:
 def _workers(frame: Frame) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("worker", overflow="fold")
+    models = {row.model for row in frame.workers if row.model}
+    if len(models) > 1:
+        table.add_column("model", overflow="fold")
     for column in ("run", "wait", "sessions", "KV", "of budget", "bits", "exceptions"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in frame.workers:
@@ -178,6 +183,7 @@ def _workers(frame: Frame) -> Table:
             continue
         table.add_row(
             Text(row.address),
+            *([Text(_printable(row.model))] if len(models) > 1 else []),
             f"{row.running}/{row.max_running}",
             str(row.waiting),
             str(row.sessions),

@@ -18,6 +18,7 @@ from services.cluster.handed import Handed
 from services.cluster.logs import Log
 from services.cluster.nodes import NAMESPACE, Request, own_address
 from services.cluster.restarts import Life
+from services.cluster.state import ModelSettings
 from services.common.server import Role
 from services.common.settings import (
     CommonSettings,
@@ -136,6 +137,10 @@ class RouterActor(ServerActor[RouterSettings]):
         """How many workers it sees."""
         return self._server.workers
 
+    async def serves(self, model: str) -> str | None:
+        """Why it cannot serve a model: empty if it can, None if it sees no worker of it yet."""
+        return await self._server.serves(model)
+
 
 class WorkerActor(ServerActor[WorkerSettings]):
     # Its streams go on when it is started again, and it has most of the memory. The others are few and small.
@@ -146,11 +151,20 @@ class WorkerActor(ServerActor[WorkerSettings]):
         from services.worker.server import WorkerServer
 
         _use_the_cores()
+        self._model = ModelSettings(**settings.model_dump(include=set(ModelSettings.model_fields)))
         return WorkerServer(settings)
 
     async def hand_over(self) -> int:
         """Drains the server, see `WorkerServer.drain`."""
         return await self._server.drain()
+
+    async def retire(self, limit_s: float) -> bool:
+        """Finishes what was accepted, see `WorkerServer.retire`."""
+        return await self._server.retire(limit_s)
+
+    async def model(self) -> ModelSettings:
+        """What it serves, and how."""
+        return self._model
 
 
 class OriginalsActor(ServerActor[OriginalsSettings]):

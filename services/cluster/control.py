@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -113,15 +113,39 @@ def down() -> bool:
     return True
 
 
-def scale(where: StackState | str, workers: int, report: Report) -> None:
+def scale(where: StackState | str, workers: int, report: Report, model: str = "") -> None:
     """Starts or stops workers until there are `workers` that serve.
 
     Args:
         where: the stack of this machine, or the address of the Ray cluster on which one runs; so for all below.
+        model: of the workers; empty: the first one.
     Raises:
-        StackError: Ray does not answer, or a worker did not start.
+        StackError: Ray does not answer, the stack has no such model, or a worker did not start.
     """
-    _changed(where, "scale", workers, report=report)
+    _changed(where, "scale", workers, model, report=report)
+
+
+def add(where: StackState | str, model: str, workers: int, changes: Mapping[str, Any], report: Report) -> str:
+    """Starts workers of another model. Returns its name.
+
+    Args:
+        changes: see `Launcher.add`.
+    Raises:
+        StackError: Ray does not answer, or the model cannot be served; nothing of it is left.
+        ModelLoadError: its files are not on this machine, and the stack is.
+    """
+    if isinstance(where, StackState) and where.address is None:
+        roles.check_files(model)
+    return str(_changed(where, "add", model, workers, changes, report=report))
+
+
+def remove(where: StackState | str, model: str, patience_s: float, report: Report) -> bool:
+    """Stops the workers of a model when its streams have ended. False if some had not after `patience_s`.
+
+    Raises:
+        StackError: Ray does not answer, or the stack has no such model, or no other.
+    """
+    return bool(_changed(where, "remove", model, patience_s, report=report))
 
 
 def drain(where: StackState | str, target: str, report: Report) -> int:

@@ -63,9 +63,19 @@ class Controller:
         return self._change(self._launcher.start_all)
 
     @ray.method(concurrency_group="changes")
-    def scale(self, workers: int) -> None:
+    def scale(self, workers: int, model: str = "") -> None:
         """See `Launcher.scale`."""
-        self._change(lambda: self._launcher.scale(workers))
+        self._change(lambda: self._launcher.scale(workers, model))
+
+    @ray.method(concurrency_group="changes")
+    def add(self, model: str, workers: int, changes: Mapping[str, Any]) -> str:
+        """See `Launcher.add`."""
+        return self._change(lambda: self._launcher.add(model, workers, changes))
+
+    @ray.method(concurrency_group="changes")
+    def remove(self, model: str, patience_s: float) -> bool:
+        """See `Launcher.remove`."""
+        return self._change(lambda: self._launcher.remove(model, patience_s))
 
     @ray.method(concurrency_group="changes")
     def drain(self, where: str) -> int:

@@ -153,12 +153,14 @@ def _check_nodes(settings: StackSettings, redis: str, nodes: Sequence[Node]) -> 
             "an address that all of them reach"
         )
     gpus = sum(node.gpus for node in nodes)
-    if settings.device.startswith("cuda") and settings.workers > gpus:
+    workers = sum(served.workers for served in settings.models if served.device.startswith("cuda"))
+    if workers > gpus:
         raise StackError(
-            f"{settings.workers} workers need a GPU each, and the cluster's nodes have {gpus:g}; take fewer --workers"
+            f"{workers} workers need a GPU each, and the cluster's nodes have {gpus:g}; take fewer --workers"
         )
-    if settings.device.startswith("cuda:"):
-        raise StackError(f"Ray chooses the workers' devices itself: take cuda, not {settings.device}")
+    for served in settings.models:
+        if served.device.startswith("cuda:"):
+            raise StackError(f"Ray chooses the workers' devices itself: take cuda, not {served.device}")
     if not settings.tls and not CommonSettings().insecure and not all(is_loopback(each) for each in apart):
         raise StackError("--no-tls is for one machine: leave it out, or set QAQ_INSECURE=1 to be open to that network")
 

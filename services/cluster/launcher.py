@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-import ray
+from pydantic import ValidationError
 
-from services.cluster import actors, nodes
+from services.cluster import actors, answers, nodes
 from services.cluster.actors import GatewayActor, OriginalsActor, RouterActor, WorkerActor, launch
+from services.cluster.answers import Report
+from services.cluster.fleet import Fleet, of_worker
 from services.cluster.handed import Handed
-from services.cluster.nodes import NAMESPACE, Request
+from services.cluster.nodes import Request
 from services.cluster.restarts import records
 from services.cluster.roles import Plan
-from services.cluster.state import StackError, StackSettings
+from services.cluster.state import ModelSettings, ServedModel, StackError, StackSettings
 from services.common.roles import Role
-
-START_TIMEOUT_S = 600.0
-READY_TIMEOUT_S = 30.0
-HAND_OVER_S = 60.0
-ASK_S = 10.0
-POLL_S = 0.2
-
-Report = Callable[[str, str, float | None], None]
 
 
 class Launcher:
@@ -54,16 +46,27 @@ class Launcher:
         self._directory, self._handed = directory, handed
         self.drained: frozenset[str] = frozenset()
         self._preferred: dict[str, str] = {}
+        first, *more = settings.models
+        fleets = [Fleet(first), *map(Fleet.another, more)]
+        self._fleets = {fleet.key: fleet for fleet in fleets}
 
     @property
     def settings(self) -> StackSettings:
-        """With the number of workers that is wanted now."""
-        return self._settings
+        """With the models and the numbers of workers that are wanted now."""
+        first, *more = (fleet.served for fleet in self._fleets.values())
+        return self._settings.model_copy(update={**first.model_dump(), "more": more})
 
     def go_on(self) -> None:
         """Of a controller that was started again: the workers that there are are those that are wanted."""
-        serving = [name for name in self.names("worker") if name not in self._drained()]
-        self._settings = self._settings.model_copy(update={"workers": max(1, len(serving))})
+        drained = self._drained()
+        serving = [name for name in self.names("worker") if name not in drained]
+        known, self._fleets = self._fleets, {}
+        for key in dict.fromkeys(of_worker(name) or "" for name in sorted(serving)):
+            fleet = known.get(key) or self._asked_for(key, serving)
+            if fleet is not None:
+                workers = len(fleet.mine(serving))
+                self._fleets[key] = Fleet(fleet.served.model_copy(update={"workers": workers}), key)
+        self._fleets = self._fleets or known
 
     def start_all(self) -> dict[str, str]:
         """Starts all actors in parallel, because their imports take longest. Returns addresses by name.
@@ -76,25 +79,78 @@ class Launcher:
             f"originals-{index}": self._launch(f"originals-{index}", OriginalsActor, plan.originals, "originals")
             for index in range(settings.originals)
         }
-        started |= {f"worker-{index}": self._worker(index) for index in range(settings.workers)}
+        for fleet in self._fleets.values():
+            started |= {name: self._worker(name, fleet) for name in map(fleet.worker, range(fleet.served.workers))}
         started["router"] = self._launch("router", RouterActor, plan.router, "router")
         if plan.gateway is not None:
             started["gateway"] = self._launch("gateway", GatewayActor, plan.gateway, "gateway")
         addresses = self._wait(started)
-        self._wait_until_seen(started["router"])
+        answers.seen(sum(fleet.served.workers for fleet in self._fleets.values()), self._report)
+        for fleet in self._fleets.values():
+            answers.served(fleet.name, self._report)
         return addresses
 
-    def scale(self, workers: int) -> None:
+    def scale(self, workers: int, model: str = "") -> None:
         """Starts or stops workers until there are `workers` that serve. Those that were drained are stopped.
 
+        Args:
+            model: its name, or where it comes from; empty: the first one.
         Raises:
-            StackError: a worker did not start.
+            StackError: the stack has no such model, or a worker did not start.
         """
-        drained = self._drained()
-        serving = [name for name in self.names("worker") if name not in drained]
-        self._add_workers(workers - len(serving))
+        fleet = self._fleet(model)
+        names = fleet.mine(self.names("worker"))
+        drained = [name for name in self._drained() if name in names]
+        serving = [name for name in names if name not in drained]
+        self._add_workers(fleet, workers - len(serving))
         self.stop([*drained, *serving[workers:]])
-        self._settings = self._settings.model_copy(update={"workers": workers})
+        fleet.served = fleet.served.model_copy(update={"workers": workers})
+
+    def add(self, model: str, workers: int, changes: Mapping[str, Any]) -> str:
+        """Starts workers of another model, and waits until the router serves it. Returns the model's name.
+
+        Args:
+            changes: fields of `ModelSettings` in which it differs from the first one.
+        Raises:
+            StackError: there is a model of that name, or it cannot be served; nothing of it is left then.
+        """
+        first = next(iter(self._fleets.values())).served
+        try:
+            served = ServedModel.model_validate({**first.model_dump(), **changes, "model": model, "workers": workers})
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise StackError(f"{found['loc'][0]}: {found['msg'].removeprefix('Value error, ')}") from error
+        fleet = Fleet.another(served)
+        if fleet.name in {each.name for each in self._fleets.values()} or fleet.key in self._fleets:
+            raise StackError(f'the stack serves "{fleet.name}" already; `qaq scale --model` changes its workers')
+        self._add_workers(fleet, workers)
+        try:
+            self._served(fleet)
+        except StackError:
+            self.stop(fleet.mine(self.names("worker")))
+            raise
+        self._fleets[fleet.key] = fleet
+        return fleet.name
+
+    def remove(self, model: str, patience_s: float) -> bool:
+        """Stops the workers of a model when they have finished what the router had accepted for it. False if that took
+        longer than `patience_s`: the streams that were left have ended with an error.
+
+        Raises:
+            StackError: the stack has no such model, or no other.
+        """
+        fleet = self._fleet(model)
+        if len(self._fleets) == 1:
+            raise StackError(f'"{fleet.name}" is the only model of the stack; `qaq down` stops the stack')
+        names = fleet.mine(self.names("worker"))
+        for name in names:
+            self._report(name, "finishing its streams", None)
+        finished = self._retired(names, patience_s)
+        del self._fleets[fleet.key]
+        self.stop(names)
+        for name in names:
+            self._report(name, "stopped", 1.0)
+        return finished
 
     def drain(self, where: str) -> int:
         """Stops a worker, or all workers of a node. Others are started before if fewer than wanted would be left.
@@ -129,10 +185,14 @@ class Launcher:
         """Stops workers, one after the other, each when it has handed over what it runs, see `drain`."""
         moved = 0
         for name in names:
-            left = [other for other in self.names("worker") if other not in (name, *self._drained())]
-            missing = self._settings.workers - len(left)
-            if has_room := not self._gpus or self._free_gpus() >= missing * self._gpus:
-                self._add_workers(missing)
+            fleet = self._fleets.get(of_worker(name) or "")
+            if fleet is None:  # of a model that is not wanted
+                self.stop([name])
+                continue
+            left = [other for other in fleet.mine(self.names("worker")) if other not in (name, *self._drained())]
+            missing = fleet.served.workers - len(left)
+            if has_room := not fleet.gpus or self._free_gpus() >= missing * fleet.gpus:
+                self._add_workers(fleet, missing)
             self._report(name, "handing over its streams", None)
             try:
                 moved += self._hand_over(name)
@@ -140,22 +200,40 @@ class Launcher:
                 self.stop([name])
             self._report(name, "stopped", 1.0)
             if not has_room:  # for both at a time
-                self._add_workers(missing)
+                self._add_workers(fleet, missing)
         return moved
 
     def names(self, kind: str = "") -> list[str]:
-        """Names of the actors of a kind, or of all, in the order of their start."""
+        """Names of the actors of a kind, or of all, those of a fleet in the order of their start."""
         return nodes.names(kind)
 
     def stop(self, names: list[str]) -> None:
         """Stops actors. Each drains its server before its process ends."""
         actors.stop(names)
 
-    def _add_workers(self, count: int) -> None:
+    def _fleet(self, model: str) -> Fleet:
+        """The workers of a model, by its name or where it comes from; empty: of the first one.
+
+        Raises:
+            StackError: there is no such model.
+        """
+        fleets = self._fleets.values()
+        found = [each for each in fleets if not model or model in (each.name, each.served.model)]
+        if not found:
+            names = ", ".join(each.name for each in fleets)
+            raise StackError(f'the stack has no model "{model}"; it has {names}')
+        return found[0]
+
+    def _asked_for(self, key: str, names: Iterable[str]) -> Fleet | None:
+        """A fleet that this controller does not know, as its workers describe it; None if none of them answers."""
+        told = self._asked(Fleet(self._settings, key).mine(names), "model")
+        model: ModelSettings | None = next(iter(told.values()), None)
+        return None if model is None else Fleet(ServedModel(**model.model_dump()), key)
+
+    def _add_workers(self, fleet: Fleet, count: int) -> None:
         """Starts workers, if the count is positive."""
-        names = self.names("worker")
-        free = [index for index in range(len(names) + max(0, count)) if f"worker-{index}" not in names]
-        started = {f"worker-{index}": self._worker(index) for index in free[: max(0, count)]}
+        names = fleet.free(self.names("worker"), max(0, count))
+        started = {name: self._worker(name, fleet) for name in names}
         try:
             self._wait(started)
         except StackError:
@@ -163,14 +241,16 @@ class Launcher:
             raise
 
     def _hand_over(self, name: str) -> int:
-        reference = ray.get_actor(name, namespace=NAMESPACE).hand_over.remote()
-        try:
-            return int(ray.get(reference, timeout=HAND_OVER_S))
-        except ray.exceptions.RayError as error:
-            raise StackError(
-                f"{name} was stopped before it had handed over what it ran ({type(error).__name__}): its streams go on "
-                "elsewhere once their routers notice"
-            ) from error
+        return answers.handed_over(name)
+
+    def _retired(self, names: Sequence[str], patience_s: float) -> bool:
+        return answers.retired(names, patience_s)
+
+    def _served(self, fleet: Fleet) -> None:
+        answers.served(fleet.name, self._report)
+
+    def _wait(self, actors: Mapping[str, Any]) -> dict[str, str]:
+        return answers.started(actors, self._report)
 
     def _drained(self) -> list[str]:
         """Names of the workers that take nothing new."""
@@ -183,7 +263,7 @@ class Launcher:
 
     def _asked(self, names: Sequence[str], question: str) -> dict[str, Any]:
         """The answers of actors by name, without those that do not answer, because they start or hang."""
-        return ask(names, question)
+        return answers.ask(names, question)
 
     def _nodes(self) -> list[nodes.Node]:
         return nodes.nodes()
@@ -195,18 +275,18 @@ class Launcher:
     def _free_gpus(self) -> float:
         return nodes.free_gpus(self.drained)
 
-    def _worker(self, index: int) -> Any:
-        return self._launch(f"worker-{index}", WorkerActor, self._plan.worker, "worker")
+    def _worker(self, name: str, fleet: Fleet) -> Any:
+        return self._launch(name, WorkerActor, self._plan.of_model(fleet.served), "worker", fleet.gpus)
 
-    def _launch(self, name: str, actor: Any, settings: Any, role: Role) -> Any:
+    def _launch(self, name: str, actor: Any, settings: Any, role: Role, gpus: int = 0) -> Any:
         self._report(name, "starting", None)
         handed = self._handed[role] if self._handed else None
-        request = self.request(role)
+        request = self.request(role, gpus)
         self._preferred[name] = request.near
         return launch(name, actor, settings, request, handed, self._plan.logs)
 
-    def request(self, role: Role) -> Request:
-        """What a server asks of its node.
+    def request(self, role: Role, gpus: int = 0) -> Request:
+        """What a server asks of its node, with so many GPUs.
 
         On one machine, GPUs alone. On several, workers go to nodes with GPUs if they are for them, cache services to
         the others, each to the emptiest, and router and gateway to the head, where clients find them.
@@ -215,11 +295,10 @@ class Launcher:
         if spread and role in ("router", "gateway"):
             return Request(head=True)
         avoid = set(self.drained)
-        if spread and self._gpus and not workers:
+        if spread and not workers and any(fleet.gpus for fleet in self._fleets.values()):
             others = [node for node in self._nodes() if not node.gpus and node.id not in avoid]
             avoid |= {node.id for node in self._nodes() if node.gpus} if others else set()
         cpus = self._settings.worker_cpus if workers else 0
-        gpus = self._gpus if workers else 0
         near = self._emptiest(role, avoid) if spread and not gpus and not cpus else ""
         return Request(gpus=gpus, cpus=cpus, near=near, spread=spread, avoid=frozenset(avoid))
 
@@ -234,70 +313,3 @@ class Launcher:
     def _placed(self) -> dict[str, str]:
         """The nodes of all servers by name, or those that they prefer, if they are on none yet."""
         return {name: actor.node or self._preferred.get(name, "") for name, actor in nodes.actors().items()}
-
-    @property
-    def _gpus(self) -> int:
-        """That each worker reserves."""
-        return 1 if self._settings.device.startswith("cuda") else 0
-
-    def _wait(self, actors: Mapping[str, Any]) -> dict[str, str]:
-        """Waits until all actors are up. Returns their addresses by name."""
-        pending = {actor.address.remote(): name for name, actor in actors.items()}
-        addresses: dict[str, str] = {}
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while pending:
-            done, _ = ray.wait(list(pending), timeout=POLL_S)
-            for reference in done:
-                name = pending.pop(reference)
-                addresses[name] = _result(name, reference)
-                self._report(name, f"serves at {addresses[name]}", 1.0)
-            if time.monotonic() > deadline:
-                late = ", ".join(pending.values())
-                raise StackError(f"{late} did not start within {START_TIMEOUT_S:.0f} s; see `qaq logs`")
-            self._progress({name: actors[name] for name in pending.values()})
-        return addresses
-
-    def _wait_until_seen(self, router: Any) -> None:
-        """Waits until the router sees its workers."""
-        workers, deadline = self._settings.workers, time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < deadline:
-            self._report("router", "waiting for the workers", None)
-            if ray.get(router.workers.remote()) >= workers:
-                return
-            time.sleep(POLL_S)
-        raise StackError(f"the router does not see {workers} worker(s); see `qaq logs router`")
-
-    def _progress(self, waiting: Mapping[str, Any]) -> None:
-        """Reports the progress of each actor. One that is still importing cannot answer."""
-        calls = {name: actor.progress.remote() for name, actor in waiting.items()}
-        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=POLL_S) if calls else ([], [])
-        for name, reference in calls.items():
-            with contextlib.suppress(ray.exceptions.RayError):  # `address` raises the error
-                if reference in done:
-                    self._report(name, *ray.get(reference))
-
-
-def ask(names: Sequence[str], question: str, seconds: float = ASK_S) -> dict[str, Any]:
-    """The answers of actors by name, without those that do not answer."""
-    calls = {}
-    for name in names:
-        with contextlib.suppress(ValueError):  # it has ended
-            calls[name] = getattr(ray.get_actor(name, namespace=NAMESPACE), question).remote()
-    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds) if calls else ([], [])
-    answers = {}
-    for name, reference in calls.items():
-        with contextlib.suppress(ray.exceptions.RayError):
-            if reference in done:
-                answers[name] = ray.get(reference)
-    return answers
-
-
-def _result(name: str, reference: Any) -> str:
-    try:
-        return str(ray.get(reference))
-    except ray.exceptions.RayTaskError as error:
-        raise StackError(f"{name} did not start: {error.cause or error}") from error
-    except ray.exceptions.RayError as error:
-        raise StackError(
-            f"{name} did not start: its process died ({type(error).__name__}); see `qaq logs {name}`"
-        ) from error

@@ -125,7 +125,12 @@ def actors() -> dict[str, Actor]:
 
 
 def names(kind: str = "") -> list[str]:
-    """Names of the stack's actors of a kind, or of all, in the order of their start."""
+    """Names of the stack's actors of a kind, or of all; those that end with a number in its order."""
     listed = ray.util.list_named_actors(all_namespaces=True)
     found = [e["name"] for e in listed if e["namespace"] == NAMESPACE and e["name"].startswith(kind)]
-    return sorted(found, key=lambda name: (name.partition("-")[0], int(name.partition("-")[2] or 0)))
+    return sorted(found, key=_order)
+
+
+def _order(name: str) -> tuple[str, int]:
+    before, _, number = name.rpartition("-")
+    return (before, int(number)) if number.isdigit() else (name, 0)

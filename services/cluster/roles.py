@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from services.cluster.access import Access
-from services.cluster.state import ModelSettings, StackError, StackSettings
+from services.cluster.state import ModelSettings, ServedModel, StackError, StackSettings
 from services.common import environment
 from services.common.extras import require
 from services.common.settings import CommonSettings, GatewaySettings, OriginalsSettings, RouterSettings, WorkerSettings
@@ -37,9 +37,12 @@ def gateway(settings: StackSettings, who: Who) -> GatewaySettings | None:
     return GatewaySettings(**who, **MEASURED, port=settings.http_port, https=settings.https)
 
 
-def worker(settings: StackSettings, who: Who) -> WorkerSettings:
-    model = settings.model_dump(include=set(ModelSettings.model_fields))
-    return WorkerSettings(**who, **MEASURED, port=0, **model)
+def worker(settings: ModelSettings, who: Who) -> WorkerSettings:
+    return WorkerSettings(**who, **MEASURED, port=0, **_model(settings))
+
+
+def _model(settings: ModelSettings) -> dict[str, Any]:
+    return settings.model_dump(include=set(ModelSettings.model_fields))
 
 
 def originals(who: Who) -> OriginalsSettings:
@@ -51,6 +54,7 @@ class Plan:
     """The settings of every role, made where a stack is started: no other environment is read for them.
 
     Attributes:
+        worker: of the first model; `of_model` has those of others.
         logs: where servers of this machine keep their logs; None leaves them to Ray.
     """
 
@@ -59,6 +63,10 @@ class Plan:
     originals: OriginalsSettings
     gateway: GatewaySettings | None
     logs: Path | None = None
+
+    def of_model(self, model: ModelSettings) -> WorkerSettings:
+        """The settings of the workers of a model."""
+        return self.worker.model_copy(update=_model(model))
 
 
 def plan(settings: StackSettings, access: Access, of_router: Who | None = None, logs: Path | None = None) -> Plan:
@@ -81,13 +89,21 @@ def check(settings: StackSettings) -> None:
         ValidationError, QAQError, ModuleNotFoundError: a setting of a role is wrong, the model's files or a package
             are not here, or a port is taken.
     """
+    check_settings(settings)
+    check_devices(settings.models)
+    for served in settings.models:
+        check_files(served.model)
+    check_ports(settings)
+
+
+def check_files(model: str) -> None:
+    """Raises:
+    ModelLoadError: the files of a model are not here.
+    """
     from qaq_core.models import find_checkpoint, is_hub_id
 
-    check_settings(settings)
-    check_device(settings.device, settings.workers)
-    if not is_hub_id(settings.model):  # the worker asks the hub, which takes a network
-        find_checkpoint(settings.model)
-    check_ports(settings)
+    if not is_hub_id(model):  # the worker asks the hub, which takes a network
+        find_checkpoint(model)
 
 
 def check_settings(settings: StackSettings) -> None:
@@ -96,6 +112,7 @@ def check_settings(settings: StackSettings) -> None:
     Raises:
         ValidationError, QAQError, ModuleNotFoundError: a setting of a role is wrong, or a package is not here.
     """
+    from qaq_core.models import name_of
     from services.router import placement
 
     environment.check()
@@ -106,26 +123,33 @@ def check_settings(settings: StackSettings) -> None:
         if settings.keys:
             raise StackError("QAQ_SMG is set, and SMG sends no keys; add --no-keys, or unset QAQ_SMG")
     gateway(settings, _NOBODY)
-    worker(settings, _NOBODY)
+    for served in settings.models:
+        worker(served, _NOBODY)
     originals(_NOBODY)
+    names = [name_of(served.model) for served in settings.models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise StackError(f'two of the models have the name "{twice}", and requests could not tell them apart')
 
 
-def check_device(device: str, workers: int) -> None:
+def check_devices(models: Sequence[ServedModel]) -> None:
     """Each worker has a CUDA device of its own, which is the only one that Ray lets it see.
 
     Raises:
         ConfigError: the device is not there.
         StackError: it is one by number, or there are not enough.
     """
-    if device == "cpu":
+    on_gpus = [served for served in models if served.device != "cpu"]
+    if not on_gpus:
         return
     import torch
 
     from qaq_core.models import device_of
 
-    device_of(device)
-    if device != "cuda":
-        raise StackError(f"a stack chooses its workers' devices itself: take cuda, not {device}")
+    for served in on_gpus:
+        device_of(served.device)
+        if served.device != "cuda":
+            raise StackError(f"a stack chooses its workers' devices itself: take cuda, not {served.device}")
+    workers = sum(served.workers for served in on_gpus)
     if workers > (found := torch.cuda.device_count()):
         raise StackError(f"{workers} workers need a CUDA device each, and there are {found}; take --workers {found}")
 

@@ -42,10 +42,17 @@ class ModelSettings(BaseModel):
     target_bits: float | None = Field(default=None, gt=0, le=16)
 
 
-class StackSettings(ModelSettings):
+class ServedModel(ModelSettings):
+    """A model of a stack, and its number of workers."""
+
+    workers: int = Field(default=1, ge=1, le=64)
+
+
+class StackSettings(ServedModel):
     """What `qaq up` and `qaq demo` start. Other settings come from the environment (`QAQ_…`).
 
     Attributes:
+        more: the models beside the first, which is the default one.
         http_port: the gateway's port; None starts no gateway.
         tls: the servers have certificates, and use TLS among each other and with clients of the router.
         https: the gateway uses TLS too.
@@ -53,7 +60,7 @@ class StackSettings(ModelSettings):
         worker_cpus: CPUs that each worker reserves of its node.
     """
 
-    workers: int = Field(default=1, ge=1, le=64)
+    more: list[ServedModel] = Field(default_factory=list, max_length=63)
     originals: int = Field(default=1, ge=1, le=64)
     port: int = Field(default=7700, ge=0, le=65535)
     http_port: int | None = Field(default=None, ge=0, le=65535)
@@ -61,6 +68,11 @@ class StackSettings(ModelSettings):
     https: bool = False
     keys: bool = True
     worker_cpus: float = Field(default=0, ge=0, le=1024)
+
+    @property
+    def models(self) -> list[ServedModel]:
+        """All of them, the default first."""
+        return [ServedModel(**self.model_dump(include=set(ServedModel.model_fields))), *self.more]
 
 
 class Owner(BaseModel):

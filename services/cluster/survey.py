@@ -6,7 +6,9 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qaq_core.models import name_of
 from services.cluster import nodes
+from services.cluster.fleet import key_of, of_worker
 from services.cluster.handed import Handed, in_memory
 from services.cluster.nodes import Actor, Node
 from services.cluster.state import StackSettings
@@ -60,7 +62,7 @@ def take(launcher: Launcher, plan: Plan, operator: Handed) -> Survey:
     """Asks Ray what there is, and each server how it is."""
     from redis.exceptions import RedisError
 
-    from services.cluster.launcher import ask
+    from services.cluster.answers import ask
     from services.common.redis import redacted
 
     table = nodes.actors()
@@ -87,7 +89,9 @@ def _why(actor: Actor, failure: str, silent: bool, settings: StackSettings, gpus
     """Why a server does not serve."""
     if actor.state in ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING"):
         again = "its process or its node has died; " if actor.state == "RESTARTING" else ""
-        if actor.name.startswith("worker") and settings.device.startswith("cuda") and gpus < 1:
+        key = of_worker(actor.name)
+        device = next((each.device for each in settings.models if key == key_of(name_of(each.model))), settings.device)
+        if key is not None and device.startswith("cuda") and gpus < 1:
             return f"{again}no node has a free GPU"
         if actor.name.startswith("worker") and settings.worker_cpus:
             return f"{again}it waits for a node with {settings.worker_cpus:g} free CPUs, or starts"

@@ -13,6 +13,7 @@ from qaq_core.base.errors import ConfigError
 from qaq_core.models import avoid_torch
 from services.common import log, metrics, tracing
 from services.common.channel import open_channel
+from services.common.errors import Unavailable
 from services.common.identity import is_loopback
 from services.common.redis import check, connect
 from services.common.registry import Registry
@@ -43,11 +44,23 @@ class RouterServer:
         self._settings = settings
         self._stack = contextlib.AsyncExitStack()
         self._workers: Workers | None = None
+        self._models: Models | None = None
 
     @property
     def workers(self) -> int:
         """Workers that can run generations, as far as it knows."""
         return len(self._workers.ready) if self._workers else 0
+
+    async def serves(self, name: str) -> str | None:
+        """Why it cannot serve a model: empty if it can, None if it has no worker of it yet."""
+        model = self._models.find(name) if self._models else None
+        if model is None or not model.links:
+            return None
+        try:
+            await model.prompts()
+        except Unavailable as error:
+            return error.message
+        return ""
 
     async def start(self) -> str:
         """Serves, and registers the router. Returns its address, host:port.
@@ -115,7 +128,7 @@ class RouterServer:
 
             await stack.enter_async_context(registry.announce("router", address, facts))
             await stack.enter_async_context(registry.announce_metrics(measured, "router", address))
-            self._workers = workers
+            self._workers, self._models = workers, models
             self._stack = stack.pop_all()
         return address
 

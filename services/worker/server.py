@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -31,6 +32,9 @@ from services.worker.service import WorkerService, model_info
 
 SWITCH_INTERVAL_S = 0.0005
 DRAIN_TIMEOUT_S = 5.0
+SETTLED_S = 3.0
+"""Longer than routers take to hear of what a worker says, and to send what they have accepted until then."""
+RETIRING_S = 0.1
 
 _log = structlog.get_logger()
 
@@ -44,6 +48,7 @@ class WorkerServer:
     Attributes:
         progress: the current stage of the start and its progress from 0 to 1.
         draining: it takes nothing new, and is to be stopped.
+        retiring: its model is to be served no more; routers send what they have accepted.
     """
 
     def __init__(self, settings: WorkerSettings, loaded: LoadedModel | None = None) -> None:
@@ -53,7 +58,7 @@ class WorkerServer:
         self._resources, self._registration = AsyncExitStack(), AsyncExitStack()
         self._tell: Callable[[], Awaitable[None]] | None = None
         self.scheduler: Scheduler | None = None
-        self.draining = False
+        self.draining = self.retiring = False
 
     async def start(self) -> str:
         """Loads the model, serves it, and returns the address as host:port.
@@ -98,7 +103,8 @@ class WorkerServer:
             known = {"pid": os.getpid(), "model": loaded.name, "fingerprint": loaded.fingerprint}
 
             def facts() -> dict[str, Any]:
-                return {**known, "draining": True} if self.draining else known
+                said = {"draining": self.draining, "retiring": self.retiring}
+                return known | {fact: True for fact, is_so in said.items() if is_so}
 
             registry = Registry(redis)
             self._tell = await self._registration.enter_async_context(registry.announce("worker", address, facts))
@@ -113,16 +119,38 @@ class WorkerServer:
         The server stays up, accepts nothing, and says so in the registry. Returns the number of streams.
         """
         self.draining = True
-        if self._tell is not None:
-            with contextlib.suppress(RedisError):  # the next heartbeat says it
-                await self._tell()
+        await self._say()
         return await self._hand_over()
+
+    async def retire(self, limit_s: float) -> bool:
+        """Finishes what routers accepted for its model, which is then served no more, and says so in the registry.
+
+        Returns when nothing has run for `SETTLED_S`, in which every router has heard of it; False if that takes longer
+        than the limit.
+        """
+        self.retiring = True
+        await self._say()
+        ends = time.monotonic() + limit_s
+        idle_since = time.monotonic()
+        while (now := time.monotonic()) < ends:
+            if self.scheduler is not None and (self.scheduler.state.running or self.scheduler.state.waiting):
+                idle_since = now
+            elif now - idle_since >= SETTLED_S:
+                return True
+            await asyncio.sleep(RETIRING_S)
+        return False
 
     async def stop(self) -> None:
         """Leaves the registry, hands over what runs, and closes everything."""
         await self._registration.aclose()
         await self._hand_over()
         await self._resources.aclose()
+
+    async def _say(self) -> None:
+        """Says in the registry what has changed."""
+        if self._tell is not None:
+            with contextlib.suppress(RedisError):  # the next heartbeat says it
+                await self._tell()
 
     async def _hand_over(self) -> int:
         return await asyncio.to_thread(self.scheduler.drain, DRAIN_TIMEOUT_S) if self.scheduler else 0

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from qaq.v1 import common_pb2, generate_pb2
 
+from qaq_core.models.default_model import default_model_path
 from services.cluster import state
 from services.common.channel import open_channel
 from services.common.embedded_redis import EmbeddedRedis
@@ -143,6 +144,19 @@ async def test_all_workers_are_replaced(cluster: Raylets, tmp_path: Path) -> Non
     after = shown(tmp_path)
     assert len(after["workers"]) == len(workers(after)) == 2
     assert not set(before) & set(after["workers"])
+
+
+async def test_a_model_is_added_and_removed(cluster: Raylets, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    other.symlink_to(default_model_path())
+    await under_load(lambda: done("models", "add", str(other), "--workers", "2"))
+    found = shown(tmp_path)
+    assert {"worker-other-0", "worker-other-1"} < set(workers(found))
+    assert sorted(each["model"]["name"] for each in found["workers"].values()).count("other") == 2
+    assert "Paris" in done("generate", "The capital of France is", "--model", "other", "--temperature", "0")
+    await under_load(lambda: done("models", "remove", "other"))
+    assert len(workers(shown(tmp_path))) == 2
+    assert 'model "other" is not served here' in qaq("generate", "Hi", "--model", "other").stderr
 
 
 async def test_a_node_is_drained(cluster: Raylets, tmp_path: Path) -> None:

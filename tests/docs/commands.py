@@ -36,6 +36,7 @@ RUN_BY = {
     "qaq eval --tasks": "test_tasks",
     "qaq gateway": "test_its_commands_answer_a_request",
     "qaq key": "test_a_key_is_printed_once_and_alone",
+    "qaq models": "test_models_come_answer_and_go",
     "qaq originals": "test_its_commands_answer_a_request",
     "qaq paper": "test_keys_are_more_sensitive_than_values",
     "qaq router": "test_its_commands_answer_a_request",

@@ -132,8 +132,8 @@ class Client:
     def ListWorkers(self, request: Any, timeout: float) -> Any:
         return inspect_pb2.ListWorkersReply(workers=[inspect_pb2.WorkerInfo(address="127.0.0.1:7")])
 
-    def GetModel(self, request: Any, timeout: float) -> Any:
-        return generate_pb2.GetModelReply(model={"name": "m"})
+    def ListModels(self, request: Any, timeout: float) -> Any:
+        return generate_pb2.ListModelsReply(models=[generate_pb2.GetModelReply(model={"name": "m"})])
 
     def ListSessions(self, request: Any, timeout: float) -> Any:
         self.asked.append(request.all_tenants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from services.cluster import roles
 from services.cluster.access import Access
 from services.cluster.deploy import ROLES
+from services.cluster.fleet import Fleet
 from services.cluster.handed import Handed
 from services.cluster.launcher import Launcher
 from services.cluster.nodes import Node
 from services.cluster.restarts import Life
-from services.cluster.state import StackError, StackSettings
+from services.cluster.state import ModelSettings, ServedModel, StackError, StackSettings
 
 A, B = "a" * 56, "b" * 56  # ids of nodes
 
@@ -25,15 +27,23 @@ class Simulated(Launcher):
     Attributes:
         least: fewest workers that have served at a time since the start.
         hung: names of those that answer nothing. stopped: names of those that were stopped, in that order.
+        devices: by name, of those that were started.
+        finishes: whether workers that retire finish in time. unserved: why the router cannot serve a new model.
     """
 
-    def __init__(self, workers: int, room: int = 100, directory: Path | None = None) -> None:
+    def __init__(
+        self, workers: int, room: int = 100, directory: Path | None = None, more: Sequence[ServedModel] = ()
+    ) -> None:
         access = Access(redis={"url": "redis://127.0.0.1", "description": "", "pid": None})
-        settings = StackSettings(model="m", workers=workers)
+        settings = StackSettings(model="m", workers=workers, more=list(more))
         super().__init__(settings, roles.plan(settings, access), lambda *_: None, directory)
         self.hung, self.stopped = set[str](), list[str]()
-        self.table = {f"worker-{index}": False for index in range(workers)}
-        self.least, self._room = workers, room
+        fleets = self._fleets.values()
+        names = [fleet.worker(index) for fleet in fleets for index in range(fleet.served.workers)]
+        self.table = dict.fromkeys(names, False)
+        self.least, self._room = len(names), room
+        self.devices: dict[str, str] = {}
+        self.finishes, self.unserved = True, ""
 
     @property
     def serving(self) -> list[str]:
@@ -65,8 +75,17 @@ class Simulated(Launcher):
             del self.table[name]
         self.least = min(self.least, len(self.serving))
 
-    def _worker(self, index: int) -> Any:
-        return f"worker-{index}"
+    def _worker(self, name: str, fleet: Fleet) -> Any:
+        self.devices[name] = self._plan.of_model(fleet.served).device
+        return name
+
+    def _served(self, fleet: Fleet) -> None:
+        if self.unserved:
+            raise StackError(self.unserved)
+
+    def _retired(self, names: Any, patience_s: float) -> bool:
+        assert set(names) <= set(self.table)
+        return self.finishes
 
     def _wait(self, actors: Any) -> dict[str, str]:
         assert not set(actors) & set(self.table)
@@ -77,6 +96,8 @@ class Simulated(Launcher):
 
     def _asked(self, names: Any, question: str) -> dict[str, Any]:
         answering = [name for name in names if name not in self.hung]
+        if question == "model":
+            return {name: ModelSettings(model="/models/" + name.split("-")[1], preset="fp16") for name in answering}
         return {name: self.table[name] if question == "draining" else f"at {name}" for name in answering}
 
 
@@ -157,6 +178,69 @@ def test_a_worker_that_does_not_start_is_taken_away_again() -> None:
     assert stack.table == {"worker-0": False}
 
 
+def test_each_model_has_its_workers() -> None:
+    stack = Simulated(1, more=[ServedModel(model="/models/b", workers=2)])
+    assert stack.serving == ["worker-0", "worker-b-0", "worker-b-1"]
+    stack.scale(2)
+    stack.scale(1, "b")
+    assert stack.serving == ["worker-0", "worker-b-0", "worker-1"]
+    stack.drain("at worker-b-0")
+    assert stack.serving == ["worker-0", "worker-1", "worker-b-1"]
+    assert [(each.model, each.workers) for each in stack.settings.models] == [("m", 2), ("/models/b", 1)]
+    with pytest.raises(StackError, match='the stack has no model "c"; it has m, b'):
+        stack.scale(1, "c")
+
+
+def test_a_model_is_added_with_what_differs() -> None:
+    stack = Simulated(1)
+    assert stack.add("/models/b", 2, {"preset": "fp16", "device": "cuda"}) == "b"
+    assert stack.serving == ["worker-0", "worker-b-0", "worker-b-1"]
+    assert stack.devices == {"worker-b-0": "cuda", "worker-b-1": "cuda"}
+    assert [each.preset for each in stack.settings.models] == ["balanced", "fp16"]
+    with pytest.raises(StackError, match='serves "b" already'):
+        stack.add("/elsewhere/b", 1, {})
+    with pytest.raises(StackError, match="preset: "):
+        stack.add("/models/c", 1, {"preset": "zip"})
+    assert len(stack.table) == 3
+
+
+def test_a_model_that_cannot_be_served_is_taken_away_again() -> None:
+    stack = Simulated(1)
+    stack.unserved = "there is no tokenizer"
+    with pytest.raises(StackError, match="there is no tokenizer"):
+        stack.add("/models/b", 2, {})
+    assert (stack.serving, stack.stopped) == (["worker-0"], ["worker-b-0", "worker-b-1"])
+    assert len(stack.settings.models) == 1
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_model_is_removed(finishes: bool) -> None:
+    stack = Simulated(1, more=[ServedModel(model="/models/b", workers=2)])
+    stack.finishes = finishes
+    assert stack.remove("b", 1.0) is finishes
+    assert (stack.serving, stack.stopped) == (["worker-0"], ["worker-b-0", "worker-b-1"])
+    with pytest.raises(StackError, match='"m" is the only model of the stack'):
+        stack.remove("", 1.0)
+
+
+def test_the_first_model_may_be_removed() -> None:
+    stack = Simulated(1, more=[ServedModel(model="/models/b")])
+    stack.remove("m", 1.0)
+    stack.scale(2)
+    assert stack.serving == ["worker-b-0", "worker-b-1"]
+
+
+def test_a_controller_that_was_started_again_goes_on_with_the_models_that_there_are() -> None:
+    stack = Simulated(1, more=[ServedModel(model="/models/b", preset="paper")])
+    del stack.table["worker-0"]
+    stack.table |= {"worker-b-1": False, "worker-c-0": False}
+    stack.go_on()
+    told = [(each.model, each.workers, each.preset) for each in stack.settings.models]
+    assert told == [("/models/b", 2, "paper"), ("/models/c", 1, "fp16")]
+    stack.scale(2, "c")
+    assert stack.serving == ["worker-b-0", "worker-b-1", "worker-c-0", "worker-c-1"]
+
+
 def test_what_servers_ask_of_their_nodes() -> None:
     """Workers go to GPUs, and the others elsewhere if there is an elsewhere; one machine asks for nothing."""
     access = Access(redis={"url": "redis://127.0.0.1", "description": "", "pid": None})
@@ -180,7 +264,7 @@ def test_what_servers_ask_of_their_nodes() -> None:
         Gpus(settings, plan, print, None, handed),
         Mixed(StackSettings(model="m"), plan, print, None, handed),
     )
-    worker, originals = mixed.request("worker"), mixed.request("originals")
+    worker, originals = mixed.request("worker", gpus=1), mixed.request("originals")
     assert worker.options() == {"num_cpus": 2, "num_gpus": 1, "scheduling_strategy": "SPREAD"}
     assert originals.options()["num_cpus"] == 0.001
     assert (originals.near, originals.avoid, gpus.request("originals").avoid) == (B, {A}, set())

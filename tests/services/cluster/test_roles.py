@@ -11,6 +11,7 @@ import torch
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
+from qaq_core.models.default_model import default_model_path
 from services.cli.main import app
 from services.cluster import control, roles
 from services.cluster.state import StackError, StackSettings
@@ -55,6 +56,17 @@ def up(*options: str, **environment: str) -> str:
 )
 def test_a_bad_variable_is_told_before_anything_starts(name: str, value: str, words: str) -> None:
     assert words in up(**{name: value})
+
+
+def test_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    options = [part for folder in ("one", "two") for part in ("--model", str(tmp_path / folder / "m.gguf"))]
+    assert 'two of the models have the name "m"' in up(*options)
+
+
+def test_the_files_of_each_model_are_looked_for(tmp_path: Path) -> None:
+    assert "second.gguf' is not there" in up("--model", str(default_model_path()), "--model", "/no/second.gguf")
 
 
 def test_smg_sends_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from services.common.secret import SecretMissingError
 from services.common.server import PortTakenError
 from services.common.settings import OriginalsSettings, WorkerSettings
 from services.originals.server import OriginalsServer
+from services.worker import server as server_module
 from services.worker.server import WorkerServer
 from tests.services.worker.conftest import EXACT, request
 from tests.shallow import LAYERS
@@ -208,3 +209,26 @@ async def test_what_keeps_it_from_starting(
         await WorkerServer(WorkerSettings(model="x", redis_url=url, port=port), loaded=smollm2).start()
     await first.stop()
     assert await Registry(redis).members("worker") == []
+
+
+async def test_one_that_retires_finishes_what_runs_and_what_still_comes(
+    cache_service: str, redis: Redis, redis_server: EmbeddedRedis, smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "SETTLED_S", 0.5)
+    server = WorkerServer(WorkerSettings(model="smollm2", redis_url=SecretStr(redis_server.url)), loaded=smollm2)
+    tokens = smollm2.tokenizer.encode(TEXT)
+    async with open_channel(await server.start()) as channel:
+        worker = worker_pb2_grpc.WorkerStub(channel)
+        call = worker.Run(request(tokens, 4000, cache=EXACT), timeout=120)
+        while (await call.read()).WhichOneof("event") != "token":
+            pass
+        assert not await server.retire(0.2)  # it still runs
+        (member,) = await Registry(redis).members("worker")
+        assert (member.retiring, member.draining) == (True, False)
+        retired = asyncio.create_task(server.retire(120))
+        late = [reply.WhichOneof("event") async for reply in worker.Run(request(tokens, 2, cache=EXACT), timeout=60)]
+        assert late.count("token") == 2
+        assert not retired.done()
+        call.cancel()
+        assert await retired
+    await server.stop()
