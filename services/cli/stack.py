@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 DRAIN_TIMEOUT_S = 60.0
 
+MaxWorkers = Annotated[
+    int | None,
+    typer.Option(min=1, max=64, help="Start workers up to this many while requests wait, and stop them when idle."),
+]
+
 
 def register(app: typer.Typer) -> None:
     for command in (up, scale, drain, restart, down):
@@ -35,6 +40,10 @@ def register(app: typer.Typer) -> None:
 def up(
     model: Models = None,
     workers: Workers = 1,
+    max_workers: MaxWorkers = None,
+    idle_seconds: Annotated[
+        float, typer.Option(min=1, help="With --max-workers: after so long without need one worker less.")
+    ] = 60,
     originals: Annotated[int, typer.Option(min=1, help="Number of cache services.")] = 1,
     port: Annotated[int, typer.Option(envvar="QAQ_PORT", help="The router's port; 0 takes any free port.")] = 7700,
     http_port: Annotated[
@@ -90,6 +99,8 @@ def up(
         first, *more = models_or_default(model)
         how = {
             "workers": workers,
+            "max_workers": max_workers,
+            "idle_s": idle_seconds,
             "device": device,
             "dtype": dtype,
             "weights": weights,
@@ -137,15 +148,18 @@ def up(
 
 def scale(
     workers: Annotated[int, typer.Option(min=1, max=64, help="Number of workers to run.")],
+    max_workers: MaxWorkers = None,
     model: Annotated[str, typer.Option(help="Whose workers, by the model's name; default: the first model's.")] = "",
     address: Address = None,
 ) -> None:
-    """Starts or stops workers of a model."""
+    """Starts or stops workers of a model, or lets their number follow its load."""
     from services.cluster import control
 
+    if max_workers is not None and max_workers < workers:
+        raise typer.BadParameter("it is less than --workers", param_hint="--max-workers")
     stack = where(address)
     with starting() as report:
-        control.scale(stack, workers, report, model)
+        control.scale(stack, workers, report, model, max_workers)
 
 
 def drain(

@@ -34,6 +34,9 @@ def status(json_path: JsonPath = None, address: Address = None) -> None:
         _show_survey(control.survey(stack), json_path)
     else:
         _show_local(stack, json_path)
+    if isinstance(stack, str) or any(served.max_workers for served in stack.settings.models):
+        for model, told in control.scaled(stack).items():
+            screen.print(f"{model}: {told}", highlight=False, soft_wrap=True)
 
 
 def _show_local(running: StackState, json_path: Path | None) -> None:

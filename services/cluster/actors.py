@@ -137,6 +137,10 @@ class RouterActor(ServerActor[RouterSettings]):
         """How many workers it sees."""
         return self._server.workers
 
+    async def queued(self) -> dict[str, int]:
+        """How many generations wait here, by model."""
+        return self._server.queued
+
     async def serves(self, model: str) -> str | None:
         """Why it cannot serve a model: empty if it can, None if it sees no worker of it yet."""
         return await self._server.serves(model)
@@ -161,6 +165,11 @@ class WorkerActor(ServerActor[WorkerSettings]):
     async def retire(self, limit_s: float) -> bool:
         """Finishes what was accepted, see `WorkerServer.retire`."""
         return await self._server.retire(limit_s)
+
+    async def load(self) -> tuple[int, int, int, bool] | None:
+        """Generations that run and that wait, how many run at once, and whether memory is short; None if it takes
+        nothing new."""
+        return self._server.load
 
     async def model(self) -> ModelSettings:
         """What it serves, and how."""

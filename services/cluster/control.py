@@ -113,8 +113,8 @@ def down() -> bool:
     return True
 
 
-def scale(where: StackState | str, workers: int, report: Report, model: str = "") -> None:
-    """Starts or stops workers until there are `workers` that serve.
+def scale(where: StackState | str, workers: int, report: Report, model: str = "", most: int | None = None) -> None:
+    """Starts or stops workers until there are `workers` that serve, or as many up to `most` as the load asks for.
 
     Args:
         where: the stack of this machine, or the address of the Ray cluster on which one runs; so for all below.
@@ -122,7 +122,7 @@ def scale(where: StackState | str, workers: int, report: Report, model: str = ""
     Raises:
         StackError: Ray does not answer, the stack has no such model, or a worker did not start.
     """
-    _changed(where, "scale", workers, model, report=report)
+    _changed(where, "scale", workers, model, most, report=report)
 
 
 def add(where: StackState | str, model: str, workers: int, changes: Mapping[str, Any], report: Report) -> str:
@@ -181,6 +181,20 @@ def survey(where: StackState | str) -> Survey:
 
     with controller.connected(address):
         found: Survey = controller.answer(controller.find().survey.remote(), controller.ANSWER_S)
+        return found
+
+
+def scaled(where: StackState | str) -> dict[str, str]:
+    """By model whose number of workers follows its load: within which bounds, and what was changed last.
+
+    Raises:
+        StackError: Ray or the stack's controller does not answer.
+    """
+    address = reach(where)
+    from services.cluster import controller
+
+    with controller.connected(address):
+        found: dict[str, str] = controller.answer(controller.find().scaled.remote(), controller.ANSWER_S)
         return found
 
 

@@ -48,6 +48,7 @@ class Controller:
         directory: Path | None = None,
         handed: Mapping[Role, Handed] | None = None,
     ) -> None:
+        from services.cluster.autoscaler import Autoscaling
         from services.cluster.launcher import Launcher
 
         self._launcher = Launcher(settings, plan, self._report, directory, handed)
@@ -56,6 +57,8 @@ class Controller:
         self._plan, self._handed = plan, handed
         self._changing = threading.Lock()
         self._said: dict[str, tuple[str, float | None]] = {}
+        self._autoscaling = Autoscaling(self._launcher, self._change)
+        threading.Thread(target=self._autoscaling.run, name="autoscaling", daemon=True).start()
 
     @ray.method(concurrency_group="changes")
     def start(self) -> dict[str, str]:
@@ -63,9 +66,9 @@ class Controller:
         return self._change(self._launcher.start_all)
 
     @ray.method(concurrency_group="changes")
-    def scale(self, workers: int, model: str = "") -> None:
+    def scale(self, workers: int, model: str = "", most: int | None = None) -> None:
         """See `Launcher.scale`."""
-        self._change(lambda: self._launcher.scale(workers, model))
+        self._change(lambda: self._launcher.scale(workers, model, most))
 
     @ray.method(concurrency_group="changes")
     def add(self, model: str, workers: int, changes: Mapping[str, Any]) -> str:
@@ -99,6 +102,16 @@ class Controller:
 
         assert self._handed is not None
         return survey.take(self._launcher, self._plan, self._handed["operator"])
+
+    @ray.method(concurrency_group="questions")
+    def scaled(self) -> dict[str, str]:
+        """By model, what followed its load last; and what its number of workers may be, if that follows it."""
+        fleets = self._launcher.elastic
+        return {
+            fleet.name: f"{fleet.least} to {fleet.most} workers, {fleet.served.workers} now; "
+            + self._autoscaling.last.get(fleet.name, "not changed yet")
+            for fleet in fleets
+        }
 
     @ray.method(concurrency_group="questions")
     def stop(self) -> None:

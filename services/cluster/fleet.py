@@ -24,10 +24,24 @@ class Fleet:
     Attributes:
         served: with the number of workers that is wanted now.
         key: the part of their names that says whose they are; empty for the first model.
+        least: the fewest workers; if it is not given, as many as are wanted now.
     """
 
     served: ServedModel
     key: str = ""
+    least: int = 0
+
+    def __post_init__(self) -> None:
+        self.least = self.least or self.served.workers
+
+    @property
+    def most(self) -> int:
+        """The most workers."""
+        return max(self.least, self.served.max_workers or 0)
+
+    def want(self, workers: int) -> None:
+        """Says how many workers are wanted from now on."""
+        self.served = self.served.model_copy(update={"workers": workers})
 
     @classmethod
     def another(cls, served: ServedModel) -> Fleet:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from services.cluster import actors, answers, nodes
 from services.cluster.actors import GatewayActor, OriginalsActor, RouterActor, WorkerActor, launch
 from services.cluster.answers import Report
+from services.cluster.autoscaler import Load
 from services.cluster.fleet import Fleet, of_worker
 from services.cluster.handed import Handed
 from services.cluster.nodes import Request
@@ -65,7 +66,8 @@ class Launcher:
             fleet = known.get(key) or self._asked_for(key, serving)
             if fleet is not None:
                 workers = len(fleet.mine(serving))
-                self._fleets[key] = Fleet(fleet.served.model_copy(update={"workers": workers}), key)
+                self._fleets[key] = Fleet(fleet.served, key, fleet.least)
+                self._fleets[key].want(workers)
         self._fleets = self._fleets or known
 
     def start_all(self) -> dict[str, str]:
@@ -90,21 +92,45 @@ class Launcher:
             answers.served(fleet.name, self._report)
         return addresses
 
-    def scale(self, workers: int, model: str = "") -> None:
-        """Starts or stops workers until there are `workers` that serve. Those that were drained are stopped.
+    @property
+    def elastic(self) -> list[Fleet]:
+        """The models whose number of workers follows their load."""
+        return [fleet for fleet in self._fleets.values() if fleet.most > fleet.least]
+
+    def load(self, fleet: Fleet) -> Load:
+        """The load of a model's workers. What does not answer is not counted."""
+        told = self._asked(fleet.mine(self.names("worker")), "load")
+        workers = [each for each in told.values() if each is not None]
+        queued = sum(each.get(fleet.name, 0) for each in self._asked(["router"], "queued").values())
+        running, waiting, places, short = (sum(part) for part in zip(*workers, strict=True)) if workers else (0,) * 4
+        return Load(len(workers), queued + waiting, running, places, short)
+
+    def scale(self, workers: int, model: str = "", most: int | None = None) -> None:
+        """Starts or stops workers until there are `workers` that serve.
 
         Args:
             model: its name, or where it comes from; empty: the first one.
+            most: then `workers` is the least number, and how many there are up to this follows the load.
         Raises:
             StackError: the stack has no such model, or a worker did not start.
         """
         fleet = self._fleet(model)
+        fleet.least = workers
+        fleet.served = fleet.served.model_copy(update={"max_workers": most})
+        self.resize(fleet, min(max(fleet.served.workers, workers), most) if most else workers)
+
+    def resize(self, fleet: Fleet, workers: int) -> None:
+        """Starts or stops workers of a model until there are so many that serve. Those that were drained are stopped.
+
+        Raises:
+            StackError: a worker did not start.
+        """
         names = fleet.mine(self.names("worker"))
         drained = [name for name in self._drained() if name in names]
         serving = [name for name in names if name not in drained]
         self._add_workers(fleet, workers - len(serving))
         self.stop([*drained, *serving[workers:]])
-        fleet.served = fleet.served.model_copy(update={"workers": workers})
+        fleet.want(workers)
 
     def add(self, model: str, workers: int, changes: Mapping[str, Any]) -> str:
         """Starts workers of another model, and waits until the router serves it. Returns the model's name.
@@ -116,7 +142,9 @@ class Launcher:
         """
         first = next(iter(self._fleets.values())).served
         try:
-            served = ServedModel.model_validate({**first.model_dump(), **changes, "model": model, "workers": workers})
+            served = ServedModel.model_validate(
+                {**first.model_dump(), "max_workers": None, **changes, "model": model, "workers": workers}
+            )
         except ValidationError as error:
             found = error.errors()[0]
             raise StackError(f"{found['loc'][0]}: {found['msg'].removeprefix('Value error, ')}") from error

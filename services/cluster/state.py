@@ -10,10 +10,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import psutil
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from qaq_core.base.errors import QAQError
 from services.cluster.access import Access
@@ -43,9 +43,22 @@ class ModelSettings(BaseModel):
 
 
 class ServedModel(ModelSettings):
-    """A model of a stack, and its number of workers."""
+    """A model of a stack, and its number of workers.
+
+    Attributes:
+        workers: how many there are, or at least, if `max_workers` says how many there may be.
+        idle_s: seconds after which one of more is stopped that is not needed.
+    """
 
     workers: int = Field(default=1, ge=1, le=64)
+    max_workers: int | None = Field(default=None, ge=1, le=64)
+    idle_s: float = Field(default=60.0, ge=1, le=86400)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max_workers is not None and self.max_workers < self.workers:
+            raise ValueError(f"max_workers is {self.max_workers}, and workers is {self.workers}")
+        return self
 
 
 class StackSettings(ServedModel):

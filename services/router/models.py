@@ -47,6 +47,11 @@ class Models:
         """Generations in all queues."""
         return sum(model.admission.waiting for model in self._models.values())
 
+    @property
+    def queued(self) -> dict[str, int]:
+        """The same by model."""
+        return {model.name: model.admission.waiting for model in self._models.values()}
+
     def list(self) -> list[Model]:
         """All models, the default first.
 

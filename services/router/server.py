@@ -51,6 +51,11 @@ class RouterServer:
         """Workers that can run generations, as far as it knows."""
         return len(self._workers.ready) if self._workers else 0
 
+    @property
+    def queued(self) -> dict[str, int]:
+        """Generations in the queue of each model."""
+        return self._models.queued if self._models else {}
+
     async def serves(self, name: str) -> str | None:
         """Why it cannot serve a model: empty if it can, None if it has no worker of it yet."""
         model = self._models.find(name) if self._models else None

@@ -113,6 +113,16 @@ class WorkerServer:
             self._resources = stack.pop_all()
         return address
 
+    @property
+    def load(self) -> tuple[int, int, int, bool] | None:
+        """Generations that run and that wait, how many run at once, and whether caches are short of memory; None
+        before it serves and while it takes nothing new."""
+        if self.scheduler is None or self.draining or self.retiring:
+            return None
+        state, memory = self.scheduler.state, self.scheduler.sessions.memory
+        short = memory.lam > 0 or memory.excess_bytes > 0
+        return state.running, state.waiting, self._settings.max_sequences, short
+
     async def drain(self) -> int:
         """Ends each stream with UNAVAILABLE, so that its router continues it on another worker from the stored pages.
 

@@ -159,6 +159,14 @@ async def test_a_model_is_added_and_removed(cluster: Raylets, tmp_path: Path) ->
     assert 'model "other" is not served here' in qaq("generate", "Hi", "--model", "other").stderr
 
 
+async def test_the_number_of_workers_follows_the_load(cluster: Raylets, tmp_path: Path) -> None:
+    """Bounds that ask for a second worker are kept, and a fixed number ends them."""
+    done("scale", "--workers", "1", "--max-workers", "2")
+    assert "1 to 2 workers, 2 now" in done("status")
+    done("scale", "--workers", "2")
+    assert "1 to 2 workers" not in done("status")
+
+
 async def test_a_node_is_drained(cluster: Raylets, tmp_path: Path) -> None:
     """From elsewhere, by the cluster's address alone."""
     head, third = str(cluster.nodes["head"].node_id), cluster.add("third")

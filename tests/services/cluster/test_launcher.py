@@ -10,6 +10,7 @@ import pytest
 
 from services.cluster import roles
 from services.cluster.access import Access
+from services.cluster.autoscaler import Load
 from services.cluster.deploy import ROLES
 from services.cluster.fleet import Fleet
 from services.cluster.handed import Handed
@@ -96,6 +97,10 @@ class Simulated(Launcher):
 
     def _asked(self, names: Any, question: str) -> dict[str, Any]:
         answering = [name for name in names if name not in self.hung]
+        if question == "queued":
+            return {"router": {"m": 4, "other": 9}}
+        if question == "load":
+            return {name: None if self.table[name] else (5, 1, 8, name == "worker-1") for name in answering}
         if question == "model":
             return {name: ModelSettings(model="/models/" + name.split("-")[1], preset="fp16") for name in answering}
         return {name: self.table[name] if question == "draining" else f"at {name}" for name in answering}
@@ -124,6 +129,39 @@ def test_a_worker_that_was_drained_by_others_does_not_count() -> None:
     stack._hand_over("worker-1")
     stack.scale(2)
     assert stack.table == {"worker-0": False, "worker-2": False}
+
+
+def test_bounds_last_until_a_number_is_asked_for() -> None:
+    stack = Simulated(1)
+    assert stack.elastic == []
+    stack.scale(2, most=4)
+    (fleet,) = stack.elastic
+    assert (fleet.least, fleet.most, len(stack.serving)) == (2, 4, 2)
+    stack.resize(fleet, 3)
+    stack.scale(1, most=4)  # as many as the load has asked for
+    assert (fleet.least, len(stack.serving)) == (1, 3)
+    stack.scale(1, most=2)
+    assert len(stack.serving) == 2
+    stack.scale(2)
+    assert (stack.elastic, fleet.least, fleet.most) == ([], 2, 2)
+
+
+def test_the_load_is_that_of_the_workers_that_take_something() -> None:
+    stack = Simulated(3)
+    (fleet,) = stack._fleets.values()
+    assert stack.load(fleet) == Load(workers=3, waiting=3 + 4, running=15, places=24, short=1)
+    stack._hand_over("worker-1")
+    stack.hung = {"worker-2"}
+    assert stack.load(fleet) == Load(workers=1, waiting=1 + 4, running=5, places=8)
+
+
+def test_bounds_outlive_the_controller() -> None:
+    stack = Simulated(1)
+    stack.scale(1, most=3)
+    stack.resize(stack.elastic[0], 2)
+    stack.go_on()
+    (fleet,) = stack.elastic
+    assert (fleet.least, fleet.most, fleet.served.workers) == (1, 3, 2)
 
 
 def test_one_that_is_more_than_was_asked_for_is_not_replaced() -> None:
