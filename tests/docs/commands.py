@@ -44,6 +44,7 @@ RUN_BY = {
     "qaq status": "test_a_stack_comes_up_scales_and_goes",
     "qaq tokenizer": "test_load_clients_read_what_it_writes",
     "qaq up --http-port": "test_a_stack_comes_up_scales_and_goes",
+    "qaq up --workers": "test_a_stack_comes_up_scales_and_goes",
     "qaq worker": "test_its_commands_answer_a_request",
 }
 

@@ -38,7 +38,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tmp_path: Path) -> None:
     try:
-        up = qaq("up", "--port", "0", "--http-port", "0")
+        up = qaq("up", "--workers", "1", "--max-workers", "2", "--port", "0", "--http-port", "0")
         assert up.returncode == 0, up.stderr
         assert "The router is at 127.0.0.1:" in up.stdout
         url = up.stdout.split("OpenAI's API is at ")[1].split("/v1")[0]
@@ -52,6 +52,8 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
         said = qaq("generate", "The capital of France is", "--max-new-tokens", "8", "--temperature", "0")
         assert said.returncode == 0, said.stderr
         assert "Paris" in said.stdout
+        bounded = here("status")
+        assert "1 to 2 workers, 1 now; not changed yet" in bounded.stdout, bounded.stderr
         for count in (2, 1):
             scaled = qaq("scale", "--workers", str(count))
             assert scaled.returncode == 0, scaled.stderr
