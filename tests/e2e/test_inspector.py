@@ -70,6 +70,11 @@ class Page:
 
         return WebDriverWait(self.browser, PATIENCE_S, 0.2).until(lambda _: holds(), what)
 
+    def stop(self) -> None:
+        """Ends the answer, if it has not ended by itself."""
+        self.run("document.getElementById('stop').click()")
+        self.until(lambda: not self.find("stop").is_displayed() and self.text("state") == "at rest", "the end")
+
     @property
     def kinds(self) -> list[str]:
         """How each token is tinted."""
@@ -124,8 +129,7 @@ def walk(page: Page, url: str) -> None:
     page.until(lambda: len(page.kinds) > seen, "more tokens")
     page.until(lambda: "over the last 32 tokens" in page.text("shadow-text"), "a comparison with full precision")
     near = page.distance
-    page.find("stop").click()
-    page.until(lambda: not page.find("stop").is_displayed() and page.text("state") == "at rest", "the end")
+    page.stop()
     assert page.colours > 3
     assert "lemons" in page.text("tokens")
 
@@ -140,8 +144,7 @@ def walk(page: Page, url: str) -> None:
     # The next answer is further from full precision.
     page.find("prompt").send_keys("Tell it again." + Keys.ENTER)
     page.until(lambda: page.distance > 2 * near, "a larger distance from full precision")
-    page.find("stop").click()
-    page.until(lambda: not page.find("stop").is_displayed() and page.text("state") == "at rest", "the end")
+    page.stop()
     held = page.gauge
     page.find("bits").send_keys(Keys.END)
     page.until(lambda: page.gauge > 1.1 * held, "the bits to come back")

@@ -19,8 +19,8 @@ from qaq.v1 import common_pb2, generate_pb2, generate_pb2_grpc, worker_pb2, work
 
 from services.common.turns import Turns
 from services.originals.client import RemoteOriginals
+from services.router.generations import Generations
 from services.router.hold import LEFT_TTL_S
-from services.router.service import InferenceService
 from tests.fuzz.conftest import CONTEXT, LONG, SEED, SETTLE_S, Fuzzed, all_of
 
 CALLS = LONG or 60
@@ -141,7 +141,7 @@ async def left(stack: Fuzzed) -> dict[str, Any]:
     async with grpc.aio.insecure_channel(stack.addresses["worker"]) as channel:
         described = await worker_pb2_grpc.WorkerStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=30)
     found |= {"sequences": described.sessions, "KV bytes": described.kv_bytes}
-    found["streams"] = sum(len(made._streams) for made in all_of(InferenceService))
+    found["streams"] = sum(len(made._streams) for made in all_of(Generations))
     found["late"] = sum(made.late for made in all_of(Turns))
     found["pages under way"] = sum(made.pending_bytes for made in all_of(RemoteOriginals))
     found["tasks"] = [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(TASKS)]

@@ -14,7 +14,7 @@ from services.worker import inspection
 from services.worker.inspection import Inspector
 from services.worker.scheduler.scheduler import Scheduler
 from tests.services.worker.conftest import EXACT, STORY, Ids, MakeScheduler, outcome, request, settled
-from tests.services.worker.test_memory_controller import next_token
+from tests.services.worker.test_memory_controller import decoding
 
 View = inspect_pb2.CacheView
 
@@ -41,7 +41,7 @@ async def test_a_session_is_seen_while_it_decodes_and_when_it_rests(
         with pytest.raises(NotFound):
             await inspector.view(asked())
         running = scheduler.submit(request(tokens, 3000, session_id="s", tenant="t", keep=True))
-        await next_token(running)
+        await decoding(running)
         view = await inspector.view(asked(options=inspect_pb2.ViewOptions(tokens=4096, columns=16)))
         assert view.phase == View.PHASE_DECODE
         assert view.cached >= len(tokens)

@@ -48,6 +48,12 @@ def squeezing(scheduler: Scheduler, share: float) -> int:
     return exact + int(share * (scheduler.state.kv_bytes - exact))
 
 
+async def decoding(generation: Generation) -> None:
+    """Waits until a generation decodes. Its prompt is packed by then, which it is not yet at its first token."""
+    for _ in range(2):
+        await next_token(generation)
+
+
 async def next_token(generation: Generation) -> None:
     while True:
         reply = await generation.replies.get()
@@ -61,7 +67,7 @@ async def test_streams_go_on_while_memory_shrinks_and_comes_back(make_scheduler:
     async with make_scheduler(InProcessOriginals(), kv_min_bits=0.6, prefix_reuse=False) as scheduler:
         running = [scheduler.submit(request(tokens, 3000)) for tokens in prompts]
         for generation in running:
-            await next_token(generation)
+            await decoding(generation)
         before = bits(scheduler)
         budget = squeezing(scheduler, 0.7)
         scheduler.set_budget(budget)
@@ -89,7 +95,7 @@ async def test_more_are_admitted_than_fit_at_full_bits(make_scheduler: MakeSched
     async with make_scheduler(kv_budget_bytes=3 * half, max_sequences=MANY + 1, prefix_reuse=False) as scheduler:
         running = [scheduler.submit(request(tokens, 3000)) for tokens in prompts]
         for generation in running:
-            await next_token(generation)
+            await decoding(generation)
         assert scheduler.state.running == MANY
         assert scheduler.state.kv_bytes <= 3 * half
         waits = scheduler.submit(request(prompts[0], 1, cache=EXACT))
@@ -107,7 +113,7 @@ async def test_a_budget_that_changes_is_looked_at_at_once(
     monkeypatch.setattr(MemoryController, "_apply_floor", lambda self, present: False)
     async with make_scheduler(InProcessOriginals(), kv_min_bits=0.6, prefix_reuse=False) as scheduler:
         running = scheduler.submit(request(ids(STORY * 6), 3000))
-        await next_token(running)
+        await decoding(running)
         held, memory, before = scheduler.state.kv_bytes, scheduler.sessions.memory, 0.0
         for share in (0.95, 0.9):
             scheduler.set_budget(int(share * held))
@@ -124,7 +130,7 @@ async def test_an_idle_session_that_recovers_keeps_no_price(
     async with make_scheduler(InProcessOriginals(), kv_min_bits=0.6, prefix_reuse=False) as scheduler:
         leaves = scheduler.submit(request(ids(STORY * 6), 3000, session_id="idle", keep=True))
         running = scheduler.submit(request(ids(STORY * 8), 3000))
-        await next_token(leaves)
+        await decoding(leaves)
         await next_token(running)
         budget, memory = squeezing(scheduler, 0.7), scheduler.sessions.memory
         scheduler.set_budget(budget)
@@ -147,7 +153,7 @@ async def test_a_budget_that_should_be_kept_without_a_price_gets_one(
     monkeypatch.setattr(MemoryController, "_search", lambda self, sampled, bits: 0.0)
     async with make_scheduler(InProcessOriginals(), kv_min_bits=0.6, prefix_reuse=False) as scheduler:
         running = scheduler.submit(request(ids(STORY * 6), 3000))
-        await next_token(running)
+        await decoding(running)
         budget = int(0.95 * scheduler.state.kv_bytes)
         scheduler.set_budget(budget)
         await until(lambda: scheduler.state.kv_bytes <= budget)
@@ -165,7 +171,7 @@ async def test_full_staging_admits_nobody(make_scheduler: MakeScheduler, ids: Id
     store = Away()
     async with make_scheduler(store, staging_budget_bytes=1000) as scheduler:
         running = scheduler.submit(request(ids(STORY), 3000, cache=EXACT))
-        await next_token(running)
+        await decoding(running)
         store.pending_bytes = 1001
         with pytest.raises(ResourceExhausted, match="QAQ_STAGING_BUDGET_BYTES") as refused:
             scheduler.submit(request(ids(STORY), 1))
