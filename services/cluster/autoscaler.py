@@ -6,14 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import structlog
 
+from services.cluster.fleet import Fleet
 from services.cluster.state import StackError
-
-if TYPE_CHECKING:
-    from services.cluster.launcher import Launcher
 
 LOOK_S = 1.0
 """Between two looks at the load."""
@@ -41,6 +39,17 @@ class Load:
     running: int
     places: int
     short: int = 0
+
+
+class Stack(Protocol):
+    """What can be scaled, see `Launcher`."""
+
+    @property
+    def elastic(self) -> list[Fleet]: ...
+
+    def load(self, fleet: Fleet) -> Load: ...
+
+    def resize(self, fleet: Fleet, workers: int) -> None: ...
 
 
 class Autoscaler:
@@ -100,8 +109,8 @@ class Autoscaling:
         last: by the name of a model, what was changed last and why.
     """
 
-    def __init__(self, launcher: Launcher, change: Callable[[Callable[[], Any]], Any]) -> None:
-        self._launcher, self._change = launcher, change
+    def __init__(self, stack: Stack, change: Callable[[Callable[[], Any]], Any]) -> None:
+        self._stack, self._change = stack, change
         self._scalers: dict[str, Autoscaler] = {}
         self._not_before: dict[str, float] = {}
         self.last: dict[str, str] = {}
@@ -118,19 +127,19 @@ class Autoscaling:
 
     def look(self, now: float) -> None:
         """Looks at the load once, and changes what it asks for."""
-        for fleet in self._launcher.elastic:
+        for fleet in self._stack.elastic:
             if now < self._not_before.get(fleet.name, 0.0):
                 continue
             scaler = self._scalers.setdefault(fleet.name, Autoscaler(fleet.served.idle_s))
-            wanted, load = fleet.served.workers, self._launcher.load(fleet)
+            wanted, load = fleet.served.workers, self._stack.load(fleet)
             workers, why = scaler.decide(fleet.least, fleet.most, wanted, load, now)
             if workers == wanted:
                 continue
 
-            def resize(fleet: Any = fleet, workers: int = workers, wanted: int = wanted) -> bool:
+            def resize(fleet: Fleet = fleet, workers: int = workers, wanted: int = wanted) -> bool:
                 if fleet.served.workers != wanted:  # a command was faster
                     return False
-                self._launcher.resize(fleet, workers)
+                self._stack.resize(fleet, workers)
                 return True
 
             try:
