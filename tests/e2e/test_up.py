@@ -52,12 +52,12 @@ def test_a_stack_comes_up_scales_and_goes(state_directory: Path, place: Path, tm
         said = qaq("generate", "The capital of France is", "--max-new-tokens", "8", "--temperature", "0")
         assert said.returncode == 0, said.stderr
         assert "Paris" in said.stdout
-        bounded = here("status")
+        bounded = qaq("status")
         assert "1 to 2 workers, 1 now; not changed yet" in bounded.stdout, bounded.stderr
         for count in (2, 1):
             scaled = qaq("scale", "--workers", str(count))
             assert scaled.returncode == 0, scaled.stderr
-            shown = here("status", "--json", tmp_path / "status.json")
+            shown = qaq("status", "--json", tmp_path / "status.json")
             assert shown.returncode == 0, shown.stderr
             found = json.loads((tmp_path / "status.json").read_text())
             assert len(found["workers"]) == count
@@ -83,7 +83,7 @@ def a_drained_worker_is_replaced(workers: list[str], place: Path) -> None:
     """Two serve before and after; the drained one is gone."""
     drained = qaq("drain", workers[0])
     assert (drained.returncode, "The worker is stopped." in drained.stdout) == (0, True), drained.stderr
-    shown = here("status", "--json", place / "status.json")
+    shown = qaq("status", "--json", place / "status.json")
     assert shown.returncode == 0, shown.stderr
     found = json.loads((place / "status.json").read_text())
     assert (len(found["workers"]), found["draining"]) == (2, [])
@@ -135,7 +135,7 @@ def a_worker_goes_first_and_says_so(running: StackState, place: Path) -> None:
     ((worker, record),) = again.items()  # which number is left depends on which one was drained
     assert worker.startswith("worker-")
     assert "was killed or crashed" in record.why
-    shown = here("status", "--json", place / "status.json")
+    shown = qaq("status", "--json", place / "status.json")
     assert f"{worker} was started again once" in shown.stdout
     assert json.loads((place / "status.json").read_text())["restarts"][worker]["restarts"] == 1
 

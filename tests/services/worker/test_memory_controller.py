@@ -99,7 +99,8 @@ async def test_more_are_admitted_than_fit_at_full_bits(make_scheduler: MakeSched
         assert scheduler.state.running == MANY
         assert scheduler.state.kv_bytes <= 3 * half
         waits = scheduler.submit(request(prompts[0], 1, cache=EXACT))
-        await next_token(running[-1])
+        await until(lambda: scheduler.state.waiting == 1)
+        await decoding(running[-1])  # in which it is not admitted
         assert scheduler.state.waiting == 1
         for generation in running:
             scheduler.cancel(generation.call)
