@@ -65,5 +65,5 @@ def test_what_is_given_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [
         (here[1], "add", "owner/m", 2, {"preset": "fp16"}),
         (here[1], "remove", "m", models.PATIENCE_S),
-        (here[1], "scale", 3, "m"),
+        (here[1], "scale", 3, "m", None),
     ]

@@ -309,12 +309,12 @@ async def test_a_damaged_log_is_no_internal_error(client: Stub, redis: Redis) ->
     session = (await client.OpenSession(generate_pb2.OpenSessionRequest())).session_id
     await replies(client.Generate(request(session_id=session)))
     await redis.append(f"qaq:session:{session}:tokens", b"x")
-    for call in (
-        client.Generate(request(session_id=session)),
-        client.Rejoin(generate_pb2.RejoinRequest(session_id=session)),
+    for begin in (  # a call begins when it is made
+        lambda: client.Generate(request(session_id=session)),
+        lambda: client.Rejoin(generate_pb2.RejoinRequest(session_id=session)),
     ):
         with pytest.raises(grpc.aio.AioRpcError, match="is damaged in Redis") as caught:
-            await replies(call)
+            await replies(begin())
         assert caught.value.code() is Code.FAILED_PRECONDITION
     await client.CloseSession(generate_pb2.CloseSessionRequest(session_id=session))
 
